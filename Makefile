@@ -1,0 +1,48 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up a virtual environment of its own in .venv.
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= auto
+BIN     := $(VENV)/bin
+# A stamp per set of extras, renewed when what it was installed from changes.
+INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+
+.PHONY: help demo test check bench clean
+
+help:
+	@echo "make demo    run the bundled checkpoint: text, backends, tokens per second, expert load"
+	@echo "make test    the whole test suite, on the CPU (ARGS='-k cache' for a part of it)"
+	@echo "make check   ruff and pyright"
+	@echo "make bench   the benchmarks that exist; make bench NAME=imports runs one (ARGS='--json out.json')"
+	@echo "make clean   remove .venv and what tools left behind"
+
+demo: $(VENV)/demo.stamp
+	@$(BIN)/python -m qwen35moe.cli demo $(ARGS)
+
+test: $(VENV)/test.stamp
+	@$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+check: $(VENV)/dev.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/demo.stamp
+	@$(BIN)/python -m benchmarks $(NAME) $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[text]'
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[test]'
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[dev]'
+	@touch $@

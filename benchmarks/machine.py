@@ -1,0 +1,59 @@
+"""What a measurement was made on: processor, cores, versions, threads. No names of machines or people."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "triton", "safetensors", "flash-linear-attention", "causal-conv1d", "flash-attn")
+
+
+def environment() -> dict[str, object]:
+    """A flat mapping for the head of a report and of its JSON file."""
+    found: dict[str, object] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def header(found: dict[str, object]) -> str:
+    """The environment as one paragraph of `key value` pairs."""
+    return " · ".join(f"{key} {value}" for key, value in found.items() if value is not None)
+
+
+def _processor() -> str:
+    """The model's name as the kernel gives it, and whether it has matrix units (AMX), which decide bf16 speed."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or "unknown"
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = fields.get("flags", "").split()
+    extras = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+    return " ".join([fields.get("model name", "unknown"), *extras])
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,70 @@
+"""qwen35moe: the Qwen3.5-MoE architecture in PyTorch, every operation with a definition it is tested against.
+
+    import qwen35moe
+    model, tokenizer = qwen35moe.load("tiny")      # the bundled checkpoint, a folder or a Hub name
+
+Names are resolved when they are first used: `import qwen35moe` alone imports no model code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> the module that holds it; None: the name is the module.
+_HOMES: dict[str, str | None] = {
+    "Config": "config",
+    "TextConfig": "config",
+    "VisionConfig": "config",
+    "Cache": "cache",
+    "Routing": "routing",
+    "load": "loading",
+    "Qwen3_5MoeForCausalLM": "model",
+    "Qwen3_5MoeTextModel": "model",
+    "Qwen3_5ForCausalLM": "model",
+    "Qwen3_5TextModel": "model",
+    "backends": None,
+    "taps": None,
+}
+
+__all__ = [
+    "Cache",
+    "Config",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeTextModel",
+    "Qwen3_5TextModel",
+    "Routing",
+    "TextConfig",
+    "VisionConfig",
+    "__version__",
+    "backends",
+    "load",
+    "taps",
+]
+
+if TYPE_CHECKING:
+    from . import backends, taps
+    from .cache import Cache
+    from .config import Config, TextConfig, VisionConfig
+    from .loading import load
+    from .model import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel
+    from .routing import Routing
+else:  # unseen by type checkers, which would take any misspelt name for an Any
+
+    def __getattr__(name: str) -> Any:
+        """Import the module that holds `name` (PEP 562) and remember the value here."""
+        if name not in _HOMES:
+            public = ", ".join(sorted(_HOMES))
+            raise AttributeError(f"module 'qwen35moe' has no attribute {name!r}; it has {public}")
+        home = _HOMES[name]
+        module = importlib.import_module(f"{__name__}.{home or name}")
+        value = getattr(module, name) if home else module
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,27 @@
+"""Checkpoints: from disk to modules and back.
+
+names.py      what tensors are called, on disk and in a model
+headers.py    what the files say they contain, checked
+assemble.py   which bytes make which parameter
+memory.py     bytes as tensors: mapped, read, read ahead
+read.py       `load_model`
+write.py      `save_model`
+folder.py     how a new checkpoint replaces an old one
+problems.py   `CheckpointError`, with everything that is wrong in one message
+"""
+
+from .headers import Header, StoredTensor, read_headers
+from .problems import CheckpointError, Problem
+from .read import LoadingReport, load_model
+from .write import save_model
+
+__all__ = [
+    "CheckpointError",
+    "Header",
+    "LoadingReport",
+    "Problem",
+    "StoredTensor",
+    "load_model",
+    "read_headers",
+    "save_model",
+]

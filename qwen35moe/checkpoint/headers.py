@@ -1,0 +1,290 @@
+"""What a checkpoint says it contains, read from headers alone and believed only after it was checked.
+
+A safetensors file is  u64 length N | N bytes of JSON | data,  where the JSON maps each name to
+{"dtype": "BF16", "shape": [256, 2048], "data_offsets": [begin, end]} (offsets from the start of the data, no holes, no
+overlaps) and "__metadata__" to strings. A checkpoint is one such file, `model.safetensors`, or several with
+`model.safetensors.index.json`: {"weight_map": {name: file}}. Where both exist, the single file is the checkpoint and
+the index is not looked at, as in transformers.
+
+Files are untrusted: nothing outside the folder is opened, nothing is allocated by a number that a header states
+before that number was compared with the size of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .problems import CheckpointError, Problem, shown
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+SAVE_ID = "save_id"  # in the metadata of what this library writes: see folder.py
+
+# What a parameter may be stored in. The other dtypes of the format are known (their sizes are checked) but not read.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BITS = {"C64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
+         "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+         "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4} | {name: 8 * dtype.itemsize for name, dtype in FLOATS.items()}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor on disk: `nbytes` bytes from byte `offset` of `file` (counted from the start of the file)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
+class Header:
+    """The contents of a checkpoint: tensors by name, the files that hold them, and the metadata of the whole.
+
+    `lost` are names that are promised but could not be read; what is wrong with them stands among the problems.
+    """
+
+    folder: Path
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def save_id(self) -> str | None:
+        value = self.metadata.get(SAVE_ID)
+        return value if isinstance(value, str) else None
+
+
+def read_headers(path: str | os.PathLike[str], problems: list[Problem] | None = None) -> Header:
+    """Read and check the headers of the checkpoint in the folder `path`.
+
+    Everything wrong is appended to `problems` when a list is given; otherwise one CheckpointError lists it. A folder
+    that holds no checkpoint at all raises in either case.
+    """
+    found: list[Problem] = [] if problems is None else problems
+    header = _read(Path(path), found)
+    if problems is None and found:
+        raise CheckpointError(f"{path} is not a checkpoint that can be read:", found)
+    return header
+
+
+def _read(folder: Path, problems: list[Problem]) -> Header:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no folder {folder}. A checkpoint is a folder with config.json and {SINGLE} or {INDEX}; "
+            f"a model of the Hub is downloaded first (hf download NAME --local-dir FOLDER)"
+        )
+    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
+        file = locate(folder, SINGLE, problems)
+        header = Header(folder)
+        if file is not None:
+            header.files = (file,)
+            contents = _read_file(file, SINGLE, problems) or _Contents([], {}, set())
+            header.tensors = {tensor.name: tensor for tensor in contents.tensors}
+            header.metadata, header.lost = contents.metadata, contents.wrong
+        return header
+    if (folder / INDEX).exists() or (folder / INDEX).is_symlink():
+        return _read_sharded(folder, problems)
+    raise CheckpointError(_nothing_here(folder))
+
+
+def _nothing_here(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    if pickles:
+        return (
+            f"{folder} holds its weights as pickles ({', '.join(pickles[:3])}), which can run code and are never read. "
+            f"safetensors files are needed: convert them with model.save_pretrained(...) of transformers"
+        )
+    listed = ", ".join(shown(name, 60) for name in names[:10]) or "nothing"
+    return f"{folder} has neither {SINGLE} nor {INDEX}; it holds {listed}"
+
+
+def locate(folder: Path, name: str, problems: list[Problem]) -> Path | None:
+    """The file `name` of the folder, or None and a problem when there is none or it lies outside.
+
+    A symbolic link may lead to where the Hub's cache keeps its files (snapshots/REVISION/x -> blobs/HASH beside
+    snapshots), and nowhere else outside the folder.
+    """
+    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        problems.append(Problem("bad file name", shown(name), "it does not name a file inside the folder"))
+        return None
+    path = folder / name
+    try:
+        target = path.resolve(strict=True)
+        if not stat.S_ISREG(target.stat().st_mode):
+            problems.append(Problem("not a file", shown(name)))
+            return None
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: a loop of links, before Python 3.13
+        problems.append(Problem("missing file", shown(name), "named by the index" if name != SINGLE else "a dead link"))
+        return None
+    home = folder.resolve()
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(root) for root in allowed):
+        problems.append(Problem("outside the folder", shown(name), f"it is a link to {target}; copy the file here"))
+        return None
+    return path
+
+
+def _read_sharded(folder: Path, problems: list[Problem]) -> Header:
+    weight_map, metadata = read_index(folder, problems)
+    header = Header(folder, metadata=metadata)
+    promised_in: dict[str, set[str]] = {}
+    for tensor_name, name in weight_map.items():
+        promised_in.setdefault(name, set()).add(tensor_name)
+    for name, promises in promised_in.items():
+        file = locate(folder, name, problems)
+        contents = None if file is None else _read_file(file, name, problems)
+        if file is None or contents is None:
+            continue
+        header.files += (file,)
+        for tensor in contents.tensors:
+            promised = weight_map.get(tensor.name)
+            if promised == name:
+                header.tensors[tensor.name] = tensor
+            else:
+                said = "does not name it" if promised is None else f"says {shown(promised)}"
+                problems.append(Problem("index and shard disagree", tensor.name, f"in {shown(name)}; the index {said}"))
+        for absent in sorted(promises - {tensor.name for tensor in contents.tensors} - contents.wrong):
+            problems.append(Problem("index and shard disagree", absent, f"not in {shown(name)}, as the index says"))
+    header.lost = weight_map.keys() - header.tensors.keys()
+    return header
+
+
+def read_index(folder: Path, problems: list[Problem]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The weight_map (tensor name to file name) and the metadata of the index."""
+    file = locate(folder, INDEX, problems)
+    if file is None:
+        return {}, {}
+    size = file.stat().st_size
+    if size > MAX_HEADER_BYTES:
+        problems.append(Problem("bad index", INDEX, f"{size} bytes, more than {MAX_HEADER_BYTES}"))
+        return {}, {}
+    index = parse_json(file.read_bytes(), INDEX, problems)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        problems.append(Problem("bad index", INDEX, "it has no weight_map from tensor names to file names"))
+        return {}, {}
+    metadata = index.get("metadata")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def parse_json(text: bytes, where: str, problems: list[Problem]) -> Any:
+    """The value of a JSON text, None and a problem when it is none; a key that occurs twice is a problem too."""
+
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            seen: set[str] = set()
+            for key in (key for key, _ in pairs):
+                if key in seen:
+                    problems.append(Problem("name occurs twice", key, f"in {shown(where)}"))
+                seen.add(key)
+        return value
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        problems.append(Problem("not JSON", shown(where), shown(str(error))))
+        return None
+
+
+class _Contents(NamedTuple):
+    """What one file holds: its tensors, its metadata, and the names of entries that are wrong."""
+
+    tensors: list[StoredTensor]
+    metadata: dict[str, Any]
+    wrong: set[str]
+
+
+def _read_file(file: Path, where: str, problems: list[Problem]) -> _Contents | None:
+    """None and a problem when the file as a whole cannot be read."""
+    where = shown(where)
+    with file.open("rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        first = f.read(8)
+        length = int.from_bytes(first, "little")
+        if first.startswith(b"version ") and size < 1024:
+            problems.append(Problem("not downloaded", where, "it is a Git LFS pointer: run `git lfs pull`"))
+            return None
+        if len(first) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+            detail = f"a header of {length} bytes in a file of {size} (at most {MAX_HEADER_BYTES}): cut off, or not safetensors"
+            problems.append(Problem("bad header", where, detail))
+            return None
+        entries = parse_json(f.read(length), where, problems)
+    if not isinstance(entries, dict):
+        problems.append(Problem("bad header", where, "not a JSON object"))
+        return None
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        problems.append(Problem("bad header", where, "__metadata__ is not a map of strings"))
+        metadata = {}
+    start, before = 8 + length, len(problems)
+    tensors = [t for name, entry in entries.items() if (t := _tensor(name, entry, file, start, where, problems))]
+    if len(problems) == before:  # the layout of wrong entries would only repeat what is wrong with them
+        _check_layout(tensors, start, size, where, problems)
+    return _Contents(tensors, metadata, entries.keys() - {tensor.name for tensor in tensors})
+
+
+def _tensor(name: str, entry: Any, file: Path, start: int, where: str, problems: list[Problem]) -> StoredTensor | None:
+    def wrong(detail: str) -> None:
+        problems.append(Problem("bad entry", name, f"{detail} (in {where})"))
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return wrong("not exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    bits = _BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        return wrong(f"unknown dtype {shown(str(dtype), 40)}")
+    if not _naturals(shape) or len(shape) > 64:
+        return wrong("the shape is not a list of sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return wrong("data_offsets is not [begin, end]")
+    begin, end = offsets
+    needed, odd = divmod(math.prod(shape) * bits, 8)
+    if odd or end - begin != needed:
+        return wrong(f"{end - begin} bytes for {dtype} {list(shape)}, which takes {needed}")
+    return StoredTensor(name, dtype, tuple(shape), file, start + begin, needed)
+
+
+def _naturals(value: Any) -> bool:
+    # bool is an int in Python; `true` in a header is no size.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_layout(
+    tensors: Iterable[StoredTensor], start: int, size: int, where: str, problems: list[Problem]
+) -> None:
+    """The tensors cover the data exactly once: no overlap, no hole, nothing after the last one, nothing missing."""
+    at = start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != at:
+            kind = "overlaps" if tensor.offset < at else "hole before"
+            detail = f"it begins at byte {tensor.offset - start} of the data, the one before ends at {at - start}"
+            problems.append(Problem(kind, tensor.name, f"{detail} (in {where})"))
+            return  # everything after it would be reported once more
+        at += tensor.nbytes
+    if at > size:
+        problems.append(Problem("cut off", where, f"the header promises {at} bytes, the file has {size}"))
+    elif at < size:
+        problems.append(Problem("bad header", where, f"{size - at} bytes after the last tensor belong to none"))

@@ -1,0 +1,82 @@
+"""Names of tensors: what published files call them, what a model calls them, and the one name both mean.
+
+The canonical name is what remains when the wrappers around the text model are taken off:
+
+    model.language_model.layers.3.linear_attn.A_log    published, multimodal     ->  layers.3.linear_attn.A_log
+    model.layers.3.linear_attn.A_log                   text only                 ->  layers.3.linear_attn.A_log
+    language_model.model.layers.3.linear_attn.A_log    some fine-tunes           ->  layers.3.linear_attn.A_log
+    layers.3.linear_attn.A_log                         a bare text model         ->  layers.3.linear_attn.A_log
+    lm_head.weight, model.lm_head.weight, ...                                    ->  lm_head.weight
+    model.visual.*, visual.*, vision_tower.*                                     ->  visual.*
+    mtp.*                                                                        ->  mtp.*
+
+Both sides of a load go through `canonical`, so no table of renames per class is needed. The wrappers are taken off in
+any order and number: transformers 5.4 to 5.5.3 wrote `model.language_model.language_model...` and
+`model.language_model.visual...` (its issue 45357). Two names on disk with one meaning are an error of the loader.
+"""
+
+from __future__ import annotations
+
+import re
+
+_WRAPPERS = re.compile(r"^(?:(?:model|language_model)\.)+")
+_PARTS = {
+    "embed_tokens": "text",
+    "layers": "text",
+    "norm": "text",
+    "lm_head": "head",
+    "visual": "visual",
+    "vision_tower": "visual",
+    "mtp": "mtp",
+}
+
+# What a model may lack although the checkpoint has it, and the pattern under which the report counts it. Anything else
+# that a checkpoint has and the model has not is an error.
+LEFT_OUT = {"visual": "model.visual.*", "mtp": "mtp.*", "head": "lm_head.weight"}
+
+# Tensors that some older exports store and every model computes for itself.
+COMPUTED = ("rotary_emb.inv_freq",)
+
+# A grouped expert tensor [E, R, ...] and the per-expert ones that stack to it, in the order of their rows.
+EXPERT_WEIGHTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_GROUPED = re.compile(r"^(?P<module>.+\.experts)\.(?P<weight>gate_up_proj|down_proj)$")
+_SINGLE = re.compile(r"^(?P<module>.+\.experts)\.(?P<expert>0|[1-9]\d{0,8})\.(?P<projection>gate_proj|up_proj|down_proj)\.weight$")
+
+
+def canonical(name: str) -> str | None:
+    """The one name of a tensor, or None when it belongs to no part of this architecture."""
+    bare = _WRAPPERS.sub("", name)
+    head, dot, rest = bare.partition(".")
+    part = _PARTS.get(head)
+    if part is None or not dot:
+        return None
+    return f"visual.{rest}" if part == "visual" else bare
+
+
+def part_of(canonical_name: str) -> str:
+    """'text', 'head', 'visual' or 'mtp'."""
+    return _PARTS[canonical_name.partition(".")[0]]
+
+
+def published(canonical_name: str, *, multimodal: bool) -> str:
+    """The name under which a tensor is written: `model.language_model.*` beside a vision tower, `model.*` without."""
+    part = part_of(canonical_name)
+    if part == "text":
+        return f"model.language_model.{canonical_name}" if multimodal else f"model.{canonical_name}"
+    return f"model.{canonical_name}" if part == "visual" else canonical_name
+
+
+def grouped_experts(canonical_name: str) -> tuple[str, tuple[str, ...]] | None:
+    """('layers.3.mlp.experts', ('gate_proj', 'up_proj')) for a grouped expert tensor, None for any other."""
+    match = _GROUPED.match(canonical_name)
+    return None if match is None else (match["module"], EXPERT_WEIGHTS[match["weight"]])
+
+
+def single_expert(module: str, expert: int, projection: str) -> str:
+    return f"{module}.{expert}.{projection}.weight"
+
+
+def expert_of(canonical_name: str) -> tuple[str, int, str] | None:
+    """('layers.3.mlp.experts', 17, 'gate_proj') for the tensor of a single expert, None for any other."""
+    match = _SINGLE.match(canonical_name)
+    return None if match is None else (match["module"], int(match["expert"]), match["projection"])

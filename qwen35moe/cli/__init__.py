@@ -1,0 +1,102 @@
+"""`qwen35moe generate | inspect | backends | demo`: the library from the command line.
+
+Errors are one line on stderr and exit status 2; --debug shows where they come from. Imports stand inside the commands, so that
+--help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    # Warnings of the library (a part that was left out, a fast path that was refused) as lines of their own.
+    logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(message)s")
+    try:
+        options.run(options)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        expected = isinstance(error, (ValueError, OSError, ImportError))
+        text = " ".join(str(error).split()) or "no message"
+        print(f"qwen35moe: {text if expected else f'{type(error).__name__}: {text} (--debug says where)'}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qwen35moe", description="Qwen3.5-MoE in PyTorch.")
+    parser.add_argument("--version", action="version", version=f"qwen35moe {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_inspect(commands)
+    _add_backends(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: str, help: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help, description=help)
+    command.add_argument("--debug", action="store_true", help="show tracebacks and what the library logs")
+
+    def call(options: argparse.Namespace) -> None:
+        import importlib
+
+        importlib.import_module(f"{__name__}.{run}").run(options)
+
+    command.set_defaults(run=call)
+    return command
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, "generate", "generate", "Continue a prompt. Greedy, unless an option of sampling is given.")
+    command.add_argument("folder", help="a checkpoint: a folder, a Hub name, or tiny")
+    command.add_argument("--prompt", required=True, help="the text to continue; - reads it from standard input")
+    command.add_argument("--special", action="store_true", help="let <|...|> in the prompt be control tokens")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most N tokens (default 128)")
+    command.add_argument("--temperature", type=float, metavar="T", help="sample, with logits divided by T")
+    command.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    command.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens of mass P")
+    command.add_argument("--min-p", type=float, metavar="P", help="sample from tokens at least P times as likely as the first")
+    command.add_argument("--seed", type=int, help="the same seed gives the same text (implies sampling)")
+    command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    _add_placement(command)
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, "inspect", "inspect", "What a checkpoint holds, from its headers alone.")
+    command.add_argument("folder", help="a folder with config.json and safetensors files, or tiny")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_backends(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, "backends", "backends", "Every implementation of every operation, and whether it is used.")
+    command.add_argument("--verify", action="store_true", help="run each against its definition, forward and backward")
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, "demo", "demo", "Load a model, stream a text, show what ran and where the tokens went.")
+    command.add_argument("folder", nargs="?", default="tiny", help="a checkpoint (default: the bundled one)")
+    command.add_argument("--prompt", default="In the beginning", help="the text to continue")
+    command.add_argument("--max-new-tokens", type=int, default=120, metavar="N", help="at most N tokens (default 120)")
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    _add_placement(command)
+
+
+def _add_placement(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, ... (default cpu)")

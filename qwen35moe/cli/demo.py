@@ -1,0 +1,64 @@
+"""`qwen35moe demo`: a model loads, speaks, and shows what ran and where its tokens went."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*#%@"
+
+
+def run(options: argparse.Namespace) -> None:
+    from .. import backends
+    from ..loading import load
+    from .generate import write_stream
+
+    model, tokenizer = load(options.folder, dtype=options.dtype, device=options.device)
+    config = model.config.text_config
+    experts = f", {config.num_experts} experts of which {config.num_experts_per_tok} per token" if config.is_moe else ""
+    print(f"{options.folder}: {model.num_parameters():,} parameters, {config.num_hidden_layers} layers{experts}, {model.dtype}")
+
+    ids = tokenizer.encode(options.prompt)
+    print(f"\n{options.prompt}", end="", flush=True)
+    sampling = dict(do_sample=True, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=options.seed)
+    with backends.ran() as ran:
+        clock = write_stream(model, tokenizer, ids, max_new_tokens=options.max_new_tokens, **sampling)
+    print(f"\n\n{clock.summary(len(ids))}\n")
+    print(ran)
+    if config.is_moe:
+        print("\n" + expert_load(model, ids + clock.ids))
+
+
+def expert_load(model: Any, ids: Sequence[int]) -> str:
+    """How the choices of each layer's router spread over its experts, for one text: a row of bars per layer.
+
+    A bar's height is the expert's share of the choices; the even share 1/E stands in the middle of the scale.
+    """
+    import torch
+
+    with torch.no_grad():
+        out = model(torch.tensor([list(ids)], device=model.device), output_routing=True, output_logits=False)
+    load = out.routing.load().cpu()  # [L, E]
+    even = 1 / load.shape[1]
+    lines = [f"share of each of {load.shape[1]} experts, over {len(ids)} tokens (even: {even:.1%}, full bar: {2 * even:.1%})"]
+    for layer, shares in zip(out.routing.layers, load.tolist(), strict=True):
+        bars = "".join(bar(share / (2 * even)) for share in shares)
+        lines.append(f"  layer {layer:<3} |{bars}|  from {min(shares):.1%} to {max(shares):.1%}")
+    return "\n".join(lines)
+
+
+def bar(height: float) -> str:
+    """One character for a height in 0..1; what is used at all never looks empty."""
+    scale = BLOCKS if _can_print(BLOCKS) else PLAIN
+    step = round(height * (len(scale) - 1))
+    return scale[min(max(step, 1 if height > 0 else 0), len(scale) - 1)]
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,233 @@
+"""Checks of single values, and the base class whose fields they guard.
+
+A check takes (name, value) and returns the value to keep, or raises ConfigError with the name, the value and what is
+supported. Values come from untrusted files: JSON of any type, size and depth.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields
+from typing import Any, ClassVar
+
+MAX_LAYERS = 10_000  # a loop over layers must end; the largest published model has 92
+MAX_SIZE = 2**31 - 1
+MAX_PARAMETERS = 10**14  # forty times the largest published model
+
+Check = Callable[[str, Any], Any]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be honoured; the message names the key, its value, and what is supported."""
+
+
+# ---- checks of one value: (name, value) -> the value to keep, or ConfigError
+
+
+def whole(low: int = 1, high: int = MAX_SIZE) -> Check:
+    """An integer within [low, high]. JSON's true is a bool and no integer, though Python says isinstance(True, int)."""
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} = {shown(value)} must be a whole number, not {kind(value)}")
+        if not low <= value <= high:
+            raise ConfigError(f"{name} = {shown(value)} must lie within {low}..{high}")
+        return value
+
+    return check
+
+
+def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> Check:
+    """A finite number within [low, high], or (low, high] when `above`."""
+
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{name} = {shown(value)} must be a number, not {kind(value)}")
+        try:
+            value = float(value)
+        except OverflowError:  # an integer beyond 1e308
+            value = math.inf
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            upper = f" and at most {high:g}" if high < math.inf else ""
+            raise ConfigError(f"{name} = {value} must be finite, {'above' if above else 'at least'} {low:g}{upper}")
+        return value
+
+    return check
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} = {shown(value)} must be true or false, not {kind(value)}")
+    return value
+
+
+def words(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} = {shown(value)} must be a string, not {kind(value)}")
+    return value
+
+
+def one_of(*supported: Any) -> Check:
+    """One of the values that are implemented. true is not 1 and false is not 0."""
+
+    def check(name: str, value: Any) -> Any:
+        if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in supported):
+            listed = " or ".join(shown(choice) for choice in supported)
+            raise ConfigError(f"{name} = {shown(value)} is not supported; this library implements {listed}")
+        return value
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def token_ids(name: str, value: Any) -> int | list[int] | None:
+    """null, one id, or a list of ids. Ids beyond the vocabulary are legal: they stand for tokens that never occur."""
+    check = whole(low=-1)
+    if isinstance(value, (list, tuple)):
+        return [check(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    return optional(check)(name, value)
+
+
+def names(name: str, value: Any) -> list[str]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{name} = {shown(value)} must be a list of strings, not {kind(value)}")
+    return [words(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def dtype_name(name: str, value: Any) -> str:
+    """The same for "bfloat16", "torch.bfloat16" and torch.bfloat16."""
+    if not isinstance(value, str) and type(value).__module__ != "torch":
+        raise ConfigError(f"{name} = {shown(value)} must name a dtype, not be {kind(value)}")
+    text = str(value).removeprefix("torch.")
+    if text not in ("float64", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"{name} = {shown(value)} is not supported; known are float64, float32, bfloat16, float16")
+    return text
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} = {shown(value)} must be an object, not {kind(value)}")
+    for key in value:
+        words(f"a key of {name}", key)
+    return dict(value)
+
+
+def shown(value: Any, width: int = 80) -> str:
+    """A value as the message shows it: short, however large the value is."""
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to print more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (list, tuple)) and len(value) > 12:
+        return f"a list of {len(value)}"
+    if isinstance(value, Mapping) and len(value) > 12:
+        return f"an object of {len(value)} keys"
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def kind(value: Any) -> str:
+    """The JSON name of a value's type."""
+    if value is None:
+        return "null"
+    table = ((bool, "a boolean"), (int, "a whole number"), (float, "a number"), (str, "a string"))
+    table += (((list, tuple), "a list"), (Mapping, "an object"))
+    return next((name for types, name in table if isinstance(value, types)), type(value).__name__)
+
+
+# ---- fields that are fixed
+
+# May be assigned on a checked config: read at each call, or only by other programs.
+RUNTIME: dict[str, Check] = {
+    "use_cache": flag,
+    "output_router_logits": flag,
+    "return_dict": one_of(True),
+    "bos_token_id": token_ids,
+    "eos_token_id": token_ids,
+    "pad_token_id": token_ids,
+}
+
+
+def checked(default: Any, check: Check) -> Any:
+    return field(default=default, metadata={"check": check})
+
+
+def field_names(cls: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cls))
+
+
+class Fixed:
+    """Base of the configurations: each field's check runs once; then assignment is refused, with the way out."""
+
+    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ("past_key_values",)  # read by transformers' Trainer
+    is_encoder_decoder: ClassVar[bool] = False
+    return_dict = True
+    _name_or_path = ""
+    _attn_implementation = None  # read by Trainer and TRL; what runs is chosen in backends
+    _prefix = ""  # of field names in messages
+
+    def _check_fields(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            if "check" in f.metadata:
+                setattr(self, f.name, f.metadata["check"](self._prefix + f.name, getattr(self, f.name)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_closed" not in self.__dict__ or name.startswith("_"):
+            object.__setattr__(self, name, value)
+        elif name in RUNTIME:
+            object.__setattr__(self, name, RUNTIME[name](name, value))
+        elif not hasattr(self, name) or getattr(self, name) != value:
+            now = f"; it is {shown(getattr(self, name))}" if hasattr(self, name) else ""
+            raise ConfigError(
+                f"{name} cannot be assigned, because a checked configuration is fixed{now}. Make another one: "
+                f"config.replace({name}=...). Assignable are {', '.join(RUNTIME)} and names that begin with _"
+            )
+
+    def __delattr__(self, name: str) -> None:
+        raise ConfigError(f"{name} cannot be deleted: a checked configuration is fixed")
+
+    def to_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same as to_dict: defaults are written too, because other programs have other defaults."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of config.json. use_diff is taken because Trainer and peft pass it; all keys are written."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+class FixedDict(dict):
+    """A dict that cannot be changed in place, so that a checked configuration stays as it was checked."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise ConfigError("this part of a checked configuration is fixed; use config.replace(...)")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: Any) -> FixedDict:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FixedDict, (dict(self),)
+
+
+# ---- checks of values against each other
+
+
+def divides(config: Fixed, divisor: str, name: str) -> None:
+    small, large = getattr(config, divisor), getattr(config, name)
+    if large % small:
+        raise ConfigError(f"{config._prefix}{name} = {large} must be a multiple of {divisor} = {small}")
+
+
+def limit(parameters: int) -> None:
+    if parameters > MAX_PARAMETERS:
+        raise ConfigError(f"these sizes give {shown(parameters)} parameters; at most {MAX_PARAMETERS:.0e} are accepted")

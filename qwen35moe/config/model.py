@@ -1,0 +1,200 @@
+"""Config: a whole model, text and perhaps vision, and how it is read from config.json."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any
+
+from . import parameters
+from .checks import RUNTIME, ConfigError, Fixed, checked, field_names, flag, mapping, names, optional, shown, whole
+from .keys import MOE, check_depth, family, unknown_message
+from .presets import PRESETS, canonical
+from .reading import TEXT_KEYS, read_flat, read_json, read_nested
+from .text import UNSET, TextConfig
+from .vision import VisionConfig
+
+
+@dataclass(kw_only=True)
+class Config(Fixed):
+    """A whole model. Without vision_config it is text only, and its file is flat (model_type ends in _text)."""
+
+    text_config: TextConfig
+    vision_config: VisionConfig | None = None
+    model_type: str = UNSET
+    architectures: list[str] = checked(UNSET, names)  # by default the class that would be built
+    image_token_id: int = checked(248056, whole(low=-1))
+    video_token_id: int = checked(248057, whole(low=-1))
+    vision_start_token_id: int = checked(248053, whole(low=-1))
+    vision_end_token_id: int = checked(248054, whole(low=-1))
+    # In the nested form this value alone decides for the multimodal class, and absent means false, whatever
+    # text_config says; the text-only class reads text_config's. In the flat form the two are one.
+    tie_word_embeddings: bool = checked(UNSET, flag)
+    quantization_config: dict[str, Any] | None = checked(None, optional(mapping))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text_config, TextConfig):
+            self.text_config = TextConfig.from_dict(self.text_config)
+        if self.vision_config is not None and not isinstance(self.vision_config, VisionConfig):
+            self.vision_config = VisionConfig.from_dict(self.vision_config)
+        kind = family(self.text_config.model_type)
+        if self.model_type is UNSET:
+            self.model_type = kind + ("_text" if self.vision_config is None else "")
+        if family(self.model_type) != kind:
+            raise ConfigError(f"model_type = {self.model_type} contradicts text_config's {self.text_config.model_type}")
+        if self.architectures in (UNSET, None):
+            self.architectures = [_architecture(kind, self.vision_config is not None)]
+        if self.tie_word_embeddings is UNSET:
+            self.tie_word_embeddings = self.is_flat and self.text_config.tie_word_embeddings
+        self._check_fields()
+        self.quantization_config = copy.deepcopy(self.quantization_config)
+        self._check_together(kind)
+        self._closed = True
+
+    def _check_together(self, kind: str) -> None:
+        if self.is_flat and self.tie_word_embeddings != self.text_config.tie_word_embeddings:
+            raise ConfigError(
+                f"tie_word_embeddings = {self.tie_word_embeddings} contradicts text_config's "
+                f"{self.text_config.tie_word_embeddings}; a text-only model has one value"
+            )
+        if self.vision_config is None:
+            return
+        if self.is_flat:
+            raise ConfigError(f"model_type = {self.model_type} is text only but there is a vision_config")
+        if family(self.vision_config.model_type) != kind:  # the tower is the same in both families
+            self.vision_config = self.vision_config.replace(model_type=kind)
+        if self.vision_config.out_hidden_size != self.text_config.hidden_size:
+            raise ConfigError(
+                f"vision_config.out_hidden_size = {self.vision_config.out_hidden_size} must equal text_config."
+                f"hidden_size = {self.text_config.hidden_size}: image features stand among the token embeddings"
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_closed" in self.__dict__ and name in RUNTIME and name != "return_dict":
+            setattr(self.text_config, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def is_flat(self) -> bool:
+        """Text only, written without text_config, its tensors named model.* rather than model.language_model.*"""
+        return self.model_type.endswith("_text")
+
+    dtype = property(lambda self: self.text_config.dtype)
+    use_cache = property(lambda self: self.text_config.use_cache)
+    output_router_logits = property(lambda self: self.text_config.output_router_logits)
+    bos_token_id = property(lambda self: self.text_config.bos_token_id)
+    eos_token_id = property(lambda self: self.text_config.eos_token_id)
+    pad_token_id = property(lambda self: self.text_config.pad_token_id)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> TextConfig:
+        """text_config; the arguments are those of transformers' method of this name, and decide nothing here."""
+        return self.text_config
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike[str]) -> Config:
+        """From a folder with config.json, or from that file. Nothing is downloaded and nothing in it is executed."""
+        return cls.from_dict(read_json(path))
+
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """A published size: `Config.preset("35b-a3b")`; see `Config.presets()`. Full names are understood too."""
+        key = canonical(name) if isinstance(name, str) else name
+        if key not in PRESETS:
+            near = difflib.get_close_matches(str(key), PRESETS, n=3, cutoff=0.4)
+            close = f"close are {', '.join(near)}; " if near else ""
+            raise ConfigError(f"no preset {shown(name)}; {close}there are {', '.join(PRESETS)}")
+        return cls.from_dict(PRESETS[key])
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """The names of all published sizes."""
+        return tuple(PRESETS)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Config:
+        """From the content of a config.json: nested or flat, MoE or dense. ConfigError names what is wrong."""
+        check_depth(given)
+        values = mapping("the configuration", given)
+        read = read_flat if values.get("text_config") is None else read_nested
+        return cls(**read(values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json, as transformers reads it: flat for a text-only model, otherwise nested."""
+        names_here = [name for name in field_names(Config) if name not in ("text_config", "vision_config")]
+        own = {name: copy.deepcopy(getattr(self, name)) for name in names_here}
+        if self.quantization_config is None:
+            del own["quantization_config"]
+        if not self.is_flat:
+            own["text_config"] = self.text_config.to_dict()
+            if self.vision_config is not None:
+                own["vision_config"] = self.vision_config.to_dict()
+            return own
+        for f in fields(self):  # placeholder tokens mean nothing without vision
+            if f.name.endswith("_token_id") and own[f.name] == f.default:
+                del own[f.name]
+        return self.text_config.to_dict() | own
+
+    def replace(self, **changes: Any) -> Config:
+        """A changed copy: fields of this object, or of text_config by their bare names.
+
+        text_config and vision_config may be objects or dicts of changes. The vision tower's out_hidden_size follows
+        hidden_size; tie_word_embeddings is set in both places. See TextConfig.replace for what else follows.
+        """
+        own = {name: getattr(self, name) for name in field_names(Config)}
+        text, vision = changes.pop("text_config", {}), changes.pop("vision_config", {})
+        inner = {name: changes[name] for name in changes if name in TEXT_KEYS}
+        outer = {name: changes[name] for name in changes if name in own}
+        if unknown := [name for name in changes if name not in inner and name not in outer]:
+            raise ConfigError(unknown_message("", unknown, changes, [*own, *TEXT_KEYS]))
+        if not isinstance(text, TextConfig):
+            text = self.text_config.replace(**mapping("text_config", text))
+        text = text.replace(**inner) if inner else text
+        if isinstance(vision, Mapping):
+            if self.vision_config is not None:
+                vision = {"out_hidden_size": text.hidden_size} | mapping("vision_config", vision)
+                vision = self.vision_config.replace(**vision)
+            vision = vision or None
+        if self.is_flat:
+            own["tie_word_embeddings"] = text.tie_word_embeddings
+        own |= {"text_config": text, "vision_config": vision} | outer
+        if "model_type" not in outer:
+            own["model_type"] = family(text.model_type) + ("_text" if self.is_flat else "")
+        kept = family(own["model_type"]) == family(self.model_type) and (vision is None) == (self.vision_config is None)
+        if "architectures" not in outer and not kept:
+            own["architectures"] = UNSET
+        return Config(**own)
+
+    def text_only(self) -> Config:
+        """The decoder alone, in the flat form. Its tie_word_embeddings is text_config's, as transformers has it."""
+        if self.is_flat:
+            return self
+        return Config(text_config=copy.copy(self.text_config), quantization_config=self.quantization_config)
+
+    def num_parameters(self, vision: bool = True, lm_head: bool = True, mtp: bool = False, active: bool = False) -> int:
+        """How many parameters; with `active`, how many one token uses (S of E routed experts, all of the rest).
+
+        The output head counts only where it is not tied to the embedding; the MTP head only with `mtp`.
+        """
+        return parameters.num_parameters(self, vision=vision, lm_head=lm_head, mtp=mtp, active=active)
+
+    def tensor_shapes(
+        self, vision: bool = True, lm_head: bool = True, mtp: bool = False, experts: str = "grouped",
+        mtp_experts: str = "grouped", islands: str = "F32",
+    ) -> Iterator[parameters.TensorShape]:
+        """Name, shape and stored dtype of every tensor of a checkpoint.
+
+        experts, mtp_experts: "grouped" (one tensor for all) or "per_expert". Published bf16 repositories store grouped
+        experts; their MTP experts are per expert in Qwen3.5 and grouped from 3.6 on. islands: the stored dtype of A_log
+        and of the delta rule's output norm, F32 in Qwen3.5 and BF16 from 3.6 on.
+        """
+        return parameters.tensor_shapes(
+            self, vision=vision, lm_head=lm_head, mtp=mtp, experts=experts, mtp_experts=mtp_experts, islands=islands
+        )
+
+
+def _architecture(kind: str, vision: bool) -> str:
+    return ("Qwen3_5Moe" if kind == MOE else "Qwen3_5") + ("ForConditionalGeneration" if vision else "ForCausalLM")

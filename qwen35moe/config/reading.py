@@ -1,0 +1,137 @@
+"""From a file to the arguments of Config: nested files (text_config, vision_config) and flat ones (text only)."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .checks import ConfigError, field_names, mapping, shown
+from .keys import DENSE, FIXED_TEXT, INERT_TOP, MOE, check_keys, family
+from .text import TextConfig
+from .vision import VisionConfig
+
+MAX_FILE_BYTES = 16 * 2**20  # the largest published config.json has 27 KB
+
+FLAT_ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
+TEXT_KEYS = {*field_names(TextConfig), *FIXED_TEXT, "torch_dtype", "rope_scaling", *FLAT_ROPE_KEYS}
+TOP_KEYS = ("model_type", "architectures", "image_token_id", "video_token_id", "vision_start_token_id",
+            "vision_end_token_id", "tie_word_embeddings", "quantization_config")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a config.json, or in the config.json of a folder. The size is checked before it is read."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    try:
+        status = file.stat()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no configuration at {shown(str(file))}: {error}. Nothing is downloaded here; "
+            "for the sizes of a published model use Config.preset(name)"
+        ) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{shown(str(file))} is not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ConfigError(f"{shown(str(file))} has {status.st_size} bytes; a config.json has at most {MAX_FILE_BYTES}")
+    try:
+        with file.open("rb") as stream:  # read one byte more at most, should the file grow meanwhile
+            content = json.loads(stream.read(MAX_FILE_BYTES + 1), object_pairs_hook=_once)
+    except ConfigError as error:
+        raise ConfigError(f"{shown(str(file))}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8 and integers of 4,301 digits
+        raise ConfigError(f"{shown(str(file))} is not valid JSON: {shown(str(error), 200)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{shown(str(file))} holds {shown(content)}, not an object")
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON leaves open which of two equal keys counts; two that differ are a contradiction."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ConfigError(f"{shown(key)} stands twice, as {shown(found[key])} and as {shown(value)}")
+        found[key] = value
+    return found
+
+
+def read_flat(values: dict[str, Any]) -> dict[str, Any]:
+    """A text-only file: the keys of the text model and of the whole model side by side."""
+    if values.get("vision_config") is not None:
+        raise ConfigError("there is a vision_config but no text_config; a model with vision is written nested")
+    own = {key: values[key] for key in TOP_KEYS if values.get(key) is not None}
+    text = {key: value for key, value in values.items() if key not in TOP_KEYS}
+    kind = _family_of(own.get("model_type"), text)
+    if "tie_word_embeddings" in own:
+        text["tie_word_embeddings"] = own["tie_word_embeddings"]
+    text.pop("text_config", None)
+    text.pop("vision_config", None)
+    parsed = TextConfig.from_dict(text | {"model_type": kind}, where="the configuration")
+    return own | {"model_type": kind + "_text", "text_config": parsed}
+
+
+def read_nested(values: dict[str, Any]) -> dict[str, Any]:
+    """A file with text_config, and vision_config unless the model is text only."""
+    text = mapping("text_config", values.pop("text_config"))
+    vision = values.pop("vision_config", None)
+    kind = _family_of(values.get("model_type") or text.get("model_type"), text)
+    if family(text.get("model_type") or kind) != kind:
+        outer, inner = values.get("model_type"), text.get("model_type")
+        raise ConfigError(f"model_type = {outer} contradicts text_config.model_type = {inner}")
+    # transformers writes the dtype of the whole model beside text_config too, and then reads that one
+    for name in ("torch_dtype", "dtype"):
+        if values.get(name) is not None:
+            text["dtype"] = values[name]
+        values.pop(name, None)
+    _lift_quantization(values, text)
+    parsed = TextConfig.from_dict(text | {"model_type": kind})
+    _drop_copies(values, parsed)
+    own = check_keys("", values, TOP_KEYS, {}, INERT_TOP)
+    own = {"tie_word_embeddings": False} | {key: value for key, value in own.items() if value is not None}
+    if vision is not None:
+        vision = {"out_hidden_size": parsed.hidden_size} | mapping("vision_config", vision)
+        own["vision_config"] = VisionConfig.from_dict(vision)
+    return own | {"model_type": kind, "text_config": parsed}
+
+
+def _lift_quantization(values: dict[str, Any], text: dict[str, Any]) -> None:
+    """Some programs write quantization_config into text_config; it is one description of one checkpoint."""
+    inner = text.pop("quantization_config", None)
+    if inner is None:
+        return
+    if values.get("quantization_config") not in (None, inner):
+        raise ConfigError("quantization_config differs between the top level and text_config; keep one of them")
+    values["quantization_config"] = inner
+
+
+def _drop_copies(values: dict[str, Any], text: TextConfig) -> None:
+    """Keys of the text model beside text_config: copies for scripts that look there, and an error if they differ."""
+    for key in [key for key in values if key in TEXT_KEYS and key not in TOP_KEYS and key not in INERT_TOP]:
+        value = values.pop(key)
+        if value is None:
+            continue
+        if key in FIXED_TEXT:
+            FIXED_TEXT[key](key, value)
+            continue
+        source = text.rope if key in FLAT_ROPE_KEYS else text
+        inside = getattr(source, "rope_parameters" if key == "rope_scaling" else key)
+        if (list(inside) if isinstance(inside, tuple) else inside) != value:
+            raise ConfigError(
+                f"{key} = {shown(value)} stands beside text_config, where nobody reads it; inside it is {shown(inside)}"
+            )
+
+
+def _family_of(model_type: Any, text: Mapping[str, Any]) -> str:
+    """From model_type, or in a file without one from the MLP it describes."""
+    if model_type is not None:
+        return family(model_type)
+    if text.get("num_experts"):
+        return MOE
+    if text.get("intermediate_size"):
+        return DENSE
+    raise ConfigError(f"model_type is missing: {MOE}, {MOE}_text, {DENSE} or {DENSE}_text")

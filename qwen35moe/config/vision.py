@@ -1,0 +1,63 @@
+"""VisionConfig: the vision tower's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any
+
+from . import parameters
+from .checks import MAX_LAYERS, ConfigError, Fixed, checked, divides, field_names, limit, mapping, number, one_of, whole
+from .keys import FIXED_VISION, INERT_VISION, MOE, check_depth, check_keys, family
+
+
+@dataclass(kw_only=True)
+class VisionConfig(Fixed):
+    """The vision tower, ending in a merger of spatial_merge_size ** 2 patches into one token of out_hidden_size."""
+
+    _prefix = "vision_config."
+
+    model_type: str = MOE + "_vision"
+    depth: int = checked(27, whole(high=MAX_LAYERS))
+    hidden_size: int = checked(1152, whole())
+    hidden_act: str = checked("gelu_pytorch_tanh", one_of("gelu_pytorch_tanh"))
+    intermediate_size: int = checked(4304, whole())
+    num_heads: int = checked(16, whole())
+    in_channels: int = checked(3, whole())
+    patch_size: int = checked(16, whole())
+    spatial_merge_size: int = checked(2, whole())
+    temporal_patch_size: int = checked(2, whole())
+    out_hidden_size: int = checked(2048, whole())
+    num_position_embeddings: int = checked(2304, whole())
+    initializer_range: float = checked(0.02, number())
+
+    def __post_init__(self) -> None:
+        self.model_type = family(self.model_type) + "_vision"  # published files say the name of the whole model
+        self._check_fields()
+        divides(self, "num_heads", "hidden_size")
+        if self.head_dim % 4:
+            raise ConfigError(
+                f"vision hidden_size = {self.hidden_size} over num_heads = {self.num_heads} gives heads of "
+                f"{self.head_dim}; the rotation over height and width needs a multiple of 4"
+            )
+        limit(sum(prod(shape) for _, shape in parameters.vision_tensors(self)))
+        self._closed = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> VisionConfig:
+        check_depth(given)
+        values = mapping("vision_config", given)
+        return cls(**check_keys("vision_config", values, field_names(cls), FIXED_VISION, INERT_VISION))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"deepstack_visual_indexes": []}
+
+    def replace(self, **changes: Any) -> VisionConfig:
+        return VisionConfig.from_dict({f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
+

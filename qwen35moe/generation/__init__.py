@@ -1,0 +1,10 @@
+"""Generation: the loop, streaming, stop strings."""
+
+from __future__ import annotations
+
+from .loop import generate, stream
+from .stop import StopStrings, TextStream
+from .streams import row_seed
+from .text import stream_text
+
+__all__ = ["StopStrings", "TextStream", "generate", "row_seed", "stream", "stream_text"]

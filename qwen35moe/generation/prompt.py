@@ -1,0 +1,134 @@
+"""What the caller gives as a prompt, made into one shape: real tokens, left-padded, with a length for each row.
+
+Padding never reaches the memory of the model, so where it stands is only a matter of columns. Inside the loop each
+row's real tokens are moved to the right end; then the last column is every row's last token, whichever side the
+caller padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """ids [B, P] and mask [B, P] (None: all real) as the caller sees them; tokens [B, L] the same, left-padded, L <=
+    P."""
+
+    ids: Tensor
+    mask: Tensor | None
+    tokens: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def ragged(self) -> bool:
+        return min(self.lengths) != max(self.lengths)
+
+
+def read(
+    input_ids: Any, attention_mask: Any, *, vocabulary: int, device: torch.device, pad_token_id: int | None
+) -> Prompt:
+    """Check a prompt and bring it into shape.
+
+    input_ids: int tensor [B, T] or [T], a list of ids, or a list of lists of ids of any lengths (padded here, on the
+    left). attention_mask: 1 for a real token, 0 for padding, of the same shape; None: every token is real.
+    """
+    ids, mask = _tensors(input_ids, attention_mask, device, pad_token_id)
+    if ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise ValueError(
+            f"the prompt is empty: input_ids has shape {tuple(ids.shape)}; give at least one token for each row"
+        )
+    if mask is None:
+        tokens, lengths = ids, (ids.shape[1],) * ids.shape[0]
+    else:
+        tokens, lengths = _aligned(ids, mask)
+    low, high = (int(each) for each in torch.stack([tokens.min(), tokens.max()]).tolist())
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
+        raise ValueError(f"token id {wrong} is outside the vocabulary: ids must lie in 0..{vocabulary - 1}")
+    return Prompt(ids, mask, tokens, lengths)
+
+
+def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tuple[Tensor, Tensor | None]:
+    if isinstance(ids, Mapping):
+        raise ValueError("input_ids is a mapping: pass a tokenizer's answer as generate(**inputs)")
+    if isinstance(ids, str):
+        raise ValueError("input_ids is a string: encode it first, generate(**tokenizer(text))")
+    if not isinstance(ids, Tensor):
+        ids, lengths = _from_lists(ids, pad)
+        if lengths is not None:
+            if mask is not None:
+                raise ValueError(
+                    "attention_mask and rows of different lengths exclude each other: the rows are padded here"
+                )
+            columns = torch.arange(ids.shape[1])
+            mask = columns >= ids.shape[1] - torch.tensor(lengths)[:, None]
+    if ids.dtype not in _INTEGERS:
+        raise ValueError(f"input_ids must hold integers, got {ids.dtype}")
+    if ids.ndim not in (1, 2):
+        raise ValueError(f"input_ids must have shape [rows, tokens] or [tokens], got {tuple(ids.shape)}")
+    if mask is not None:
+        mask = torch.as_tensor(mask)
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}: "
+                "they must be the same (1 for a token, 0 for padding)"
+            )
+    if ids.ndim == 1:
+        ids, mask = ids[None], None if mask is None else mask[None]
+    return ids.to(device, torch.int64), None if mask is None else mask.to(device)
+
+
+def _from_lists(ids: Any, pad: int | None) -> tuple[Tensor, list[int] | None]:
+    """A tensor, and the rows' lengths where they differ."""
+    if not isinstance(ids, Sequence):
+        raise ValueError(f"input_ids must be a tensor or a list of token ids, got {type(ids).__name__}")
+    if not ids:
+        raise ValueError("the prompt is empty: input_ids is []; give at least one token")
+    if not isinstance(ids[0], (Sequence, Tensor)):
+        return _row(ids), None
+    rows = [_row(row) for row in ids]
+    lengths = [len(row) for row in rows]
+    if 0 in lengths:
+        raise ValueError(f"the prompt of row {lengths.index(0)} is empty: give at least one token for each row")
+    if min(lengths) == max(lengths):
+        return torch.stack(rows), None
+    if pad is None:
+        raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens need padding: pass pad_token_id")
+    padded = torch.full((len(rows), max(lengths)), pad, dtype=torch.int64)
+    for row, tokens in zip(padded, rows, strict=True):
+        row[len(row) - len(tokens) :] = tokens
+    return padded, lengths
+
+
+def _row(values: Any) -> Tensor:
+    try:
+        row = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"input_ids must be a list of token ids or a list of such lists: {error}") from None
+    if row.ndim != 1 or (row.numel() and row.dtype not in _INTEGERS):
+        raise ValueError(
+            f"a row of input_ids must be a list of whole numbers, got {row.dtype} of shape {tuple(row.shape)}"
+        )
+    return row.to(torch.int64)
+
+
+def _aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The real tokens of each row at its right end, in their order; the rest 0, whatever the caller had put there."""
+    real = mask != 0
+    facts = torch.cat([real.sum(-1), (real & (mask != 1)).sum()[None]]).tolist()  # one synchronisation
+    lengths = tuple(int(each) for each in facts[:-1])
+    if facts[-1]:
+        raise ValueError("attention_mask must hold 1 for a token and 0 for padding; it holds other values")
+    if 0 in lengths:
+        raise ValueError(f"row {lengths.index(0)} of attention_mask is all padding: every row needs at least one token")
+    order = real.to(torch.int8).argsort(dim=1, stable=True)  # padding first, tokens after, each in their order
+    tokens = ids.masked_fill(~real, 0).gather(1, order)
+    return tokens[:, ids.shape[1] - max(lengths) :], lengths

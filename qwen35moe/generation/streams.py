@@ -1,0 +1,60 @@
+"""Random numbers that belong to a row: the same seed gives the same tokens, whoever else is in the batch.
+
+Row r of a batch with seed s draws from the stream `row_seed(s, r)`; row 0 from s itself. So
+
+    generate([a, b, c], seed=7)   row 2   ==   generate([c], seed=row_seed(7, 2))
+
+and equal prompts in one batch still get different answers. The numbers are drawn on the CPU, so that they are the
+same on every device, and neither read nor move PyTorch's global generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_BLOCK = 256  # numbers drawn at a time for each row, one transfer to the device for each block
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The seed of row `row`: the row-th output of SplitMix64 started at `seed` (Steele, Lea, Flood 2014); row 0 is
+    `seed`."""
+    seed &= _MASK
+    if row == 0:
+        return seed
+    z = (seed + row * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+class Uniforms:
+    """One uniform number in [0, 1) for each row and step, float64.
+
+    seed: None (fresh entropy), one number for the batch, or one for each row.
+    """
+
+    def __init__(self, seed: int | Sequence[int] | None, rows: int, device: torch.device) -> None:
+        if isinstance(seed, Sequence):
+            if len(seed) != rows:
+                raise ValueError(f"seed has {len(seed)} numbers for {rows} rows: pass one number, or one for each row")
+            seeds = [each & _MASK for each in seed]
+        else:
+            first = torch.Generator().seed() if seed is None else seed
+            seeds = [row_seed(first, row) for row in range(rows)]
+        self._generators = [torch.Generator().manual_seed(each) for each in seeds]
+        self._device = device
+        self._block = torch.empty(rows, 0, dtype=torch.float64)
+        self._used = 0
+
+    def next(self) -> Tensor:
+        """The next number of every row: [B]."""
+        if self._used == self._block.shape[1]:
+            drawn = [torch.rand(_BLOCK, generator=each, dtype=torch.float64) for each in self._generators]
+            self._block = torch.stack(drawn).to(self._device, non_blocking=True)
+            self._used = 0
+        self._used += 1
+        return self._block[:, self._used - 1]

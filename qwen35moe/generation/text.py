@@ -1,0 +1,46 @@
+"""A prompt in, text out as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .loop import stream
+from .settings import end_tokens
+from .stop import Cut, TextStream
+
+
+def stream_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Any,
+    *,
+    stop: str | Sequence[str] | None = None,
+    skip_special_tokens: bool = True,
+    **options: Any,
+) -> Iterator[str]:
+    """The continuation of one prompt, in pieces of whole characters as they are certain.
+
+    prompt: text, or token ids (for prompts with control tokens: tokenizer.encode(text, special=True)). stop: the text
+    ends before the first of these strings, also where it is cut across tokens. options: those of `stream`.
+    """
+    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    steps = stream(model, ids, stop=strings or None, tokenizer=tokenizer, **options)
+    ends = set(end_tokens(model, options.get("eos_token_id"))) if skip_special_tokens else set()
+    return _pieces(steps, ends, TextStream(tokenizer, skip_special_tokens), Cut(strings))
+
+
+def _pieces(steps: Iterator[Any], ends: set[int], text: TextStream, cut: Cut) -> Iterator[str]:
+    for step in steps:
+        token = int(step)
+        if token in ends:
+            break
+        piece = cut.put(text.put(token))
+        if piece:
+            yield piece
+        if cut.found:
+            return
+    piece = cut.put(text.end()) + cut.end()
+    if piece:
+        yield piece

@@ -1,0 +1,99 @@
+"""One decoder layer: a mixer over time, then a feed-forward over width, each on the residual stream.
+
+    h' = h + mixer(norm(h))          mixer: Gated DeltaNet or Gated Attention, as layer_types says
+    y  = h' + mlp(norm(h'))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qwen35moe import taps
+from qwen35moe.cache import AttentionMemory, DeltaNetMemory, LayerMemory
+from qwen35moe.config import TextConfig
+from qwen35moe.layout import TokenLayout
+from qwen35moe.modules.attention import GatedAttention
+from qwen35moe.modules.deltanet import GatedDeltaNet
+from qwen35moe.modules.moe import DenseMLP, SparseMoeBlock
+from qwen35moe.modules.norm import RMSNorm
+from qwen35moe.routing import Choice, Replay
+from qwen35moe.taps import tap
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one forward share: the layout, cos and sin, and what is asked for."""
+
+    layout: TokenLayout
+    rotation: tuple[Tensor, Tensor]
+    replay: Replay | None = None
+    record: bool = False
+    attentions: bool = False
+
+
+@dataclass
+class Passed:
+    """What a layer leaves beside its output."""
+
+    memory: LayerMemory | None = None
+    choice: Choice | None = None
+    attention: Tensor | None = field(default=None, repr=False)
+
+
+class DecoderLayer(nn.Module):
+    """Layer `index`; `linear_attn` or `self_attn` mixes, `mlp` is sparse or dense, by configuration."""
+
+    def __init__(self, config: TextConfig, index: int) -> None:
+        super().__init__()
+        self.kind = config.layer_types[index]
+        if self.kind == "linear_attention":
+            self.linear_attn = GatedDeltaNet(config)
+        else:
+            self.self_attn = GatedAttention(config)
+        self.mlp = SparseMoeBlock(config, index) if config.is_moe else DenseMLP(config.hidden_size, _dense_width(config))
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden: Tensor, step: Step, memory: LayerMemory | None = None) -> tuple[Tensor, Passed]:
+        """hidden [B, T, D]; returns [B, T, D] and what the layer leaves beside it."""
+        run = _recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else _plain
+        hidden = tap(self, "input", hidden)
+        hidden, passed = run(self._mix, hidden, step, memory)
+        normed = run(self.post_attention_layernorm, hidden)
+        if isinstance(self.mlp, SparseMoeBlock):
+            # Outside the part that is computed again, so that a recomputation cannot choose other experts.
+            passed.choice = self.mlp.route(normed.flatten(0, 1), step.replay)
+            hidden = hidden + run(self.mlp, normed, passed.choice)
+        else:
+            hidden = hidden + run(self.mlp, normed)
+        return tap(self, "output", hidden), passed
+
+    def _mix(self, hidden: Tensor, step: Step, memory: LayerMemory | None) -> tuple[Tensor, Passed]:
+        normed = self.input_layernorm(hidden)
+        if self.kind == "linear_attention":
+            assert memory is None or isinstance(memory, DeltaNetMemory)
+            mixed, after = self.linear_attn(normed, step.layout, memory, step.record)
+            return hidden + mixed, Passed(after)
+        assert memory is None or isinstance(memory, AttentionMemory)
+        mixed, after, weights = self.self_attn(normed, step.layout, step.rotation, memory, step.attentions)
+        return hidden + mixed, Passed(after, None, weights)
+
+
+def _dense_width(config: TextConfig) -> int:
+    assert config.intermediate_size is not None  # the configuration has checked it for a dense model
+    return config.intermediate_size
+
+
+def _plain(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False, context_fn=taps.checkpoint_contexts)

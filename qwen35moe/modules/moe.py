@@ -1,0 +1,107 @@
+"""The feed-forward half of a layer: a sparse mixture of experts with a gated shared expert, or one dense MLP.
+
+route -> chosen experts, weighted  +  sigmoid(gate) * shared expert
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen35moe import backends
+from qwen35moe.config import TextConfig
+from qwen35moe.ops.experts import router_choice, watched_experts
+from qwen35moe.routing import Choice, Replay
+from qwen35moe.taps import listening, tap
+
+_EXPERT_VALUES = ("expert_in", "expert_act", "expert_out")
+
+
+class MLP(nn.Module):
+    """down (silu(gate x) * up x)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D]; returns [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DenseMLP(MLP):
+    """The feed-forward of the dense siblings, with its named value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tap(self, "output", super().forward(x))
+
+
+class Router(nn.Module):
+    """weight [E, D]; hidden [N, D] to logits [N, E], weights [N, S] and indices [N, S]. See `ops.experts.router`."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return backends.run("router", hidden, self.weight, top_k=self.top_k, caller=self)
+
+
+class Experts(nn.Module):
+    """All experts of a layer: gate_up_proj [E, 2F, D] (gate rows first), down_proj [E, D, F]. See `ops.experts`."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        experts, inner, width = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.zeros(experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.zeros(experts, width, inner))
+
+    def forward(
+        self, hidden: Tensor, indices: Tensor, weights: Tensor, watch: Callable[[str, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """hidden [N, D], indices and weights [N, S]; returns [N, D]. `watch` is shown the values inside."""
+        if watch is not None:
+            return watched_experts(hidden, self.gate_up_proj, self.down_proj, indices, weights, watch)
+        return backends.run("experts", hidden, self.gate_up_proj, self.down_proj, indices, weights, caller=self)
+
+
+class SparseMoeBlock(nn.Module):
+    """y = experts(x) + sigmoid(w_s x) * shared_expert(x)."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def route(self, hidden: Tensor, replay: Replay | None = None) -> Choice:
+        """What the router chooses for hidden [N, D], or what `replay` says instead."""
+        logits, weights, indices = self.gate(hidden)
+        if listening(self, ("router_logits",)):
+            logits = tap(self, "router_logits", logits)
+            indices, weights = router_choice(logits, self.gate.top_k)
+        if replay is not None:
+            indices, weights = replay(self.layer, logits)
+        return Choice(logits, tap(self, "indices", indices), tap(self, "weights", weights))
+
+    def forward(self, hidden: Tensor, choice: Choice | None = None) -> Tensor:
+        """hidden [B, T, D]; returns [B, T, D]. Routes by itself when no choice is given."""
+        rows = hidden.flatten(0, -2)
+        if choice is None:
+            choice = self.route(rows)
+        watch = None
+        if listening(self, _EXPERT_VALUES):
+            def watch(name: str, value: Tensor) -> Tensor:
+                return tap(self, name, value)
+        routed = tap(self, "routed", self.experts(rows, choice.indices, choice.weights, watch))
+        opened = self.shared_expert_gate(rows).sigmoid()
+        shared = tap(self, "shared", opened * self.shared_expert(rows))
+        return tap(self, "output", (routed + shared).view_as(hidden))

@@ -1,0 +1,243 @@
+"""The gated delta rule: a memory matrix that forgets by a gate and is corrected rather than accumulated.
+
+Yang et al. 2024, "Gated Delta Networks". Per value head, with keys and queries of unit length:
+
+    S_t = exp(decay_t) S_{t-1} + k_t (x) beta_t (v_t - exp(decay_t) S_{t-1}^T k_t)        S [K, V]
+    o_t = S_t^T q_t / sqrt(K)
+
+`recurrent_gated_delta_rule` is that definition; `chunked_gated_delta_rule` gives the same result as matrix products.
+One contract for both:
+
+    query, key [B, T, G, K]   normalised here: x / sqrt(sum x^2 + 1e-6); key head g serves value heads g H/G ... (g+1) H/G - 1
+    value [B, T, H, V]        H a multiple of G
+    decay [B, T, H]           log of the share of memory kept, <= 0
+    beta [B, T, H]            learning rate, 0 (write nothing) to 1 (replace what the key recalls)
+    state [B, H, K, V]        the memory before the first token; None is an empty one
+    cu_seqlens [documents+1]  B = 1: where packed documents begin and end; `state` then has one row per document
+    returns (output [B, T, H, V] in value's dtype, memory after the last token [B or documents, H, K, V], float32 at least)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from qwen35moe import backends
+from qwen35moe.ops.norm import l2_norm
+from qwen35moe.ops.precision import wide_dtype, widen
+from qwen35moe.ops.triangular import unit_lower_inverse
+
+CHUNK = 64
+_BLOCK_BYTES = 4 << 20  # a CPU works through as many chunks at once as keep each temporary in cache
+
+
+def recurrent_gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
+    state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, token by token: slow and obvious. See the module's contract."""
+    if cu_seqlens is not None:
+        return _each_document(recurrent_gated_delta_rule, query, key, value, decay, beta, state, cu_seqlens)
+    q, k, v, decay, beta = widen(query, key, value, decay, beta)
+    repeats = v.shape[2] // k.shape[2]
+    q = l2_norm(q).repeat_interleave(repeats, dim=2) * q.shape[-1] ** -0.5
+    k = l2_norm(k).repeat_interleave(repeats, dim=2)
+    memory = _initial(state, q, v)
+    outputs = []
+    for t in range(q.shape[1]):
+        memory = memory * decay[:, t].exp()[..., None, None]  # forget
+        recalled = torch.einsum("bhk,bhkv->bhv", k[:, t], memory)  # what the memory answers for this key
+        write = beta[:, t, :, None] * (v[:, t] - recalled)  # only the correction
+        memory = memory + torch.einsum("bhk,bhv->bhkv", k[:, t], write)
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], memory))
+    return torch.stack(outputs, dim=1).to(value.dtype), memory
+
+
+def _initial(state: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
+    if state is None:
+        return v.new_zeros(v.shape[0], v.shape[2], q.shape[-1], v.shape[-1])
+    return state.to(v.dtype)
+
+
+def _each_document(rule, query, key, value, decay, beta, state, cu_seqlens):  # noqa: ANN001
+    bounds = cu_seqlens.tolist()
+    outputs, memories = [], []
+    for document, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        rows = slice(start, end)
+        before = None if state is None else state[document : document + 1]
+        output, memory = rule(
+            query[:, rows], key[:, rows], value[:, rows], decay=decay[:, rows], beta=beta[:, rows], state=before
+        )
+        outputs.append(output)
+        memories.append(memory)
+    return torch.cat(outputs, dim=1), torch.cat(memories)
+
+
+def chunked_gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
+    state: Tensor | None = None, cu_seqlens: Tensor | None = None, chunk_size: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    r"""The same rule, a chunk of tokens at a time. See the module's contract; chunk_size is 8, 16, 32, ...
+
+    Inside a chunk that starts from memory S, with D_ij = exp(decay_{j+1} + ... + decay_i) for j <= i and
+    d_i = exp(decay_1 + ... + decay_i), the corrections W [C, V] of all its tokens solve one triangular system:
+
+        (I + A) W = beta (V - d K S)          A_ij = beta_i (k_i . k_j) D_ij   for j < i
+        O  = d Q S + (Q K^T * D) W
+        S' = d_C S + (D_C K)^T W
+    """
+    chunk_size = min(chunk_size, max(8, 1 << (query.shape[1] - 1).bit_length()))
+    if cu_seqlens is not None:
+        return _packed(query, key, value, decay, beta, state, cu_seqlens, chunk_size)
+    output, memories = _scan(query, key, value, decay, beta, state, chunk_size, [(0, query.shape[1])])
+    return output, memories
+
+
+def _scan(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None, chunk_size: int,
+    documents: list[tuple[int, int]],
+) -> tuple[Tensor, Tensor]:
+    """Runs the chunks in order. `documents` are spans [start, end) that begin at multiples of chunk_size; each starts
+    from its own row of `state` and leaves its own memory."""
+    batch, tokens, groups, width = key.shape
+    heads, dtype = value.shape[2], wide_dtype(query, key, value, decay, beta)
+    first_chunks = {start // chunk_size: index for index, (start, _) in enumerate(documents)}
+    last_chunks = {max(start, end - 1) // chunk_size for start, end in documents}
+    one_document = len(documents) == 1
+    if state is not None:
+        state = rearrange(state.to(dtype), "b (g r) k v -> b g r k v", g=groups)
+    empty = torch.zeros(
+        (batch, groups, heads // groups, width, value.shape[-1]), dtype=dtype, device=value.device
+    )
+    memory, outputs, memories = empty, [], []
+    per_block = max(1, _BLOCK_BYTES // (batch * heads * chunk_size * max(width, value.shape[-1]) * 4))
+    if value.device.type != "cpu":
+        per_block = max(per_block, 16)
+    for start in range(0, tokens, per_block * chunk_size):
+        rows = slice(start, min(start + per_block * chunk_size, tokens))
+        q, k, v, g, b = _chunks(query[:, rows], key[:, rows], value[:, rows], decay[:, rows], beta[:, rows], chunk_size)
+        solve, attend, since_start, to_end = _inside(q, k, g, b)
+        for c in range(v.shape[3]):
+            chunk = start // chunk_size + c
+            if chunk in first_chunks:
+                before = first_chunks[chunk]
+                memory = empty if state is None else state if one_document else state[before : before + 1]
+            keys, queries = k[:, :, None, c], q[:, :, None, c]  # [B, G, 1, C, K]
+            reach = since_start[:, :, :, c, :, None]
+            write = solve[:, :, :, c] @ (v[:, :, :, c] - reach * (keys @ memory))
+            outputs.append(attend[:, :, :, c] @ write + reach * (queries @ memory))
+            memory = reach[..., -1:, :] * memory + keys.mT @ (to_end[:, :, :, c, :, None] * write)
+            if chunk in last_chunks:
+                memories.append(memory)
+    output = torch.stack(outputs, dim=3).to(value.dtype)
+    output = rearrange(output, "b g r n c v -> b (n c) (g r) v")[:, :tokens]
+    return output, torch.cat(memories).flatten(1, 2)
+
+
+def _chunks(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, chunk_size: int):  # noqa: ANN202
+    """Widened, normalised and cut: q, k [B, G, n, C, K], v [B, G, R, n, C, V], decay, beta [B, G, R, n, C]. The last
+    chunk is filled up with tokens that neither forget, nor write."""
+    groups, missing = key.shape[2], -query.shape[1] % chunk_size
+    q, k, v, g, b = widen(query, key, value, decay, beta)
+    if missing:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
+        g, b = (F.pad(x, (0, 0, 0, missing)) for x in (g, b))
+    q, k = (rearrange(x, "b (n c) g k -> b g n c k", c=chunk_size) for x in (q, k))
+    q, k = l2_norm(q) * q.shape[-1] ** -0.5, l2_norm(k)
+    v = rearrange(v, "b (n c) (g r) v -> b g r n c v", c=chunk_size, g=groups)
+    g, b = (rearrange(x, "b (n c) (g r) -> b g r n c", c=chunk_size, g=groups) for x in (g, b))
+    return q, k, v, g, b
+
+
+def _inside(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What depends on one chunk alone, for all chunks at once: (I + A)^-1 diag(beta), Q K^T * D [.., C, C], and the
+    decay from the chunk's start to each token and from each token to its end [.., C]."""
+    logs = segment_sums(decay)
+    between = forgetting(logs)
+    scores = torch.cat([k, q], dim=-2) @ k.mT  # K K^T and Q K^T once per key head
+    kk, qk = scores[:, :, None].chunk(2, dim=-2)
+    system = (beta[..., None] * kk * between).tril(-1)
+    solve = unit_lower_inverse(system) * beta[..., None, :]
+    return solve, qk * between, forgetting(decay.cumsum(-1)), between[..., -1, :]
+
+
+def segment_sums(decay: Tensor) -> Tensor:
+    """[..., C] -> [..., C, C]: decay_{j+1} + ... + decay_i for j <= i, and -inf above the diagonal.
+
+    Each entry is summed on its own, not as a difference of two running sums: behind a gate of -80 such a difference
+    keeps no digit of a gate of -1e-4, and its gradient none at all.
+    """
+    size = decay.shape[-1]
+    ones = torch.ones(size, size, dtype=torch.bool, device=decay.device)
+    gates = decay[..., None, :].expand(*decay.shape, size).masked_fill(~ones.triu(1), 0)  # [.., j, m]: gates after j
+    return gates.cumsum(-1).mT.masked_fill(ones.triu(1), float("-inf"))
+
+
+def forgetting(logs: Tensor) -> Tensor:
+    """exp(logs), exactly zero where less than 1e-13 (float64: 1e-35) would be left.
+
+    Without the floor the products that follow fill with denormal numbers, which a CPU handles in microcode: at hard
+    gates every form of the rule becomes several times slower, and no digit of the result depends on them.
+    """
+    floor = -80.0 if logs.dtype == torch.float64 else -30.0
+    return logs.masked_fill(logs < floor, float("-inf")).exp()
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None, cu_seqlens: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Documents laid apart so that each begins at a chunk, which keeps them apart for good, and gathered back."""
+    bounds = cu_seqlens.to(query.device)
+    lengths = bounds.diff()
+    room = (lengths + chunk_size - 1) // chunk_size * chunk_size
+    starts = room.cumsum(0) - room
+    document = torch.repeat_interleave(lengths)
+    place = torch.arange(query.shape[1], device=query.device) - bounds[:-1][document] + starts[document]
+    total = int(room.sum())
+
+    def spread(x: Tensor) -> Tensor:
+        return x.new_zeros(1, total, *x.shape[2:]).index_copy(1, place, x)
+
+    spans = [(s, s + n) for s, n in zip(starts.tolist(), lengths.tolist())]
+    spread_out = [spread(x) for x in (query, key, value, decay, beta)]
+    output, memories = _scan(*spread_out, state, chunk_size, spans)
+    return output.index_select(1, place), memories
+
+
+def gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
+    state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The plain PyTorch form: the definition for one token, chunks for more. See the module's contract."""
+    form = recurrent_gated_delta_rule if query.shape[1] == 1 else chunked_gated_delta_rule
+    return form(query, key, value, decay=decay, beta=beta, state=state, cu_seqlens=cu_seqlens)
+
+
+def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
+    sizes = [(2, 1, 1, 1, 8, 12), (1, 65, 2, 6, 16, 24), (2, 129, 1, 2, 12, 8), (1, 130, 2, 4, 8, 16)]
+    for number, (batch, tokens, groups, heads, width, out) in enumerate(sizes):
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        qk = [random(batch, tokens, groups, width).to(device, dtype) for _ in range(2)]
+        value = random(batch, tokens, heads, out).to(device, dtype)
+        wide = torch.promote_types(torch.float32, dtype)
+        decay = -torch.exp(random(batch, tokens, heads) * 2 - 3).to(device, wide)
+        options = {"decay": decay, "beta": random(batch, tokens, heads).sigmoid().to(device, wide)}
+        if number == 3:
+            options["cu_seqlens"] = torch.tensor([0, 1, 64, 67, 130], device=device)
+        rows = 4 if number == 3 else batch
+        if number != 1:
+            options["state"] = random(rows, heads, width, out).to(device, wide)
+        yield (*qk, value), options
+
+
+backends.register("gated_delta_rule", "torch", gated_delta_rule)
+backends.register("gated_delta_rule", "recurrent", recurrent_gated_delta_rule)
+backends.add_cases("gated_delta_rule", recurrent_gated_delta_rule, _cases)

@@ -1,0 +1,150 @@
+"""The sparse mixture of experts: the router, and the sum over the chosen experts.
+
+    p = softmax(W_r x),  chosen = the S largest,  w_e = p_e / sum of the chosen
+    y = sum over chosen e of w_e * down_e (silu(gate_e x) * up_e x)
+
+Shazeer et al. 2017. Expert weights are grouped: gate_up [E, 2F, D] (gate rows first), down [E, D, F].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen35moe import backends
+from qwen35moe.ops.precision import wide_dtype
+
+_FEW_ROWS = 64  # up to here weight @ rows.T streams the weight from memory faster than rows @ weight.T
+
+
+def router(hidden: Tensor, weight: Tensor, *, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The router's logits, and the weights and indices of the experts it chooses, largest first.
+
+    hidden [N, D], weight [E, D]; returns logits [N, E] and weights [N, S] in hidden's dtype, indices [N, S]. As in
+    transformers the product is in the weights' dtype and the softmax in float32 at least.
+    """
+    logits = F.linear(hidden, weight)
+    indices, weights = router_choice(logits, top_k)
+    return logits, weights, indices
+
+
+def router_choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """(indices, weights) [N, S] that logits [N, E] choose, largest first."""
+    probabilities = logits.to(wide_dtype(logits)).softmax(-1)
+    chosen, indices = probabilities.topk(top_k, dim=-1)
+    return indices, (chosen / chosen.sum(-1, keepdim=True)).to(logits.dtype)
+
+
+def chosen_weights(logits: Tensor, indices: Tensor) -> Tensor:
+    """The weights [N, S] that logits [N, E] give to experts chosen elsewhere: p_e over the sum of the chosen."""
+    probabilities = logits.to(wide_dtype(logits)).softmax(-1).gather(-1, indices)
+    return (probabilities / probabilities.sum(-1, keepdim=True)).to(logits.dtype)
+
+
+def loop_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The definition, expert by expert.
+
+    hidden [N, D], gate_up [E, 2F, D], down [E, D, F], indices [N, S], weights [N, S]; returns [N, D] in hidden's
+    dtype, summed in float32 at least.
+    """
+    dtype = wide_dtype(hidden)
+    total = torch.zeros_like(hidden, dtype=dtype)
+    for expert in range(gate_up.shape[0]):
+        token, slot = (indices == expert).nonzero(as_tuple=True)
+        if token.numel():
+            gate, up = F.linear(hidden[token], gate_up[expert]).chunk(2, dim=-1)
+            out = F.linear(F.silu(gate) * up, down[expert])
+            total = total.index_add(0, token, out.to(dtype) * weights[token, slot, None].to(dtype))
+    return total.to(hidden.dtype)
+
+
+def sorted_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The same with the (token, slot) pairs sorted by expert, so that each expert hit sees its rows once.
+
+    Arguments and result as in the definition. The weights of a layer are split into its experts once: indexing them
+    one by one would make the backward fill a whole zero gradient per expert.
+    """
+    dtype, slots = wide_dtype(hidden), indices.shape[1]
+    flat = indices.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
+    scales = weights.reshape(-1)[order].to(dtype)[:, None]
+    total = torch.zeros_like(hidden, dtype=dtype)
+    gate_ups, downs = gate_up.unbind(0), down.unbind(0)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            pairs = slice(start, start + count)
+            rows = order[pairs] // slots
+            out = one_expert(hidden.index_select(0, rows), gate_ups[expert], downs[expert])
+            total = total.index_add_(0, rows, out.to(dtype).mul(scales[pairs]))
+            start += count
+    return total.to(hidden.dtype)
+
+
+def watched_experts(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor,
+    watch: Callable[[str, Tensor], Tensor],
+) -> Tensor:
+    """The same, showing watch(name, value) the rows of all experts, those of one after those of the one before.
+
+    expert_in [R, D], expert_act [R, F] and expert_out [R, D] with R = N S; what watch returns is used.
+    """
+    flat, slots = indices.reshape(-1), indices.shape[1]
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
+    rows = watch("expert_in", hidden[order // slots]).split(counts)
+    acts = []
+    for x, weight in zip(rows, gate_up.unbind(0)):
+        gate, up = F.linear(x, weight).chunk(2, dim=-1)
+        acts.append(F.silu(gate) * up)
+    inner = watch("expert_act", torch.cat(acts)).split(counts)
+    out = watch("expert_out", torch.cat([F.linear(x, weight) for x, weight in zip(inner, down.unbind(0))]))
+    dtype = wide_dtype(hidden)
+    scaled = out.to(dtype) * weights.reshape(-1)[order].to(dtype)[:, None]
+    return torch.zeros_like(hidden, dtype=dtype).index_add(0, order // slots, scaled).to(hidden.dtype)
+
+
+def one_expert(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """down (silu(gate rows) * up rows) for rows [n, D] of one expert, gate_up [2F, D], down [D, F]."""
+    gate, up = project(rows, gate_up).chunk(2, dim=-1)
+    return project(F.silu(gate) * up, down)
+
+
+def project(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight.T, in the order that reads a bfloat16 weight fastest on a CPU: [n, D], [F, D] -> [n, F]."""
+    if rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or rows.shape[0] > _FEW_ROWS:
+        return F.linear(rows, weight)
+    if rows.shape[0] == 1:
+        return torch.mv(weight, rows[0])[None]
+    return (weight @ rows.T).T
+
+
+def _router_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
+    for tokens, width, experts, top_k in ((7, 12, 5, 2), (1, 8, 16, 4)):
+        hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(device, dtype)
+        weight = torch.randn(experts, width, generator=generator, dtype=torch.float64).to(device, dtype)
+        yield (hidden, weight), {"top_k": top_k}
+
+
+def _expert_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
+    for tokens, width, inner, experts, top_k in ((7, 12, 5, 6, 2), (1, 8, 3, 4, 4), (70, 10, 6, 3, 1)):
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+        scores = torch.rand(tokens, experts, generator=generator)
+        indices = scores.topk(top_k, dim=-1).indices.to(device)
+        weights = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64).to(device, dtype)
+        tensors = random(tokens, width), random(experts, 2 * inner, width), random(experts, width, inner)
+        yield (*tensors, indices, weights), {}
+
+
+backends.register("router", "torch", router)
+backends.add_cases("router", router, _router_cases)
+backends.register("experts", "torch", sorted_experts, skips=("expert_in", "expert_act", "expert_out"))
+backends.register("experts", "loop", loop_experts, skips=("expert_in", "expert_act", "expert_out"))
+backends.add_cases("experts", loop_experts, _expert_cases)

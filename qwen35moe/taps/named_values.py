@@ -1,0 +1,257 @@
+"""The catalogue: every value that a paper gives a letter, with its one public name, shape and equation.
+
+A name is the path of the module that computes the value, relative to the text model, and the value's own name; N stands
+for a layer number. The letters of the shapes are those of the whole project:
+
+    B batch rows   T new tokens   M cached and new tokens   D model width   H value (or query) heads   G key heads
+    K key width    V value width  C = 2*G*K + H*V           E experts       S slots (experts per token)
+    F expert width N = B*T        R = N*S rows, those of one expert after those of the one before
+
+In the equations x is the normalised input of a mixer or feed-forward block and h the residual stream.
+
+An alias is the name of the same value in another implementation's source: a module of transformers (its output) or a
+variable of its forward, a node of llama.cpp's graph, a variable of vLLM. One that is missing is not known, or never
+formed there. Read in transformers 5.23.0 (models/qwen3_5_moe), llama.cpp (src/models/qwen35moe.cpp at 02ebd8f7,
+delta-net-base.cpp at 156ce1c1, build_moe_ffn and build_attn_mha of llama-graph.cpp) and vLLM (models/qwen3_next.py at
+002d6073, layers/mamba/gdn_linear_attn.py at 0218d050, fused_moe). Layouts differ: transformers puts heads before tokens
+in attention and channels before tokens in the convolution; llama.cpp writes shapes innermost first, orders the value
+heads otherwise (tiled, not grouped), and forms kq_soft_max only without flash attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One named value. `inputs` are the names that it is computed from, `needs` an attribute its module must have."""
+
+    name: str
+    shape: tuple[str, ...]
+    equation: str
+    inputs: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    needs: str | None = None
+
+    @property
+    def parent(self) -> str:
+        """Path of the module that computes it, "" for the text model itself."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+# Rows: leaf, shape, equation, inputs (siblings by leaf, others by full name), then the aliases in the order below.
+_LIBRARIES = ("transformers", "llama.cpp", "vllm")
+_Row = tuple[str, str, str, str, str, str, str]
+
+_MODEL: tuple[_Row, ...] = (
+    ("embed", "B T D", "h = W_embed[token]", "", "embed_tokens", "model.input_embed", "hidden_states"),
+    ("norm", "B T D", "y = rms_norm(h) (1 + w)", "layers.N.output", "norm", "result_norm", "hidden_states"),
+)
+_LAYER: tuple[_Row, ...] = (
+    ("input", "B T D", "h: embed, or the output of layer N-1", "embed layers.N.output", "layers.N (input)", "", ""),
+    (
+        "output",
+        "B T D",
+        "h' + mlp.output, with h' = h + mixer output",
+        "input layers.N.linear_attn.output layers.N.self_attn.output layers.N.mlp.output",
+        "layers.N (output)",
+        "l_out",
+        "",
+    ),
+)
+_LINEAR_ATTN: tuple[_Row, ...] = (
+    (
+        "qkv",
+        "B T C",
+        "W_qkv x",
+        "layers.N.input",
+        "linear_attn.in_proj_qkv",
+        "linear_attn_qkv_mixed",
+        "mixed_qkv",
+    ),
+    (
+        "conv",
+        "B T C",
+        "silu(sum_w W_conv[:, w] qkv[t - W + 1 + w])",
+        "qkv",
+        "mixed_qkv (after causal_conv1d_fn)",
+        "conv_output_silu",
+        "mixed_qkv_non_spec",
+    ),
+    ("query", "B T G K", "conv[:G*K], before the l2 norm", "conv", "query", "q_conv", "query_non_spec"),
+    ("key", "B T G K", "conv[G*K:2*G*K], before the l2 norm", "conv", "key", "k_conv", "key_non_spec"),
+    ("value", "B T H V", "conv[2*G*K:]", "conv", "value", "v_conv", "value_non_spec"),
+    ("decay", "B T H", "g = -exp(A_log) softplus(W_a x + dt_bias) <= 0", "layers.N.input", "g", "gate", "g"),
+    ("beta", "B T H", "sigmoid(W_b x)", "layers.N.input", "beta", "beta_sigmoid", "beta"),
+    ("gate", "B T H V", "z = W_z x, before the silu", "layers.N.input", "linear_attn.in_proj_z", "z", "z"),
+    (
+        "memory",
+        "B H K V",
+        "S_t = e^g_t S_(t-1) + k_t (beta_t (v_t - (e^g_t S_(t-1))^T k_t))^T after the last token, k l2-normalised",
+        "query key value decay beta",
+        "last_recurrent_state",
+        "new_state",
+        "last_recurrent_state",
+    ),
+    (
+        "core",
+        "B T H V",
+        "o_t = S_t^T q_t / sqrt(K), q l2-normalised",
+        "query key value decay beta",
+        "core_attn_out (before linear_attn.norm)",
+        "attn_output",
+        "core_attn_out",
+    ),
+    ("normed", "B T H V", "rms_norm(core) w silu(gate)", "core gate", "linear_attn.norm", "final_output", ""),
+    ("output", "B T D", "W_out normed", "normed", "linear_attn.out_proj", "linear_attn_out", "output"),
+)
+_SELF_ATTN: tuple[_Row, ...] = (
+    (
+        "query",
+        "B T H K",
+        "rotary(rms_norm(W_q x))",
+        "layers.N.input",
+        "query_states (after apply_rotary_pos_emb)",
+        "Qcur",
+        "q",
+    ),
+    (
+        "key",
+        "B T G K",
+        "rotary(rms_norm(W_k x)), new tokens only",
+        "layers.N.input",
+        "key_states (after apply_rotary_pos_emb)",
+        "Kcur",
+        "k",
+    ),
+    ("value", "B T G V", "W_v x, new tokens only", "layers.N.input", "value_states", "Vcur", "v"),
+    (
+        "gate",
+        "B T H V",
+        "the gate rows of W_q x, before the sigmoid",
+        "layers.N.input",
+        "gate",
+        "gate_reshaped",
+        "gate",
+    ),
+    (
+        "scores",
+        "B H T M",
+        "softmax(query key^T / sqrt(K)), over visible tokens",
+        "query key",
+        "attn_weights",
+        "kq_soft_max",
+        "",
+    ),
+    (
+        "output",
+        "B T D",
+        "W_o (scores value * sigmoid(gate))",
+        "query key value gate",
+        "self_attn.o_proj",
+        "attn_output",
+        "output",
+    ),
+)
+_MOE: tuple[_Row, ...] = (
+    ("router_logits", "N E", "W_router x", "layers.N.input", "router_logits", "ffn_moe_logits", "router_logits"),
+    (
+        "indices",
+        "N S",
+        "top S experts of softmax(router_logits)",
+        "router_logits",
+        "router_indices",
+        "ffn_moe_topk",
+        "topk_ids",
+    ),
+    (
+        "weights",
+        "N S",
+        "softmax(router_logits)[indices], divided by their sum",
+        "router_logits indices",
+        "router_scores",
+        "ffn_moe_weights_norm",
+        "topk_weights",
+    ),
+    (
+        "expert_in",
+        "R D",
+        "x of each (token, slot), ordered by expert",
+        "layers.N.input indices",
+        "current_state",
+        "",
+        "",
+    ),
+    (
+        "expert_act",
+        "R F",
+        "silu(W_gate x) * W_up x of the row's expert",
+        "expert_in",
+        "current_hidden_states (before down_proj)",
+        "ffn_moe_swiglu",
+        "",
+    ),
+    (
+        "expert_out",
+        "R D",
+        "W_down expert_act, before the routing weight",
+        "expert_act",
+        "current_hidden_states (before top_k_weights)",
+        "ffn_moe_down",
+        "",
+    ),
+    (
+        "routed",
+        "N D",
+        "sum_s weights[:, s] expert_out of slot s",
+        "expert_out weights",
+        "mlp.experts",
+        "ffn_moe_out",
+        "",
+    ),
+    (
+        "shared",
+        "N D",
+        "sigmoid(w_s x) * shared expert(x)",
+        "layers.N.input",
+        "shared_expert_output (after shared_expert_gate)",
+        "ffn_shexp_gated",
+        "",
+    ),
+)
+_MLP: tuple[_Row, ...] = (
+    (
+        "output",
+        "B T D",
+        "routed + shared; dense: W_down (silu(W_gate x) * W_up x)",
+        "routed shared",
+        "mlp",
+        "ffn_out",
+        "",
+    ),
+)
+
+
+def _entries(parent: str, rows: tuple[_Row, ...], needs: str | None = None) -> Iterator[Entry]:
+    def full(name: str) -> str:
+        return f"{parent}.{name}" if parent and "." not in name and name != "embed" else name
+
+    for leaf, shape, equation, inputs, *names in rows:
+        aliases = {library: name for library, name in zip(_LIBRARIES, names, strict=True) if name}
+        yield Entry(full(leaf), tuple(shape.split()), equation, tuple(map(full, inputs.split())), aliases, needs)
+
+
+CATALOGUE: tuple[Entry, ...] = (
+    *_entries("", _MODEL),
+    *_entries("layers.N", _LAYER),
+    *_entries("layers.N.linear_attn", _LINEAR_ATTN),
+    *_entries("layers.N.self_attn", _SELF_ATTN),
+    *_entries("layers.N.mlp", _MOE, needs="experts"),
+    *_entries("layers.N.mlp", _MLP),
+)

@@ -1,0 +1,81 @@
+"""A language model in thirty lines with the contract of the real one: what the generation loop sees of a model.
+
+The logits after a token are a pseudo-random function of the row's whole history, so a token lost, doubled or taken
+from padding changes everything after it; `script` makes a row say what a test wants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FakeCache:
+    def __init__(self, batch_size: int, max_length: int | None = None) -> None:
+        self.batch_size, self.max_length = batch_size, max_length
+        self.rows: list[list[int]] = [[] for _ in range(batch_size)]
+        self.seen = 0
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([len(row) for row in self.rows])
+
+
+class FakeModel(nn.Module):
+    """script(history) -> the token that the row shall say next, or None for the pseudo-random one."""
+
+    def __init__(
+        self, vocabulary: int = 41, script: Any = None, generation_config: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, 1)
+        self.config = SimpleNamespace(text_config=SimpleNamespace(eos_token_id=None, pad_token_id=None))
+        self.generation_config = generation_config or {}
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.script = script
+        self.calls: list[tuple[tuple[int, ...], Tensor | None]] = []
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> FakeCache:
+        return FakeCache(batch_size, max_length)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, logits_to_keep: int = 0
+    ) -> Any:
+        self.calls.append((tuple(input_ids.shape), attention_mask))
+        assert not torch.is_grad_enabled()
+        rows, tokens = input_ids.shape
+        assert rows == cache.batch_size
+        new = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, cache.seen :]
+        assert new.shape == input_ids.shape
+        if attention_mask is not None:
+            assert torch.equal(attention_mask[:, : cache.seen].sum(1), cache.lengths)
+        cache.seen += tokens
+        for row, ids, real in zip(cache.rows, input_ids.tolist(), new.tolist(), strict=True):
+            row.extend(token for token, keep in zip(ids, real, strict=True) if keep)
+        if cache.max_length is not None:
+            assert int(cache.lengths.max()) <= cache.max_length
+        assert logits_to_keep == 1
+        return SimpleNamespace(logits=torch.stack([self.logits(row) for row in cache.rows])[:, None], cache=cache)
+
+    def logits(self, history: list[int]) -> Tensor:
+        vocabulary = self.embedding.num_embeddings
+        seed = int.from_bytes(hashlib.sha256(repr(history).encode()).digest()[:6], "little")
+        logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
+        token = self.script(history) if self.script else None
+        if token is not None:
+            logits[token] = logits.max() + 5
+        return logits
+
+    def greedy(self, prompt: list[int], new: int) -> list[int]:
+        """What generate() must say, the slow and obvious way."""
+        history = list(prompt)
+        for _ in range(new):
+            history.append(int(self.logits(history).argmax()))
+        return history[len(prompt) :]

@@ -1,0 +1,100 @@
+"""The measuring tool: turns, refusal of wrong answers, the JSON format, and that no machine is named. No timings."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main, names
+from benchmarks.common import Case, Report, arguments, interleave, plot, relative_error, rotating, touch
+from benchmarks.machine import environment
+
+
+def test_contestants_run_in_turns_and_the_order_turns_too() -> None:
+    order: list[str] = []
+    contestants = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = interleave(contestants, rounds=3, warmup=1)
+    assert "".join(order) == "abc" "bca" "cab" "abc"
+    assert all(len(t.seconds) == 3 and 0 < t.min <= t.median for t in timings.values())
+
+
+def test_a_wrong_answer_has_no_speed() -> None:
+    ran: list[str] = []
+    case = Case("add/N3/fp32", rounds=2)
+    truth = torch.tensor([1.0, 2.0, 4.0])
+    case.check("right", truth + 1e-7, truth, bound=1e-5)
+    case.check("wrong", truth + 1e-1, truth, bound=1e-5)
+    case.time({name: lambda name=name: ran.append(name) for name in ("right", "wrong")}, baseline="right")
+    assert set(ran) == {"right"}
+    row = case.as_dict()["contestants"]["wrong"]
+    assert row["min_s"] is None and row["ratio"] is None and "bound 1e-05" in row["wrong"]
+    assert any("not timed: relative error 2.5e-02" in line for line in case.lines())
+
+
+def test_errors_are_relative_and_a_nan_is_infinitely_wrong() -> None:
+    assert relative_error(torch.tensor([1.0, -3.0]), torch.tensor([1.0, -4.0])) == pytest.approx(0.25)
+    assert relative_error(torch.tensor([1.0, math.nan]), torch.tensor([1.0, 2.0])) == math.inf
+    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
+        relative_error(torch.ones(2), torch.ones(3))
+
+
+def test_the_report_has_its_schema_and_stable_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = arguments("about").parse_args(["--json", str(tmp_path / "report.json"), "--rounds", "2"])
+    report = Report("sums", rounds=options.rounds)
+    with report.case("sum/N5/fp32") as case:
+        case.time({"a": lambda: sum(range(5)), "b": lambda: sum(range(50))}, baseline="a")
+    with pytest.raises(ValueError, match="two cases have the id 'sum/N5/fp32'"), report.case("sum/N5/fp32"):
+        pass
+    assert report.finish(options) == 0
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["schema"] == 1 and written["benchmark"] == "sums"
+    assert [case["id"] for case in written["cases"]] == ["sum/N5/fp32"]
+    a, b = (written["cases"][0]["contestants"][name] for name in "ab")
+    assert a["ratio"] == 1.0 and b["ratio"] == b["min_s"] / a["min_s"] and a["runs"] == 2
+    printed = capsys.readouterr().out
+    assert "sum/N5/fp32" in printed and f"torch {torch.__version__}" in printed
+
+
+def test_the_header_names_no_machine() -> None:
+    found = json.dumps(environment())
+    assert platform.node() not in found
+    assert {"processor", "cores", "threads", "torch", "python"} <= environment().keys()
+
+
+def test_weights_come_back_cold_and_touched() -> None:
+    made: list[torch.Tensor] = []
+
+    def make() -> torch.Tensor:
+        made.append(torch.ones(1024))
+        return made[-1]
+
+    following = rotating(make, nbytes=4096, cache=3 * 4096)
+    assert len(made) == 4  # three fill the cache, the fourth pushes out the first
+    assert [id(following()) for _ in range(5)] == [id(made[i]) for i in (0, 1, 2, 3, 0)]
+    touch(made[0], made[1].bfloat16(), torch.ones(7, 3).t(), torch.tensor(1.0))
+
+
+def test_a_plot_is_drawn_or_asks_for_its_extra(tmp_path: Path) -> None:
+    report = {"benchmark": "sums", "environment": {"processor": "any"}, "cases": []}
+    try:
+        import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        with pytest.raises(ValueError, match=r"qwen35moe\[plot\]"):
+            plot(report, tmp_path / "plot.png")
+    else:
+        report["cases"] = [{"id": "sum/N5", "contestants": {"a": {"ratio": 1.0}, "b": {"ratio": 0.5}}}]
+        plot(report, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_lists_benchmarks_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name}" in listed for name in names()) and "imports" in names() and "common" not in names()
+    assert main(["nothing"]) == 2
+    assert "no benchmark 'nothing'; there are" in capsys.readouterr().err

@@ -1,0 +1,281 @@
+"""Our text model against transformers 5.23 with the same weights: attention and experts eager, float32 unless it says so.
+
+Sixty random tiny configurations (see `peer.odd_shape`), twelve dense siblings. At ordinary gates the bound is 1e-5,
+relative, on everything. At transformers' own init its two forms of the delta rule differ by 4e-3 in the gradient of A_log,
+and in bf16 both models are off: there our float64 model is the judge, and ours may not be further from it than theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import peer
+from tests.peer import Case, assert_all_close, assert_close, odd_shape, relative_error
+
+BOUND = 1e-5
+CASES = [odd_shape(seed) for seed in range(60)]
+DENSE = [odd_shape(seed, dense=True) for seed in range(100, 112)]
+EVERY = pytest.mark.parametrize("case", CASES + DENSE, ids=repr)
+
+
+def test_the_cases_have_every_odd_shape():
+    """At least two of each, so that no shape is missing by a change of the random draw."""
+    for cases, oddities in ((CASES, peer.ODDITIES | peer.MOE_ODDITIES), (DENSE, peer.ODDITIES)):
+        missing = {name: n for name, odd in oddities.items() if (n := sum(odd(case.text) for case in cases)) < 2}
+        assert not missing or cases is DENSE and all("yarn," in name or "sections" in name for name in missing), missing
+
+
+@functools.lru_cache(maxsize=4)
+def pair(case: Case, gates: str = "ordinary") -> tuple[Any, Any]:
+    """The two models of a case with the same weights. Nobody may change them."""
+    theirs = peer.theirs(case)
+    peer.draw(theirs, case.seed, gates)
+    return peer.ours(case, source=theirs), theirs
+
+
+def run(model: Any, case: Case, **options: Any) -> dict[str, dict[str, Tensor]]:
+    """One forward and backward with labels: logits, hidden states, router logits and losses, gradients."""
+    ids = case.ids()
+    labels = ids.clone()
+    labels[:, 1::7] = -100
+    labels[:, -1] = ids[:, -1]
+    moe = {} if case.dense else {"output_router_logits": True}
+    model.zero_grad(set_to_none=True)
+    out = model(ids, labels=labels, output_hidden_states=True, **moe, **options)
+    out.loss.backward()
+    values = {"logits": out.logits, "loss": out.loss}
+    hidden = {f"hidden_states.{i}": h for i, h in enumerate(out.hidden_states)}
+    routing = {} if case.dense else {"aux_loss": out.aux_loss} | {
+        f"router_logits.{i}": logits.flatten(0, -2) for i, logits in enumerate(out.router_logits)
+    }
+    found = {"values": values, "hidden": hidden, "routing": routing}
+    found = {kind: {name: tensor.detach() for name, tensor in group.items()} for kind, group in found.items()}
+    return found | {"gradients": peer.gradients(model)}
+
+
+@functools.cache
+def forward_and_backward(case: Case) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+    ours, theirs = pair(case)
+    return run(ours, case), run(theirs, case, use_cache=False)
+
+
+@EVERY
+@pytest.mark.parametrize("kind", ["values", "hidden", "routing", "gradients"])
+def test_one_forward_and_backward(case, kind):
+    """Logits and losses; hidden states of every layer; router logits and the balancing loss; every gradient."""
+    found, expected = forward_and_backward(case)
+    assert_all_close(found[kind], expected[kind], BOUND, kind)
+
+
+# ---------------------------------------------------------------------------------------------------- with a cache
+
+
+def states(case: Case, ours: Any, theirs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What two caches hold. transformers keeps W convolution inputs, of which the oldest is never read again."""
+    found, expected = {}, {}
+    for i, kind in enumerate(case.text["layer_types"]):
+        mine, layer = ours[i], theirs.layers[i]
+        if kind == peer.LINEAR:
+            found |= {f"{i}.inputs": mine.inputs, f"{i}.memory": mine.memory}
+            expected |= {f"{i}.inputs": layer.conv_states[0][..., 1:], f"{i}.memory": layer.recurrent_states[0]}
+        else:
+            found |= {f"{i}.key": mine.key.transpose(1, 2), f"{i}.value": mine.value.transpose(1, 2)}
+            expected |= {f"{i}.key": layer.keys, f"{i}.value": layer.values}
+    return found, expected
+
+
+@EVERY
+def test_cached_prefill_chunk_and_decode(case):
+    """A prefill, a second chunk, three single tokens: logits at each step; keys, values, inputs and memories after."""
+    from transformers import DynamicCache
+
+    ours, theirs = pair(case)
+    ids = case.ids(length=case.length + 8, salt=1)
+    cache, theirs_cache = ours.new_cache(case.batch), DynamicCache(config=theirs.config)
+    start = 0
+    with torch.no_grad():
+        for tokens in (case.length, 5, 1, 1, 1):
+            part = ids[:, start : start + tokens]
+            found = ours(part, cache=cache)
+            expected = theirs(part, past_key_values=theirs_cache, use_cache=True)
+            start += tokens
+            assert found.cache is cache and cache.lengths.tolist() == [start] * case.batch
+            assert_close(found.logits, expected.logits, BOUND, f"logits after {start} tokens")
+            assert_all_close(*states(case, cache, theirs_cache), BOUND, f"states after {start} tokens")
+
+
+# ---------------------------------------------------------------------------------------------------- other inputs
+
+
+@pytest.mark.parametrize("case", CASES[::4] + DENSE[::4], ids=repr)
+def test_left_padding_and_the_balancing_loss_under_a_mask(case):
+    """Positions as transformers' generate gives them. Only real tokens are compared: theirs puts values at pads."""
+    ours, theirs = pair(case)
+    rows = [case.ids(1, length, salt=length)[0] for length in (9, 4, 17)]
+    ids, mask = peer.padded(rows, "left")
+    options = {} if case.dense else {"output_router_logits": True}
+    with torch.no_grad():
+        found = ours(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **options)
+        expected = theirs(ids, attention_mask=mask, position_ids=peer.positions(mask), use_cache=False,
+                          labels=ids.masked_fill(mask == 0, -100), **options)
+    real = mask.bool()
+    assert_close(found.logits[real], expected.logits[real], BOUND, "logits")
+    if not case.dense:
+        assert_close(found.aux_loss, expected.aux_loss, BOUND, "aux loss")
+
+
+@pytest.mark.parametrize("case", CASES[1::6], ids=repr)
+def test_given_positions_on_one_axis_and_on_three(case):
+    """Text positions that skip ahead; and three different axes, as images give them."""
+    ours, theirs = pair(case)
+    ids = case.ids(length=12)
+    steps = torch.randint(1, 5, (3, case.batch, 12), generator=peer.generator(case.seed))
+    axes = steps.cumsum(-1)
+    with torch.no_grad():
+        for position_ids in (axes[0], axes):
+            found = ours(ids, position_ids=position_ids)
+            expected = theirs(ids, position_ids=position_ids, use_cache=False)
+            assert_close(found.logits, expected.logits, BOUND)
+
+
+@pytest.mark.parametrize("case", CASES[2::10], ids=repr)
+def test_embeddings_instead_of_ids_and_some_logits_only(case):
+    ours, theirs = pair(case)
+    ids = case.ids()
+    with torch.no_grad():
+        embeddings = ours.get_input_embeddings()(ids)
+        whole = ours(ids).logits
+        assert torch.equal(ours(inputs_embeds=embeddings).logits, whole)
+        for keep in (1, 2):
+            found, expected = ours(ids, logits_to_keep=keep), theirs(ids, logits_to_keep=keep, use_cache=False)
+            assert found.logits.shape == expected.logits.shape
+            assert_close(found.logits, expected.logits, BOUND)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if peer.FULL in c.text["layer_types"]][::5], ids=repr)
+def test_attention_weights_on_request(case):
+    ours, theirs = pair(case)
+    with torch.no_grad():
+        found = ours(case.ids(), output_attentions=True)
+        expected = theirs(case.ids(), output_attentions=True, use_cache=False)
+    assert_close(found.logits, expected.logits, BOUND)
+    mine = [weights for weights in found.attentions if weights is not None]
+    assert len(mine) == len(expected.attentions) == case.text["layer_types"].count(peer.FULL)
+    for one, other in zip(mine, expected.attentions, strict=True):
+        assert_close(one, other, BOUND)
+
+
+@pytest.mark.parametrize("case", [*CASES[3::12], DENSE[3]], ids=repr)
+def test_gradient_checkpointing_gives_equal_gradients(case):
+    ours, _ = pair(case)
+    expected = run(ours, case)
+    ours.train()
+    ours.gradient_checkpointing_enable()
+    try:
+        found = run(ours, case)
+    finally:
+        ours.gradient_checkpointing_disable()
+        ours.eval()
+    for kind, group in expected.items():
+        for name, tensor in group.items():
+            assert torch.equal(found[kind][name], tensor), f"{kind} {name}"
+
+
+# ---------------------------------------------------------------------------------------------------- greedy tokens
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: Tensor, mask: Tensor, tokens: int, cache: Any) -> Tensor:
+    """Our own loop, so that what is tested here is the model and its cache."""
+    new: list[Tensor] = []
+    step = ids
+    for _ in range(tokens):
+        logits = model(step, attention_mask=mask, cache=cache, logits_to_keep=1).logits
+        step = logits[:, -1].argmax(-1, keepdim=True)
+        new.append(step)
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+    return torch.cat(new, dim=1)
+
+
+@pytest.mark.parametrize("max_length", [None, 96], ids=["growing", "static"])
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 13, 24, 38)] + [DENSE[0]], ids=repr)
+def test_64_greedy_tokens_of_a_left_padded_batch(case, max_length):
+    ours, theirs = pair(case)
+    ids, mask = peer.padded([case.ids(1, length, salt=length)[0] for length in (11, 3, 17)], "left")
+    with torch.no_grad():
+        expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0)
+    found = greedy(ours, ids, mask, 64, ours.new_cache(3, max_length))
+    assert found.tolist() == expected[:, ids.shape[1] :].tolist()
+    assert len(set(found.flatten().tolist())) > 3, "a model that repeats one token tests nothing"
+
+
+# ------------------------------------------------------------------------------- transformers' init, judged by float64
+
+
+@functools.cache
+def judged(case: Case, gates: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative errors of our float32 model and of theirs against our float64 model, by value and by gradient."""
+    ours, theirs = pair(case, gates)
+    truth = run(peer.ours(case, source=theirs).double(), case)
+    errors = []
+    for found in (run(ours, case), run(theirs, case, use_cache=False)):
+        flat = {f"{kind} {name}": relative_error(tensor, truth[kind][name]) for kind in truth
+                for name, tensor in found[kind].items()}
+        errors.append(flat)
+    return errors[0], errors[1]
+
+
+@pytest.mark.parametrize("gates", ["transformers", "hard"])
+@pytest.mark.parametrize("case", CASES[::3], ids=repr)
+def test_at_other_gates_we_are_within_the_bound_or_no_worse(case, gates):
+    """Where float32 leaves 1e-5 to be had, we have it; where it does not, theirs is no better."""
+    ours, theirs = judged(case, gates)
+    worse = {name: f"{error:.1e} against {theirs[name]:.1e}" for name, error in ours.items()
+             if error > max(BOUND, theirs[name])}
+    assert not worse, worse
+
+
+def geometric_mean(errors: list[float]) -> float:
+    return math.exp(sum(math.log(error) for error in errors) / len(errors))
+
+
+# ---------------------------------------------------------------------------------------------------- bfloat16
+
+HALF = [case for case in CASES if case.length >= 37]
+
+
+@functools.cache
+def bfloat16_errors(case: Case) -> tuple[float, float]:
+    """Errors of our logits and of theirs against float64 with the same bf16 weights, the float64 routing replayed.
+
+    All weights are rounded to bf16 first: what is on disk in float32 (A_log, the norm of Gated DeltaNet) would be an
+    advantage of ours, since transformers rounds it on loading.
+    """
+    theirs = peer.theirs(case)
+    peer.draw(theirs, case.seed)
+    peer.to_bfloat16(theirs)
+    ids = case.ids()
+    with torch.no_grad():
+        truth = peer.ours(case, source=theirs).double()(ids, output_routing=True)
+        found = peer.ours(case, source=theirs).bfloat16()(ids, routing=truth.routing.indices_only())
+        with peer.replayed(theirs, list(truth.routing.indices)):
+            expected = theirs(ids, use_cache=False)
+    assert found.logits.dtype == expected.logits.dtype == torch.bfloat16
+    return relative_error(found.logits, truth.logits), relative_error(expected.logits, truth.logits)
+
+
+@pytest.mark.parametrize("case", HALF, ids=repr)
+def test_bfloat16_error_of_each_case(case):
+    ours, theirs = bfloat16_errors(case)
+    assert ours <= 1.25 * theirs, f"ours {ours:.2e}, theirs {theirs:.2e}: {ours / theirs:.2f}x"
+
+
+def test_bfloat16_error_over_all_cases():
+    ours, theirs = zip(*(bfloat16_errors(case) for case in HALF), strict=True)
+    assert geometric_mean(list(ours)) <= geometric_mean(list(theirs))

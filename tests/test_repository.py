@@ -1,0 +1,261 @@
+"""The repository keeps its own rules: import floors, a light public door, pages that run, nothing of one machine."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import qwen35moe
+from tests.floors import DOORS, OPTIONAL, PACKAGE, ROOT, Import, files, height, imports, part_of
+
+SOURCES = files("qwen35moe", "kernels")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# -------------------------------------------------------------------------------------------------------- import floors
+
+
+def climbs(path: Path, found: Import) -> str | None:
+    """Why this import breaks the floors, or None."""
+    target = part_of(found.module)
+    if target is None or found.typing_only:
+        return None
+    own = path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
+    if target in (own, "", "__version__"):
+        return None
+    if height(target) < height(own):
+        return None
+    if found.function and target in DOORS.get((name_of(path), found.function), ()):
+        return None
+    where = f"in {found.function}()" if found.function else "at the top"
+    return f"{name_of(path)}:{found.line} ({own}) imports {found.module} {where}: not below it, and no listed door"
+
+
+@pytest.mark.parametrize("path", files(PACKAGE), ids=name_of)
+def test_a_file_imports_only_from_floors_below_it(path: Path) -> None:
+    if path == ROOT / PACKAGE / "__init__.py":
+        assert all(found.typing_only for found in imports(path) if part_of(found.module))
+        return
+    problems = [problem for found in imports(path) if (problem := climbs(path, found))]
+    assert not problems, "\n".join(problems)
+
+
+def test_every_listed_door_is_used() -> None:
+    """A door that nothing goes through any more is a hole in the rule above."""
+    for (name, function), parts in DOORS.items():
+        used = {part_of(found.module) for found in imports(ROOT / name) if found.function == function}
+        assert set(parts) <= used, f"{name} {function}() no longer imports {sorted(set(parts) - used)}"
+
+
+def test_the_rule_itself_sees_an_import_that_climbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tests.floors as floors
+
+    folder = tmp_path / PACKAGE / "ops"
+    folder.mkdir(parents=True)
+    for module in ("norm", "wide"):
+        (folder / f"{module}.py").write_text("")
+    (tmp_path / PACKAGE / "model.py").write_text("")
+    (folder / "norm.py").write_text(
+        "from qwen35moe import model, Config\nfrom .wide import x\nfrom ..config import y\n"
+        "def f():\n    import qwen35moe.cli\n"
+    )
+    monkeypatch.setattr(floors, "ROOT", tmp_path)
+    found = [(i.module, i.function) for i in floors.imports(folder / "norm.py")]
+    assert found == [
+        ("qwen35moe.model", None),
+        ("qwen35moe.Config", None),
+        ("qwen35moe.ops.wide", None),
+        ("qwen35moe.config", None),
+        ("qwen35moe.cli", "f"),
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
+    """The runtime needs torch, safetensors, einops and tqdm; everything else is imported inside a function."""
+    if PACKAGE not in path.relative_to(ROOT).parts[0]:
+        return
+    eager = [
+        i for i in imports(path) if i.function is None and not i.typing_only and i.module.split(".")[0] in OPTIONAL
+    ]
+    assert not eager, [f"{name_of(path)}:{i.line} imports {i.module}" for i in eager]
+
+
+def test_the_kernels_never_import_the_library() -> None:
+    climbing = [(name_of(p), i.line) for p in files("kernels") for i in imports(p) if i.module.split(".")[0] == PACKAGE]
+    assert not climbing, climbing
+
+
+def test_nothing_is_importable_under_the_name_kernels() -> None:
+    """`kernels` is a PyPI package that transformers probes for: ours must neither shadow nor overwrite it."""
+    everything = files("qwen35moe", "kernels", "tests", "benchmarks")
+    assert not [name_of(p) for p in everything for i in imports(p) if i.module.split(".")[0] == "kernels"]
+    assert not list((ROOT / "kernels").glob("*.py"))
+    for folder in ("tests", "benchmarks", "qwen35moe"):
+        assert not (ROOT / folder / "kernels").exists()
+
+
+def test_every_folder_of_the_packages_is_a_package() -> None:
+    """A folder without __init__.py imports from a checkout and is missing from the wheel (`namespaces = false`)."""
+    folders = {path.parent for path in SOURCES} - {ROOT / "kernels"}
+    assert not [name_of(folder) for folder in folders if not (folder / "__init__.py").exists()]
+
+
+# ---------------------------------------------------------------------------------------------------------- public door
+
+
+def modules_after(statement: str) -> set[str]:
+    """The modules that a fresh process has after `statement` beyond those of `import torch`."""
+    program = (
+        f"import json, sys, torch; before = set(sys.modules); {statement}; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_importing_the_library_imports_no_model_code() -> None:
+    assert {m for m in modules_after("import qwen35moe") if part_of(m)} == set()
+
+
+def test_the_public_names_bring_in_nothing_optional_or_slow() -> None:
+    heavy = {*OPTIONAL, "torch._dynamo", "torch._inductor", "sympy", "networkx", "torch.onnx", "torch.distributed.fsdp"}
+    found = modules_after("import qwen35moe; [getattr(qwen35moe, name) for name in qwen35moe.__all__]")
+    assert {
+        f"{PACKAGE}.{name}" for name in ("config", "model", "cache", "routing", "backends", "taps", "loading")
+    } <= found
+    assert not {m for m in found if any(m == h or m.startswith(h + ".") for h in heavy)}
+
+
+def test_every_public_name_resolves_and_an_unknown_one_lists_them() -> None:
+    for name in qwen35moe.__all__:
+        assert getattr(qwen35moe, name) is not None
+    assert set(qwen35moe.__all__) <= set(dir(qwen35moe))
+    unknown = "Qwen3MoeForCausalLM"
+    with pytest.raises(AttributeError, match=r"no attribute 'Qwen3MoeForCausalLM'; it has .*Qwen3_5MoeForCausalLM"):
+        getattr(qwen35moe, unknown)
+
+
+def test_the_typing_imports_of_the_door_are_the_names_it_resolves() -> None:
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / PACKAGE / "__init__.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            home = node.module
+            names |= {(alias.name, home) for alias in node.names}
+    assert names == set(qwen35moe._HOMES.items())
+    assert {*qwen35moe._HOMES, "__version__"} == set(qwen35moe.__all__)
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["inspect"], ["backends"], ["demo"]], ids=" ".join)
+def test_the_command_line_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from qwen35moe.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: qwen35moe" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------ documents
+
+
+def python_blocks(page: Path) -> list[tuple[int, str]]:
+    """(line, source) of each python block of a page; a block below `<!-- not run: reason -->` is left out."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.finditer(r"(<!-- not run: .+? -->\n+)?```python\n(.*?)```", text, flags=re.DOTALL)
+    return [(text.count("\n", 0, b.start(2)) + 1, b.group(2)) for b in blocks if not b.group(1)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
+def test_the_examples_of_a_page_run_in_its_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__example__"}
+    for line, source in python_blocks(page):
+        # Blank lines in front, so that a traceback names the line of the page.
+        exec(compile("\n" * (line - 1) + source, name_of(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    dead = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not dead, dead
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_what_is_public_says_what_it_does(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    silent = [] if ast.get_docstring(tree) or not tree.body else ["the file itself"]
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                silent.append(f"{node.name} (line {node.lineno})")
+    assert not silent, f"{name_of(path)}: no docstring: {', '.join(silent)}"
+
+
+def test_long_files_and_functions_are_reported() -> None:
+    """About 400 lines a file and 60 a function; past that this only reports, since length is a sign and no fault."""
+    long = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 400:
+            long.append(f"{name_of(path)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno > 60:
+                long.append(f"{name_of(path)}:{node.lineno} {node.name}: {(node.end_lineno or 0) - node.lineno} lines")
+    if long:
+        warnings.warn("longer than the design asks for:\n  " + "\n  ".join(long), stacklevel=1)
+
+
+# ----------------------------------------------------------------------------------------------- nothing of one machine
+
+
+def text_files() -> list[Path]:
+    """What git tracks or would track."""
+    run = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip("not a git checkout")
+    paths = (ROOT / name for name in run.stdout.splitlines())
+    return [p for p in paths if p.is_file() and b"\0" not in p.read_bytes()[:4096]]
+
+
+def test_no_file_names_a_path_or_a_registry_of_one_machine() -> None:
+    # Written so that this file does not find itself.
+    folders = re.compile(r"(?<![\w.~:/-])/(?:work|root|farm|home|opt|tmp)" + r"/[a-z]")
+    hosts = re.compile(
+        "|".join(h.replace(" ", r"\.") for h in ("pypi org", "pythonhosted org", "deb debian org", "npmjs org"))
+    )
+    found = []
+    for path in text_files():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if (folders.search(line) and path.parts[len(ROOT.parts)] != "tests") or hosts.search(line):
+                found.append(f"{name_of(path)}:{number}: {line.strip()[:100]}")
+    assert not found, "\n".join(found)
+
+
+def test_no_file_but_the_bundled_checkpoint_is_large() -> None:
+    large = [f"{name_of(p)} ({p.stat().st_size >> 10} KiB)" for p in text_files() if p.stat().st_size > 1 << 20]
+    assert not [name for name in large if not name.startswith("qwen35moe/assets/tiny/")], large
+
+
+def test_every_requirement_has_a_pinned_version() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is part of Python 3.11 and later")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    names = {re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-") for requirement in wanted} - {PACKAGE}
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
+    assert not [name for name in names if not re.search(rf"^{name}==", pinned, flags=re.MULTILINE)]

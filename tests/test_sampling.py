@@ -1,0 +1,165 @@
+"""ops/sampling.py: each function against its equation and against transformers' LogitsProcessor of the same name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.generation import logits_process as theirs
+
+from qwen35moe.generation.streams import Uniforms, row_seed
+from qwen35moe.ops import sampling
+
+B, V, T = 3, 97, 11
+
+
+def logits(seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> torch.Tensor:
+    return (torch.randn(B, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+
+
+def token_ids(seed: int = 1, vocabulary: int = V) -> torch.Tensor:
+    return torch.randint(vocabulary, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(5))
+def test_each_filter_is_transformers(seed: int, dtype: torch.dtype) -> None:
+    x, ids = logits(seed, dtype), token_ids(seed)
+    seen = sampling.seen_tokens(ids, V)
+    pairs = [
+        (sampling.temperature(x, 0.7), theirs.TemperatureLogitsWarper(0.7)),
+        (sampling.repetition_penalty(x, seen, 1.3), theirs.RepetitionPenaltyLogitsProcessor(1.3)),
+        (sampling.repetition_penalty(x, seen, 0.6), theirs.RepetitionPenaltyLogitsProcessor(0.6)),
+        *((sampling.top_k(x, k), theirs.TopKLogitsWarper(k)) for k in (1, 5, V, V + 40)),
+        *((sampling.top_p(x, p), theirs.TopPLogitsWarper(p)) for p in (1e-6, 0.3, 0.95, 1.0)),
+        *((sampling.min_p(x, p), theirs.MinPLogitsWarper(p)) for p in (0.0, 0.05, 1.0)),
+    ]
+    for ours, processor in pairs:
+        assert ours.dtype is dtype
+        assert torch.equal(ours, processor(ids, x.clone())), type(processor).__name__
+
+
+def test_in_order_they_are_transformers() -> None:
+    x, ids = logits(3), token_ids(3)
+    ours = sampling.repetition_penalty(x, sampling.seen_tokens(ids, V), 1.2)
+    ours = sampling.min_p(sampling.top_p(sampling.top_k(sampling.temperature(ours, 0.6), 20), 0.95), 0.02)
+    chain = theirs.LogitsProcessorList(
+        [
+            theirs.RepetitionPenaltyLogitsProcessor(1.2),
+            theirs.TemperatureLogitsWarper(0.6),
+            theirs.TopKLogitsWarper(20),
+            theirs.TopPLogitsWarper(0.95),
+            theirs.MinPLogitsWarper(0.02),
+        ]
+    )
+    assert torch.equal(ours, chain(ids, x.clone()))  # type: ignore[arg-type]
+
+
+def test_top_p_after_top_k_takes_the_short_way_and_says_the_same() -> None:
+    """The CPU sorts only what top-k left; on the full vocabulary the result is that of the full sort."""
+    x = torch.randn(2, 5003, generator=torch.Generator().manual_seed(0))
+    kept = sampling.top_k(x, 20)
+    values, order = sampling._ascending(kept)
+    assert values.shape == order.shape == (2, 20)
+    expected = theirs.TopPLogitsWarper(0.8)(None, kept)  # type: ignore[arg-type]
+    assert torch.equal(sampling.top_p(kept, 0.8), expected)
+    assert 1 < int((expected[0] > -torch.inf).sum()) < 20
+
+
+def test_ties_with_the_kth_stay() -> None:
+    x = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    assert (sampling.top_k(x, 2) > -torch.inf).tolist() == [[False, True, True, True, False]]
+
+
+def test_presence_counts_once_and_seen_ignores_padding() -> None:
+    ids = torch.tensor([[5, 5, 2], [4, 4, 4]])
+    seen = sampling.seen_tokens(ids, 7, torch.tensor([[0, 1, 1], [1, 1, 1]]))
+    assert seen.nonzero().tolist() == [[0, 2], [0, 5], [1, 4]]
+    seen = sampling.seen_tokens(ids, 7, torch.tensor([[0, 0, 1], [1, 1, 1]]))
+    assert seen.nonzero().tolist() == [[0, 2], [1, 4]]
+    out = sampling.presence_penalty(torch.zeros(2, 7), seen, 1.5)
+    assert out.sum().item() == -3.0 and out[0, 2].item() == -1.5
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: sampling.temperature(x, 2.0),
+        lambda x: sampling.top_k(x, 9),
+        lambda x: sampling.top_p(x, 0.9),
+        lambda x: sampling.min_p(x, 0.1),
+        lambda x: sampling.presence_penalty(x, torch.zeros(B, V, dtype=torch.bool), 1.0),
+        lambda x: sampling.repetition_penalty(x, torch.zeros(B, V, dtype=torch.bool), 1.1),
+    ],
+)
+def test_float64_stays_and_bfloat16_is_widened(call) -> None:
+    x = logits(dtype=torch.float64)
+    assert call(x).dtype is torch.float64
+    # the values that survive are those of float64 arithmetic, not of float32
+    assert not torch.equal(call(x / 3).double(), call((x / 3).float()).double())
+    assert call(x.bfloat16()).dtype in (torch.float32, torch.bfloat16)
+    assert torch.equal(call(x.bfloat16()).double(), call(x.bfloat16().float()).double())
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda x: sampling.temperature(x, 0.0), "temperature must be greater than 0.*do_sample=False"),
+        (lambda x: sampling.temperature(x, -1.0), "got -1.0"),
+        (lambda x: sampling.top_k(x, 0), "top_k must be at least 1.*got 0"),
+        (lambda x: sampling.top_p(x, 0.0), r"top_p must lie in \(0, 1\], got 0.0"),
+        (lambda x: sampling.top_p(x, 1.5), "got 1.5"),
+        (lambda x: sampling.min_p(x, -0.1), "min_p must lie in"),
+        (lambda x: sampling.repetition_penalty(x, x > 0, 0.0), "repetition_penalty must be greater than 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(logits())
+
+
+def test_sample_inverts_the_cumulative_distribution() -> None:
+    x = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0]).log()[None]
+    for uniform, expected in [(0.0, 1), (0.1999, 1), (0.2001, 3), (0.6999, 3), (0.7001, 4), (1 - 2**-53, 4)]:
+        assert sampling.sample(x, torch.tensor([uniform], dtype=torch.float64)).item() == expected
+
+
+def test_sample_follows_the_probabilities() -> None:
+    draws = 40_000
+    x = logits(2, scale=1.0)[:1]
+    uniform = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    counts = sampling.sample(x.expand(draws, V), uniform).bincount(minlength=V)
+    expected = x.double().softmax(-1)[0] * draws
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi2 < V - 1 + 5 * (2 * (V - 1)) ** 0.5  # mean + 5 standard deviations
+
+
+def test_sample_never_draws_what_was_removed() -> None:
+    x = sampling.top_k(logits(4), 3)
+    uniform = torch.linspace(0, 1, 1002, dtype=torch.float64)[:-1]
+    for row in x:
+        drawn = sampling.sample(row.expand(len(uniform), V), uniform).unique()
+        assert set(drawn.tolist()) == set((row > -torch.inf).nonzero()[:, 0].tolist())
+
+
+def test_uniforms_belong_to_the_row() -> None:
+    cpu = torch.device("cpu")
+    before = torch.random.get_rng_state()
+    batch = Uniforms(7, 3, cpu)
+    together = torch.stack([batch.next() for _ in range(600)], 1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for row in range(3):
+        alone = Uniforms(row_seed(7, row), 1, cpu)
+        assert torch.equal(together[row], torch.stack([alone.next() for _ in range(600)], 1)[0])
+    assert row_seed(7, 0) == 7
+    assert abs(torch.corrcoef(together)[0, 1].item()) < 0.15
+    assert len({row_seed(s, r) for s in range(50) for r in range(50)}) == 50 * 50
+    assert not torch.equal(Uniforms(None, 2, cpu).next(), Uniforms(None, 2, cpu).next())
+
+
+def test_split_mix_64() -> None:
+    """The published first outputs for the seed 1234567."""
+    assert [row_seed(1234567, row) for row in (1, 2, 3)] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
