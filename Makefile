@@ -16,7 +16,7 @@ help:
 	@echo "make clean   remove .venv and what tools left behind"
 
 demo: $(VENV)/demo.stamp
-	@$(BIN)/python -m qwen35moe.cli demo $(ARGS)
+	@$(BIN)/python -m qwen35moe demo $(ARGS)
 
 test: $(VENV)/test.stamp
 	@$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)

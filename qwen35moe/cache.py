@@ -52,6 +52,9 @@ class AttentionMemory:
         wanted = (buffer.shape[0], self.used, *buffer.shape[2:])
         if value.shape != wanted:
             raise ValueError(f"the cache holds {list(wanted)} here, cannot put {list(value.shape)} in its place")
+        if self.fixed:
+            buffer[:, : self.used] = value
+            return buffer
         return torch.cat([value.to(buffer.dtype), buffer[:, self.used :]], dim=1)
 
     def extended(self, key: Tensor, value: Tensor, layout: TokenLayout) -> AttentionMemory:
@@ -61,10 +64,6 @@ class AttentionMemory:
         gradient checkpointing then finds the memory as it was.
         """
         functional = torch.is_grad_enabled() and (key.requires_grad or self.keys.requires_grad or value.requires_grad)
-        if functional and self.fixed:
-            raise ValueError(
-                "a static cache is written in place and carries no gradient: use torch.no_grad(), or a growing cache"
-            )
         used = self.used + layout.tokens
         memory = self if used <= self.keys.shape[1] and not functional else self._grown(used, functional)
         keys, values = memory.keys, memory.values
@@ -106,18 +105,24 @@ def _places(layout: TokenLayout, key: Tensor) -> tuple[Tensor, Tensor, tuple[Ten
 class DeltaNetMemory:
     """inputs [B, C, W-1], the last the convolution has seen; memory [B, H, K, V], float32 at least.
 
-    segment: what the forward that made this state brought, when the cache records; replay: how to take it back.
+    segment: what the forward that made this state brought, when the cache records; replay: how to take it back. Fixed
+    tensors are written in place when a new value is assigned.
     """
 
     inputs: Tensor
     memory: Tensor
     segment: Segment | None = None
     replay: Replay | None = None
+    fixed: bool = False
 
     def __setattr__(self, name: str, value: object) -> None:
         before = self.__dict__.get(name)
-        if isinstance(before, Tensor) and isinstance(value, Tensor) and before.shape != value.shape:
-            raise ValueError(f"the cache holds {name} {list(before.shape)}, cannot put {list(value.shape)} in its place")
+        if isinstance(before, Tensor) and isinstance(value, Tensor):
+            if before.shape != value.shape:
+                raise ValueError(f"the cache holds {name} {list(before.shape)}, cannot put {list(value.shape)} in its place")
+            if self.fixed:
+                before.copy_(value)
+                return
         self.__dict__[name] = value
 
 
@@ -230,11 +235,9 @@ class Cache:
             if base is None:
                 base = Replay(_kept(old.inputs, self), _kept(old.memory, self), new.segment.columns(0, 0))
             replay = base.extended(new.segment, self.record)
-        if self.max_length is None:
+        if not old.fixed:
             return DeltaNetMemory(new.inputs, new.memory, None, replay)
-        old.inputs.copy_(new.inputs)
-        old.memory.copy_(new.memory)
-        old.replay = replay
+        old.inputs, old.memory, old.replay = new.inputs, new.memory, replay
         return old
 
     # ------------------------------------------------------------------------------------------------ going back
@@ -257,10 +260,8 @@ class Cache:
         layers = [_shared(layer, copy=self.max_length is not None) for layer in point.layers]
         for index, layer in enumerate(layers):
             old = self.layers[index]
-            if self.max_length is not None and isinstance(layer, DeltaNetMemory) and isinstance(old, DeltaNetMemory):
-                old.inputs.copy_(layer.inputs)
-                old.memory.copy_(layer.memory)
-                old.replay = layer.replay
+            if isinstance(layer, DeltaNetMemory) and isinstance(old, DeltaNetMemory) and old.fixed:
+                old.inputs, old.memory, old.replay = layer.inputs, layer.memory, layer.replay
             else:
                 self.layers[index] = layer
         self.lengths, self.seen, self._used = point.lengths, point.seen, point.used
@@ -269,8 +270,7 @@ class Cache:
 
     def _expose(self) -> None:
         for other in self._live_snapshots():
-            if bool((self.lengths < other.lengths).any()):
-                other.exposed = True
+            other.exposed = self.lengths.shape != other.lengths.shape or bool((self.lengths < other.lengths).any())
 
     def _live_snapshots(self) -> list[Snapshot]:
         return [point for ref in self._snapshots if (point := ref()) is not None]
@@ -281,7 +281,10 @@ class Cache:
         Exact for keys and values always, for Gated DeltaNet up to the last `record` tokens; more raises. The memory is
         computed again from its recorded inputs, so it equals the one before within rounding.
         """
-        count = torch.as_tensor(tokens, device=self.lengths.device).expand(self.batch_size)
+        count = torch.as_tensor(tokens, device=self.lengths.device)
+        if count.dim() and count.shape != self.lengths.shape:
+            raise ValueError(f"cannot roll back {list(count.shape)} rows: the cache holds {self.batch_size}")
+        count = count.expand(self.batch_size)
         if count.is_floating_point() or bool((count < 0).any()):
             raise ValueError(f"cannot roll back {count.tolist()} tokens: give whole numbers >= 0")
         if bool((count > self.lengths).any()):
@@ -293,12 +296,7 @@ class Cache:
             if isinstance(layer, DeltaNetMemory) and layer.replay is not None:
                 replay = layer.replay
                 keep = replay.available() - count.to(replay.memory.device)
-                inputs, memory = replay.state(keep)
-                if self.max_length is None:
-                    layer.inputs, layer.memory = inputs, memory
-                else:
-                    layer.inputs.copy_(inputs)
-                    layer.memory.copy_(memory)
+                layer.inputs, layer.memory = replay.state(keep)
                 layer.replay = replay.kept(keep)
         self.lengths = self.lengths - count
         if isinstance(tokens, int):
@@ -381,7 +379,8 @@ def _empty_memory(
     heads, width, out = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
     inputs = torch.zeros(batch, config.conv_dim, config.linear_conv_kernel_dim - 1, dtype=dtype, device=device)
     wide = torch.promote_types(torch.float32, dtype)
-    return DeltaNetMemory(inputs, torch.zeros(batch, heads, width, out, dtype=wide, device=device))
+    memory = torch.zeros(batch, heads, width, out, dtype=wide, device=device)
+    return DeltaNetMemory(inputs, memory, fixed=max_length is not None)
 
 
 def _tensors(layer: LayerMemory) -> list[Tensor]:
@@ -400,7 +399,7 @@ def _mapped(layer: LayerMemory, fn) -> LayerMemory:  # noqa: ANN001
     if replay is not None:
         since = Segment(**{name: fn(tensor) for name, tensor in vars(replay.since).items()})
         replay = Replay(fn(replay.inputs), fn(replay.memory), since)
-    return DeltaNetMemory(fn(layer.inputs), fn(layer.memory), None, replay)
+    return DeltaNetMemory(fn(layer.inputs), fn(layer.memory), None, replay, layer.fixed)
 
 
 def _shared(layer: LayerMemory, copy: bool) -> LayerMemory:

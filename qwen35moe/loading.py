@@ -21,7 +21,8 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]  # nothing that could be cod
 def load(
     name: str | os.PathLike[str], *, dtype: str | torch.dtype | None = "auto", device: str | torch.device = "cpu"
 ) -> tuple[Any, Tokenizer]:
-    """(model, tokenizer) of "tiny", the checkpoint bundled with the library, of a folder, or of a Hub name ("Qwen/...").
+    """(model, tokenizer) of "tiny", the checkpoint bundled with the library, of a folder, or of a Hub name
+    ("Qwen/...").
 
     A folder is meant where one of that name exists. The class follows config.json: mixture of experts or dense. From a
     multimodal checkpoint this is the text model; what that leaves out is said (a warning, and model.loading_report).
@@ -53,7 +54,9 @@ def find(name: str | os.PathLike[str]) -> Path:
     parts = str(name).split("/")
     if len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts):
         return _from_hub(str(name))
-    raise ValueError(f"there is no folder {folder}: give a folder with config.json, a Hub name (owner/name), or {TINY!r}")
+    raise ValueError(
+        f"there is no folder {folder}: give a folder with config.json, a Hub name (owner/name), or {TINY!r}"
+    )
 
 
 def _from_hub(name: str) -> Path:

@@ -149,6 +149,8 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         if len(cache) != len(self.layers):
             raise ValueError(f"the cache holds {len(cache)} layers, the model has {len(self.layers)}: use model.new_cache")
         cache.check_room(layout)
+        if cache.max_length is not None and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise ValueError("a static cache is written in place and carries no gradient: use torch.no_grad(), or a growing one")
 
     def _replay(self, routing: Routing | Tensor | Decision, layout: TokenLayout) -> Replay:
         text = self.config.text_config

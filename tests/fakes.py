@@ -1,4 +1,4 @@
-"""A language model in thirty lines with the contract of the real one: what the generation loop sees of a model.
+"""Stand-ins: a language model in thirty lines with the contract of the real one, and a small tokenizer.
 
 The logits after a token are a pseudo-random function of the row's whole history, so a token lost, doubled or taken
 from padding changes everything after it; `script` makes a row say what a test wants.
@@ -7,11 +7,14 @@ from padding changes everything after it; `script` makes a row say what a test w
 from __future__ import annotations
 
 import hashlib
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+SPECIAL, ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<think>", "</think>", "<tool_call>"]
 
 
 class FakeCache:
@@ -46,7 +49,12 @@ class FakeModel(nn.Module):
         return FakeCache(batch_size, max_length)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, logits_to_keep: int = 0
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        logits_to_keep: int = 0,
+        output_router_logits: bool | None = None,
     ) -> Any:
         self.calls.append((tuple(input_ids.shape), attention_mask))
         assert not torch.is_grad_enabled()
@@ -79,3 +87,25 @@ class FakeModel(nn.Module):
         for _ in range(new):
             history.append(int(self.logits(history).argmax()))
         return history[len(prompt) :]
+
+
+def tokenizer_definition() -> dict[str, Any]:
+    """A byte-level BPE tokenizer with the added tokens of the published ones: some special, some not."""
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE())
+    library.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    split = Regex(r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+")
+    library.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    library.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)  # type: ignore[call-arg]
+    library.train_from_iterator(
+        ["In the beginning God created the heaven and the earth; think, im_end, tool"] * 3, trainer
+    )
+    library.add_tokens([AddedToken(each, special=True, normalized=False) for each in SPECIAL])
+    library.add_tokens([AddedToken(each, special=False, normalized=False) for each in ADDED])
+    return json.loads(library.to_str())

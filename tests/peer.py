@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+GAIN=0.5
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
@@ -285,8 +286,12 @@ def draw(model: nn.Module, seed: int, gates: str = "ordinary") -> None:
             parameter.copy_(1 + 0.2 * noise)
         elif name.endswith("norm.weight") or name.endswith("layernorm.weight"):
             parameter.copy_(0.2 * noise)
-        elif name.endswith("embed_tokens.weight") or name.endswith(".bias"):
+        elif name.endswith("embed_tokens.weight"):
+            parameter.copy_(noise)
+        elif name.endswith(".bias"):
             parameter.copy_(0.5 * noise)
+        elif name.endswith(("o_proj.weight", "out_proj.weight", "down_proj", "down_proj.weight")):
+            parameter.copy_(GAIN * noise * parameter.shape[-1] ** -0.5)
         elif name.endswith("conv1d.weight"):
             parameter.copy_(noise / parameter.shape[-1] ** 0.5)
         else:

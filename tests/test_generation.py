@@ -16,6 +16,8 @@ from transformers.generation.streamers import TextIteratorStreamer
 from qwen35moe.generation import StopStrings, TextStream, generate, row_seed, stream, stream_text
 from qwen35moe.generation.stop import Cut
 from tests.fakes import FakeModel
+from tests.peer import FULL, LINEAR, draw, odd_shape, ours, theirs
+from tests.peer import padded as padded_rows
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
 PAD = 40
@@ -537,3 +539,116 @@ def test_a_generation_config_that_asks_for_more_is_not_ignored() -> None:
         generate(model, ONE)
     model.generation_config = {"num_beams": 1, "typical_p": 1.0, "bos_token_id": 3, "min_length": 0}
     generate(model, ONE, max_new_tokens=1)
+
+
+# ------------------------------------------------------------------------------------------- the real model, and
+# transformers
+
+CASES = [
+    odd_shape(3, vocab_size=53),
+    odd_shape(11, tie_word_embeddings=True),
+    odd_shape(4, dense=True),
+    odd_shape(7, layer_types=[LINEAR, LINEAR, LINEAR, FULL], num_hidden_layers=4),
+]
+
+
+@pytest.fixture(scope="module", params=range(len(CASES)), ids=lambda number: f"case{number}")
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
+    case = CASES[request.param]
+    peer = theirs(case)
+    draw(peer, 100 + request.param)
+    return case, ours(case, source=peer), peer
+
+
+def rows_of(case: Any) -> list[Tensor]:
+    return [case.ids(1, length, salt=length)[0] for length in (9, 4, 14)]
+
+
+def their_answer(peer: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    return peer.generate(input_ids=ids, attention_mask=mask, do_sample=False, use_cache=True, **options)
+
+
+def test_greedy_tokens_are_transformers_over_64_tokens(pair: tuple[Any, Any, Any]) -> None:
+    case, model, peer = pair
+    ids, mask = padded_rows(rows_of(case), "left")
+    expected = their_answer(peer, ids, mask, max_new_tokens=64, eos_token_id=None, pad_token_id=0)
+    found = model.generate(ids, mask, max_new_tokens=64, eos_token_id=[])
+    assert found.shape == (3, 14 + 64)
+    assert torch.equal(found, expected)
+    right = model.generate(*padded_rows(rows_of(case), "right"), max_new_tokens=64, eos_token_id=[])
+    assert torch.equal(right[:, 14:], expected[:, 14:])
+
+
+def test_ends_are_transformers(pair: tuple[Any, Any, Any]) -> None:
+    case, model, peer = pair
+    ids, mask = padded_rows(rows_of(case), "left")
+    free = model.generate(ids, mask, max_new_tokens=24, eos_token_id=[])[:, 14:]
+    ends = [int(free[0, 7]), int(free[1, 18])]
+    options: dict[str, Any] = dict(max_new_tokens=24, eos_token_id=ends, pad_token_id=2)
+    found = model.generate(ids, mask, **options)
+    assert found.shape[1] < free.shape[1] + 14 or (found[:, -1] == 2).any()  # some row has ended early
+    assert torch.equal(found, their_answer(peer, ids, mask, **options))
+
+
+def test_repetition_penalty_is_transformers(pair: tuple[Any, Any, Any]) -> None:
+    """Without padding: there theirs counts the padding token as seen."""
+    case, model, peer = pair
+    ids = case.ids(3, 8)
+    options: dict[str, Any] = dict(max_new_tokens=24, repetition_penalty=1.4)
+    expected = their_answer(peer, ids, torch.ones_like(ids), eos_token_id=None, pad_token_id=0, **options)
+    assert torch.equal(model.generate(ids, eos_token_id=[], **options), expected)
+
+
+def test_sampled_rows_are_as_alone_on_the_real_model(pair: tuple[Any, Any, Any]) -> None:
+    case, model, _ = pair
+    rows = rows_of(case)
+    ends = [1, 2, 3]
+    options: dict[str, Any] = dict(max_new_tokens=24, do_sample=True, temperature=1.2, top_p=0.95, eos_token_id=ends)
+    batch = model.generate([row.tolist() for row in rows], seed=9, pad_token_id=0, **options)[:, 14:]
+    for number, row in enumerate(rows):
+        alone = model.generate(row, seed=row_seed(9, number), **options)[0, len(row) :]
+        assert torch.equal(batch[number, : len(alone)], alone)
+
+
+@pytest.mark.parametrize("max_length", [None, 60])
+def test_a_conversation_on_the_real_model(pair: tuple[Any, Any, Any], max_length: int | None) -> None:
+    """Three turns of ragged rows in one cache, against each row's turn from nothing."""
+    case, model, _ = pair
+    turns = [row.tolist() for row in rows_of(case)]
+    cache = model.new_cache(3, max_length=max_length)
+    for number in range(3):
+        width = max(map(len, turns))
+        ends = [5, 6, 7, 8]
+        out = model.generate(turns, max_new_tokens=10, cache=cache, eos_token_id=ends, pad_token_id=0)[:, width:]
+        for row, turn in enumerate(turns):
+            answer = model.generate(turn, max_new_tokens=10, eos_token_id=ends)[0, len(turn) :].tolist()
+            assert out[row, : len(answer)].tolist() == answer
+            turns[row] = turn + answer + case.ids(1, 2 + row, salt=number)[0].tolist()
+            assert int(cache.lengths[row]) == len(turn) + len(answer) - 1
+    with pytest.raises(ValueError, match="cache already holds"):
+        model.generate([[1], [2], [3]], cache=cache)
+
+
+def test_stream_on_the_real_model(pair: tuple[Any, Any, Any]) -> None:
+    case, model, _ = pair
+    ids = case.ids(2, 6)
+    steps = list(model.stream(ids, max_new_tokens=5, eos_token_id=[]))
+    assert torch.equal(torch.stack(steps, 1), model.generate(ids, max_new_tokens=5, eos_token_id=[])[:, 6:])
+
+
+def test_too_long_for_a_static_cache_leaves_it_empty(pair: tuple[Any, Any, Any]) -> None:
+    case, model, _ = pair
+    cache = model.new_cache(1, max_length=7)
+    with pytest.raises(ValueError, match="prompt of 8 tokens is longer than the cache's max_length=7"):
+        model.generate(case.ids(1, 8), max_new_tokens=1, cache=cache)
+    assert cache.lengths.tolist() == [0]
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        model.generate(torch.tensor([[case.text["vocab_size"]]]))
+
+
+def test_a_float64_model_generates_too(pair: tuple[Any, Any, Any]) -> None:
+    case, model, peer = pair
+    double = ours(case, dtype=torch.float64, source=peer)
+    ids = case.ids(2, 6)
+    assert torch.equal(double.generate(ids, max_new_tokens=16, eos_token_id=[]),
+                       model.generate(ids, max_new_tokens=16, eos_token_id=[]))  # fmt: skip

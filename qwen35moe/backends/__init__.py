@@ -24,7 +24,7 @@ verification.py judges.
 from __future__ import annotations
 
 from .calls import Call, Ran
-from .choice import checked_choices, checkpoint_contexts, resolve, run, unregister, use
+from .choice import checked_choices, checkpoint, checkpoint_contexts, resolve, run, unregister, use
 from .description import describe
 from .table import ALIASES, OPERATIONS, Implementation, add_cases, cases, implementations, register
 from .verification import Report, verify
@@ -39,6 +39,7 @@ __all__ = [
     "add_cases",
     "cases",
     "checked_choices",
+    "checkpoint",
     "checkpoint_contexts",
     "describe",
     "implementations",

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 from qwen35moe import taps
 
@@ -188,10 +189,21 @@ def _here() -> dict[str, str]:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=backends.checkpoint_contexts)`.
+    """The context_fn of `torch.utils.checkpoint.checkpoint`: (forward, recomputation).
 
     The recomputation makes the choices of the forward again, even when their with-block has ended: another
     implementation there would save other tensors. Includes `taps.checkpoint_contexts`.
     """
     forward, recompute = taps.checkpoint_contexts()
     return forward, _Recompute(recompute)
+
+
+def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), computed again in backward instead of kept (non-reentrant activation checkpointing).
+
+    Under torch.compile it is the graph that is computed again, choices and taps included: no context is needed there,
+    and none but dispatch modes are accepted.
+    """
+    if torch.compiler.is_compiling():
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, context_fn=checkpoint_contexts)

@@ -24,7 +24,7 @@ _HOMES = {
     "vision_attention": "attention",
     "short_convolution": "convolution",
     "gated_delta_rule": "delta_rule",
-    "delta_net_step": "delta_rule",
+    "delta_net_step": "delta_net_step",
     "router": "experts",
     "experts": "experts",
     "linear_cross_entropy": "losses",

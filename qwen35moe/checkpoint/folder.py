@@ -55,7 +55,7 @@ def config_file(header: Header) -> Path:
 
 
 class Replacement:
-    """A new checkpoint for a folder. Write the files (`write`), then `commit`; leaving without it leaves the old one."""
+    """A new checkpoint for a folder: `write` its files, then `commit`. Without that the old one stays."""
 
     def __init__(self, folder: Path, config: bytes) -> None:
         self.folder = folder
@@ -67,14 +67,15 @@ class Replacement:
             self.old = Header(folder)
         self.old_files = {os.path.relpath(file, folder) for file in self.old.files}
         if os.path.lexists(folder / INDEX):  # beside a model.safetensors it is left over, its files too
-            self.old_files |= {name for name in read_index(folder, problems)[0].values() if locate(folder, name, problems)}
+            named = read_index(folder, problems)[0].values()
+            self.old_files |= {name for name in named if locate(folder, name, problems)}
         self.save_id = self._new_id()
         self.directory = Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
         self.moved: list[Path] = []  # in the folder already, not yet part of a checkpoint
         self.committed = False
 
     def _new_id(self) -> str:
-        """A digest of the configuration; another one where the old weights say the same, whose config.json may differ."""
+        """A digest of the configuration; not the one the old weights name, whose config.json may be another by now."""
         digest = hashlib.sha256(self.config)
         while (found := digest.hexdigest()[:16]) == self.old.save_id:
             digest.update(b"again")
@@ -139,7 +140,8 @@ class Replacement:
         if not keep_index:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.folder / INDEX)
-        old = self.old_files | {name for name in os.listdir(self.folder) if _OWN_SHARD.match(name) or _PENDING.match(name)}
+        here = os.listdir(self.folder)
+        old = self.old_files | {name for name in here if _OWN_SHARD.match(name) or _PENDING.match(name)}
         for name in sorted(old - new):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.folder / name)
@@ -169,8 +171,8 @@ def replacing(path: str | os.PathLike[str], config: bytes, nbytes: int) -> Itera
                 shutil.rmtree(left, ignore_errors=True)
         free = shutil.disk_usage(folder).free
         if free < nbytes:
-            message = f"saving to {folder} takes {nbytes} bytes, {free} are free; the old files stay until the new are whole"
-            raise OSError(errno.ENOSPC, message)
+            detail = f"{nbytes} bytes are needed beside the old files, {free} are free"
+            raise OSError(errno.ENOSPC, detail, str(folder))
         replacement = Replacement(folder, config)
         try:
             yield replacement

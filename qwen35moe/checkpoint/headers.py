@@ -33,7 +33,7 @@ SAVE_ID = "save_id"  # in the metadata of what this library writes: see folder.p
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BITS = {"C64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
          "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-         "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4} | {name: 8 * dtype.itemsize for name, dtype in FLOATS.items()}  # fmt: skip
+         "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "F64": 64, "F32": 32, "F16": 16, "BF16": 16}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +228,8 @@ def _read_file(file: Path, where: str, problems: list[Problem]) -> _Contents | N
             problems.append(Problem("not downloaded", where, "it is a Git LFS pointer: run `git lfs pull`"))
             return None
         if len(first) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-            detail = f"a header of {length} bytes in a file of {size} (at most {MAX_HEADER_BYTES}): cut off, or not safetensors"
-            problems.append(Problem("bad header", where, detail))
+            detail = f"{length} bytes of header in a file of {size} (at most {MAX_HEADER_BYTES})"
+            problems.append(Problem("bad header", where, f"{detail}: cut off, or not safetensors"))
             return None
         entries = parse_json(f.read(length), where, problems)
     if not isinstance(entries, dict):

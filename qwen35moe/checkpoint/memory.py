@@ -90,7 +90,8 @@ def read_into(copies: Sequence[Copy], device: torch.device, threads: int | None 
     if not pieces:
         return
     local = threading.local()
-    with _opened({piece.file for piece in pieces}) as descriptors, ThreadPoolExecutor(min(threads, len(pieces))) as pool:
+    files = {piece.file for piece in pieces}
+    with _opened(files) as descriptors, ThreadPoolExecutor(min(threads, len(pieces))) as pool:
 
         def work(piece: Copy) -> None:
             if not hasattr(local, "reader"):
@@ -169,8 +170,8 @@ def _read_exactly(descriptor: int, address: int, nbytes: int, offset: int) -> No
 class ReadAhead:
     """Brings parts of files into the page cache, in the given order, on a thread that ends by itself.
 
-    What is there already is skipped, so a warm start costs some thousand system calls that read one byte each. A bounded
-    window is requested ahead of the last byte that has arrived: the disk stays busy, and `stop()` takes effect at once.
+    What is there already is skipped, so a warm start costs some thousand system calls that read one byte each. A
+    bounded window is requested ahead of the last byte that has arrived: the disk stays busy, and `stop` works at once.
     """
 
     BLOCK = 16 * 2**20

@@ -40,7 +40,9 @@ COMPUTED = ("rotary_emb.inv_freq",)
 # A grouped expert tensor [E, R, ...] and the per-expert ones that stack to it, in the order of their rows.
 EXPERT_WEIGHTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _GROUPED = re.compile(r"^(?P<module>.+\.experts)\.(?P<weight>gate_up_proj|down_proj)$")
-_SINGLE = re.compile(r"^(?P<module>.+\.experts)\.(?P<expert>0|[1-9]\d{0,8})\.(?P<projection>gate_proj|up_proj|down_proj)\.weight$")
+_SINGLE = re.compile(
+    r"^(?P<module>.+\.experts)\.(?P<expert>0|[1-9]\d{0,8})\.(?P<projection>(?:gate|up|down)_proj)\.weight$"
+)
 
 
 def canonical(name: str) -> str | None:

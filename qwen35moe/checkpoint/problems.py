@@ -40,7 +40,7 @@ class CheckpointError(ValueError):
 
 
 def fold(problems: Iterable[Problem]) -> list[str]:
-    """One row for all problems that differ only in the numbers between dots (layers, experts), in order of appearance."""
+    """One row for all problems that differ only in numbers between dots (layers, experts); the first ones first."""
     groups: dict[tuple[str, str, str], list[tuple[int, ...]]] = {}
     for problem in problems:
         pattern = _NUMBER.sub(_STAR, problem.subject.replace(_STAR, "?"))

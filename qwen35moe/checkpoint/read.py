@@ -51,10 +51,13 @@ class LoadingReport:
     read_ahead: ReadAhead | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.nbytes / 1e9:.2f} GB of {str(self.dtype).removeprefix('torch.')} from {self.files} files"]
-        lines.append(f"parameters: {self.mapped} mapped, {self.copied} copied, {self.stacked} stacked from single experts")
-        lines += [f"converted: {how} ({count})" for how, count in self.converted.items()]
-        lines += [f"left out: {what} ({count} tensors), of which this class has no part" for what, count in self.left_out.items()]
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines = [
+            f"{self.path}: {self.nbytes / 1e9:.2f} GB of {dtype} from {self.files} file(s)",
+            f"parameters: {self.mapped} mapped, {self.copied} copied, {self.stacked} stacked from single experts",
+        ]
+        lines += [f"converted: {how} ({count} parameters)" for how, count in self.converted.items()]
+        lines += [f"left out: {what} ({count} tensors), no part of this class" for what, count in self.left_out.items()]
         return "\n".join([*lines, *self.notes])
 
 
@@ -74,7 +77,7 @@ def load_model(
     device: a CPU, a GPU, or "meta", which checks the checkpoint and reads nothing.
     config: instead of config.json, for instance with another rope.
     weights: "map" uses the files themselves as memory on a CPU (copy on write, they are never written to), "copy" reads
-        them into memory of its own. A checkpoint on a disk that goes away, or that is overwritten in place, needs "copy".
+        them into memory of its own: for a disk that goes away, or files that another program overwrites in place.
     dtype_policy: "transformers" rounds the islands through `dtype`, as transformers stores them; they stay float32
         parameters.
 
@@ -151,9 +154,7 @@ def _stored_dtype(plans: Iterable[Plan]) -> torch.dtype:
 def _note_dtype(config: Config, chosen: torch.dtype, wanted: torch.dtype | None, report: LoadingReport) -> None:
     said = config.text_config.dtype
     if wanted is None and said is not None and said != str(chosen).removeprefix("torch."):
-        report.notes.append(
-            f'config.json says dtype {said}, the weights are stored as {chosen}: loaded as stored (dtype="{said}" converts)'
-        )
+        report.notes.append(f'config.json says dtype {said}, most weights are {chosen}: kept (dtype="{said}" converts)')
 
 
 def _check_copies(copies: Iterable[tuple[StoredTensor, StoredTensor]], problems: list[Problem]) -> None:

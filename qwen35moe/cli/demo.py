@@ -13,15 +13,17 @@ BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*#%@"
 def run(options: argparse.Namespace) -> None:
     from .. import backends
     from ..loading import load
-    from .generate import write_stream
+    from .generate import printable, write_stream
 
     model, tokenizer = load(options.folder, dtype=options.dtype, device=options.device)
     config = model.config.text_config
-    experts = f", {config.num_experts} experts of which {config.num_experts_per_tok} per token" if config.is_moe else ""
-    print(f"{options.folder}: {model.num_parameters():,} parameters, {config.num_hidden_layers} layers{experts}, {model.dtype}")
+    what = f"{model.num_parameters():,} parameters, {config.num_hidden_layers} layers"
+    if config.is_moe:
+        what += f", {config.num_experts} experts of which {config.num_experts_per_tok} per token"
+    print(f"{options.folder}: {what}, {model.dtype}")
 
     ids = tokenizer.encode(options.prompt)
-    print(f"\n{options.prompt}", end="", flush=True)
+    print(f"\n{printable(options.prompt)}", end="", flush=True)
     sampling = dict(do_sample=True, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=options.seed)
     with backends.ran() as ran:
         clock = write_stream(model, tokenizer, ids, max_new_tokens=options.max_new_tokens, **sampling)
@@ -39,10 +41,12 @@ def expert_load(model: Any, ids: Sequence[int]) -> str:
     import torch
 
     with torch.no_grad():
-        out = model(torch.tensor([list(ids)], device=model.device), output_routing=True, output_logits=False)
+        out = model(torch.tensor([list(ids)], device=model.device), output_routing=True, logits_to_keep=1)
     load = out.routing.load().cpu()  # [L, E]
     even = 1 / load.shape[1]
-    lines = [f"share of each of {load.shape[1]} experts, over {len(ids)} tokens (even: {even:.1%}, full bar: {2 * even:.1%})"]
+    lines = [
+        f"share of each of {load.shape[1]} experts, over {len(ids)} tokens (even: {even:.1%}, full bar: {2 * even:.1%})"
+    ]
     for layer, shares in zip(out.routing.layers, load.tolist(), strict=True):
         bars = "".join(bar(share / (2 * even)) for share in shares)
         lines.append(f"  layer {layer:<3} |{bars}|  from {min(shares):.1%} to {max(shares):.1%}")

@@ -144,7 +144,8 @@ def unknown_message(where: str, unknown: list[str], given: Mapping[str, Any], kn
     for key in unknown[:20]:
         near = difflib.get_close_matches(key[:100], sorted(known), n=3, cutoff=0.6)
         hint = f" (close to {', '.join(near)})" if near else ""
-        lines.append(f"{shown(key)} = {shown(given[key])}{hint}")
+        name = key if key.isidentifier() and len(key) < 80 else shown(key)
+        lines.append(f"{name} = {shown(given[key])}{hint}")
     more = f"; and {len(unknown) - 20} more" if len(unknown) > 20 else ""
     place = where or "the configuration"
     return (

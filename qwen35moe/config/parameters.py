@@ -33,6 +33,8 @@ def tensor_shapes(
     for layout in (experts, mtp_experts):
         if layout not in ("grouped", "per_expert"):
             raise ValueError(f'experts are stored "grouped" or "per_expert", not {layout!r}')
+    if islands not in ("F32", "BF16"):
+        raise ValueError(f"A_log and the delta rule's norm are stored as F32 or BF16, not {islands!r}")
     stored = _STORED[config.text_config.dtype or "bfloat16"]
     prefix = "model." if config.is_flat else "model.language_model."
     for name, shape in text_tensors(config.text_config, experts):

@@ -194,10 +194,10 @@ class TextConfig(Fixed):
         """As `text_config` of a file. MoE keys only in a MoE model, and the fixed keys that other programs look for."""
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self)}
         values |= {"layer_types": list(self.layer_types), "rope_parameters": self._rope.to_dict()}
-        dropped = set() if self.is_moe else {*ONLY_MOE, "router_aux_loss_coef", "output_router_logits"}
-        for name in ("intermediate_size", "full_attention_interval", "dtype"):
-            if values[name] is None:
-                dropped.add(name)
+        dropped = {name for name in ("intermediate_size", "full_attention_interval", "dtype") if values[name] is None}
+        if not self.is_moe:
+            unread = {"router_aux_loss_coef": 0.001, "output_router_logits": False}
+            dropped |= {*ONLY_MOE} | {name for name, default in unread.items() if values[name] == default}
         always = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mtp_use_dedicated_embeddings": False}
         return {name: value for name, value in values.items() if name not in dropped} | always
 
@@ -209,13 +209,7 @@ class TextConfig(Fixed):
         parameters, what is not named stays.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("rope_parameters", "rope_scaling"):
-            if changes.get(name) is not None:
-                changes["rope_parameters"] = lay_over(self._rope, changes.pop(name))
-        rotary = {"rope_theta", "partial_rotary_factor"} & changes.keys()
-        if rotary:
-            own = changes.get("rope_parameters", self._rope.to_dict())
-            changes["rope_parameters"] = own | {name: changes.pop(name) for name in rotary}
+        self._replace_rope(changes)
         if "torch_dtype" in changes:
             changes["dtype"] = changes.pop("torch_dtype")
         if family(changes.get("model_type", self.model_type)) != family(self.model_type):
@@ -224,10 +218,20 @@ class TextConfig(Fixed):
                 raise ConfigError("a dense model needs intermediate_size; give it beside model_type")
         if changes.get("layer_types") is not None:
             values["full_attention_interval"] = None
-            changes.setdefault("num_hidden_layers", len(changes["layer_types"]))
+            changes.setdefault("num_hidden_layers", len(names("layer_types", changes["layer_types"])))
         elif "num_hidden_layers" in changes or "full_attention_interval" in changes:
             values["layer_types"] = self._layers_for(changes)
         return TextConfig.from_dict(values | changes)
+
+    def _replace_rope(self, changes: dict[str, Any]) -> None:
+        """Fold every way to name rotary parameters into changes["rope_parameters"], laid over the present ones."""
+        given = [changes.pop(name) for name in ("rope_parameters", "rope_scaling") if name in changes]
+        given = [item for item in given if item is not None]
+        if len(given) == 2:
+            raise ConfigError("rope_parameters and rope_scaling are two names of one thing; give one of them")
+        single = {name: changes.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in changes}
+        if given or single:
+            changes["rope_parameters"] = lay_over(self._rope, given[0] if given else {}) | single
 
     def _layers_for(self, changes: dict[str, Any]) -> tuple[str, ...] | None:
         """layer_types for a new length or interval; None lets the interval make them."""

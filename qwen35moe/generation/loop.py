@@ -241,7 +241,10 @@ class _Run:
         return self._forward(token[:, None], mask)
 
     def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        out = self.model(input_ids=tokens, attention_mask=mask, cache=self.cache, logits_to_keep=1)
+        # Router logits, if the configuration asks for them, are for training: here they would be thrown away.
+        out = self.model(
+            input_ids=tokens, attention_mask=mask, cache=self.cache, logits_to_keep=1, output_router_logits=False
+        )
         return out.logits[:, -1]
 
     @torch.no_grad()
@@ -295,8 +298,8 @@ class _Run:
         if any(error):
             rows = [row for row, wrong in enumerate(error) if wrong]
             raise ValueError(
-                f"no token can be chosen for rows {rows} (new token {step + 1}, or shortly before): the logits hold NaN, "
-                "+inf, or nothing but -inf; look at the model's weights, or at the logits_processor"
+                f"no token can be chosen for rows {rows} (new token {step + 1}, or shortly before): the logits hold "
+                "NaN, +inf, or nothing but -inf; look at the model's weights, or at the logits_processor"
             )
         if self.stops is not None:
             for row, each in enumerate(tokens):

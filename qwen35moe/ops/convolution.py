@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen35moe import backends
 from qwen35moe.ops.precision import wide_dtype
 
-_BLOCK_BYTES = 1 << 20  # a CPU works through as many tokens at once as keep the float32 sums in cache
+_BLOCK_BYTES = 2 << 20  # a CPU works through as many tokens at once as keep the float32 sums in cache
 
 
 def direct_short_convolution(
@@ -102,9 +102,10 @@ def _shifted_sum(inputs: Tensor, weight: Tensor) -> Tensor:
     blocks = []
     for start in range(0, tokens, step):
         end = min(start + step, tokens)
-        total = inputs[:, start:end] * columns[0]
+        block, length = inputs[:, start : end + taps - 1].to(dtype), end - start
+        total = block[:, :length] * columns[0]
         for w in range(1, taps):
-            total = torch.addcmul(total, inputs[:, start + w : end + w].to(dtype), columns[w])
+            total = torch.addcmul(total, block[:, w : w + length], columns[w])
         blocks.append(F.silu(total).to(inputs.dtype))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 

@@ -1,0 +1,64 @@
+"""One token of a Gated DeltaNet layer between its projections: convolution, gates, rule and gated norm in one operation.
+
+    m = silu(sum_w W_conv[:, w] x_{t - W + 1 + w});  q, k, v = m
+    decay = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b)
+    S' = exp(decay) S + k (x) beta (v - exp(decay) S^T k);  y = rms_norm(S'^T q / sqrt(K)) w silu(gate)
+
+The definition below composes the other operations. The layer itself does so too, unless a fused implementation is
+registered in front of this one: what a fused step saves is launches, of which plain PyTorch has the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen35moe import backends
+from qwen35moe.ops.convolution import short_convolution
+from qwen35moe.ops.delta_rule import recurrent_gated_delta_rule
+from qwen35moe.ops.norm import gated_rms_norm
+from qwen35moe.ops.precision import wide_dtype
+
+
+def delta_net_step(
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, inputs: Tensor, memory: Tensor, conv_weight: Tensor,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normed output [B, H, V] in qkv's dtype, and the inputs [B, C, W-1] and memory [B, H, K, V] after the token.
+
+    qkv [B, C], gate [B, H, V], a and b [B, H], inputs [B, C, W-1], memory [B, H, K, V] float32 at least, conv_weight
+    [C, W], A_log and dt_bias [H], norm_weight [V]. groups: the number of key heads G.
+    """
+    heads, width, out = memory.shape[1:]
+    mixed, inputs = short_convolution(qkv[:, None], conv_weight, state=inputs)
+    query, key, value = mixed.split([groups * width, groups * width, heads * out], dim=-1)
+    dtype = wide_dtype(qkv, A_log)
+    decay = -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
+    core, memory = recurrent_gated_delta_rule(
+        query.unflatten(-1, (groups, width)), key.unflatten(-1, (groups, width)), value.unflatten(-1, (heads, out)),
+        decay=decay[:, None], beta=b.to(dtype).sigmoid()[:, None], state=memory,
+    )
+    return gated_rms_norm(core[:, 0], gate, norm_weight, eps=eps), inputs, memory
+
+
+def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
+    for batch, groups, heads, width, out, taps in ((3, 2, 4, 8, 12, 4), (1, 1, 3, 16, 8, 2)):
+        channels = 2 * groups * width + heads * out
+        wide = torch.promote_types(torch.float32, dtype)
+
+        def random(*shape: int, to: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, to)
+
+        args = random(batch, channels), random(batch, heads, out), random(batch, heads), random(batch, heads)
+        yield args, {
+            "inputs": random(batch, channels, taps - 1), "memory": random(batch, heads, width, out, to=wide),
+            "conv_weight": random(channels, taps), "A_log": random(heads, to=wide), "dt_bias": random(heads, to=wide),
+            "norm_weight": random(out, to=wide), "groups": groups, "eps": 1e-6,
+        }
+
+
+backends.register("delta_net_step", "torch", delta_net_step)
+backends.add_cases("delta_net_step", delta_net_step, _cases)
