@@ -20,7 +20,7 @@ from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.losses import IGNORE, cross_entropy, load_balancing_loss, shift_labels
 from qwen35moe.ops.precision import wide_dtype
 from qwen35moe.ops.rope import inverse_frequencies, rotary_tables
-from qwen35moe.output import ModelOutput
+from qwen35moe.output import LossOutput, ModelOutput
 from qwen35moe.pretrained import PretrainedModel
 from qwen35moe.routing import Decision, Replay, Routing
 from qwen35moe.taps import tap
@@ -262,7 +262,8 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         if output_logits:
             kept = hidden[:, _kept(logits_to_keep)]
             output.logits = self.lm_head(kept)
-        output.logits_omitted = not output_logits
+        else:
+            output = LossOutput(**vars(output))
         if targets is not None:
             output.loss = self._loss(output, hidden, targets, num_items_in_batch, logits_to_keep)
         if output.router_logits is not None:
@@ -289,7 +290,7 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         self, output: ModelOutput, hidden: Tensor, targets: Tensor, num_items: int | Tensor | None, keep: int | Tensor
     ) -> Tensor:
         whole = isinstance(keep, int) and keep == 0
-        if whole and not output.logits_omitted and output.logits is not None:
+        if whole and not isinstance(output, LossOutput) and output.logits is not None:
             return cross_entropy(output.logits.flatten(0, 1), targets.flatten(), num_items=num_items)
         return backends.run(
             "linear_cross_entropy", hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), num_items=num_items,

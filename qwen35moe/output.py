@@ -31,12 +31,6 @@ class ModelOutput:
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cache: Cache | None = None
-    logits_omitted: bool = False
-
-    def __getattribute__(self, name: str) -> Any:
-        if name == "logits" and object.__getattribute__(self, "logits_omitted"):
-            raise AttributeError("the logits were not computed: the call said output_logits=False")
-        return object.__getattribute__(self, name)
 
     def __getitem__(self, key: str | int) -> Any:
         if isinstance(key, int):
@@ -56,8 +50,7 @@ class ModelOutput:
 
     def keys(self) -> tuple[str, ...]:
         """Names of the results that are there."""
-        names = [f.name for f in fields(self) if f.name != "logits_omitted"]
-        return tuple(n for n in names if not (n == "logits" and self.logits_omitted) and getattr(self, n) is not None)
+        return tuple(f.name for f in fields(self) if getattr(self, f.name, None) is not None)
 
     def values(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.keys())
@@ -67,3 +60,16 @@ class ModelOutput:
 
     def get(self, key: str, default: Any = None) -> Any:
         return getattr(self, key) if key in self.keys() else default
+
+
+class LossOutput(ModelOutput):
+    """The result of a call with output_logits=False: everything but the logits."""
+
+    @property
+    def logits(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """There are none, and reading them says so."""
+        raise AttributeError("the logits were not computed: the call said output_logits=False")
+
+    @logits.setter
+    def logits(self, value: Tensor | None) -> None:
+        """The constructor's None."""

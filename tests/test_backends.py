@@ -42,7 +42,7 @@ def even(x: Tensor, weight: Tensor, *, eps: float) -> str | None:
 def own_table() -> Iterator[None]:
     """All process-wide state as it was afterwards; meanwhile rms_norm has one implementation, `plain`."""
     backends.implementations("rms_norm")
-    stores = (table.TABLE, table.CASES, choice.LAST, choice.REFUSED, choice._choices)
+    stores: list[Any] = [table.TABLE, table.CASES, choice.LAST, choice.REFUSED, choice._choices]
     before = [{key: list(value) if isinstance(value, list) else value for key, value in s.items()} for s in stores]
     said = set(choice._said)
     for store in (choice._said, choice.LAST, choice.REFUSED, choice._choices, table.TABLE["rms_norm"]):
@@ -169,15 +169,15 @@ class TestForcedChoice:
     def test_a_model_s_own_choice_comes_first(self, arguments: tuple[Tensor, Tensor]) -> None:
         backends.register("rms_norm", "fast", twice)
         caller = nn.Identity()
-        caller.backend_choices = {"rms_norm": "fast"}
+        caller.__dict__["backend_choices"] = {"rms_norm": "fast"}
         assert run(arguments, caller) == 2.0
         with backends.use(rms_norm="torch"):
             assert run(arguments, caller) == 2.0
             assert run(arguments) == 1.0
-        caller.backend_choices = {"rms_norm": "auto"}
+        caller.__dict__["backend_choices"] = {"rms_norm": "auto"}
         with backends.use(rms_norm="fast"):
             assert run(arguments, caller) == 1.0
-        caller.backend_choices = {"experts": "torch"}
+        caller.__dict__["backend_choices"] = {"experts": "torch"}
         with backends.use(rms_norm="fast"):
             assert run(arguments, caller) == 2.0
 

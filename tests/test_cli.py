@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -197,7 +198,7 @@ def test_an_unexpected_error_says_its_kind(capsys: pytest.CaptureFixture[str]) -
 # ------------------------------------------------------------------------------------------------------------ inspect
 
 
-def write_headers(path: Path, config: Config, tensors: list[tuple[str, tuple[int, ...], str]]) -> None:
+def write_headers(path: Path, config: Config, tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> None:
     """A checkpoint whose weights are a hole in a file: headers as large as life, no data."""
     header: dict[str, Any] = {}
     at = 0
@@ -215,7 +216,7 @@ def write_headers(path: Path, config: Config, tensors: list[tuple[str, tuple[int
 def test_inspect_counts_a_published_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """35B-A3B, 70 GB of headers: the published counts, from no data at all."""
     config = Config.preset("35b-a3b")
-    write_headers(tmp_path, config, [tuple(each) for each in config.tensor_shapes(mtp=True, mtp_experts="per_expert")])
+    write_headers(tmp_path, config, config.tensor_shapes(mtp=True, mtp_experts="per_expert"))
     assert os.stat(tmp_path / "model.safetensors").st_blocks < 10_000
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -238,10 +239,10 @@ def test_inspect_counts_a_published_size(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_inspect_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config.preset("0.8b")
-    tensors = [tuple(each) for each in config.tensor_shapes(vision=False)]
-    kept = [each for each in tensors if not each[0].endswith("layers.0.input_layernorm.weight")]
+    missing = "layers.0.input_layernorm.weight"
+    kept = [each for each in config.tensor_shapes(vision=False) if not each.name.endswith(missing)]
     scale = ("model.language_model.layers.0.mlp.up_proj.weight_scale_inv", (28, 8), "F32")
-    write_headers(tmp_path, config, [*kept, ("model.audio.weight", (3, 5), "BF16"), scale])  # type: ignore[list-item]
+    write_headers(tmp_path, config, [*kept, ("model.audio.weight", (3, 5), "BF16"), scale])
     facts = inspect.survey(str(tmp_path))
     assert facts["described_parameters"] - facts["parameters"] == 1024  # the scale is no parameter
     page = inspect.report(facts)
@@ -267,7 +268,7 @@ def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("ok", [True, False])
 def test_backends_verify(ok: bool, capsys: pytest.CaptureFixture[str]) -> None:
     report = mock.MagicMock(ok=ok)
-    report.__str__.return_value = "the report"
+    report.__str__ = lambda self: "the report"
     with mock.patch.object(backends, "verify", return_value=report):
         assert main(["backends", "--verify"]) == (0 if ok else 2)
     out = capsys.readouterr()

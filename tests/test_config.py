@@ -179,7 +179,7 @@ def test_parameter_counts_are_the_published_ones(preset: str) -> None:
     ],
 )
 def test_tensors_and_bytes_are_those_of_the_published_repositories(
-    preset: str, tensors: int, size: int, how: dict[str, str]
+    preset: str, tensors: int, size: int, how: dict[str, Any]
 ) -> None:
     found = list(Config.preset(preset).tensor_shapes(mtp=True, **how))
     assert len({t.name for t in found}) == len(found) == tensors
@@ -397,7 +397,7 @@ def test_dtype_under_both_names_and_at_both_places() -> None:
     assert Config.from_dict(TINY | {"torch_dtype": "float16"}).dtype == "float16"
     assert Config.from_dict(TINY | {"torch_dtype": "float16", "dtype": "float32"}).dtype == "float32"
     assert Config.from_dict(nested(TINY | {"dtype": "bfloat16"}, dtype="float32")).dtype == "float32"
-    assert TextConfig(dtype=torch.bfloat16).dtype == "bfloat16"
+    assert TextConfig.from_dict({"dtype": torch.bfloat16}).dtype == "bfloat16"
     assert {t.dtype for t in Config.from_dict(TINY | {"dtype": "float32"}).tensor_shapes()} == {"F32"}
     refused(TINY | {"dtype": "int3"}, "int3", "bfloat16")
 
@@ -499,7 +499,8 @@ def test_unknown_keys_are_refused_together_with_close_names() -> None:
 
 def test_inert_keys_are_listed_with_a_reason_and_change_nothing() -> None:
     plain = Config.from_dict(nested())
-    noted: dict[str, Any] = nested() | dict.fromkeys(INERT_TOP, "anything") | dict(_private_note=[1], unknown_but_null=None)
+    noted: dict[str, Any] = nested() | {"_private_note": [1], "unknown_but_null": None}
+    noted |= dict.fromkeys(INERT_TOP, "anything")
     noted["text_config"] |= dict.fromkeys(INERT, "anything")
     noted["vision_config"] |= dict.fromkeys(INERT_VISION, "anything")
     assert Config.from_dict(noted) == plain

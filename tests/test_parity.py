@@ -66,11 +66,36 @@ def forward_and_backward(case: Case) -> tuple[dict[str, dict[str, Tensor]], dict
 
 
 @EVERY
-@pytest.mark.parametrize("kind", ["values", "hidden", "routing", "gradients"])
-def test_one_forward_and_backward(case, kind):
-    """Logits and losses; hidden states of every layer; router logits and the balancing loss; every gradient."""
+@pytest.mark.parametrize("kind", ["values", "hidden", "routing"])
+def test_one_forward(case, kind):
+    """Logits and losses; hidden states of every layer; router logits and the balancing loss."""
     found, expected = forward_and_backward(case)
     assert_all_close(found[kind], expected[kind], BOUND, kind)
+
+
+def beyond_the_bound(case: Case) -> dict[str, float]:
+    found, expected = (results["gradients"] for results in forward_and_backward(case))
+    errors = {name: relative_error(tensor, expected[name]) for name, tensor in found.items()}
+    return {name: error for name, error in errors.items() if not error <= BOUND}
+
+
+@EVERY
+def test_every_gradient(case):
+    """Within 1e-5 of theirs. Where float32 itself has fewer digits (a router that takes one expert, whose weight is 1:
+    its gradient is what cancels; A_log), float64 judges: ours within 1e-5 of it, or no further than theirs."""
+    apart = beyond_the_bound(case)
+    if apart:
+        ours, theirs = judged(case, "ordinary")
+        names = [f"gradients {name}" for name in apart]
+        worse = {name: f"{ours[name]:.1e} against {theirs[name]:.1e}" for name in names
+                 if ours[name] > max(BOUND, theirs[name])}
+        assert not worse, worse
+
+
+def test_few_gradients_need_the_judge():
+    """Nine in ten cases agree to 1e-5 in every gradient."""
+    apart = [case for case in CASES + DENSE if beyond_the_bound(case)]
+    assert len(apart) <= len(CASES + DENSE) // 10, apart
 
 
 # ---------------------------------------------------------------------------------------------------- with a cache
@@ -90,6 +115,14 @@ def states(case: Case, ours: Any, theirs: Any) -> tuple[dict[str, Tensor], dict[
     return found, expected
 
 
+def help_to_count(case: Case, start: int, tokens: int) -> dict[str, Any]:
+    """transformers cannot count the tokens of a cache without an attention layer; this is what it would find."""
+    if peer.FULL in case.text["layer_types"]:
+        return {}
+    place = torch.arange(start, start + tokens).expand(4, case.batch, -1)
+    return {"position_ids": place, "attention_mask": {peer.FULL: None, peer.LINEAR: None}}
+
+
 @EVERY
 def test_cached_prefill_chunk_and_decode(case):
     """A prefill, a second chunk, three single tokens: logits at each step; keys, values, inputs and memories after."""
@@ -103,7 +136,7 @@ def test_cached_prefill_chunk_and_decode(case):
         for tokens in (case.length, 5, 1, 1, 1):
             part = ids[:, start : start + tokens]
             found = ours(part, cache=cache)
-            expected = theirs(part, past_key_values=theirs_cache, use_cache=True)
+            expected = theirs(part, past_key_values=theirs_cache, use_cache=True, **help_to_count(case, start, tokens))
             start += tokens
             assert found.cache is cache and cache.lengths.tolist() == [start] * case.batch
             assert_close(found.logits, expected.logits, BOUND, f"logits after {start} tokens")
@@ -132,13 +165,14 @@ def test_left_padding_and_the_balancing_loss_under_a_mask(case):
 
 @pytest.mark.parametrize("case", CASES[1::6], ids=repr)
 def test_given_positions_on_one_axis_and_on_three(case):
-    """Text positions that skip ahead; and three different axes, as images give them."""
+    """Rows that begin at different positions; and three different axes that stand still, jump and fall back, as images
+    make them. (A jump on a single axis is a document border to transformers, and none to us.)"""
     ours, theirs = pair(case)
     ids = case.ids(length=12)
-    steps = torch.randint(1, 5, (3, case.batch, 12), generator=peer.generator(case.seed))
-    axes = steps.cumsum(-1)
+    first = torch.arange(12) + 40 * torch.arange(1, case.batch + 1)[:, None]
+    axes = torch.randint(0, 90, (3, case.batch, 12), generator=peer.generator(case.seed))
     with torch.no_grad():
-        for position_ids in (axes[0], axes):
+        for position_ids in (first, axes):
             found = ours(ids, position_ids=position_ids)
             expected = theirs(ids, position_ids=position_ids, use_cache=False)
             assert_close(found.logits, expected.logits, BOUND)
@@ -203,16 +237,25 @@ def greedy(model: Any, ids: Tensor, mask: Tensor, tokens: int, cache: Any) -> Te
     return torch.cat(new, dim=1)
 
 
-@pytest.mark.parametrize("max_length", [None, 96], ids=["growing", "static"])
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 13, 24, 38)] + [DENSE[0]], ids=repr)
-def test_64_greedy_tokens_of_a_left_padded_batch(case, max_length):
+def talkative(case: Case) -> bool:
+    """Hybrid and untied: a tied head repeats the last token, which tests nothing."""
+    return set(case.text["layer_types"]) == {peer.LINEAR, peer.FULL} and not case.text["tie_word_embeddings"]
+
+
+TALKATIVE = [c for c in CASES if talkative(c)][:4] + [c for c in DENSE if talkative(c)][:1]
+
+
+@pytest.mark.parametrize("case", TALKATIVE, ids=repr)
+def test_64_greedy_tokens_of_a_left_padded_batch(case):
+    """Identical, from a growing cache and from a static one."""
     ours, theirs = pair(case)
     ids, mask = peer.padded([case.ids(1, length, salt=length)[0] for length in (11, 3, 17)], "left")
     with torch.no_grad():
         expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0)
-    found = greedy(ours, ids, mask, 64, ours.new_cache(3, max_length))
-    assert found.tolist() == expected[:, ids.shape[1] :].tolist()
-    assert len(set(found.flatten().tolist())) > 3, "a model that repeats one token tests nothing"
+    for max_length in (None, 81):
+        found = greedy(ours, ids, mask, 64, ours.new_cache(3, max_length))
+        assert found.tolist() == expected[:, ids.shape[1] :].tolist()
+    assert len(set(expected[:, ids.shape[1] :].flatten().tolist())) > 8
 
 
 # ------------------------------------------------------------------------------- transformers' init, judged by float64
@@ -247,7 +290,7 @@ def geometric_mean(errors: list[float]) -> float:
 
 # ---------------------------------------------------------------------------------------------------- bfloat16
 
-HALF = [case for case in CASES if case.length >= 37]
+HALF = [case for case in CASES + DENSE if case.length >= 37]
 
 
 @functools.cache
@@ -262,9 +305,10 @@ def bfloat16_errors(case: Case) -> tuple[float, float]:
     peer.to_bfloat16(theirs)
     ids = case.ids()
     with torch.no_grad():
-        truth = peer.ours(case, source=theirs).double()(ids, output_routing=True)
-        found = peer.ours(case, source=theirs).bfloat16()(ids, routing=truth.routing.indices_only())
-        with peer.replayed(theirs, list(truth.routing.indices)):
+        truth = peer.ours(case, source=theirs).double()(ids, output_routing=not case.dense)
+        routing = None if case.dense else truth.routing.indices_only()
+        found = peer.ours(case, source=theirs).bfloat16()(ids, routing=routing)
+        with peer.replayed(theirs, [] if case.dense else list(truth.routing.indices)):
             expected = theirs(ids, use_cache=False)
     assert found.logits.dtype == expected.logits.dtype == torch.bfloat16
     return relative_error(found.logits, truth.logits), relative_error(expected.logits, truth.logits)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from qwen35moe import backends, taps
@@ -112,7 +113,7 @@ class Multimodal(nn.Module):
         self.mtp.layers = nn.ModuleList([Layer(1, dense=False)])
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.mtp.get_submodule("layers")[0](self.model.get_submodule("language_model")(ids))
+        return self.mtp.get_submodule("layers.0")(self.model.get_submodule("language_model")(ids))
 
 
 @pytest.fixture
@@ -303,7 +304,7 @@ class TestPositions:
         ("positions", "kept"),
         [(-1, [4]), (0, [0]), ([0, 3, -2], [0, 3, 3]), (slice(1, None, 2), [1, 3]), (slice(9, None), []), ([], [])],
     )
-    def test_selects_tokens(self, model: CausalLM, ids: Tensor, positions: object, kept: list[int]) -> None:
+    def test_selects_tokens(self, model: CausalLM, ids: Tensor, positions: taps.Positions, kept: list[int]) -> None:
         names = ["layers.1.output", "layers.1.self_attn.scores", "layers.1.mlp.router_logits", "layers.0.mlp.indices"]
         with taps.record(model, names) as whole, taps.record(model, names, positions=positions) as some:
             model(ids)
@@ -499,6 +500,7 @@ class TestCompile:
     def test_listening_later_is_heard(self, model: CausalLM, ids: Tensor) -> None:
         compiled = torch.compile(model, backend="eager")
         before = compiled(ids)
+        assert isinstance(compiled, nn.Module)
         with taps.record(compiled, "layers.0.*.decay") as seen:
             compiled(ids)
         assert seen["layers.0.linear_attn.decay"].shape == (B, T, H)
@@ -511,3 +513,37 @@ class TestCompile:
 def test_a_tap_without_listeners_returns_the_value_itself(model: CausalLM) -> None:
     value = torch.ones(3)
     assert tap(model, "embed", value) is value
+
+
+# ------------------------------------------------------------------------------------------------------ the real model
+
+
+def test_the_model_forms_every_value_of_the_catalogue_in_its_shape() -> None:
+    """Each letter stands for one size throughout a module, and the sizes are pairwise different."""
+    from qwen35moe import Config, Qwen3_5MoeForCausalLM
+
+    config = Config.preset("35b-a3b").replace(
+        **{"num_hidden_layers": 4, "num_experts": 9, "num_experts_per_tok": 3, "hidden_size": 40, "vocab_size": 50},
+        **{"moe_intermediate_size": 24, "shared_expert_intermediate_size": 20, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 6},
+        **{"linear_key_head_dim": 12, "linear_value_head_dim": 8},
+    )
+    model = Qwen3_5MoeForCausalLM(config.text_config)
+    model.init_weights(seed=0)
+    with taps.record(model, "*") as seen:
+        model(torch.randint(50, (B, T)))
+
+    heard = {re.sub(r"\d+", "N", name) for name in seen}
+    assert heard == {entry.name for entry in taps.catalogue()}
+    for name, value in seen.items():
+        entry = next(entry for entry in taps.catalogue() if entry.name == re.sub(r"\d+", "N", name))
+        linear = ".linear_attn." in name
+        sizes = {"B": B, "T": T, "M": T, "D": 40, "E": 9, "S": 3, "F": 24, "N": B * T, "R": 3 * B * T}
+        sizes |= {"H": 6, "G": 2, "K": 12, "V": 8, "C": 96} if linear else {"H": 4, "G": 2, "K": 16, "V": 16}
+        assert list(value.shape) == [sizes[letter] for letter in entry.shape], name
+    decay, beta = seen["layers.0.linear_attn.decay"], seen["layers.0.linear_attn.beta"]
+    assert (decay <= 0).all() and (0 < beta).all() and (beta < 1).all()
+    scores = seen["layers.3.self_attn.scores"]
+    torch.testing.assert_close(scores.sum(-1), torch.ones_like(scores[..., 0]))
+    weights = seen["layers.0.mlp.weights"]
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[:, 0]))

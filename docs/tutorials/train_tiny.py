@@ -9,11 +9,11 @@ comes out is a checkpoint folder as Hugging Face has it, with the learning curve
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qwen35moe import Qwen3_5MoeForCausalLM
 from qwen35moe.config import Config
+from qwen35moe.modules.deltanet import GatedDeltaNet
 from qwen35moe.ops.losses import load_balancing_loss
 
 END = "<|endoftext|>"  # before every document, and after the last
@@ -90,10 +91,18 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> list[list[int]]:
-    """The token ids of each document, END before and after."""
+class Document(NamedTuple):
+    """Token ids with END before and after, and the bytes of the text between."""
+
+    ids: list[int]
+    size: int
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Document]:
+    """The documents of some texts."""
     end = tokenizer.token_to_id(END)
-    return [[end, *encoding.ids, end] for encoding in tokenizer.encode_batch(list(documents), add_special_tokens=False)]
+    rows = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [Document([end, *row.ids, end], _bytes(text)) for row, text in zip(rows, texts, strict=True)]
 
 
 def tiny_config(vocab_size: int, **sizes: Any) -> Config:
@@ -189,89 +198,143 @@ class Judgement(NamedTuple):
 
 
 @torch.no_grad()
-def judge(model: Qwen3_5MoeForCausalLM, documents: Sequence[list[int]], size: int, rows: int = 8) -> Judgement:
-    """Bits per byte of whole documents that take `size` bytes as text: each is read from its start, in one piece.
+def judge(model: Qwen3_5MoeForCausalLM, documents: Sequence[Document], rows: int = 4) -> Judgement:
+    """Bits per byte of whole documents, each read from its start in one piece.
 
     The END after each document is paid for as well, and adds no byte. Padding counts nowhere.
     """
-    bits, counts = 0.0, torch.zeros(())
-    ordered = sorted(documents, key=len)
+    bits, chosen, ordered = 0.0, torch.zeros(()), sorted(documents, key=lambda document: len(document.ids))
     for start in range(0, len(ordered), rows):
-        part = ordered[start : start + rows]
+        part = [document.ids for document in ordered[start : start + rows]]
         width = max(map(len, part))
-        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in part])
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in part])
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in part])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part])
         out = model(ids, attention_mask=mask, output_routing=True)
         assert out.logits is not None and out.routing is not None
         losses = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         bits += float((losses.double() * mask[:, 1:].flatten()).sum()) / math.log(2)
-        counts = counts + out.routing.load() * mask.sum()
-    return Judgement(bits / size, counts / counts.sum(1, keepdim=True))
+        chosen = chosen + out.routing.load() * mask.sum()
+    return Judgement(bits / sum(each.size for each in documents), chosen / chosen.sum(1, keepdim=True))
 
 
-def half_precision(enabled: bool) -> AbstractContextManager[Any]:
-    """Matrix products in bfloat16: 2.5 times as fast where the CPU has instructions for it (avx512_bf16, amx)."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+def step(
+    model: Qwen3_5MoeForCausalLM, optimizers: Sequence[torch.optim.Optimizer], ids: Tensor, factor: float,
+    bfloat16: bool,
+) -> tuple[float, float]:
+    """One step on ids [rows, length]; returns the loss in nats per token and the balancing loss (even: top-k).
+
+    bfloat16: matrix products in it, three times as fast where the CPU has instructions for it (avx512_bf16, amx).
+    """
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        out = model(ids, labels=ids, output_routing=True, output_router_logits=False)
+    routing = out.routing
+    assert out.loss is not None and routing is not None and routing.logits is not None
+    # Per layer: pooled over layers, as transformers has it, one layer's neglect hides another's excess.
+    balance = load_balancing_loss(routing.logits.unbind(), routing.indices.unbind(), per_layer=True).mean()
+    (out.loss + model.config.text_config.router_aux_loss_coef * balance).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("full_lr", group["lr"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return out.loss.item(), balance.item()
 
 
-class Run:
-    """One training run: the loop, the curve, and what it writes."""
+def train(
+    model: Qwen3_5MoeForCausalLM, text: Tensor, held_out: Sequence[Document], options: argparse.Namespace
+) -> Iterator[dict[str, float]]:
+    """Trains until the time or the number of steps is used up; yields points of the curve as it goes."""
+    both = optimizers(model, options.lr, options.matrix_lr)
+    mean, started = float("nan"), time.monotonic()
+    for count, (epoch, ids) in enumerate(batches(text, options.rows, options.length, options.seed)):
+        seconds = time.monotonic() - started
+        progress = count / options.steps if options.steps else seconds / 60 / options.minutes
+        if count % options.report == 0 or progress >= 1:
+            point = {"step": count, "epoch": round(epoch, 3), "seconds": round(seconds), "train_loss": round(mean, 4)}
+            point["tokens_per_second"] = round(count * ids.numel() / max(seconds, 1e-9))
+            if count and count % (5 * options.report) == 0:
+                point["held_out_bits_per_byte"] = round(judge(model, held_out[::4]).bits_per_byte, 4)
+            yield point
+        if progress >= 1:
+            return
+        loss, balance = step(model, both, ids, schedule(count, progress), options.bfloat16)
+        mean = loss if count == 0 else 0.95 * mean + 0.05 * loss
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.text = read_text(options.text)
-        self.tokenizer = train_tokenizer(self.text.train, options.vocab)
-        self.held_out = encode(self.tokenizer, self.text.held_out)
-        self.held_out_bytes = sum(map(_bytes, self.text.held_out))
-        stream = [token for ids in encode(self.tokenizer, self.text.train) for token in ids[:-1]]
-        self.tokens = torch.tensor(stream)
-        self.config = tiny_config(self.tokenizer.get_vocab_size())
-        self.model = new_model(self.config, options.seed)
-        self.optimizers = optimizers(self.model, options.lr, options.matrix_lr)
-        self.rates = [[group["lr"] for group in each.param_groups] for each in self.optimizers]
-        self.curve: list[dict[str, float]] = []
 
-    def train(self) -> None:
-        """Steps until the time or the number of steps is used up."""
-        options, started, recent = self.options, time.monotonic(), float("nan")
-        source = batches(self.tokens, options.rows, options.length + 1, options.seed)
-        for step, (epoch, ids) in enumerate(source):
-            seconds = time.monotonic() - started
-            progress = step / options.steps if options.steps else seconds / 60 / options.minutes
-            if progress >= 1:
-                break
-            loss, balance = self.step(ids, schedule(step, progress))
-            recent = loss if step == 0 else 0.95 * recent + 0.05 * loss
-            if step % options.report == 0:
-                rate = step * options.rows * options.length / max(seconds, 1e-9)
-                entry = {"step": step, "epoch": round(epoch, 3), "seconds": round(seconds), "loss": round(recent, 4)}
-                if step % (10 * options.report) == 0:
-                    entry |= {"bits_per_byte": round(self.judge(self.held_out[:16]).bits_per_byte, 4)}
-                    self.save()
-                self.curve.append(entry)
-                print(entry, f"balance {balance:.3f}, {rate:.0f} tokens/s", flush=True)
-        self.summary = {"steps": step, "epochs": round(epoch, 2), "seconds": round(time.monotonic() - started)}
+def write(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, folder: Path) -> Qwen3_5MoeForCausalLM:
+    """The checkpoint in bfloat16, with the tokenizer; returns the model as it reads back from the folder.
 
-    def step(self, ids: Tensor, factor: float) -> tuple[float, float]:
-        """One step on ids [rows, length + 1]; returns the loss in nats per token and the balancing loss (even: S)."""
-        for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-        with half_precision(self.options.bfloat16):
-            out = self.model(ids, labels=ids, output_routing=True)
-        routing = out.routing
-        assert out.loss is not None and routing is not None
-        # Per layer: pooled over the layers, as transformers has it, two uneven layers can cancel.
-        balance = load_balancing_loss(routing.logits.unbind(0), routing.indices.unbind(0), per_layer=True).mean()
-        (out.loss + self.config.text_config.router_aux_loss_coef * balance).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return out.loss.item(), balance.item()
+    As published, dt_bias is bfloat16 on disk; A_log and the norm of the memory's output stay float32.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = copy.deepcopy(model).bfloat16()
+    for module in model.modules():
+        if isinstance(module, GatedDeltaNet):
+            module.dt_bias.data = module.dt_bias.data.bfloat16().float()
+            module.stored_dtypes["dt_bias"] = torch.bfloat16
+    end = tokenizer.token_to_id(END)
+    model.generation_config = {"eos_token_id": [end], "pad_token_id": end}
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": END, "pad_token": END, "model_max_length": 2048, "clean_up_tokenization_spaces": False}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return Qwen3_5MoeForCausalLM.from_pretrained(folder)
 
-    def judge(self, documents: Sequence[list[int]]) -> Judgement:
-        size = self.held_out_bytes if documents is self.held_out else _bytes(self.tokenizer.decode_batch(documents))
-        return judge(self.model, documents, size)
 
-    def save(self) -> None: ...
+def report(model: Qwen3_5MoeForCausalLM, held_out: Sequence[Document]) -> dict[str, Any]:
+    """What the written checkpoint reaches on the held-out text, as stored and computed in float32."""
+    stored, exact = judge(model, held_out), judge(copy.deepcopy(model).float(), held_out)
+    even = 1 / exact.load.shape[1]
+    return {
+        "bytes": sum(each.size for each in held_out),
+        "tokens": sum(len(each.ids) - 1 for each in held_out),
+        "bits_per_byte": {"bfloat16": round(stored.bits_per_byte, 4), "float32": round(exact.bits_per_byte, 4)},
+        "load_of_even_share": [[round(share / even, 3) for share in layer] for layer in exact.load.tolist()],
+    }
+
+
+def main() -> None:
+    options = _options()
+    texts = read_text(options.text)
+    tokenizer = train_tokenizer(texts.train, options.vocab)
+    held_out = encode(tokenizer, texts.held_out)
+    text = torch.tensor([token for document in encode(tokenizer, texts.train) for token in document.ids[:-1]])
+    model = new_model(tiny_config(tokenizer.get_vocab_size()), options.seed)
+    print(f"{model.num_parameters():,} parameters; {len(text):,} tokens to learn from, {options.vocab} kinds")
+    curve = []
+    for point in train(model, text, held_out, options):
+        curve.append(point)
+        print(point, flush=True)
+        if "held_out_bits_per_byte" in point:
+            write(model, tokenizer, options.out)  # a run that is cut short leaves its last state
+    model = write(model, tokenizer, options.out)
+    settings = {name: value for name, value in vars(options).items() if name not in ("text", "out")}
+    record = {"settings": settings, "held_out": report(model, held_out), "curve": curve}
+    (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record["held_out"]))
+    start = torch.tensor([held_out[0].ids[:8]])
+    sample = model.generate(start, max_new_tokens=120, do_sample=True, temperature=0.8, seed=0)
+    print(tokenizer.decode(sample[0].tolist()))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--text", type=Path, required=True, help="a text file in UTF-8; form feeds separate documents")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--minutes", type=float, default=60, help="how long to train")
+    parser.add_argument("--steps", type=int, help="how long to train, instead of --minutes: the same on every machine")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocab", type=int, default=2048, help="tokens of the vocabulary")
+    parser.add_argument("--rows", type=int, default=12, help="rows per step")
+    parser.add_argument("--length", type=int, default=513, help="tokens per row")
+    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate")
+    parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon's learning rate")
+    parser.add_argument("--report", type=int, default=20, help="steps between points of the curve")
+    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="matrix products in it")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -76,6 +76,7 @@ loaded = False  # whether all operations and the optional fast paths were asked 
 
 
 def tensors(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors among a call's arguments, in order."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
             yield value
@@ -126,6 +127,7 @@ def implementations(operation: str) -> list[Implementation]:
 
 
 def operation_name(name: str) -> str:
+    """The full name of an operation, aliases resolved; ValueError with the known ones."""
     name = ALIASES.get(name, name)
     if name not in TABLE:
         raise ValueError(f"unknown operation {name!r}; known: {', '.join(OPERATIONS)}")
@@ -133,6 +135,7 @@ def operation_name(name: str) -> str:
 
 
 def find(operation: str, name: str) -> Implementation:
+    """The implementation of that name; ValueError with the known ones."""
     for entry in TABLE[operation]:
         if entry.name == name:
             return entry

@@ -136,7 +136,7 @@ def locate(folder: Path, name: str, problems: list[Problem]) -> Path | None:
             problems.append(Problem("not a file", shown(name)))
             return None
     except (OSError, RuntimeError, ValueError):  # RuntimeError: a loop of links, before Python 3.13
-        problems.append(Problem("missing file", shown(name), "named by the index" if name != SINGLE else "a dead link"))
+        problems.append(Problem("missing file", shown(name)))
         return None
     home = folder.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -180,8 +180,10 @@ def read_index(folder: Path, problems: list[Problem]) -> tuple[dict[str, str], d
     if size > MAX_HEADER_BYTES:
         problems.append(Problem("bad index", INDEX, f"{size} bytes, more than {MAX_HEADER_BYTES}"))
         return {}, {}
-    index = parse_json(file.read_bytes(), INDEX, problems)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    index = parse_object(file.read_bytes(), INDEX, problems)
+    if index is None:
+        return {}, {}
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         problems.append(Problem("bad index", INDEX, "it has no weight_map from tensor names to file names"))
         return {}, {}
@@ -189,8 +191,8 @@ def read_index(folder: Path, problems: list[Problem]) -> tuple[dict[str, str], d
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
-def parse_json(text: bytes, where: str, problems: list[Problem]) -> Any:
-    """The value of a JSON text, None and a problem when it is none; a key that occurs twice is a problem too."""
+def parse_object(text: bytes, where: str, problems: list[Problem]) -> dict[str, Any] | None:
+    """The object of a JSON text; None and a problem when it is none. A key that occurs twice is a problem too."""
 
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -203,10 +205,14 @@ def parse_json(text: bytes, where: str, problems: list[Problem]) -> Any:
         return value
 
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         problems.append(Problem("not JSON", shown(where), shown(str(error))))
         return None
+    if not isinstance(value, dict):
+        problems.append(Problem("not a JSON object", shown(where)))
+        return None
+    return value
 
 
 class _Contents(NamedTuple):
@@ -231,9 +237,8 @@ def _read_file(file: Path, where: str, problems: list[Problem]) -> _Contents | N
             detail = f"{length} bytes of header in a file of {size} (at most {MAX_HEADER_BYTES})"
             problems.append(Problem("bad header", where, f"{detail}: cut off, or not safetensors"))
             return None
-        entries = parse_json(f.read(length), where, problems)
-    if not isinstance(entries, dict):
-        problems.append(Problem("bad header", where, "not a JSON object"))
+        entries = parse_object(f.read(length), where, problems)
+    if entries is None:
         return None
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -24,6 +24,7 @@ _PARTS = {
     "embed_tokens": "text",
     "layers": "text",
     "norm": "text",
+    "rotary_emb": "text",  # only ever as one of COMPUTED
     "lm_head": "head",
     "visual": "visual",
     "vision_tower": "visual",

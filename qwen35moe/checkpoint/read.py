@@ -21,16 +21,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qwen35moe.config import Config
 
 from .assemble import Match, Plan, Slot, match, slots_of
 from .folder import GENERATION_CONFIG, config_file
-from .headers import FLOATS, Header, StoredTensor, parse_json, read_headers
+from .headers import FLOATS, Header, StoredTensor, locate, parse_object, read_headers
 from .memory import Copy, ReadAhead, available_memory, map_file, new_memory, read_into, view_of
 from .problems import CheckpointError, Problem
 
 log = logging.getLogger(__name__)
+
+MAX_SETTINGS_BYTES = 2**20  # of a generation_config.json; published ones have 202 bytes
 
 
 @dataclass
@@ -42,7 +45,7 @@ class LoadingReport:
     files: int = 0
     nbytes: int = 0  # of all parameters, as they are in memory
     mapped: int = 0  # parameters whose memory is the file
-    copied: int = 0  # parameters that were read as they are
+    copied: int = 0  # parameters that were read into memory
     stacked: int = 0  # parameters put together from tensors of single experts
     converted: dict[str, int] = field(default_factory=dict)  # "F32 -> bfloat16": how many
     left_out: dict[str, int] = field(default_factory=dict)  # "mtp.*": how many tensors the model has no place for
@@ -53,12 +56,24 @@ class LoadingReport:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         lines = [
-            f"{self.path}: {self.nbytes / 1e9:.2f} GB of {dtype} from {self.files} file(s)",
+            f"{self.path}: {self.nbytes / 1e6:,.1f} MB of {dtype} from {self.files} file(s)",
             f"parameters: {self.mapped} mapped, {self.copied} copied, {self.stacked} stacked from single experts",
         ]
         lines += [f"converted: {how} ({count} parameters)" for how, count in self.converted.items()]
         lines += [f"left out: {what} ({count} tensors), no part of this class" for what, count in self.left_out.items()]
         return "\n".join([*lines, *self.notes])
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what torch.nn.init would do to weights that are about to be replaced.
+
+    On the meta device these functions compute nothing, but the first one imports torch's decompositions: 1.8 s.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {}).get("tensor")
+        return func(*args, **(kwargs or {}))
 
 
 def load_model(
@@ -89,14 +104,14 @@ def load_model(
     header = read_headers(path, problems)
     if problems and not header.tensors:
         raise CheckpointError(f"{path} cannot be read:", problems)
-    config = config or Config.from_pretrained(config_file(header))
+    config = config or _config(header)
     _refuse_quantised(config, header)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         model = cls(config)
     slots = slots_of(model)
     matched = match(slots, header, problems)
     _check_copies(matched.copies, problems)
-    generation = _generation_config(header.folder / GENERATION_CONFIG, problems)
+    generation = _generation_config(header.folder, problems)
     if problems:
         raise CheckpointError(f"{path} does not fit {cls.__name__}:", problems)
 
@@ -186,15 +201,23 @@ def _equal(first: StoredTensor, second: StoredTensor, step: int = 2**24) -> bool
     return True
 
 
-def _generation_config(file: Path, problems: list[Problem]) -> dict[str, Any] | None:
+def _config(header: Header) -> Config:
+    problems: list[Problem] = []
+    file = locate(header.folder, config_file(header).name, problems)
+    if file is None:
+        raise CheckpointError(f"{header.folder} has no configuration that can be read (or pass config=...):", problems)
+    return Config.from_pretrained(file)
+
+
+def _generation_config(folder: Path, problems: list[Problem]) -> dict[str, Any] | None:
     """The default settings of `generate`, where the checkpoint has some."""
-    if not file.is_file():
+    if not (folder / GENERATION_CONFIG).exists():
         return None
-    found = parse_json(file.read_bytes(), file.name, problems)
-    if not isinstance(found, dict):
-        problems.append(Problem("not an object", file.name))
+    file = locate(folder, GENERATION_CONFIG, problems)
+    if file is None:
         return None
-    return found
+    with file.open("rb") as f:
+        return parse_object(f.read(MAX_SETTINGS_BYTES), file.name, problems)
 
 
 def _fill(
@@ -238,8 +261,8 @@ def _is_as_needed(tensor: StoredTensor, dtype: torch.dtype, through: torch.dtype
 def _count(plan: Plan, dtype: torch.dtype, report: LoadingReport) -> None:
     report.stacked += len(plan.reads) > 1
     stored = {read.tensor.dtype for read in plan.reads if FLOATS[read.tensor.dtype] != dtype}
-    report.copied += len(plan.reads) == 1 and not stored
-    for name in stored:
+    report.copied += len(plan.reads) == 1
+    for name in () if plan.slot.is_island else stored:  # an island is widened in every model whose file has bf16
         how = f"{name} -> {str(dtype).removeprefix('torch.')}"
         report.converted[how] = report.converted.get(how, 0) + 1
 

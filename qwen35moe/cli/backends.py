@@ -6,6 +6,7 @@ import argparse
 
 
 def run(options: argparse.Namespace) -> None:
+    """Print the table; with --verify judge every implementation, and fail when one is too far off."""
     from .. import backends
 
     print(backends.describe())

@@ -11,6 +11,7 @@ BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*#%@"
 
 
 def run(options: argparse.Namespace) -> None:
+    """Load, stream a text, then print speed, implementations and expert load."""
     from .. import backends
     from ..loading import load
     from .generate import printable, write_stream

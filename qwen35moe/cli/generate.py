@@ -58,6 +58,7 @@ def printable(text: str) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Stream the continuation of the prompt."""
     from ..loading import load
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt

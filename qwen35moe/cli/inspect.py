@@ -127,6 +127,7 @@ def _described(part: Part, chosen: int, experts: int) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Print the survey, as a page or as JSON."""
     facts = survey(options.folder)
     print(json.dumps(facts, indent=2) if options.json else report(facts))
 

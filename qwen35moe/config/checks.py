@@ -58,12 +58,14 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
 
 
 def flag(name: str, value: Any) -> bool:
+    """true or false; 1 and 0 are numbers."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} = {shown(value)} must be true or false, not {kind(value)}")
     return value
 
 
 def words(name: str, value: Any) -> str:
+    """A string."""
     if not isinstance(value, str):
         raise ConfigError(f"{name} = {shown(value)} must be a string, not {kind(value)}")
     return value
@@ -82,6 +84,7 @@ def one_of(*supported: Any) -> Check:
 
 
 def optional(check: Check) -> Check:
+    """null, or what `check` accepts."""
     return lambda name, value: None if value is None else check(name, value)
 
 
@@ -94,6 +97,7 @@ def token_ids(name: str, value: Any) -> int | list[int] | None:
 
 
 def names(name: str, value: Any) -> list[str]:
+    """A list of strings."""
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{name} = {shown(value)} must be a list of strings, not {kind(value)}")
     return [words(f"{name}[{i}]", item) for i, item in enumerate(value)]
@@ -110,6 +114,7 @@ def dtype_name(name: str, value: Any) -> str:
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:
+    """A JSON object, copied one level deep."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} = {shown(value)} must be an object, not {kind(value)}")
     for key in value:
@@ -155,10 +160,12 @@ RUNTIME: dict[str, Check] = {
 
 
 def checked(default: Any, check: Check) -> Any:
+    """A dataclass field with its check."""
     return field(default=default, metadata={"check": check})
 
 
 def field_names(cls: Any) -> tuple[str, ...]:
+    """The fields of a dataclass, in order."""
     return tuple(f.name for f in fields(cls))
 
 
@@ -193,6 +200,7 @@ class Fixed:
         raise ConfigError(f"{name} cannot be deleted: a checked configuration is fixed")
 
     def to_dict(self) -> dict[str, Any]:
+        """The JSON object of this part of config.json."""
         raise NotImplementedError
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -210,7 +218,8 @@ class FixedDict(dict):
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise ConfigError("this part of a checked configuration is fixed; use config.replace(...)")
 
-    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
+    update = pop = popitem = clear = setdefault = _refuse  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: Any) -> FixedDict:
         return self
@@ -223,11 +232,13 @@ class FixedDict(dict):
 
 
 def divides(config: Fixed, divisor: str, name: str) -> None:
+    """One size must be a multiple of another, for example heads of key/value heads."""
     small, large = getattr(config, divisor), getattr(config, name)
     if large % small:
         raise ConfigError(f"{config._prefix}{name} = {large} must be a multiple of {divisor} = {small}")
 
 
 def limit(parameters: int) -> None:
+    """Refuse sizes no machine could hold, before anybody asks for the memory."""
     if parameters > MAX_PARAMETERS:
         raise ConfigError(f"these sizes give {shown(parameters)} parameters; at most {MAX_PARAMETERS:.0e} are accepted")

@@ -140,6 +140,7 @@ def check_keys(where: str, given: Mapping[str, Any], known: Iterable[str], fixed
 
 
 def unknown_message(where: str, unknown: list[str], given: Mapping[str, Any], known: Iterable[str]) -> str:
+    """Every unknown key with its value and the known names close to it."""
     lines = []
     for key in unknown[:20]:
         near = difflib.get_close_matches(key[:100], sorted(known), n=3, cutoff=0.6)

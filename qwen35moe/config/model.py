@@ -18,6 +18,11 @@ from .text import UNSET, TextConfig
 from .vision import VisionConfig
 
 
+def _of_text(name: str) -> Any:
+    """A key that text_config holds for the whole model: read here too, and (the run-time ones) assigned from here."""
+    return property(lambda self: getattr(self.text_config, name), doc=f"text_config.{name}.")
+
+
 @dataclass(kw_only=True)
 class Config(Fixed):
     """A whole model. Without vision_config it is text only, and its file is flat (model_type ends in _text)."""
@@ -83,12 +88,12 @@ class Config(Fixed):
         """Text only, written without text_config, its tensors named model.* rather than model.language_model.*"""
         return self.model_type.endswith("_text")
 
-    dtype = property(lambda self: self.text_config.dtype)
-    use_cache = property(lambda self: self.text_config.use_cache)
-    output_router_logits = property(lambda self: self.text_config.output_router_logits)
-    bos_token_id = property(lambda self: self.text_config.bos_token_id)
-    eos_token_id = property(lambda self: self.text_config.eos_token_id)
-    pad_token_id = property(lambda self: self.text_config.pad_token_id)
+    dtype = _of_text("dtype")
+    use_cache = _of_text("use_cache")
+    output_router_logits = _of_text("output_router_logits")
+    bos_token_id = _of_text("bos_token_id")
+    eos_token_id = _of_text("eos_token_id")
+    pad_token_id = _of_text("pad_token_id")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> TextConfig:
         """text_config; the arguments are those of transformers' method of this name, and decide nothing here."""

@@ -73,6 +73,7 @@ def text_tensors(text: TextConfig, experts: str = "grouped") -> Shapes:
 
 
 def decoder_layer(text: TextConfig, prefix: str, kind: str, experts: str) -> Shapes:
+    """One layer: a mixer of tokens, a mixture of experts or a dense MLP, and the norms before both."""
     mixer = delta_net(text) if kind == "linear_attention" else attention(text)
     yield from ((prefix + name, shape) for name, shape in mixer)
     block = sparse_mlp(text, experts) if text.is_moe else mlp("mlp.", text.hidden_size, text.intermediate_size)
@@ -82,6 +83,7 @@ def decoder_layer(text: TextConfig, prefix: str, kind: str, experts: str) -> Sha
 
 
 def delta_net(text: TextConfig) -> Shapes:
+    """Gated DeltaNet. The convolution's channels, like in_proj_qkv's rows, are queries, keys, values."""
     width, heads = text.hidden_size, text.linear_num_value_heads
     yield "linear_attn.dt_bias", (heads,)
     yield "linear_attn.A_log", (heads,)
@@ -95,11 +97,12 @@ def delta_net(text: TextConfig) -> Shapes:
 
 
 def attention(text: TextConfig) -> Shapes:
+    """Gated attention; q_proj holds, per head, the query's rows and then its gate's."""
     width, head = text.hidden_size, text.head_dim
     query, key_value = text.num_attention_heads * head, text.num_key_value_heads * head
     projections = {"q_proj": (2 * query, width), "k_proj": (key_value, width), "v_proj": (key_value, width),
                    "o_proj": (width, query)}
-    for name, shape in projections.items():  # q_proj holds, per head, the query's rows and then its gate's
+    for name, shape in projections.items():
         yield f"self_attn.{name}.weight", shape
         if text.attention_bias:
             yield f"self_attn.{name}.bias", shape[:1]
@@ -108,6 +111,7 @@ def attention(text: TextConfig) -> Shapes:
 
 
 def sparse_mlp(text: TextConfig, layout: str) -> Shapes:
+    """Router, routed experts in either layout, and the shared expert with its gate."""
     width, experts, inner = text.hidden_size, text.num_experts, text.moe_intermediate_size
     yield "mlp.gate.weight", (experts, width)
     if layout == "grouped":
@@ -121,6 +125,7 @@ def sparse_mlp(text: TextConfig, layout: str) -> Shapes:
 
 
 def mlp(prefix: str, width: int, inner: int) -> Shapes:
+    """down(silu(gate x) * up x)."""
     yield prefix + "gate_proj.weight", (inner, width)
     yield prefix + "up_proj.weight", (inner, width)
     yield prefix + "down_proj.weight", (width, inner)
@@ -140,6 +145,7 @@ def mtp_tensors(text: TextConfig, experts: str = "grouped") -> Shapes:
 
 
 def vision_tensors(vision: VisionConfig) -> Shapes:
+    """Patch embedding, positions, blocks and merger; everything has biases."""
     width, inner = vision.hidden_size, vision.intermediate_size
     patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     merged = width * vision.spatial_merge_size**2

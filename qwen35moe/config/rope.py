@@ -58,6 +58,7 @@ class RopeParameters:
 
 
 def sections(name: str, value: Any) -> tuple[int, ...]:
+    """Three counts of frequencies, for time, height and width."""
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{name} = {shown(value)} must be a list of three whole numbers, not {kind(value)}")
     if len(value) != 3:

@@ -162,6 +162,7 @@ class TextConfig(Fixed):
 
     @property
     def is_moe(self) -> bool:
+        """Whether the layers have experts; a dense model has one MLP instead."""
         return self.num_experts > 0
 
     @property

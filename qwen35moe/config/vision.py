@@ -46,18 +46,22 @@ class VisionConfig(Fixed):
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.hidden_size // self.num_heads
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> VisionConfig:
+        """From the `vision_config` object of a file. ConfigError names what is wrong."""
         check_depth(given)
         values = mapping("vision_config", given)
         return cls(**check_keys("vision_config", values, field_names(cls), FIXED_VISION, INERT_VISION))
 
     def to_dict(self) -> dict[str, Any]:
+        """As `vision_config` of a file."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"deepstack_visual_indexes": []}
 
     def replace(self, **changes: Any) -> VisionConfig:
+        """A changed copy, checked like any other."""
         return VisionConfig.from_dict({f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
 

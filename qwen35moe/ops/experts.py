@@ -9,6 +9,7 @@ Shazeer et al. 2017. Expert weights are grouped: gate_up [E, 2F, D] (gate rows f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,79 @@ def sorted_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tenso
     return total.to(hidden.dtype)
 
 
+def grouped_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The same through torch's grouped_mm: no number of rows is read on the host, so it can be compiled whole.
+
+    Arguments and result as in the definition.
+    """
+    dtype, experts, slots = wide_dtype(hidden), gate_up.shape[0], indices.shape[1]
+    flat = indices.reshape(-1)
+    order = flat.argsort(stable=True)
+    ends = torch.searchsorted(flat[order], torch.arange(experts, device=flat.device), right=True).to(torch.int32)
+    gate, up = F.grouped_mm(hidden[order // slots], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
+    scaled = out.to(dtype) * weights.reshape(-1)[order].to(dtype)[:, None]
+    return torch.zeros_like(hidden, dtype=dtype).index_add(0, order // slots, scaled).to(hidden.dtype)
+
+
+def _cannot_group(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> str | None:
+    if hidden.dtype not in (torch.float32, torch.bfloat16):
+        return f"grouped_mm takes float32 and bfloat16, hidden is {hidden.dtype}"
+    widths = hidden.shape[-1], down.shape[-1]
+    if any(width * hidden.element_size() % 16 for width in widths):
+        return f"grouped_mm needs rows of whole 16 bytes, the widths are {widths[0]} and {widths[1]} of {hidden.dtype}"
+    return None
+
+
+@torch.library.custom_op("qwen35moe::experts", mutates_args=())
+def opaque_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """`sorted_experts` as one operation that torch.compile does not look into: inside, rows are counted on the host."""
+    return sorted_experts(hidden, gate_up, down, indices, weights)
+
+
+@opaque_experts.register_fake
+def _opaque_shape(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+@torch.library.custom_op("qwen35moe::experts_backward", mutates_args=())
+def _opaque_backward(
+    grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (hidden, gate_up, down, weights)]
+        out = sorted_experts(inputs[0], inputs[1], inputs[2], indices, inputs[3])
+        grads = torch.autograd.grad(out, inputs, grad)
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), grads[3].contiguous()
+
+
+@_opaque_backward.register_fake
+def _opaque_backward_shape(
+    grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(gate_up), torch.empty_like(down), torch.empty_like(weights)
+
+
+def _opaque_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _opaque_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, gate_up, down, weights = _opaque_backward(grad, *ctx.saved_tensors)
+    return hidden, gate_up, down, None, weights
+
+
+opaque_experts.register_autograd(_opaque_gradient, setup_context=_opaque_setup)
+
+
+def _not_compiling(*args: Tensor) -> str | None:
+    return None if torch.compiler.is_compiling() else "nothing is being compiled, and it would only add a call"
+
+
+def _reads_counts(*args: Tensor) -> str | None:
+    return "it counts rows on the host, where a compiled graph breaks" if torch.compiler.is_compiling() else None
+
+
 def watched_experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor,
     watch: Callable[[str, Tensor], Tensor],
@@ -131,7 +205,7 @@ def _router_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -
 
 
 def _expert_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
-    for tokens, width, inner, experts, top_k in ((7, 12, 5, 6, 2), (1, 8, 3, 4, 4), (70, 10, 6, 3, 1)):
+    for tokens, width, inner, experts, top_k in ((7, 12, 5, 6, 2), (1, 8, 3, 4, 4), (70, 16, 8, 3, 1), (9, 24, 16, 5, 2)):
 
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -145,6 +219,9 @@ def _expert_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -
 
 backends.register("router", "torch", router)
 backends.add_cases("router", router, _router_cases)
-backends.register("experts", "torch", sorted_experts, skips=("expert_in", "expert_act", "expert_out"))
-backends.register("experts", "loop", loop_experts, skips=("expert_in", "expert_act", "expert_out"))
+_SKIPPED = ("expert_in", "expert_act", "expert_out")  # shown by `watched_experts`, which the layer calls then
+backends.register("experts", "torch", sorted_experts, _reads_counts, skips=_SKIPPED)
+backends.register("experts", "opaque", opaque_experts, _not_compiling, skips=_SKIPPED)
+backends.register("experts", "grouped", grouped_experts, _cannot_group, skips=_SKIPPED)
+backends.register("experts", "loop", loop_experts, skips=_SKIPPED)
 backends.add_cases("experts", loop_experts, _expert_cases)

@@ -92,7 +92,7 @@ def _heard(module: nn.Module, name: str, value: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- record
 
 
-class Recording(Mapping[str, "Tensor | list[Tensor]"]):
+class Recording(Mapping[str, Any]):
     """What was heard: name -> tensor, or a list of tensors when the value was computed several times.
 
     Readable inside the block and after it.
@@ -140,7 +140,7 @@ class Recording(Mapping[str, "Tensor | list[Tensor]"]):
             heard = difflib.get_close_matches(name, self._values, n=5, cutoff=0.3)
             raise KeyError(f"{name} was not heard; heard: {', '.join(heard) or 'nothing like it'}") from None
 
-    def __getitem__(self, name: str) -> Tensor | list[Tensor]:
+    def __getitem__(self, name: str) -> Any:
         values = self.all(name)
         return values[0] if len(values) == 1 else values
 
@@ -202,6 +202,8 @@ def _select(
 
 
 class Patch(AbstractContextManager["Patch"]):
+    """The functions of a `with taps.patch(...)` block and the places where they apply."""
+
     def __init__(self, model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         self.targets: dict[tuple[nn.Module, str], list[tuple[str, Callable[[Tensor], Tensor]]]] = {}
         for pattern, function in functions.items():
@@ -249,11 +251,11 @@ def _remove(listener: object) -> None:
         _listeners[:] = [other for other in _listeners if other is not listener]
 
 
-# -------------------------------------------------------------------------------------------- gradient checkpointing
+# ---------------------------------------------------------------------------------------------- gradient checkpointing
 
 
 class _Recompute(AbstractContextManager[None]):
-    """Around a recomputation: the listeners of its forward count, and recordings are mute. May be entered repeatedly."""
+    """Around a recomputation: the listeners of its forward count, recordings are mute. May be entered repeatedly."""
 
     targets: Mapping[Any, Any] = {}
 

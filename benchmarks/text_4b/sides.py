@@ -1,0 +1,159 @@
+"""Ours and transformers behind one face: load, prefill, decode one token, replay a routing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIDES = ("transformers", "ours")
+
+
+class Ours:
+    """qwen35moe, as `from_pretrained` gives it."""
+
+    def __init__(self) -> None:
+        from qwen35moe import Qwen3_5MoeForCausalLM
+
+        self.cls = Qwen3_5MoeForCausalLM
+        self.model: Any = None
+        self.routing: Tensor | None = None
+
+    def load(self, folder: Path) -> None:
+        self.model = self.cls.from_pretrained(folder).eval()
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, keep: int = 1) -> tuple[Tensor, Any]:
+        """Logits [1, keep, words] of the last tokens, and the state to decode from."""
+        cache = self.model.new_cache(1)
+        out = self.model(ids, cache=cache, logits_to_keep=keep, routing=self._part(0, ids.shape[1]))
+        return out.logits, cache
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor, state: Any) -> Tensor:
+        start = int(state.lengths[0]) if self.routing is not None else 0
+        out = self.model(ids, cache=state, logits_to_keep=1, routing=self._part(start, ids.shape[1]))
+        return out.logits
+
+    def _part(self, start: int, count: int) -> Tensor | None:
+        if self.routing is None:
+            return None
+        return self.routing[:, start : start + count].transpose(0, 1)[None]  # [B, T, layers, slots]
+
+    @contextmanager
+    def replaying(self, indices: Tensor) -> Iterator[None]:
+        """Inside, the routers choose `indices` [layers, tokens, slots]; the weights still come from their logits."""
+        self.routing = indices
+        yield
+        self.routing = None
+
+
+class Theirs:
+    """transformers with its defaults: sdpa attention, its own choice for the experts, mapped weights."""
+
+    def __init__(self) -> None:
+        import transformers
+        from transformers import Qwen3_5MoeForCausalLM
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.cls = Qwen3_5MoeForCausalLM
+        self.model: Any = None
+
+    def load(self, folder: Path) -> None:
+        self.model = self.cls.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, keep: int = 1) -> tuple[Tensor, Any]:
+        out = self.model(ids, use_cache=True, logits_to_keep=keep)
+        return out.logits, out.past_key_values
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor, state: Any) -> Tensor:
+        return self.model(ids, past_key_values=state, use_cache=True, logits_to_keep=1).logits
+
+    @contextmanager
+    def replaying(self, indices: Tensor) -> Iterator[None]:
+        hooks, seen = [], [0] * indices.shape[0]
+
+        def replaced(layer: int) -> Any:
+            def hook(module: nn.Module, args: tuple, output: tuple) -> tuple:
+                logits = output[0]
+                chosen = indices[layer, seen[layer] : seen[layer] + logits.shape[0]]
+                seen[layer] += logits.shape[0]
+                weights = logits.float().softmax(-1).gather(-1, chosen)
+                return logits, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype), chosen
+
+            return hook
+
+        for number, layer in enumerate(self.model.model.layers):
+            hooks.append(layer.mlp.gate.register_forward_hook(replaced(number)))
+        yield
+        for hook in hooks:
+            hook.remove()
+
+
+def side(name: str) -> Any:
+    return {"ours": Ours, "transformers": Theirs}[name]()
+
+
+@torch.inference_mode()
+def truth(folder: Path, ids: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Logits [keep, words] of the last tokens and the routing [layers, tokens, slots], all in float32.
+
+    It is transformers' code: each layer is widened while it runs, with the float32 tensors as they lie on disk (loading
+    in bfloat16 has rounded A_log), so one layer at a time is in float32.
+    """
+    theirs = Theirs()
+    theirs.load(folder)
+    model, exact, chosen = theirs.model, float32_tensors(folder), []
+    narrow: dict[str, Tensor] = {}
+
+    def widen(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple) -> None:
+            for key, parameter in module.named_parameters():
+                narrow[key] = parameter.data
+                parameter.data = exact.get(f"model.language_model.{name}.{key}", parameter.data).float()
+
+        return hook
+
+    def restore(module: nn.Module, args: tuple, output: Any) -> None:
+        for key, parameter in module.named_parameters():
+            parameter.data = narrow.pop(key)
+
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output.float())
+    parts = {f"layers.{i}": layer for i, layer in enumerate(model.model.layers)}
+    for name, module in {**parts, "norm": model.model.norm}.items():
+        module.register_forward_pre_hook(widen(name))
+        module.register_forward_hook(restore)
+    for layer in parts.values():
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: chosen.append(output[2]))
+    hidden = model.model(ids, use_cache=False).last_hidden_state[0, -keep:]
+    rows = model.lm_head.weight.split(1 << 14)
+    return torch.cat([hidden @ part.float().T for part in rows], dim=-1), torch.stack(chosen)
+
+
+def float32_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors stored in float32: A_log and the norm of each Gated DeltaNet layer."""
+    from safetensors import safe_open
+
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    found = {}
+    for name, file in index.items():
+        if name.endswith((".A_log", ".linear_attn.norm.weight")):
+            with safe_open(folder / file, "pt") as tensors:
+                found[name] = tensors.get_tensor(name)
+    return found
+
+
+def seconds(function: Any, *args: Any) -> tuple[float, float, Any]:
+    """(seconds on the wall, seconds of all processors, result)."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - wall, time.process_time() - cpu, result

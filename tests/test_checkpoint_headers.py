@@ -1,0 +1,298 @@
+"""Headers are read without trust: every way in which a file or an index can lie is found, and all of them at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qwen35moe.checkpoint import CheckpointError, Problem, headers, names, read_headers
+from qwen35moe.checkpoint.problems import MAX_ROWS, fold, ranges, shown
+
+
+def safetensors(entries: dict[str, Any] | bytes, data: int | bytes = 0, length: int | None = None) -> bytes:
+    """The bytes of a file with this header, true or not."""
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    body = data if isinstance(data, bytes) else bytes(data)
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + body
+
+
+def entry(shape: list[Any], begin: Any, end: Any, dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def single(folder: Path, content: bytes) -> Path:
+    (folder / "model.safetensors").write_bytes(content)
+    return folder
+
+
+def sharded(folder: Path, weight_map: dict[str, Any], **shards: dict[str, Any]) -> Path:
+    """Shards a, b, ... (tensors of one float each) and an index with this weight_map."""
+    for name, tensors in shards.items():
+        save_file({key: torch.ones(1) * value for key, value in tensors.items()}, folder / f"{name}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def problems_of(folder: Path) -> list[Problem]:
+    with pytest.raises(CheckpointError) as caught:
+        read_headers(folder)
+    return list(caught.value.problems)
+
+
+def test_a_file_of_the_safetensors_library_is_read_as_it_was_written(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.arange(6, dtype=torch.float32).view(2, 3),
+        "b": torch.arange(5, dtype=torch.bfloat16),
+        "c": torch.zeros(0, 4),
+        "d": torch.tensor(7, dtype=torch.int64),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    header = read_headers(tmp_path)
+    assert header.metadata == {"format": "pt"} and header.files == (tmp_path / "model.safetensors",)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    assert header.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        found = header.tensors[name]
+        assert found.shape == tuple(tensor.shape) and found.nbytes == tensor.nbytes and found.numel == tensor.numel()
+        if tensor.numel():
+            raw = bytearray(content[found.offset : found.offset + found.nbytes])
+            assert torch.equal(torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape), tensor)
+    assert header.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+LIES = {
+    "shorter than a header": (b"\1\2\3", "bad header", "3"),
+    "empty": (b"", "bad header", "file of 0"),
+    "header longer than the file": (safetensors({}, length=999), "bad header", "999 bytes of header"),
+    "header beyond the limit": (safetensors({}, length=2**63), "bad header", "at most 100000000"),
+    "not JSON": (safetensors(b'{"a": '), "not JSON", ""),
+    "not UTF-8": (safetensors(b'{"\xff": 1}'), "not JSON", "utf-8"),
+    "nested too deep": (safetensors(b"[" * 200_000), "not JSON", ""),
+    "a number of many digits": (safetensors(b'{"a": ' + b"9" * 5000 + b"}"), "not JSON", ""),
+    "a list": (safetensors(b"[]"), "not a JSON object", ""),
+    "metadata that is no map of strings": (safetensors({"__metadata__": {"a": 1}}), "bad header", "__metadata__"),
+    "an entry that is no object": (safetensors({"a": 3}), "bad entry", "not exactly"),
+    "an entry with a further key": (safetensors({"a": entry([1], 0, 4) | {"x": 1}}, 4), "bad entry", "not exactly"),
+    "an unknown dtype": (safetensors({"a": entry([1], 0, 4, "F33")}, 4), "bad entry", "F33"),
+    "a dtype that is no string": (safetensors({"a": entry([1], 0, 4, ["F32"])}, 4), "bad entry", "unknown dtype"),
+    "a negative size": (safetensors({"a": entry([-1], 0, 4)}, 4), "bad entry", "shape"),
+    "a size that is a boolean": (safetensors({"a": entry([True], 0, 4)}, 4), "bad entry", "shape"),
+    "a size that is a fraction": (safetensors({"a": entry([1.0], 0, 4)}, 4), "bad entry", "shape"),
+    "a size beyond all memory": (safetensors({"a": entry([2**40, 2**40], 0, 4)}, 4), "bad entry", "takes"),
+    "offsets backwards": (safetensors({"a": entry([1], 4, 0)}, 4), "bad entry", "data_offsets"),
+    "negative offsets": (safetensors({"a": entry([1], -4, 0)}, 4), "bad entry", "data_offsets"),
+    "three offsets": (safetensors({"a": entry([1], 0, 4) | {"data_offsets": [0, 4, 8]}}, 8), "bad entry", "data_off"),
+    "fewer bytes than the shape takes": (safetensors({"a": entry([3], 0, 4)}, 4), "bad entry", "takes 12"),
+    "half a byte": (safetensors({"a": entry([3], 0, 1, "F4")}, 1), "bad entry", "1 bytes"),
+    "an overlap": (safetensors({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12), "overlaps", "ends at 8"),
+    "the same bytes twice": (safetensors({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, 8), "overlaps", ""),
+    "a hole": (safetensors({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, 12), "hole before", "begins at byte 8"),
+    "a hole at the start": (safetensors({"a": entry([1], 4, 8)}, 8), "hole before", "begins at byte 4"),
+    "bytes that belong to nothing": (safetensors({"a": entry([1], 0, 4)}, 9), "bad header", "5 bytes after"),
+    "data cut off": (safetensors({"a": entry([4], 0, 16)}, 15), "cut off", "the file has"),
+    "data far beyond the file": (safetensors({"a": entry([2**50], 0, 2**52)}, 4), "cut off", "promises"),
+    "a name twice": (safetensors(b'{"a": {}, "a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', 4),
+                     "name occurs twice", ""),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "not downloaded",
+                             "git lfs pull"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_in_a_file_is_named(lie: str, tmp_path: Path) -> None:
+    content, kind, detail = LIES[lie]
+    found = problems_of(single(tmp_path, content))
+    assert any(problem.kind == kind and detail in problem.detail for problem in found), found
+    assert len(found) == 1, found
+
+
+def test_several_lies_are_told_together(tmp_path: Path) -> None:
+    wrong = {"a": entry([-1], 0, 4), "b": entry([2], 0, 4), "c": entry([1], 0, 4, "?")}
+    assert {problem.subject for problem in problems_of(single(tmp_path, safetensors(wrong, 4)))} == {"a", "b", "c"}
+
+
+def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
+    folder = sharded(tmp_path, {"x": "a.safetensors", "y": "b.safetensors"}, a={"x": 1}, b={"y": 2})
+    header = read_headers(folder)
+    assert {name: t.file.name for name, t in header.tensors.items()} == {"x": "a.safetensors", "y": "b.safetensors"}
+
+
+def test_index_and_shards_that_disagree(tmp_path: Path) -> None:
+    weight_map = {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors", "w": "gone.safetensors"}
+    found = problems_of(sharded(tmp_path, weight_map, a={"x": 1, "y": 2, "extra": 3}, b={"y": 2}))
+    told = {(problem.kind, problem.subject) for problem in found}
+    assert told == {
+        ("index and shard disagree", "y"),  # it is in a.safetensors too
+        ("index and shard disagree", "extra"),
+        ("index and shard disagree", "z"),
+        ("missing file", "gone.safetensors"),
+    }
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", '"x"'])
+def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert problems_of(tmp_path)
+
+
+def test_an_index_that_names_a_tensor_twice(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "a.safetensors")
+    text = '{"weight_map": {"x": "gone.safetensors", "x": "a.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert problems_of(tmp_path)[0] == Problem("name occurs twice", "x", "in model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/passwd", "", "a/../../out.safetensors", "x\0y", ".."])
+def test_an_index_may_not_point_outside(name: str, tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "out.safetensors")
+    (tmp_path / "inside").mkdir()
+    found = problems_of(sharded(tmp_path / "inside", {"x": name}))
+    assert [problem.kind for problem in found] == ["bad file name"]
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "index", "single", "loop", "fifo"])
+def test_a_link_may_not_lead_outside(form: str, tmp_path: Path) -> None:
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    outside.mkdir()
+    inside.mkdir()
+    sharded(outside, {"x": "a.safetensors"}, a={"x": 1})
+    if form == "file":
+        sharded(inside, {"x": "a.safetensors"})
+        (inside / "a.safetensors").symlink_to(outside / "a.safetensors")
+    elif form == "folder":
+        sharded(inside, {"x": "sub/a.safetensors"})
+        (inside / "sub").symlink_to(outside)
+    elif form == "index":
+        (inside / "model.safetensors.index.json").symlink_to(outside / "model.safetensors.index.json")
+    elif form == "single":
+        (inside / "model.safetensors").symlink_to(outside / "a.safetensors")
+    elif form == "loop":
+        (inside / "model.safetensors").symlink_to(inside / "model.safetensors")
+    else:
+        os.mkfifo(inside / "model.safetensors")  # opening it would wait for ever
+    expected = {"loop": "missing file", "fifo": "not a file"}.get(form, "outside the folder")
+    assert [problem.kind for problem in problems_of(inside)] == [expected]
+
+
+def test_links_of_the_hub_cache_and_inside_the_folder_are_followed(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file({"x": torch.ones(1)}, blobs / "deadbeef")
+    (snapshot / "model.safetensors").symlink_to(Path("../../blobs/deadbeef"))
+    assert list(read_headers(snapshot).tensors) == ["x"]
+    (tmp_path / "data").mkdir()
+    save_file({"x": torch.ones(1)}, tmp_path / "data" / "weights")
+    (tmp_path / "model.safetensors").symlink_to("data/weights")
+    assert list(read_headers(tmp_path).tensors) == ["x"]
+
+
+def test_the_single_file_is_the_checkpoint_where_there_is_an_index_too(tmp_path: Path) -> None:
+    """As in transformers; an interrupted save may leave the other one behind."""
+    sharded(tmp_path, {"x": "a.safetensors"}, a={"x": 1})
+    save_file({"y": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert list(read_headers(tmp_path).tensors) == ["y"]
+
+
+def test_folders_without_a_checkpoint_say_what_they_hold(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no folder .*nowhere"):
+        read_headers(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="it holds nothing"):
+        read_headers(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(CheckpointError, match="pickles .*safetensors files are needed"):
+        read_headers(tmp_path)
+
+
+def test_an_index_of_pickles_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"\x80\x02.")
+    assert problems_of(sharded(tmp_path, {"x": "x.bin"}))[0].kind == "bad header"
+
+
+def test_no_memory_is_taken_for_what_a_header_claims(tmp_path: Path) -> None:
+    """A header of 2 ** 60 bytes is refused by comparing it with the file; reading it would end the process."""
+    single(tmp_path, safetensors({}, length=2**60))
+    assert problems_of(tmp_path)[0].kind == "bad header"
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "language_model.", "model.", "",
+                                    "model.language_model.language_model.language_model."])  # fmt: skip
+def test_every_wrapper_of_the_text_model_is_taken_off(prefix: str) -> None:
+    assert names.canonical(prefix + "layers.3.mlp.gate.weight") == "layers.3.mlp.gate.weight"
+    assert names.canonical(prefix + "embed_tokens.weight") == "embed_tokens.weight"
+    assert names.canonical(prefix + "lm_head.weight") == "lm_head.weight"
+
+
+def test_the_other_parts_and_strangers() -> None:
+    for name in ("model.visual.blocks.0.norm1.bias", "visual.blocks.0.norm1.bias", "vision_tower.blocks.0.norm1.bias",
+                 "model.language_model.visual.blocks.0.norm1.bias"):  # fmt: skip
+        assert names.canonical(name) == "visual.blocks.0.norm1.bias"
+    assert names.canonical("mtp.layers.0.input_layernorm.weight") == "mtp.layers.0.input_layernorm.weight"
+    for name in ("base_model.model.layers.0.x", "transformer.h.0.w", "layers", "", "model.", "modell.norm.weight"):
+        assert names.canonical(name) is None
+
+
+def test_names_are_published_as_they_were() -> None:
+    assert names.published("layers.3.x", multimodal=True) == "model.language_model.layers.3.x"
+    assert names.published("layers.3.x", multimodal=False) == "model.layers.3.x"
+    for multimodal in (True, False):
+        assert names.published("lm_head.weight", multimodal=multimodal) == "lm_head.weight"
+        assert names.published("mtp.fc.weight", multimodal=multimodal) == "mtp.fc.weight"
+        assert names.published("visual.pos_embed.weight", multimodal=multimodal) == "model.visual.pos_embed.weight"
+
+
+def test_expert_names() -> None:
+    assert names.grouped_experts("layers.3.mlp.experts.gate_up_proj") == (
+        "layers.3.mlp.experts", ("gate_proj", "up_proj"))  # fmt: skip
+    assert names.grouped_experts("layers.3.mlp.shared_expert.gate_proj.weight") is None
+    assert names.expert_of("mtp.layers.0.mlp.experts.17.up_proj.weight") == ("mtp.layers.0.mlp.experts", 17, "up_proj")
+    for name in ("layers.3.mlp.experts.07.up_proj.weight", "layers.3.mlp.experts.1.up_proj.weight_scale_inv",
+                 "layers.3.mlp.experts.up_proj.weight", f"layers.3.mlp.experts.{'9' * 5000}.up_proj.weight"):  # fmt: skip
+        assert names.expert_of(name) is None
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def test_problems_that_differ_in_a_number_are_one_row() -> None:
+    many = [Problem("missing", f"layers.{n}.mlp.experts.{e}.up_proj.weight") for n in (0, 1, 2, 5) for e in range(3)]
+    many.append(Problem("missing", "layers.7.norm.weight", "[3]"))
+    assert fold(many) == [
+        "missing: layers.{0-2,5}.mlp.experts.{0-2}.up_proj.weight (12 tensors)",
+        "missing: layers.7.norm.weight: [3]",
+    ]
+    assert ranges([5, 3, 4, 9, 9]) == "{3-5,9}"
+    assert ranges(range(0, 40, 2)) == "{0,2,4,6,8,10,12,...,38}"
+
+
+def test_a_long_report_is_cut_and_kept_whole_in_the_error() -> None:
+    many = [Problem("unexpected", f"name{chr(65 + n)}.weight") for n in range(26)]
+    error = CheckpointError("bad", many)
+    assert len(str(error).splitlines()) == 1 + MAX_ROWS + 1 and "6 more rows" in str(error)
+    assert len(error.problems) == 26
+
+
+def test_names_from_files_are_made_safe_to_print() -> None:
+    assert shown("a\x1b[31m\nb") == "a\\x1b[31m\\nb"
+    assert shown("\ud800") == "\\ud800"
+    assert len(shown("x" * 10_000)) < 300
+    assert "\x1b" not in str(CheckpointError("bad", [Problem("unexpected", "layers.1.\x1b[2J*")]))
+
+
+def test_every_dtype_of_the_format_has_its_size() -> None:
+    """Against the library's own table, as far as torch has the type."""
+    codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+             torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+             torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+             torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64"}  # fmt: skip
+    for dtype, code in codes.items():
+        assert headers._BITS[code] == 8 * dtype.itemsize, code
