@@ -253,7 +253,7 @@ class Cache:
         """Back to a snapshot of this cache. ValueError when its slots have been written over since."""
         if point.stale:
             raise ValueError(
-                "this snapshot is stale: the cache was rewound to before it and written on. Take a clone() to keep a state for good"
+                "this snapshot is stale: the cache was rewound to before it and written on. A clone() keeps a state for good"
             )
         if all(ref() is not point for ref in self._snapshots):
             raise ValueError("this snapshot was taken of another cache: restore it there, or use clone()")

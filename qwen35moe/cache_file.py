@@ -57,7 +57,7 @@ def load_cache(path: str | os.PathLike[str], config: TextConfig, *, device: torc
     for index, layer in enumerate(cache.layers):
         names = ("key", "value") if isinstance(layer, AttentionMemory) else ("inputs", "memory")
         found = [tensors.pop(f"layers.{index}.{name}", None) for name in names]
-        for name, tensor in zip(names, found):
+        for name, tensor in zip(names, found, strict=False):
             if tensor is None:
                 raise ValueError(f"{path} lacks layers.{index}.{name}, which layer_types[{index}] calls for")
             _place(layer, name, tensor, cache._used, f"{path}: layers.{index}.{name}")

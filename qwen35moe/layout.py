@@ -13,6 +13,7 @@ none is the same computation, and no layer ever sees a token that is not there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +169,7 @@ def _checked_bounds(cu_seqlens: Tensor, batch: int, tokens: int, mask: Tensor | 
     if torch.compiler.is_compiling():
         return cu_seqlens.long()
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens {bounds[:8]} ... must rise from 0 to the number of tokens, {tokens}")
     return cu_seqlens.long()
 

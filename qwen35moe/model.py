@@ -32,7 +32,8 @@ class Qwen3_5MoeTextModel(PretrainedModel):
     def __init__(self, config: Config | TextConfig) -> None:
         super().__init__(config)
         text = self.config.text_config
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        pad = text.pad_token_id if isinstance(text.pad_token_id, int) else None  # its row learns nothing, as there
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size, padding_idx=pad)
         self.layers = nn.ModuleList(DecoderLayer(text, index) for index in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.name_parts()
@@ -150,7 +151,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
             raise ValueError(f"the cache holds {len(cache)} layers, the model has {len(self.layers)}: use model.new_cache")
         cache.check_room(layout)
         if cache.max_length is not None and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            raise ValueError("a static cache is written in place and carries no gradient: use torch.no_grad(), or a growing one")
+            raise ValueError("a static cache is written in place and carries no gradient: use no_grad(), or a growing one")
 
     def _replay(self, routing: Routing | Tensor | Decision, layout: TokenLayout) -> Replay:
         text = self.config.text_config

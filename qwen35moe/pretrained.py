@@ -1,4 +1,4 @@
-"""What every model class has beside its mathematics: doors to loading, saving and generation, and what other libraries touch."""
+"""What every model class has beside its mathematics: doors to loading, saving and generation, and what others touch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class PretrainedModel(nn.Module):
         checked = backends.checked_choices(choices)
         for module in self.modules():
             own = {**module.__dict__.get("backend_choices", {}), **checked}
-            module.__dict__["backend_choices"] = {op: name for op, name in own.items() if name != backends.AUTO}
+            module.__dict__["backend_choices"] = {op: name for op, name in own.items() if name != "auto"}
 
     def name_parts(self) -> None:
         """Tells each part its path, by which `backends.ran()` names layers."""
@@ -119,7 +119,7 @@ class PretrainedModel(nn.Module):
     def _set_checkpointing(self, value: bool) -> None:
         for module in self.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = value  # pyright: ignore[reportAttributeAccessIssue]
+                module.__dict__["gradient_checkpointing"] = value
 
     @property
     def is_gradient_checkpointing(self) -> bool:

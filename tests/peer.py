@@ -112,10 +112,10 @@ def odd_shape(seed: int, *, dense: bool = False, **overrides: Any) -> Case:
     vocabulary = _distinct(rng, [53, 59, 61, 67, 71, 73], taken)
     head_dim = _distinct(rng, [8, 12, 16, 20, 24, 28], taken)
     rotary_dim = rng.choice([size for size in range(2, head_dim + 1, 2) if size / head_dim >= 0.24])
-    key_width = _distinct(rng, [5, 7, 9, 11, 14], taken)
-    value_width = _distinct(rng, [6, 10, 13, 15, 17], taken)
+    key_width = _distinct(rng, [9, 11, 14, 19, 25], taken)
+    value_width = _distinct(rng, [10, 13, 15, 17], taken)
     layers = rng.randint(1, 5)
-    pattern = rng.choice(["period", "period", "full first", "full first", "any", "any", "all linear", "all full"])
+    pattern = rng.choice(["period", "full first", "full first", "any", "any", "all linear", "all full"])
     layer_types = {
         "period": [FULL if (i + 1) % min(3, layers) == 0 else LINEAR for i in range(layers)],
         "full first": [FULL if i % 2 == 0 else LINEAR for i in range(layers)],
@@ -299,6 +299,18 @@ def draw(model: nn.Module, seed: int, gates: str = "ordinary") -> None:
             parameter.copy_(noise / parameter.shape[-1] ** 0.5)
         else:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    for module in model.modules():
+        if hasattr(module, "in_proj_qkv"):
+            _lean_keys_to_queries(module)
+
+
+def _lean_keys_to_queries(module: Any) -> None:
+    """Correlation 0.8. A row's first token reads back (q . k) v, which the output norm scales up to one again: with q
+    and k nearly orthogonal by accident, float32 has lost two digits before, and so has every gradient after."""
+    width = (module.in_proj_qkv.weight.shape[0] - module.out_proj.weight.shape[1]) // 2
+    for weight in (module.in_proj_qkv.weight, module.conv1d.weight):
+        query, key = weight[:width], weight[width : 2 * width]
+        key.copy_(0.8 * query + 0.6 * key)
 
 
 def _gates(shape: torch.Size, rng: torch.Generator, gates: str) -> tuple[Tensor, Tensor]:

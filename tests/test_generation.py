@@ -88,6 +88,22 @@ def test_one_dimension_lists_and_lists_of_lists() -> None:
     ids, mask = padded("left")
     assert torch.equal(generate(model, PROMPTS, max_new_tokens=3), generate(model, ids, mask, max_new_tokens=3))
 
+    lists = [[1] * len(prompt) for prompt in PROMPTS]
+    expected = generate(model, ids, mask, max_new_tokens=3)
+    assert torch.equal(generate(model, PROMPTS, lists, max_new_tokens=3), expected)
+    lists[2][0] = 0
+    assert generate(model, PROMPTS, lists, max_new_tokens=3)[2, 7:].tolist() == model.greedy(PROMPTS[2][1:], 3)
+    with pytest.raises(ValueError, match=r"rows of \[5, 2, 6\] values, input_ids of \[5, 2, 7\]"):
+        generate(model, PROMPTS, [*lists[:2], lists[2][1:]], max_new_tokens=3)
+
+
+def test_a_long_answer() -> None:
+    model = FakeModel()
+    out = generate(
+        model, PROMPTS[0], max_new_tokens=200, presence_penalty=0.0, logits_processor=lambda ids, scores: scores
+    )
+    assert out[0, 5:].tolist() == model.greedy(PROMPTS[0], 200)
+
 
 def test_lengths() -> None:
     model = FakeModel()
@@ -227,6 +243,13 @@ def test_the_seed_alone_decides() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not torch.equal(generate(model, PROMPTS[0], seed=6, **options), first)
     assert not torch.equal(generate(model, PROMPTS[0], **options), generate(model, PROMPTS[0], **options))
+    unseeded = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        unseeded.append(generate(model, PROMPTS[0], **options))
+    assert torch.equal(
+        unseeded[0], unseeded[1]
+    )  # without a seed of its own it follows torch.manual_seed, as transformers does
     shorter = generate(model, PROMPTS[0], seed=5, do_sample=True, temperature=1.3, max_new_tokens=7)
     assert torch.equal(shorter, first[:, : 5 + 7])
 

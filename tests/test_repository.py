@@ -198,7 +198,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 
 def undocumented(thing: object, name: str) -> list[str]:
-    """Public names without a docstring: the thing itself and, of a class, its own methods (a property's name says it)."""
+    """Public names without a docstring: the thing itself and, of a class, its own methods (not properties)."""
     missing = [] if inspect.getdoc(thing) else [name]
     if inspect.isclass(thing):
         own = {n: getattr(v, "__func__", v) for n, v in vars(thing).items() if not n.startswith("_")}

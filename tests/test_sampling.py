@@ -54,15 +54,33 @@ def test_in_order_they_are_transformers() -> None:
     assert torch.equal(ours, chain(ids, x.clone()))  # type: ignore[arg-type]
 
 
-def test_top_p_after_top_k_takes_the_short_way_and_says_the_same() -> None:
-    """The CPU sorts only what top-k left; on the full vocabulary the result is that of the full sort."""
-    x = torch.randn(2, 5003, generator=torch.Generator().manual_seed(0))
-    kept = sampling.top_k(x, 20)
-    values, order = sampling._ascending(kept)
-    assert values.shape == order.shape == (2, 20)
-    expected = theirs.TopPLogitsWarper(0.8)(None, kept)  # type: ignore[arg-type]
-    assert torch.equal(sampling.top_p(kept, 0.8), expected)
-    assert 1 < int((expected[0] > -torch.inf).sum()) < 20
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 20, 5003, 6000])
+def test_the_shortlist_draws_what_the_whole_draws(k: int, dtype: torch.dtype) -> None:
+    """bfloat16 brings ties: at 5003 tokens dozens share a value."""
+    x = torch.randn(3, 5003, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values, ids = sampling.shortlist(x, k)
+    kept = sampling.top_k(x, k)
+    assert values.shape[1] >= min(k, 5003)
+    assert (ids.diff(dim=1) > 0).all()
+    assert torch.equal(torch.full_like(x, -torch.inf).scatter(1, ids, values), kept)
+    for p in (0.3, 0.95):
+        whole = sampling.min_p(sampling.top_p(kept, p), 0.01)
+        cut = sampling.min_p(sampling.top_p(values, p), 0.01)
+        assert (whole > -torch.inf).sum() == (cut > -torch.inf).sum()
+        if dtype is torch.bfloat16:
+            continue  # which of several equal tokens the nucleus ends with is nobody's promise
+        for uniform in torch.linspace(0, 0.999, 50, dtype=torch.float64):
+            token = sampling.sample(cut, uniform.expand(3))
+            assert torch.equal(ids.gather(1, token[:, None])[:, 0], sampling.sample(whole, uniform.expand(3)))
+
+
+def test_nan_stays_visible_in_the_shortlist() -> None:
+    x = logits()
+    x[1, 5] = torch.nan
+    assert sampling.shortlist(x, 4)[0].amax(-1).isnan().tolist() == [False, True, False]
+    x[:] = torch.nan
+    assert sampling.shortlist(x, 4)[0].isnan().all()
 
 
 def test_ties_with_the_kth_stay() -> None:

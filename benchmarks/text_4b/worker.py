@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prefills", type=int, default=2)
     parser.add_argument("--free", action="store_true")
     parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--kernels", help="a module to import that registers implementations with our backends")
     options = parser.parse_args(argv)
     print(json.dumps(TASKS[options.task](options)), flush=True)
     return 0

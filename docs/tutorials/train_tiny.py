@@ -3,7 +3,9 @@
     python docs/tutorials/train_tiny.py --text kjv.txt --out my_tiny [--minutes 60 | --steps 2000]
 
 Form feeds in the file separate its documents; without any the file is one document. The last 5 % are held out. What
-comes out is a checkpoint folder as Hugging Face has it, with the learning curve in training.json. See train_tiny.md.
+comes out is a checkpoint folder as Hugging Face has it, with the learning curve in training.json. On several cores,
+processes are faster than threads: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 docs/tutorials/train_tiny.py ...
+See train_tiny.md.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import argparse
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -186,8 +190,8 @@ def optimizers(model: Qwen3_5MoeForCausalLM, lr: float, matrix_lr: float) -> lis
 
 
 def schedule(step: int, progress: float) -> float:
-    """The factor on the learning rates: up over 100 steps, level, from 15 % of the run on straight down to 0."""
-    return min(1.0, (step + 1) / 100) * min(1.0, (1 - progress) / 0.85)
+    """The factor on the learning rates: up over 25 steps, level, from 15 % of the run on straight down to 0."""
+    return min(1.0, (step + 1) / 25) * min(1.0, (1 - progress) / 0.85)
 
 
 class Judgement(NamedTuple):
@@ -217,8 +221,33 @@ def judge(model: Qwen3_5MoeForCausalLM, documents: Sequence[Document], rows: int
     return Judgement(bits / sum(each.size for each in documents), chosen / chosen.sum(1, keepdim=True))
 
 
+class Team:
+    """The processes that train together, each on its rows of every batch; one alone without torchrun."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.size > 1:
+            dist.init_process_group("gloo")
+
+    def average(self, gradients: Sequence[Tensor]) -> None:
+        """Replaces the gradients by their means over the team."""
+        if self.size > 1:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            means = flat.div_(self.size).split([gradient.numel() for gradient in gradients])
+            for gradient, mean in zip(gradients, means, strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def leader(self, value: float) -> float:
+        """The value that the first process has."""
+        told = torch.tensor(value, dtype=torch.float64)
+        if self.size > 1:
+            dist.broadcast(told, 0)
+        return told.item()
+
+
 def step(
-    model: Qwen3_5MoeForCausalLM, optimizers: Sequence[torch.optim.Optimizer], ids: Tensor, factor: float,
+    model: Qwen3_5MoeForCausalLM, optimizers: Sequence[torch.optim.Optimizer], team: Team, ids: Tensor, factor: float,
     bfloat16: bool,
 ) -> tuple[float, float]:
     """One step on ids [rows, length]; returns the loss in nats per token and the balancing loss (even: top-k).
@@ -232,6 +261,7 @@ def step(
     # Per layer: pooled over layers, as transformers has it, one layer's neglect hides another's excess.
     balance = load_balancing_loss(routing.logits.unbind(), routing.indices.unbind(), per_layer=True).mean()
     (out.loss + model.config.text_config.router_aux_loss_coef * balance).backward()
+    team.average([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -242,28 +272,30 @@ def step(
 
 
 def train(
-    model: Qwen3_5MoeForCausalLM, text: Tensor, held_out: Sequence[Document], options: argparse.Namespace
+    model: Qwen3_5MoeForCausalLM, text: Tensor, held_out: Sequence[Document], options: argparse.Namespace, team: Team
 ) -> Iterator[dict[str, float]]:
     """Trains until the time or the number of steps is used up; yields points of the curve as it goes."""
     both = optimizers(model, options.lr, options.matrix_lr)
-    mean, started = float("nan"), time.monotonic()
+    mean, balance, started = math.log(model.config.text_config.vocab_size), 0.0, time.monotonic()
     for count, (epoch, ids) in enumerate(batches(text, options.rows, options.length, options.seed)):
-        seconds = time.monotonic() - started
+        seconds = team.leader(time.monotonic() - started)
         progress = count / options.steps if options.steps else seconds / 60 / options.minutes
         if count % options.report == 0 or progress >= 1:
             point = {"step": count, "epoch": round(epoch, 3), "seconds": round(seconds), "train_loss": round(mean, 4)}
-            point["tokens_per_second"] = round(count * ids.numel() / max(seconds, 1e-9))
-            if count and count % (5 * options.report) == 0:
+            speed = count * ids.numel() / max(seconds, 1e-9)
+            point |= {"balance": round(balance, 3), "tokens_per_second": round(speed)}
+            if count and count % (5 * options.report) == 0 and team.rank == 0:
                 point["held_out_bits_per_byte"] = round(judge(model, held_out[::4]).bits_per_byte, 4)
             yield point
         if progress >= 1:
             return
-        loss, balance = step(model, both, ids, schedule(count, progress), options.bfloat16)
-        mean = loss if count == 0 else 0.95 * mean + 0.05 * loss
+        own = ids[team.rank :: team.size]
+        loss, balance = step(model, both, team, own, schedule(count, progress), options.bfloat16)
+        mean += (loss - mean) / min(count + 1, 20)
 
 
-def write(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, folder: Path) -> Qwen3_5MoeForCausalLM:
-    """The checkpoint in bfloat16, with the tokenizer; returns the model as it reads back from the folder.
+def write(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """The checkpoint in bfloat16, with the tokenizer.
 
     As published, dt_bias is bfloat16 on disk; A_log and the norm of the memory's output stay float32.
     """
@@ -280,12 +312,13 @@ def write(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, folder: Path) -> Q
     names = {"eos_token": END, "pad_token": END, "model_max_length": 2048, "clean_up_tokenization_spaces": False}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return Qwen3_5MoeForCausalLM.from_pretrained(folder)
 
 
-def report(model: Qwen3_5MoeForCausalLM, held_out: Sequence[Document]) -> dict[str, Any]:
-    """What the written checkpoint reaches on the held-out text, as stored and computed in float32."""
-    stored, exact = judge(model, held_out), judge(copy.deepcopy(model).float(), held_out)
+def report(folder: Path, held_out: Sequence[Document]) -> dict[str, Any]:
+    """What the written checkpoint reaches on the held-out text, computed in bfloat16 and in float32."""
+    stored, exact = (
+        judge(Qwen3_5MoeForCausalLM.from_pretrained(folder, dtype=dtype), held_out) for dtype in ("bfloat16", "float32")
+    )
     even = 1 / exact.load.shape[1]
     return {
         "bytes": sum(each.size for each in held_out),
@@ -296,26 +329,32 @@ def report(model: Qwen3_5MoeForCausalLM, held_out: Sequence[Document]) -> dict[s
 
 
 def main() -> None:
-    options = _options()
+    options, team = _options(), Team()
     texts = read_text(options.text)
     tokenizer = train_tokenizer(texts.train, options.vocab)
     held_out = encode(tokenizer, texts.held_out)
     text = torch.tensor([token for document in encode(tokenizer, texts.train) for token in document.ids[:-1]])
     model = new_model(tiny_config(tokenizer.get_vocab_size()), options.seed)
-    print(f"{model.num_parameters():,} parameters; {len(text):,} tokens to learn from, {options.vocab} kinds")
+    print(f"{model.num_parameters():,} parameters; {len(text):,} tokens to learn from")
     curve = []
-    for point in train(model, text, held_out, options):
+    for point in train(model, text, held_out, options, team):
+        if team.rank:
+            continue
         curve.append(point)
         print(point, flush=True)
         if "held_out_bits_per_byte" in point:
             write(model, tokenizer, options.out)  # a run that is cut short leaves its last state
-    model = write(model, tokenizer, options.out)
+    if team.rank:
+        return
+    write(model, tokenizer, options.out)
     settings = {name: value for name, value in vars(options).items() if name not in ("text", "out")}
-    record = {"settings": settings, "held_out": report(model, held_out), "curve": curve}
+    settings["processes"] = team.size
+    record = {"settings": settings, "held_out": report(options.out, held_out), "curve": curve}
     (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record["held_out"]))
     start = torch.tensor([held_out[0].ids[:8]])
-    sample = model.generate(start, max_new_tokens=120, do_sample=True, temperature=0.8, seed=0)
+    written = Qwen3_5MoeForCausalLM.from_pretrained(options.out)
+    sample = written.generate(start, max_new_tokens=120, do_sample=True, temperature=0.8, seed=0)
     print(tokenizer.decode(sample[0].tolist()))
 
 
@@ -329,8 +368,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=2048, help="tokens of the vocabulary")
     parser.add_argument("--rows", type=int, default=12, help="rows per step")
     parser.add_argument("--length", type=int, default=513, help="tokens per row")
-    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate")
-    parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon's learning rate")
+    parser.add_argument("--lr", type=float, default=5e-3, help="AdamW's learning rate")
+    parser.add_argument("--matrix-lr", type=float, default=0.03, help="Muon's learning rate")
     parser.add_argument("--report", type=int, default=20, help="steps between points of the curve")
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="matrix products in it")
     return parser.parse_args()

@@ -89,6 +89,8 @@ def read_into(copies: Sequence[Copy], device: torch.device, threads: int | None 
     pieces = list(_pieces(copies))
     if not pieces:
         return
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the memory of `target` may still be in use by what it belonged to before
     local = threading.local()
     files = {piece.file for piece in pieces}
     with _opened(files) as descriptors, ThreadPoolExecutor(min(threads, len(pieces))) as pool:

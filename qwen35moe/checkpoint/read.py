@@ -99,7 +99,7 @@ def load_model(
     CheckpointError lists everything that is missing, unexpected, of a wrong shape or dtype, or damaged.
     """
     _check_choices(weights=(weights, ("map", "copy")), dtype_policy=(dtype_policy, ("native", "transformers")))
-    wanted, target = _dtype(dtype), torch.device(device)
+    wanted, target = _dtype(dtype), _device(device)
     problems: list[Problem] = []
     header = read_headers(path, problems)
     if problems and not header.tensors:
@@ -144,6 +144,12 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         known = ", ".join(str(known).removeprefix("torch.") for known in FLOATS.values())
         raise ValueError(f"dtype={dtype!r}; it is 'auto' or one of {known}")
     return found
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """With its index: the threads that read have a current device of their own."""
+    found = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
 def _refuse_quantised(config: Config, header: Header) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*#%@"
@@ -25,13 +25,20 @@ def run(options: argparse.Namespace) -> None:
 
     ids = tokenizer.encode(options.prompt)
     print(f"\n{printable(options.prompt)}", end="", flush=True)
-    sampling = dict(do_sample=True, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=options.seed)
+    sampling: dict[str, Any] = dict(do_sample=True, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=options.seed)
     with backends.ran() as ran:
         clock = write_stream(model, tokenizer, ids, max_new_tokens=options.max_new_tokens, **sampling)
     print(f"\n\n{clock.summary(len(ids))}\n")
-    print(ran)
+    print(what_ran(ran.counts))
     if config.is_moe:
         print("\n" + expert_load(model, ids + clock.ids))
+
+
+def what_ran(counts: Mapping[tuple[str, str], int]) -> str:
+    """One line per operation and implementation; `backends.ran()` itself also knows layers and shapes."""
+    lines = [f"{'operation':<20}{'ran on':<14}{'calls':>7}"]
+    lines += [f"{operation:<20}{name:<14}{count:>7}" for (operation, name), count in counts.items()]
+    return "\n".join(lines)
 
 
 def expert_load(model: Any, ids: Sequence[int]) -> str:

@@ -8,19 +8,21 @@ padding counts as nothing, on either side, and each row's answer is the one it g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from ..ops import sampling
 from .prompt import Prompt
 from .prompt import read as read_prompt
-from .settings import Settings, checkpoint_defaults, default, resolve
+from .settings import Settings, end_tokens, padding_token, resolve
 from .stop import Decoder, StopStrings
 from .streams import Uniforms
 
+_ROOM = 64  # columns for new tokens made at a time, at least
 _CHECK_EVERY = 32  # steps between looks at the error flag when nothing else makes the loop look at the device
 
 
@@ -52,7 +54,8 @@ def generate(
     """Continue the prompts: [B, prompt + new] int64, the caller's columns first, `pad_token_id` after a row has ended.
 
     input_ids: [B, T] or [T], a list of ids, or a list of lists of any lengths. attention_mask: 1 for tokens, 0 for
-    padding, on either side. max_new_tokens counts new tokens (default 20), max_length the prompt too; one of them.
+    padding, on either side; without it every id is a token. max_new_tokens counts new tokens (default 20), max_length
+    the prompt too; one of them.
 
     do_sample=False takes the most likely token. do_sample=True draws; temperature, top_k, top_p and min_p then
     default to the checkpoint's generation_config.json. repetition_penalty (prompt and answer) and presence_penalty
@@ -124,6 +127,7 @@ class _Run:
         input_ids: Any,
         attention_mask: Any,
         *,
+        eos_token_id: Any,
         pad_token_id: int | None,
         cache: Any,
         stop: Any,
@@ -134,20 +138,22 @@ class _Run:
         self.model = model
         self.device = torch.device(model.device)
         self.vocabulary = _vocabulary(model)
-        pad = pad_token_id if pad_token_id is not None else default(model, checkpoint_defaults(model), "pad_token_id")
+        ends = end_tokens(model, eos_token_id)
+        pad = padding_token(model, pad_token_id, ends)
         self.prompt: Prompt = read_prompt(
             input_ids, attention_mask, vocabulary=self.vocabulary, device=self.device, pad_token_id=pad
         )
         rows, width = self.prompt.ids.shape
-        self.settings: Settings = resolve(model, width, pad_token_id=pad_token_id, stop=stop, seed=seed, **options)
+        self.settings: Settings = resolve(
+            model, width, eos_token_id=ends, pad_token_id=pad, stop=stop, seed=seed, **options
+        )
         self._check_pad(rows)
         self.stops = self._stop_strings(tokenizer, rows)
         self.uniforms = Uniforms(self.settings.seed, rows, self.device) if self.settings.do_sample else None
         self.cache, self.cached = self._cache(cache, rows)
 
-        pad = 0 if self.settings.pad_token_id is None else self.settings.pad_token_id
-        self.ids = torch.full((rows, width + self.settings.max_new_tokens), pad, dtype=torch.int64, device=self.device)
-        self.ids[:, :width] = self.prompt.ids
+        pad = 0 if pad is None else pad  # then no row can need it
+        self.ids = self.prompt.ids  # grows by doubling
         self.pad = self.ids.new_tensor(pad)
         self.width = width  # columns of self.ids that hold something
         self.eos = torch.tensor(self.settings.eos_token_ids, dtype=torch.int64, device=self.device)
@@ -250,15 +256,19 @@ class _Run:
     @torch.no_grad()
     def _pick(self, logits: Tensor) -> Tensor:
         """One token for each row, written into self.ids; rows that end with it are marked done."""
-        scores = self._shape(logits.to(torch.promote_types(torch.float32, logits.dtype)))
-        best = scores.amax(-1)  # NaN if any score is
-        self.error |= ~(best > -torch.inf) & ~self.done
-        if self.uniforms is not None:
-            self.error |= (best == torch.inf) & ~self.done
-            token = sampling.sample(scores, self.uniforms.next())
+        scores = self._penalised(logits.to(torch.promote_types(torch.float32, logits.dtype)))
+        if self.uniforms is None:
+            token, best = sampling.greedy(scores), scores.amax(-1)  # NaN if any score is
+            self.error |= ~(best > -torch.inf) & ~self.done
         else:
-            token = sampling.greedy(scores)
+            scores, ids = self._filtered(scores)
+            best = scores.amax(-1)
+            self.error |= ~((best > -torch.inf) & (best < torch.inf)) & ~self.done
+            token = sampling.sample(scores, self.uniforms.next())
+            token = token if ids is None else ids.gather(1, token[:, None])[:, 0]
         token = torch.where(self.done, self.pad, token)
+        if self.width == self.ids.shape[1]:
+            self.ids = functional.pad(self.ids, (0, max(self.width, _ROOM)))
         self.ids[:, self.width] = token
         self.width += 1
         for marks in (self.seen, self.generated):
@@ -270,8 +280,8 @@ class _Run:
             self.done = self.done | torch.as_tensor(criterion(self.ids[:, : self.width], None), device=self.device)
         return token
 
-    def _shape(self, scores: Tensor) -> Tensor:
-        """The scores the token is picked from: [B, V], in transformers' order."""
+    def _penalised(self, scores: Tensor) -> Tensor:
+        """What greedy decoding picks from [B, V]: the penalties, then the caller's processors."""
         s = self.settings
         if s.repetition_penalty is not None and self.seen is not None:
             scores = sampling.repetition_penalty(scores, self.seen, s.repetition_penalty)
@@ -279,16 +289,23 @@ class _Run:
             scores = sampling.presence_penalty(scores, self.generated, s.presence_penalty)
         for processor in s.logits_processor:
             scores = processor(self.ids[:, : self.width], scores)
-        filters: tuple[tuple[Callable[..., Tensor], Any], ...] = (
-            (sampling.temperature, s.temperature),
-            (sampling.top_k, s.top_k),
-            (sampling.top_p, s.top_p),
-            (sampling.min_p, s.min_p),
-        )
-        for function, value in filters:
-            if value is not None:
-                scores = function(scores, value)
         return scores
+
+    def _filtered(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is drawn from: scores [B, V]; or scores [B, n] of some tokens and their ids [B, n]."""
+        s, ids = self.settings, None
+        if s.temperature is not None:
+            scores = sampling.temperature(scores, s.temperature)
+        if s.top_k is not None:
+            if scores.device.type == "cpu":
+                scores, ids = sampling.shortlist(scores, s.top_k)
+            else:
+                scores = sampling.top_k(scores, s.top_k)
+        if s.top_p is not None:
+            scores = sampling.top_p(scores, s.top_p)
+        if s.min_p is not None:
+            scores = sampling.min_p(scores, s.min_p)
+        return scores, ids
 
     def _look(self, token: Tensor, last: bool, step: int) -> bool:
         """Bring what the host must know from the device, in one transfer; True when every row has ended."""

@@ -64,12 +64,7 @@ def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tupl
     if not isinstance(ids, Tensor):
         ids, lengths = _from_lists(ids, pad)
         if lengths is not None:
-            if mask is not None:
-                raise ValueError(
-                    "attention_mask and rows of different lengths exclude each other: the rows are padded here"
-                )
-            columns = torch.arange(ids.shape[1])
-            mask = columns >= ids.shape[1] - torch.tensor(lengths)[:, None]
+            mask = _from_ragged(mask, lengths)
     if ids.dtype not in _INTEGERS:
         raise ValueError(f"input_ids must hold integers, got {ids.dtype}")
     if ids.ndim not in (1, 2):
@@ -108,15 +103,25 @@ def _from_lists(ids: Any, pad: int | None) -> tuple[Tensor, list[int] | None]:
     return padded, lengths
 
 
+def _from_ragged(mask: Any, lengths: list[int]) -> Tensor:
+    """The mask of rows that were padded here: 0 for that padding, and what the caller's own rows say (default: 1)."""
+    rows = (
+        [torch.ones(length, dtype=torch.int64) for length in lengths] if mask is None else [_row(row) for row in mask]
+    )
+    found = [len(row) for row in rows]
+    if found != lengths:
+        raise ValueError(f"attention_mask has rows of {found} values, input_ids of {lengths}: they must be the same")
+    width = max(lengths)
+    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+
+
 def _row(values: Any) -> Tensor:
     try:
         row = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"input_ids must be a list of token ids or a list of such lists: {error}") from None
+        raise ValueError(f"a row must be a list of token ids: {error}") from None
     if row.ndim != 1 or (row.numel() and row.dtype not in _INTEGERS):
-        raise ValueError(
-            f"a row of input_ids must be a list of whole numbers, got {row.dtype} of shape {tuple(row.shape)}"
-        )
+        raise ValueError(f"a row must be a list of whole numbers, got {row.dtype} of shape {tuple(row.shape)}")
     return row.to(torch.int64)
 
 

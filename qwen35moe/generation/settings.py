@@ -106,11 +106,6 @@ def resolve(
     defaults = checkpoint_defaults(model)
     shaping = _shaping(do_sample, defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     eos = end_tokens(model, eos_token_id)
-    pad = pad_token_id if pad_token_id is not None else default(model, defaults, "pad_token_id")
-    if pad is not None:
-        pad = _token_ids("pad_token_id", pad)[0]
-    elif eos:
-        pad = eos[0]  # as transformers
     repetition = _number("repetition_penalty", repetition_penalty, defaults.get("repetition_penalty"))
     if repetition is not None and repetition <= 0:
         raise ValueError(f"repetition_penalty must be greater than 0 (1 is none), got {repetition}")
@@ -122,7 +117,7 @@ def resolve(
         repetition_penalty=None if repetition == 1 else repetition,
         presence_penalty=presence or None,
         eos_token_ids=eos,
-        pad_token_id=pad,
+        pad_token_id=padding_token(model, pad_token_id, eos),
         seed=_seed(seed),
         stop=_strings(stop if stop is not None else defaults.get("stop_strings")),
         stopping_criteria=_callables("stopping_criteria", stopping_criteria),
@@ -154,6 +149,16 @@ def end_tokens(model: Any, given: int | Sequence[int] | Tensor | None = None) ->
     if given is None:
         given = default(model, checkpoint_defaults(model), "eos_token_id")
     return _token_ids("eos_token_id", given)
+
+
+def padding_token(model: Any, given: int | None, ends: Sequence[int]) -> int | None:
+    """The token that fills rows up: `given`, or what the checkpoint says, or the first end token, as in
+    transformers."""
+    if given is None:
+        given = default(model, checkpoint_defaults(model), "pad_token_id")
+    if given is not None:
+        return _token_ids("pad_token_id", given)[0]
+    return ends[0] if ends else None
 
 
 def default(model: Any, defaults: Mapping[str, Any], name: str) -> Any:

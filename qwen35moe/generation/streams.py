@@ -5,7 +5,8 @@ Row r of a batch with seed s draws from the stream `row_seed(s, r)`; row 0 from 
     generate([a, b, c], seed=7)   row 2   ==   generate([c], seed=row_seed(7, 2))
 
 and equal prompts in one batch still get different answers. The numbers are drawn on the CPU, so that they are the
-same on every device, and neither read nor move PyTorch's global generators.
+same on every device, and with a seed they neither read nor move PyTorch's global generator. Without one, that
+generator gives the seed: torch.manual_seed then decides, as in transformers.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def row_seed(seed: int, row: int) -> int:
 class Uniforms:
     """One uniform number in [0, 1) for each row and step, float64.
 
-    seed: None (fresh entropy), one number for the batch, or one for each row.
+    seed: None (from PyTorch's global generator), one number for the batch, or one for each row.
     """
 
     def __init__(self, seed: int | Sequence[int] | None, rows: int, device: torch.device) -> None:
@@ -43,7 +44,7 @@ class Uniforms:
                 raise ValueError(f"seed has {len(seed)} numbers for {rows} rows: pass one number, or one for each row")
             seeds = [each & _MASK for each in seed]
         else:
-            first = torch.Generator().seed() if seed is None else seed
+            first = int(torch.randint(2**63 - 1, ())) if seed is None else seed
             seeds = [row_seed(first, row) for row in range(rows)]
         self._generators = [torch.Generator().manual_seed(each) for each in seeds]
         self._device = device

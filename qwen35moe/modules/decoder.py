@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from qwen35moe import taps
+from qwen35moe import backends
 from qwen35moe.cache import AttentionMemory, DeltaNetMemory, LayerMemory
 from qwen35moe.config import TextConfig
 from qwen35moe.layout import TokenLayout
@@ -96,4 +95,4 @@ def _plain(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    return checkpoint(function, *args, use_reentrant=False, context_fn=taps.checkpoint_contexts)
+    return backends.checkpoint(function, *args)

@@ -6,6 +6,7 @@ route -> chosen experts, weighted  +  sigmoid(gate) * shared expert
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen35moe import backends
 from qwen35moe.config import TextConfig
-from qwen35moe.ops.experts import router_choice, watched_experts
+from qwen35moe.ops.experts import router_choice
 from qwen35moe.routing import Choice, Replay
 from qwen35moe.taps import listening, tap
 
@@ -66,9 +67,8 @@ class Experts(nn.Module):
         self, hidden: Tensor, indices: Tensor, weights: Tensor, watch: Callable[[str, Tensor], Tensor] | None = None
     ) -> Tensor:
         """hidden [N, D], indices and weights [N, S]; returns [N, D]. `watch` is shown the values inside."""
-        if watch is not None:
-            return watched_experts(hidden, self.gate_up_proj, self.down_proj, indices, weights, watch)
-        return backends.run("experts", hidden, self.gate_up_proj, self.down_proj, indices, weights, caller=self)
+        arguments = (hidden, self.gate_up_proj, self.down_proj, indices, weights)
+        return backends.run("experts", *arguments, watch=watch, caller=self)
 
 
 class SparseMoeBlock(nn.Module):
@@ -97,10 +97,7 @@ class SparseMoeBlock(nn.Module):
         rows = hidden.flatten(0, -2)
         if choice is None:
             choice = self.route(rows)
-        watch = None
-        if listening(self, _EXPERT_VALUES):
-            def watch(name: str, value: Tensor) -> Tensor:
-                return tap(self, name, value)
+        watch = partial(tap, self) if listening(self, _EXPERT_VALUES) else None
         routed = tap(self, "routed", self.experts(rows, choice.indices, choice.weights, watch))
         opened = self.shared_expert_gate(rows).sigmoid()
         shared = tap(self, "shared", opened * self.shared_expert(rows))

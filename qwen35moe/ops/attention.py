@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def sdpa_attention(
         bounds = visible.cu_seqlens.tolist()
         parts = [
             sdpa_attention(query[:, a:b], key[:, a:b], value[:, a:b], scale=scale, visible=Visibility(), dropout=dropout)
-            for a, b in zip(bounds, bounds[1:])
+            for a, b in pairwise(bounds)
             if b > a
         ]
         return torch.cat(parts, dim=1)
@@ -86,7 +87,7 @@ def sdpa_attention(
         q = q.reshape(q.shape[0], key.shape[2], -1, q.shape[-1])
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
         return out.reshape(q.shape[0], 1, heads, -1)
-    square = uniform and visible.starts == 0 and slots == tokens
+    square = isinstance(visible.starts, int) and visible.starts == 0 and slots == tokens
     mask = None if square else visible.mask(tokens, slots, query.device)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=square, scale=scale, dropout_p=dropout, enable_gqa=heads != key.shape[2]
@@ -101,7 +102,7 @@ def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: T
     """
     outputs = []
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in pairwise(bounds):
         q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
         outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1))
     return torch.cat(outputs)

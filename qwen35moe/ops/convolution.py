@@ -10,6 +10,7 @@ returned as the next state. A right-padded row (`lengths`) leaves the inputs bef
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def direct_short_convolution(
 def _spans(x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        return [(0, start, end) for start, end in zip(bounds, bounds[1:])]
+        return [(0, start, end) for start, end in pairwise(bounds)]
     ends = [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
     return [(row, 0, end) for row, end in enumerate(ends)]
 

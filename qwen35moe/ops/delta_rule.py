@@ -20,6 +20,7 @@ One contract for both:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def _initial(state: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
 def _each_document(rule, query, key, value, decay, beta, state, cu_seqlens):  # noqa: ANN001
     bounds = cu_seqlens.tolist()
     outputs, memories = [], []
-    for document, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for document, (start, end) in enumerate(pairwise(bounds)):
         rows = slice(start, end)
         before = None if state is None else state[document : document + 1]
         output, memory = rule(
@@ -122,7 +123,7 @@ def _scan(
             before = first_chunks.get(start // chunk_size + c)
             if before is not None:
                 memory = empty if state is None else state if one_document else state[before : before + 1]
-            output, memory = _one_chunk(*(part[c] for part in block), memory)
+            output, memory = _one_chunk(tuple(part[c] for part in block), memory)
             outputs.append(output.to(value.dtype))
             if start // chunk_size + c in last_chunks:
                 memories.append(memory)
@@ -162,10 +163,9 @@ def _inside(qk: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor,
     return qk, v, solve, q_scores * between, forgetting(decay.cumsum(-1)), between[..., -1, :]
 
 
-def _one_chunk(
-    qk: Tensor, v: Tensor, solve: Tensor, attend: Tensor, since_start: Tensor, to_end: Tensor, memory: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(output [B, G, R, C, V], memory [B, G, K, R*V]) of one chunk, from the memory before it."""
+def _one_chunk(chunk: tuple[Tensor, ...], memory: Tensor) -> tuple[Tensor, Tensor]:
+    """(output [B, G, R, C, V], memory [B, G, K, R*V]) of one chunk of what `_inside` gives, from the memory before it."""
+    qk, v, solve, attend, since_start, to_end = chunk
     repeats, size, out = v.shape[2:]
     reach = since_start[..., None]
     recalled = rearrange(qk @ memory, "b g c (r v) -> b g r c v", r=repeats)  # what q and k read from before the chunk
@@ -214,9 +214,9 @@ def _packed(
     def spread(x: Tensor) -> Tensor:
         return x.new_zeros(1, total, *x.shape[2:]).index_copy(1, place, x)
 
-    spans = [(s, s + n) for s, n in zip(starts.tolist(), lengths.tolist())]
-    spread_out = [spread(x) for x in (query, key, value, decay, beta)]
-    output, memories = _scan(*spread_out, state, chunk_size, spans)
+    spans = [(s, s + n) for s, n in zip(starts.tolist(), lengths.tolist(), strict=False)]
+    query, key, value, decay, beta = (spread(x) for x in (query, key, value, decay, beta))
+    output, memories = _scan(query, key, value, decay, beta, state, chunk_size, spans)
     return output.index_select(1, place), memories
 
 

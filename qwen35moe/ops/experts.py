@@ -18,6 +18,8 @@ from torch import Tensor
 from qwen35moe import backends
 from qwen35moe.ops.precision import wide_dtype
 
+Watch = Callable[[str, Tensor], Tensor]  # shown a value by name, returns what is to be used in its place
+
 _FEW_ROWS = 64  # up to here weight @ rows.T streams the weight from memory faster than rows @ weight.T
 
 
@@ -45,7 +47,9 @@ def chosen_weights(logits: Tensor, indices: Tensor) -> Tensor:
     return (probabilities / probabilities.sum(-1, keepdim=True)).to(logits.dtype)
 
 
-def loop_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def loop_experts(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Watch | None = None
+) -> Tensor:
     """The definition, expert by expert.
 
     hidden [N, D], gate_up [E, 2F, D], down [E, D, F], indices [N, S], weights [N, S]; returns [N, D] in hidden's
@@ -62,7 +66,9 @@ def loop_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor,
     return total.to(hidden.dtype)
 
 
-def sorted_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def sorted_experts(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Watch | None = None
+) -> Tensor:
     """The same with the (token, slot) pairs sorted by expert, so that each expert hit sees its rows once.
 
     Arguments and result as in the definition. The weights of a layer are split into its experts once: indexing them
@@ -86,7 +92,9 @@ def sorted_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tenso
     return total.to(hidden.dtype)
 
 
-def grouped_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def grouped_experts(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Watch | None = None
+) -> Tensor:
     """The same through torch's grouped_mm: no number of rows is read on the host, so it can be compiled whole.
 
     Arguments and result as in the definition.
@@ -101,7 +109,11 @@ def grouped_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tens
     return torch.zeros_like(hidden, dtype=dtype).index_add(0, order // slots, scaled).to(hidden.dtype)
 
 
-def _cannot_group(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> str | None:
+def _cannot_group(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Watch | None = None
+) -> str | None:
+    if watch is not None:
+        return _UNSEEN
     if hidden.dtype not in (torch.float32, torch.bfloat16):
         return f"grouped_mm takes float32 and bfloat16, hidden is {hidden.dtype}"
     widths = hidden.shape[-1], down.shape[-1]
@@ -111,12 +123,12 @@ def _cannot_group(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor
 
 
 @torch.library.custom_op("qwen35moe::experts", mutates_args=())
-def opaque_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def _opaque(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """`sorted_experts` as one operation that torch.compile does not look into: inside, rows are counted on the host."""
     return sorted_experts(hidden, gate_up, down, indices, weights)
 
 
-@opaque_experts.register_fake
+@_opaque.register_fake
 def _opaque_shape(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return torch.empty_like(hidden)
 
@@ -148,35 +160,57 @@ def _opaque_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return hidden, gate_up, down, None, weights
 
 
-opaque_experts.register_autograd(_opaque_gradient, setup_context=_opaque_setup)
+_opaque.register_autograd(_opaque_gradient, setup_context=_opaque_setup)
 
 
-def _not_compiling(*args: Tensor) -> str | None:
-    return None if torch.compiler.is_compiling() else "nothing is being compiled, and it would only add a call"
+def opaque_experts(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Watch | None = None
+) -> Tensor:
+    """`sorted_experts` for a graph that is being compiled. Arguments and result as in the definition."""
+    return _opaque(hidden, gate_up, down, indices, weights)
 
 
-def _reads_counts(*args: Tensor) -> str | None:
-    return "it counts rows on the host, where a compiled graph breaks" if torch.compiler.is_compiling() else None
+_UNSEEN = "somebody listens to expert_in, expert_act or expert_out, which it never forms whole"
+
+
+def _shows_nothing(*args: Tensor, watch: Watch | None = None) -> str | None:
+    return None if watch is None else _UNSEEN
+
+
+def _cannot_be_opaque(*args: Tensor, watch: Watch | None = None) -> str | None:
+    if watch is None and not torch.compiler.is_compiling():
+        return "nothing is being compiled, and it would only add a call"
+    return _shows_nothing(*args, watch=watch)
+
+
+def _cannot_sort(*args: Tensor, watch: Watch | None = None) -> str | None:
+    if torch.compiler.is_compiling():
+        return "it counts rows on the host, where a compiled graph breaks"
+    return _shows_nothing(*args, watch=watch)
+
+
+def _unchanged(name: str, value: Tensor) -> Tensor:
+    return value
 
 
 def watched_experts(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor,
-    watch: Callable[[str, Tensor], Tensor],
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Watch | None = None
 ) -> Tensor:
     """The same, showing watch(name, value) the rows of all experts, those of one after those of the one before.
 
     expert_in [R, D], expert_act [R, F] and expert_out [R, D] with R = N S; what watch returns is used.
     """
+    watch = watch or _unchanged
     flat, slots = indices.reshape(-1), indices.shape[1]
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
     rows = watch("expert_in", hidden[order // slots]).split(counts)
     acts = []
-    for x, weight in zip(rows, gate_up.unbind(0)):
+    for x, weight in zip(rows, gate_up.unbind(0), strict=False):
         gate, up = F.linear(x, weight).chunk(2, dim=-1)
         acts.append(F.silu(gate) * up)
     inner = watch("expert_act", torch.cat(acts)).split(counts)
-    out = watch("expert_out", torch.cat([F.linear(x, weight) for x, weight in zip(inner, down.unbind(0))]))
+    out = watch("expert_out", torch.cat([F.linear(x, weight) for x, weight in zip(inner, down.unbind(0), strict=False)]))
     dtype = wide_dtype(hidden)
     scaled = out.to(dtype) * weights.reshape(-1)[order].to(dtype)[:, None]
     return torch.zeros_like(hidden, dtype=dtype).index_add(0, order // slots, scaled).to(hidden.dtype)
@@ -219,9 +253,9 @@ def _expert_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -
 
 backends.register("router", "torch", router)
 backends.add_cases("router", router, _router_cases)
-_SKIPPED = ("expert_in", "expert_act", "expert_out")  # shown by `watched_experts`, which the layer calls then
-backends.register("experts", "torch", sorted_experts, _reads_counts, skips=_SKIPPED)
-backends.register("experts", "opaque", opaque_experts, _not_compiling, skips=_SKIPPED)
-backends.register("experts", "grouped", grouped_experts, _cannot_group, skips=_SKIPPED)
-backends.register("experts", "loop", loop_experts, skips=_SKIPPED)
+backends.register("experts", "torch", sorted_experts, _cannot_sort)
+backends.register("experts", "opaque", opaque_experts, _cannot_be_opaque)
+backends.register("experts", "grouped", grouped_experts, _cannot_group)
+backends.register("experts", "loop", loop_experts, _shows_nothing)
+backends.register("experts", "watched", watched_experts)
 backends.add_cases("experts", loop_experts, _expert_cases)

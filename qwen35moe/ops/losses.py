@@ -75,7 +75,7 @@ def load_balancing_loss(
     if len(logits) == 0 or len(logits) != len(indices):
         raise ValueError(f"the loss needs logits and indices of the same layers, got {len(logits)} and {len(indices)}")
     experts, slots = logits[0].shape[-1], indices[0].shape[-1]
-    shares = [_shares(*pair, mask) for pair in zip(logits, indices)]
+    shares = [_shares(*pair, mask) for pair in zip(logits, indices, strict=False)]
     fractions = torch.stack([f for f, _ in shares])
     probabilities = torch.stack([p for _, p in shares])
     if not per_layer:

@@ -1,0 +1,147 @@
+"""The bundled checkpoint: it is what its README and training.json say, and transformers reads it as we do.
+
+`data/held_out.txt` is the beginning of the text that was held out of its training: whole chapters, a form feed between.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import qwen35moe
+from qwen35moe.model import Qwen3_5MoeForCausalLM
+from qwen35moe.processing.text import Tokenizer
+
+TINY = Path(qwen35moe.__file__).parent / "assets" / "tiny"
+RECIPE = Path(__file__).parents[1] / "docs" / "tutorials" / "train_tiny.py"
+EXCERPT = Path(__file__).parent / "data" / "held_out.txt"
+PROMPT = "And it came to pass"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    """The training recipe as a module: it judges here as it judged in training."""
+    spec = importlib.util.spec_from_file_location("train_tiny", RECIPE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Qwen3_5MoeForCausalLM, Tokenizer]:
+    """The checkpoint in float32."""
+    return qwen35moe.load("tiny", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    return json.loads((TINY / "training.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def excerpt(recipe: ModuleType) -> Any:
+    """The stored beginning of the held-out text, as documents of tokens."""
+    texts = EXCERPT.read_text(encoding="utf-8").split("\f")
+    return recipe.encode(recipe.Tokenizer.from_file(str(TINY / "tokenizer.json")), [text.strip() for text in texts])
+
+
+def test_the_folder_is_small_and_complete() -> None:
+    sizes = {file.name: file.stat().st_size for file in TINY.iterdir()}
+    assert sum(sizes.values()) <= 8_000_000, sizes
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert wanted | {"training.json", "README.md"} == set(sizes)
+
+
+def test_it_is_the_architecture_in_small(tiny: tuple[Qwen3_5MoeForCausalLM, Tokenizer]) -> None:
+    text = tiny[0].config.text_config
+    assert text.layer_types == ("linear_attention", "linear_attention", "linear_attention", "full_attention")
+    assert text.num_experts >= 16 and text.num_experts_per_tok == 4 and text.shared_expert_intermediate_size > 0
+    assert text.vocab_size % 64 == 0
+
+
+def test_stored_dtypes_are_as_published() -> None:
+    model = Qwen3_5MoeForCausalLM.from_pretrained(TINY)
+    assert model.dtype == torch.bfloat16
+    mixer = model.model.layers[0].linear_attn
+    assert mixer.stored_dtypes == {"A_log": torch.float32, "dt_bias": torch.bfloat16}
+    assert mixer.norm.stored_dtypes == {"weight": torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_per_byte_and_expert_load_on_held_out_text(
+    recipe: ModuleType, excerpt: Any, record: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model = Qwen3_5MoeForCausalLM.from_pretrained(TINY, dtype=dtype)
+    found = recipe.judge(model, excerpt)
+    whole = record["held_out"]["bits_per_byte"][str(dtype).removeprefix("torch.")]
+    assert whole <= 1.9
+    assert found.bits_per_byte <= 1.9
+    assert abs(found.bits_per_byte - whole) < 0.15  # an excerpt is not the whole, but not another world either
+    assert (found.load * found.load.shape[1]).min() >= 0.25
+
+
+def test_the_memory_matters(recipe: ModuleType, excerpt: Any) -> None:
+    """With the delta rule's state forgotten at every token the text is much harder to read."""
+    model = Qwen3_5MoeForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    kept = recipe.judge(model, excerpt[:2]).bits_per_byte
+    with torch.no_grad():
+        for layer in model.model.layers:
+            if hasattr(layer, "linear_attn"):
+                layer.linear_attn.A_log.fill_(10)
+    assert recipe.judge(model, excerpt[:2]).bits_per_byte > kept + 0.05
+
+
+def test_the_learning_curve_is_recorded(record: dict[str, Any]) -> None:
+    curve, held_out = record["curve"], record["held_out"]
+    assert len(curve) >= 10 and isinstance(record["settings"]["seed"], int)
+    losses = [point["train_loss"] for point in curve if point.get("train_loss") is not None]
+    assert losses[-1] < losses[0] - 2
+    assert min(map(min, held_out["load_of_even_share"])) >= 0.25
+
+
+def test_transformers_writes_the_same_64_tokens(tiny: tuple[Qwen3_5MoeForCausalLM, Tokenizer]) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = tiny
+    theirs = transformers.Qwen3_5MoeForCausalLM.from_pretrained(
+        TINY, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    assert their_tokenizer(PROMPT)["input_ids"] == tokenizer.encode(PROMPT)
+    ids = tokenizer(PROMPT)["input_ids"]
+    ours = model.generate(ids, max_new_tokens=64)
+    assert torch.equal(ours, theirs.generate(ids, max_new_tokens=64, do_sample=False))
+    assert ours.shape[1] == ids.shape[1] + 64
+    assert tokenizer.decode(ours[0]) == their_tokenizer.decode(ours[0])
+
+
+def test_the_recipe_runs(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps on the excerpt: a checkpoint that loads, judged as recorded."""
+    out = tmp_path / "out"
+    flags = ["--vocab", "320", "--steps", "5", "--rows", "2", "--length", "65", "--report", "1"]
+    monkeypatch.setattr("sys.argv", ["train_tiny.py", "--text", str(EXCERPT), "--out", str(out), *flags])
+    recipe.main()
+    model, tokenizer = qwen35moe.load(out)
+    assert model.dtype == torch.bfloat16 and tokenizer.eos_token_id == tokenizer.token_to_id(recipe.END) == 0
+    record = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    assert [point["step"] for point in record["curve"]] == [0, 1, 2, 3, 4, 5]
+    held_out = recipe.read_text(EXCERPT).held_out
+    found = recipe.judge(model, recipe.encode(recipe.Tokenizer.from_file(str(out / "tokenizer.json")), held_out))
+    assert round(found.bits_per_byte, 4) == record["held_out"]["bits_per_byte"]["bfloat16"]
+
+
+def test_a_text_splits_at_documents_or_else_at_a_line(recipe: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("\f".join(f"document {i}\nends" for i in range(40)), encoding="utf-8")
+    split = recipe.read_text(file)
+    assert len(split.train) == 38 and split.held_out == ["document 38\nends", "document 39\nends"]
+    file.write_text("".join(f"line {i:03d}\n" for i in range(100)), encoding="utf-8")
+    split = recipe.read_text(file)
+    assert len(split.train) == len(split.held_out) == 1 and split.held_out[0].startswith("line ")
+    assert split.train[0] + "\n" + split.held_out[0] == file.read_text(encoding="utf-8").strip()
