@@ -172,6 +172,12 @@ class Cache:
     def batch_size(self) -> int:
         return self.lengths.shape[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys, values and convolution inputs: the model's. Memories are float32 at least."""
+        first = self.layers[0]
+        return first.keys.dtype if isinstance(first, AttentionMemory) else first.inputs.dtype
+
     def __len__(self) -> int:
         return len(self.layers)
 

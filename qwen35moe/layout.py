@@ -91,10 +91,10 @@ def plan_layout(
     cache: Cache | None = None,
 ) -> TokenLayout:
     """Reads the arguments of a forward call, refuses what contradicts itself, and lays the tokens out."""
-    _check_positions(position_ids, batch, tokens)
+    position_ids = _checked_positions(position_ids, batch, tokens)
     mask = _new_mask(attention_mask, batch, tokens, cache)
     if cu_seqlens is not None:
-        cu_seqlens = _checked_bounds(cu_seqlens, batch, tokens, mask)
+        cu_seqlens = _checked_bounds(cu_seqlens, position_ids, batch, tokens, mask)
     elif position_ids is not None and position_ids.dim() == 2 and cache is None:
         packed = _restarts(position_ids, mask)
         if packed is not None:
@@ -116,9 +116,12 @@ def plan_layout(
     return TokenLayout((batch, tokens), batch, tokens, positions, starts, lengths, None, source)
 
 
-def _check_positions(position_ids: Tensor | None, batch: int, tokens: int) -> None:
+def _checked_positions(position_ids: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """[B, T] or [3, B, T], one row for all expanded to every row."""
     if position_ids is None:
-        return
+        return None
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise ValueError(f"position_ids are {position_ids.dtype}: give integers")
     shape = tuple(position_ids.shape)
     if shape[-2:] not in ((batch, tokens), (1, tokens)) or position_ids.dim() not in (2, 3) or (
         position_ids.dim() == 3 and shape[0] not in (3, 4)
@@ -127,6 +130,8 @@ def _check_positions(position_ids: Tensor | None, batch: int, tokens: int) -> No
             f"position_ids {list(shape)} do not fit the input [{batch}, {tokens}]: give [{batch}, {tokens}], or "
             f"[3, {batch}, {tokens}] for time, height and width"
         )
+    # transformers' [4, B, T] has the text positions in front of the three axes
+    return position_ids[-3:].expand(3, batch, tokens) if position_ids.dim() == 3 else position_ids.expand(batch, tokens)
 
 
 def _new_mask(mask: Tensor | None, batch: int, tokens: int, cache: Cache | None) -> Tensor | None:
@@ -144,8 +149,10 @@ def _new_mask(mask: Tensor | None, batch: int, tokens: int, cache: Cache | None)
             f"attention_mask {list(mask.shape)} does not cover [{batch}, {past + tokens}]: {past} positions in the cache and "
             f"{tokens} new ones"
         )
-    if mask.is_floating_point() and bool((mask < 0).any()):
-        raise ValueError("attention_mask holds negative numbers, it looks like an additive mask: give ones and zeros")
+    if mask.dtype != torch.bool and not torch.compiler.is_compiling():
+        strange = mask[(mask != 0) & (mask != 1)]
+        if strange.numel():
+            raise ValueError(f"attention_mask holds {strange[0].item()}: give ones for tokens and zeros for padding")
     mask = mask.bool()
     if mask.device.type == "cpu" and cache is not None and past:
         before = mask[:, :past].sum(1)
@@ -159,7 +166,9 @@ def _new_mask(mask: Tensor | None, batch: int, tokens: int, cache: Cache | None)
     return None if bool(new.all()) else new
 
 
-def _checked_bounds(cu_seqlens: Tensor, batch: int, tokens: int, mask: Tensor | None) -> Tensor:
+def _checked_bounds(
+    cu_seqlens: Tensor, position_ids: Tensor | None, batch: int, tokens: int, mask: Tensor | None
+) -> Tensor:
     if mask is not None:
         raise ValueError("cu_seqlens and an attention_mask with padding contradict each other: leave the padding out")
     if batch != 1:
@@ -171,6 +180,10 @@ def _checked_bounds(cu_seqlens: Tensor, batch: int, tokens: int, mask: Tensor | 
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens {bounds[:8]} ... must rise from 0 to the number of tokens, {tokens}")
+    fresh = _restarts(position_ids, None) if position_ids is not None and position_ids.dim() == 2 else None
+    inside = [] if fresh is None else sorted(set(fresh[0].nonzero()[:, 0].tolist()) - set(bounds))
+    if inside:
+        raise ValueError(f"position_ids start again at token {inside[0]}, where cu_seqlens {bounds[:8]} begin no document")
     return cu_seqlens.long()
 
 
@@ -202,7 +215,7 @@ def _pack(fresh: Tensor, mask: Tensor | None, position_ids: Tensor, shape: tuple
     source = present.flatten().nonzero()[:, 0]
     begins = (fresh | first).flatten()[source].nonzero()[:, 0]
     cu_seqlens = F.pad(begins, (0, 1), value=source.shape[0])
-    positions = position_ids.expand(shape).flatten()[source]
+    positions = position_ids.flatten()[source]
     return TokenLayout(
         shape, 1, source.shape[0], positions.expand(3, 1, -1), 0, None, cu_seqlens, source[None]
     )
@@ -246,6 +259,6 @@ def _positions(
 
 
 def _three_axes(position_ids: Tensor, rows: int) -> Tensor:
-    """[B, T], [3, B, T] or transformers' [4, B, T] (text first) to [3, B, T]."""
-    axes = position_ids[None] if position_ids.dim() == 2 else position_ids[-3:]
+    """[B, T] or [3, B, T] to [3, B, T]."""
+    axes = position_ids[None] if position_ids.dim() == 2 else position_ids
     return axes.expand(3, rows, -1)

@@ -84,6 +84,8 @@ class Qwen3_5MoeTextModel(PretrainedModel):
     ) -> tuple[ModelOutput, TokenLayout, list[Passed]]:
         """`forward`, and for the head the layout of the tokens and what the layers left."""
         batch, tokens = self._check_inputs(input_ids, inputs_embeds)
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"the cache is a {type(cache).__name__}, this model needs its own: model.new_cache({batch})")
         layout = plan_layout(
             batch, tokens, self.device, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens,
             cache=cache,
@@ -149,6 +151,8 @@ class Qwen3_5MoeTextModel(PretrainedModel):
             return
         if len(cache) != len(self.layers):
             raise ValueError(f"the cache holds {len(cache)} layers, the model has {len(self.layers)}: use model.new_cache")
+        if cache.dtype != self.dtype:
+            raise ValueError(f"the cache holds {cache.dtype}, the model is {self.dtype}: make one with model.new_cache")
         cache.check_room(layout)
         if cache.max_length is not None and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise ValueError("a static cache is written in place and carries no gradient: use no_grad(), or a growing one")

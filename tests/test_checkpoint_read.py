@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import json
 import logging
 import os
+import pickle
 import resource
 import sys
 from collections.abc import Callable
@@ -352,9 +354,9 @@ def test_a_file_that_shrinks_while_it_is_read(bf16: tuple[Case, Tensors], tmp_pa
     of, tensors = bf16
     file = write(tmp_path, tensors, of.text) / "model.safetensors"
     target = torch.empty(100)
-    copy = memory.Copy(file, file.stat().st_size - 40, torch.float32, target)
+    job = memory.Copy(file, file.stat().st_size - 40, torch.float32, target)
     with pytest.raises(OSError, match="ended 360 bytes early"):
-        memory.read_into([copy], torch.device("cpu"))
+        memory.read_into([job], torch.device("cpu"))
 
 
 def test_the_meta_device_checks_and_reads_nothing(bf16: tuple[Case, Tensors], tmp_path: Path) -> None:
@@ -411,6 +413,40 @@ def _anonymous() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no RssAnon in /proc/self/status")
+
+
+def test_a_loaded_model_can_be_copied_and_pickled(bf16: tuple[Case, Tensors], tmp_path: Path) -> None:
+    of, tensors = bf16
+    model = MODEL.from_pretrained(write(tmp_path, tensors, of.text))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.norm.weight.add_(1)
+    assert_weights(model, tensors)
+    assert twin.loading_report.mapped == model.loading_report.mapped
+    assert_weights(pickle.loads(pickle.dumps(model)), tensors)
+
+
+@pytest.mark.parametrize("changed", ["weights", "configuration"])
+def test_a_checkpoint_that_is_replaced_while_it_is_loaded(
+    changed: str, bf16: tuple[Case, Tensors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its header would be read from the old file and its data from the new one, of the same size and layout."""
+    of, tensors = bf16
+    folder = write(tmp_path, tensors, of.text)
+    name = {"weights": "model.safetensors", "configuration": "config.json"}[changed]
+    original = read.read_headers
+
+    def replaced(*args: Any) -> Any:
+        header = original(*args)
+        (folder / "new").write_bytes((folder / name).read_bytes())
+        (folder / "new").replace(folder / name)
+        return header
+
+    monkeypatch.setattr(read, "read_headers", replaced)
+    with pytest.raises(CheckpointError, match="was replaced by another checkpoint while it was loaded"):
+        MODEL.from_pretrained(folder)
+    monkeypatch.undo()
+    assert_weights(MODEL.from_pretrained(folder), tensors)
 
 
 # ------------------------------------------------------------------------------------------------------ reading ahead

@@ -25,17 +25,19 @@ from qwen35moe.cli import demo, inspect, main
 from qwen35moe.config import Config, VisionConfig
 from qwen35moe.generation import stream_text
 from tests.fakes import tokenizer_definition
-from tests.peer import odd_shape, ours
+from tests.peer import FULL, LINEAR, odd_shape, ours
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a model of 5 layers, a tokenizer and a generation_config."""
+    """A checkpoint with a model of 4 layers, a tokenizer and a generation_config."""
     path = tmp_path_factory.mktemp("checkpoint")
     tokenizer = tokenizer_definition()
     words = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
     end = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|im_end|>")
-    model = ours(odd_shape(5, vocab_size=words + 3, num_experts=6, num_experts_per_tok=2, tie_word_embeddings=False))
+    layers = [LINEAR, LINEAR, LINEAR, FULL]
+    shape = dict(num_experts=6, num_experts_per_tok=2, tie_word_embeddings=False, layer_types=layers, num_hidden_layers=4)
+    model = ours(odd_shape(5, vocab_size=words + 3, **shape))
     model.init_weights(seed=1)
     model.save_pretrained(path)
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -77,9 +79,7 @@ def test_load_dense(tmp_path: Path) -> None:
     assert type(loaded).__name__ == "Qwen3_5ForCausalLM"
 
 
-def test_what_a_multimodal_checkpoint_loses_is_said(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_a_multimodal_checkpoint_loses_is_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The same text model inside a multimodal checkpoint, with a tensor of a vision tower and two of an MTP head."""
     text = Config.from_pretrained(folder).text_config
     vision = VisionConfig(out_hidden_size=text.hidden_size, depth=1, hidden_size=32, num_heads=2, intermediate_size=24)
@@ -119,9 +119,7 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert loading.find("Qwen/Some") == tmp_path
     name, options = hub.snapshot_download.call_args
-    assert name == ("Qwen/Some",) and not any(
-        pattern.endswith((".py", ".bin")) for pattern in options["allow_patterns"]
-    )
+    assert name == ("Qwen/Some",) and not any(pattern.endswith((".py", ".bin")) for pattern in options["allow_patterns"])
     hub.snapshot_download.side_effect = OSError("no network\nand more")
     with pytest.raises(ValueError, match="cannot be fetched from the Hub: no network$"):
         loading.find("Qwen/Some")
@@ -151,9 +149,7 @@ def test_generate_samples_by_seed(folder: Path, capsys: pytest.CaptureFixture[st
     assert text("--stop", text()[:1]) == "\n"
 
 
-def test_prompt_from_standard_input(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompt_from_standard_input(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("In the"))
     assert main(["generate", str(folder), "--prompt", "-", "--max-new-tokens", "2"]) == 0
     from_stdin = capsys.readouterr().out
@@ -172,9 +168,7 @@ def test_prompt_from_standard_input(
         (["--prompt", "a", "--device", "cuda:99"], ""),
     ],
 )
-def test_errors_are_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
-) -> None:
+def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     assert words in fails(capsys, "generate", str(folder), *arguments)
 
 

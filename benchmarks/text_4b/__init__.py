@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="only show where the time goes")
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="leave the page cache alone")
     parser.add_argument("--no-answer", dest="answer", action="store_false", help="trust the answers, while tuning")
+    parser.add_argument("--kernels", help="a module to import that registers implementations with our backends")
     parser.add_argument("--free", action="store_true", help="also compare with each side's own routing")
     options = parser.parse_args(None if argv is None else list(argv))
     report = Report("text_4b", rounds=options.rounds)
@@ -76,6 +77,8 @@ def worker(task: str, side: str, options: argparse.Namespace, *more: str) -> dic
     command = [sys.executable, "-m", "benchmarks.text_4b.worker", task, side, "--checkpoint", str(options.checkpoint)]
     for name in ("tokens", "decode", "prefills"):
         command += [f"--{name}", str(getattr(options, name))]
+    if options.kernels:
+        command += ["--kernels", options.kernels]
     done = subprocess.run([*command, *more], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{side}, {task}: the process ended with {done.returncode}\n{done.stdout}")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -142,6 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--kernels", help="a module to import that registers implementations with our backends")
     options = parser.parse_args(argv)
+    if options.kernels and options.side == "ours":
+        importlib.import_module(options.kernels)
     print(json.dumps(TASKS[options.task](options)), flush=True)
     return 0
 

@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from qwen35moe.config import Config
 
 from .assemble import Match, Plan, Slot, match, slots_of
-from .folder import GENERATION_CONFIG, config_file
-from .headers import FLOATS, Header, StoredTensor, locate, parse_object, read_headers
+from .folder import CONFIG, GENERATION_CONFIG, config_file
+from .headers import FLOATS, INDEX, SINGLE, Header, StoredTensor, locate, parse_object, read_headers
 from .memory import Copy, ReadAhead, available_memory, map_file, new_memory, read_into, view_of
 from .problems import CheckpointError, Problem
 
@@ -52,6 +52,9 @@ class LoadingReport:
     unaligned: int = 0  # mapped parameters that do not start at a multiple of 64 bytes
     notes: list[str] = field(default_factory=list)
     read_ahead: ReadAhead | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"read_ahead": None}  # a thread is neither copied nor pickled with its model
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -101,6 +104,7 @@ def load_model(
     _check_choices(weights=(weights, ("map", "copy")), dtype_policy=(dtype_policy, ("native", "transformers")))
     wanted, target = _dtype(dtype), _device(device)
     problems: list[Problem] = []
+    before = _stamp(Path(path))
     header = read_headers(path, problems)
     if problems and not header.tensors:
         raise CheckpointError(f"{path} cannot be read:", problems)
@@ -126,6 +130,8 @@ def load_model(
     for plan in matched.plans:
         _remember_dtype(plan)
     _finish(model, generation, report)
+    if _stamp(header.folder) != before:
+        raise CheckpointError(f"{path} was replaced by another checkpoint while it was loaded: load it again")
     return model
 
 
@@ -143,6 +149,18 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if found not in FLOATS.values():
         known = ", ".join(str(known).removeprefix("torch.") for known in FLOATS.values())
         raise ValueError(f"dtype={dtype!r}; it is 'auto' or one of {known}")
+    return found
+
+
+def _stamp(folder: Path) -> list[tuple[int, ...] | None]:
+    """What changes when a new checkpoint takes the place of this one."""
+    found: list[tuple[int, ...] | None] = []
+    for name in (SINGLE, INDEX, CONFIG):
+        try:
+            status = (folder / name).stat()
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append(None)
     return found
 
 

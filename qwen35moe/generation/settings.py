@@ -247,12 +247,13 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
 def _seed(seed: Any) -> int | tuple[int, ...] | None:
     if seed is None:
         return None
-    many = isinstance(seed, (Sequence, Tensor)) and not isinstance(seed, (str, bytes))
-    values = torch.as_tensor(seed).tolist() if isinstance(seed, Tensor) else seed
-    for each in values if many else (values,):
+    if isinstance(seed, Tensor):
+        seed = seed.tolist()
+    values: tuple[Any, ...] = tuple(seed) if isinstance(seed, (list, tuple)) else (seed,)
+    for each in values:
         if isinstance(each, bool) or not isinstance(each, numbers.Integral):
             raise ValueError(f"seed must be a whole number, or one for each row, got {seed!r}")
-    return tuple(int(each) for each in values) if many else int(values)
+    return tuple(int(each) for each in values) if isinstance(seed, (list, tuple)) else int(values[0])
 
 
 def _strings(stop: Any) -> tuple[str, ...]:

@@ -159,7 +159,9 @@ def _inside(qk: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor,
     keys = qk[..., qk.shape[-2] // 2 :, :]
     scores = (qk @ keys.mT)[:, :, :, None]  # Q K^T and K K^T once per key head
     q_scores, k_scores = scores.chunk(2, dim=-2)
-    solve = unit_lower_inverse((k_scores * between * beta[..., None]).tril(-1)) * beta[..., None, :]
+    inverse = unit_lower_inverse((k_scores * between * beta[..., None]).tril(-1))
+    # Entry (i, j) of the inverse carries D_ij as a factor: where that is nothing, so is the entry, rounding apart.
+    solve = inverse.masked_fill(between == 0, 0) * beta[..., None, :]
     return qk, v, solve, q_scores * between, forgetting(decay.cumsum(-1)), between[..., -1, :]
 
 
