@@ -24,6 +24,9 @@ from typing import BinaryIO
 import torch
 
 SLICE = 1 << 24  # values drawn at once: 64 MB in float32
+# What all layers together add to the residual stream is then about as large as the embedding. With 0.02 here too, each
+# layer drowns what came before it, and bfloat16's roundings grow with depth to a fifth of the logits.
+WRITER = 1 / 256
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 # "Qwen3.5 MoE 4.54B": the dimensions of Qwen3.5-4B with 8 experts, top-2, width 1024 (4,540,002,816 parameters).
@@ -144,7 +147,7 @@ def delta_specs(text: dict, layer: str) -> Iterator[Spec]:
     yield Spec(layer + "linear_attn.A_log", (heads,), "A_log", "F32")
     yield Spec(layer + "linear_attn.dt_bias", (heads,), "dt_bias")
     yield Spec(layer + "linear_attn.norm.weight", (text["linear_value_head_dim"],), "scale", "F32")
-    yield Spec(layer + "linear_attn.out_proj.weight", (width, values))
+    yield Spec(layer + "linear_attn.out_proj.weight", (width, values), "writer")
 
 
 def attention_specs(text: dict, layer: str) -> Iterator[Spec]:
@@ -153,7 +156,7 @@ def attention_specs(text: dict, layer: str) -> Iterator[Spec]:
     yield Spec(layer + "self_attn.q_proj.weight", (2 * queries, width))
     yield Spec(layer + "self_attn.k_proj.weight", (keys, width))
     yield Spec(layer + "self_attn.v_proj.weight", (keys, width))
-    yield Spec(layer + "self_attn.o_proj.weight", (width, queries))
+    yield Spec(layer + "self_attn.o_proj.weight", (width, queries), "writer")
     yield Spec(layer + "self_attn.q_norm.weight", (head,), "shift")
     yield Spec(layer + "self_attn.k_norm.weight", (head,), "shift")
 
@@ -165,16 +168,16 @@ def moe_specs(text: dict, layer: str, layout: str) -> Iterator[Spec]:
     yield Spec(layer + "mlp.gate.weight", (experts, width))
     if layout == "grouped":
         yield Spec(gate_up, (experts, 2 * inner, width))
-        yield Spec(down, (experts, width, inner))
+        yield Spec(down, (experts, width, inner), "writer")
     else:
         for e in range(experts):  # the same values as the grouped tensors, cut
             expert, size = f"{layer}mlp.experts.{e}.", inner * width
             yield Spec(expert + "gate_proj.weight", (inner, width), source=gate_up, start=2 * e * size)
             yield Spec(expert + "up_proj.weight", (inner, width), source=gate_up, start=(2 * e + 1) * size)
-            yield Spec(expert + "down_proj.weight", (width, inner), source=down, start=e * size)
+            yield Spec(expert + "down_proj.weight", (width, inner), "writer", source=down, start=e * size)
     yield Spec(layer + "mlp.shared_expert.gate_proj.weight", (shared, width))
     yield Spec(layer + "mlp.shared_expert.up_proj.weight", (shared, width))
-    yield Spec(layer + "mlp.shared_expert.down_proj.weight", (width, shared))
+    yield Spec(layer + "mlp.shared_expert.down_proj.weight", (width, shared), "writer")
     yield Spec(layer + "mlp.shared_expert_gate.weight", (1, width))
 
 
@@ -236,6 +239,8 @@ def fill(kind: str, count: int, gates: str, generator: torch.Generator) -> torch
     values = torch.empty(count).normal_(0.0, 0.02, generator=generator)
     if kind == "conv":
         return values.mul_(15.0)  # taps of 0.3: what comes out is as large as what goes in
+    if kind == "writer":
+        return values.mul_(WRITER)
     return values.add_(1.0) if kind == "scale" else values
 
 

@@ -54,9 +54,7 @@ def find(name: str | os.PathLike[str]) -> Path:
     parts = str(name).split("/")
     if len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts):
         return _from_hub(str(name))
-    raise ValueError(
-        f"there is no folder {folder}: give a folder with config.json, a Hub name (owner/name), or {TINY!r}"
-    )
+    raise ValueError(f"there is no folder {folder}: give a folder with config.json, a Hub name (owner/name), or {TINY!r}")
 
 
 def _from_hub(name: str) -> Path:

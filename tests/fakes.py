@@ -31,9 +31,7 @@ class FakeCache:
 class FakeModel(nn.Module):
     """script(history) -> the token that the row shall say next, or None for the pseudo-random one."""
 
-    def __init__(
-        self, vocabulary: int = 41, script: Any = None, generation_config: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, vocabulary: int = 41, script: Any = None, generation_config: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, 1)
         self.config = SimpleNamespace(text_config=SimpleNamespace(eos_token_id=None, pad_token_id=None))
@@ -103,9 +101,7 @@ def tokenizer_definition() -> dict[str, Any]:
     library.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)  # type: ignore[call-arg]
-    library.train_from_iterator(
-        ["In the beginning God created the heaven and the earth; think, im_end, tool"] * 3, trainer
-    )
+    library.train_from_iterator(["In the beginning God created the heaven and the earth; think, im_end, tool"] * 3, trainer)
     library.add_tokens([AddedToken(each, special=True, normalized=False) for each in SPECIAL])
     library.add_tokens([AddedToken(each, special=False, normalized=False) for each in ADDED])
     return json.loads(library.to_str())

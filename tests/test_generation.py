@@ -99,9 +99,7 @@ def test_one_dimension_lists_and_lists_of_lists() -> None:
 
 def test_a_long_answer() -> None:
     model = FakeModel()
-    out = generate(
-        model, PROMPTS[0], max_new_tokens=200, presence_penalty=0.0, logits_processor=lambda ids, scores: scores
-    )
+    out = generate(model, PROMPTS[0], max_new_tokens=200, presence_penalty=0.0, logits_processor=lambda ids, scores: scores)
     assert out[0, 5:].tolist() == model.greedy(PROMPTS[0], 200)
 
 
@@ -247,9 +245,7 @@ def test_the_seed_alone_decides() -> None:
     for _ in range(2):
         torch.manual_seed(3)
         unseeded.append(generate(model, PROMPTS[0], **options))
-    assert torch.equal(
-        unseeded[0], unseeded[1]
-    )  # without a seed of its own it follows torch.manual_seed, as transformers does
+    assert torch.equal(unseeded[0], unseeded[1])  # without a seed of its own it follows torch.manual_seed, as transformers does
     shorter = generate(model, PROMPTS[0], seed=5, do_sample=True, temperature=1.3, max_new_tokens=7)
     assert torch.equal(shorter, first[:, : 5 + 7])
 
@@ -328,9 +324,7 @@ def test_streamer_protocol() -> None:
 def test_transformers_streamer_in_a_thread() -> None:
     model = FakeModel(256, script=says("naïve 🎉 text"))
     streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=20)  # type: ignore[arg-type]
-    options: dict[str, Any] = dict(
-        input_ids=[ord(">")], max_new_tokens=len("naïve 🎉 text".encode()), streamer=streamer
-    )
+    options: dict[str, Any] = dict(input_ids=[ord(">")], max_new_tokens=len("naïve 🎉 text".encode()), streamer=streamer)
     thread = threading.Thread(target=generate, args=(model,), kwargs=options)
     thread.start()
     assert "".join(streamer) == "naïve 🎉 text"

@@ -61,9 +61,7 @@ def test_users_text_never_becomes_a_control_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_to_id("<think>") in tokenizer(TEXTS[-1], special=True)["input_ids"]
 
 
-@given(
-    text=st.lists(st.sampled_from([*SPECIAL, *ADDED, "<|im_", "end|>", "<", "é", " ", "x"]), max_size=8).map("".join)
-)
+@given(text=st.lists(st.sampled_from([*SPECIAL, *ADDED, "<|im_", "end|>", "<", "é", " ", "x"]), max_size=8).map("".join))
 def test_no_mixture_of_pieces_becomes_one_either(tokenizer: Tokenizer, text: str) -> None:
     control = {tokenizer.token_to_id(each) for each in (*SPECIAL, *ADDED)}
     ids = tokenizer.encode(text)

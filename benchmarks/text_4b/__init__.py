@@ -55,21 +55,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_parts(name, worker("profile", name, options))
         return 0
     answers = check(options) if options.answer else {}
-    results: dict[str, list[dict]] = {name: [] for name in SIDES}
-    colds: dict[str, list[dict]] = {name: [] for name in SIDES}
-    for number in range(options.rounds):
-        for name in SIDES if number % 2 == 0 else SIDES[::-1]:
-            results[name].append(worker("measure", name, options))
-    for number in range(options.rounds if options.cold else 0):
-        for name in SIDES if number % 2 == 0 else SIDES[::-1]:
-            colds[name].append(worker("cold", name, options))
-    tabulate(report, options, answers, results, colds)
+    refused = wrong(answers)
+    results = in_turns("measure", [name for name in SIDES if name not in refused], options)
+    colds = in_turns("cold", [name for name in results if options.cold], options)
+    tabulate(report, options, answers, refused, results, colds)
     memory = memory_table(results, weights)
     status = report.finish(options)
     if options.json:
         extra = {"answers": answers, "memory": memory, "text_bytes": weights, "runs": results, "cold": colds}
         options.json.write_text(json.dumps({**report.as_dict(), **extra}, indent=1) + "\n", encoding="utf-8")
     return status
+
+
+def in_turns(task: str, names: list[str], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """What each side's worker found in each round; the order turns every round."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(options.rounds):
+        for name in names if number % 2 == 0 else names[::-1]:
+            found[name].append(worker(task, name, options))
+    return found
 
 
 def worker(task: str, side: str, options: argparse.Namespace, *more: str) -> dict[str, Any]:
@@ -127,35 +131,30 @@ def wrong(answers: dict[str, dict]) -> dict[str, str]:
 
 
 def tabulate(
-    report: Report, options: argparse.Namespace, answers: dict, results: dict[str, list], colds: dict[str, list]
+    report: Report, options: argparse.Namespace, answers: dict[str, dict], refused: dict[str, str],
+    results: dict[str, list[dict]], colds: dict[str, list[dict]],
 ) -> None:
-    refused = wrong(answers)
+    """One case per measured time, into the report."""
+    size = f"T{options.tokens}"
     cases = {
-        "load": lambda run: [run["load"][0]],
-        "first_prefill": lambda run: [run["first_prefill"][0]],
-        f"prefill/T{options.tokens}": lambda run: [wall for wall, _ in run["prefill"]],
-        "decode": lambda run: [wall for wall, _ in run["decode"]],
+        "load": (results, lambda run: [run["load"][0]]),
+        f"first_prefill/{size}": (results, lambda run: [run["first_prefill"][0]]),
+        f"prefill/{size}": (results, lambda run: [wall for wall, _ in run["prefill"]]),
+        "decode": (results, lambda run: [wall for wall, _ in run["decode"]]),
     }
-    for id, pick in cases.items():
+    if options.cold:
+        cases[f"cold_first_token/{size}"] = (colds, lambda run: [run["first_token"]])
+    for id, (found, pick) in cases.items():
         with report.case(f"text_4b/{id}/bf16") as case:
             case.baseline = "transformers"
+            case.wrong.update(refused)
             for name in SIDES:
                 if name in answers:
                     case.errors[name] = answers[name]["replayed"]["max"]
-                if name in refused:
-                    case.wrong[name] = refused[name]
-                else:
-                    case.timings[name] = Timing(tuple(s for run in results[name] for s in pick(run)))
-    if not options.cold:
-        return
-    with report.case(f"text_4b/cold_first_token/T{options.tokens}/bf16") as case:
-        case.baseline = "transformers"
-        case.wrong.update(refused)
-        for name in SIDES:
-            if name not in refused:
-                case.timings[name] = Timing(tuple(run["first_token"] for run in colds[name]))
+                if name in found:
+                    case.timings[name] = Timing(tuple(seconds for run in found[name] for seconds in pick(run)))
     ratio = case.ratio("ours")
-    if ratio is not None:
+    if options.cold and ratio is not None:
         print(f"  cold start: {ratio:.2f} of transformers' time, asked for at most {COLD}")
 
 

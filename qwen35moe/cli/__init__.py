@@ -73,9 +73,7 @@ def _command(commands: argparse._SubParsersAction, name: str, run: str, help: st
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
-    command = _command(
-        commands, "generate", "generate", "Continue a prompt. Greedy, unless an option of sampling is given."
-    )
+    command = _command(commands, "generate", "generate", "Continue a prompt. Greedy, unless an option of sampling is given.")
     command.add_argument("folder", help="a checkpoint: a folder, a Hub name, or tiny")
     command.add_argument("--prompt", required=True, help="the text to continue; - reads it from standard input")
     command.add_argument("--special", action="store_true", help="let <|...|> in the prompt be control tokens")
@@ -83,13 +81,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--temperature", type=float, metavar="T", help="sample, with logits divided by T")
     command.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
     command.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens of mass P")
-    command.add_argument(
-        "--min-p", type=float, metavar="P", help="sample from tokens at least P times as likely as the first"
-    )
+    command.add_argument("--min-p", type=float, metavar="P", help="sample from tokens at least P times as likely as the first")
     command.add_argument("--seed", type=int, help="the same seed gives the same text (implies sampling)")
-    command.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
-    )
+    command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
     _add_placement(command)
 
 
@@ -100,16 +94,12 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_backends(commands: argparse._SubParsersAction) -> None:
-    command = _command(
-        commands, "backends", "backends", "Every implementation of every operation, and whether it is used."
-    )
+    command = _command(commands, "backends", "backends", "Every implementation of every operation, and whether it is used.")
     command.add_argument("--verify", action="store_true", help="run each against its definition, forward and backward")
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
-    command = _command(
-        commands, "demo", "demo", "Load a model, stream a text, show what ran and where the tokens went."
-    )
+    command = _command(commands, "demo", "demo", "Load a model, stream a text, show what ran and where the tokens went.")
     command.add_argument("folder", nargs="?", default="tiny", help="a checkpoint (default: the bundled one)")
     command.add_argument("--prompt", default="In the beginning", help="the text to continue")
     command.add_argument("--max-new-tokens", type=int, default=120, metavar="N", help="at most N tokens (default 120)")

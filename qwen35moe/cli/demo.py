@@ -52,9 +52,7 @@ def expert_load(model: Any, ids: Sequence[int]) -> str:
         out = model(torch.tensor([list(ids)], device=model.device), output_routing=True, logits_to_keep=1)
     load = out.routing.load().cpu()  # [L, E]
     even = 1 / load.shape[1]
-    lines = [
-        f"share of each of {load.shape[1]} experts, over {len(ids)} tokens (even: {even:.1%}, full bar: {2 * even:.1%})"
-    ]
+    lines = [f"share of each of {load.shape[1]} experts, over {len(ids)} tokens (even: {even:.1%}, full bar: {2 * even:.1%})"]
     for layer, shares in zip(out.routing.layers, load.tolist(), strict=True):
         bars = "".join(bar(share / (2 * even)) for share in shares)
         lines.append(f"  layer {layer:<3} |{bars}|  from {min(shares):.1%} to {max(shares):.1%}")

@@ -32,9 +32,7 @@ class Clock:
         return text
 
 
-def write_stream(
-    model: Any, tokenizer: Any, ids: Sequence[int], *, stop: Sequence[str] | None = None, **options: Any
-) -> Clock:
+def write_stream(model: Any, tokenizer: Any, ids: Sequence[int], *, stop: Sequence[str] | None = None, **options: Any) -> Clock:
     """Write the continuation of `ids` to standard output as it comes."""
     from ..generation import stream_text
 

@@ -65,9 +65,7 @@ def survey(folder: str) -> dict[str, Any]:
     found, unknown = _parts(header.tensors.values())
     parts = [_described(part, text.num_experts_per_tok, text.num_experts) for part in found]
     stored = {part["name"] for part in parts}
-    described = config.num_parameters(
-        vision=_OTHER_PARTS["visual"] in stored, mtp=_OTHER_PARTS["mtp"] in stored, lm_head=True
-    )
+    described = config.num_parameters(vision=_OTHER_PARTS["visual"] in stored, mtp=_OTHER_PARTS["mtp"] in stored, lm_head=True)
     in_text = [part for part in parts if part["name"] not in (_OTHER_PARTS["visual"], _OTHER_PARTS["mtp"])]
     return {
         "folder": str(header.folder),
@@ -138,11 +136,7 @@ def report(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['folder']}: {facts['model_type']} ({', '.join(facts['architectures'])})",
         f"layers: {layers}; width {facts['hidden_size']}; vocabulary {facts['vocab_size']}"
-        + (
-            f"; {facts['num_experts']} experts, {facts['num_experts_per_tok']} per token"
-            if facts["num_experts"]
-            else ""
-        )
+        + (f"; {facts['num_experts']} experts, {facts['num_experts_per_tok']} per token" if facts["num_experts"] else "")
         + ("; embedding and head tied" if facts["tie_word_embeddings"] else ""),
         f"files: {facts['files']}, {size(facts['bytes'])}"
         + (f"; quantised: {facts['quantization']}" if facts["quantization"] else ""),

@@ -144,9 +144,7 @@ class _Run:
             input_ids, attention_mask, vocabulary=self.vocabulary, device=self.device, pad_token_id=pad
         )
         rows, width = self.prompt.ids.shape
-        self.settings: Settings = resolve(
-            model, width, eos_token_id=ends, pad_token_id=pad, stop=stop, seed=seed, **options
-        )
+        self.settings: Settings = resolve(model, width, eos_token_id=ends, pad_token_id=pad, stop=stop, seed=seed, **options)
         self._check_pad(rows)
         self.stops = self._stop_strings(tokenizer, rows)
         self.uniforms = Uniforms(self.settings.seed, rows, self.device) if self.settings.do_sample else None
@@ -162,9 +160,7 @@ class _Run:
         self.error = torch.zeros(rows, dtype=torch.bool, device=self.device)  # rows without a usable logit
         self.seen = self.generated = None
         if self.settings.repetition_penalty is not None:
-            self.seen = sampling.seen_tokens(
-                self.prompt.ids.masked_fill(~self._real(), 0), self.vocabulary, self._real()
-            )
+            self.seen = sampling.seen_tokens(self.prompt.ids.masked_fill(~self._real(), 0), self.vocabulary, self._real())
         if self.settings.presence_penalty is not None:
             self.generated = torch.zeros(rows, self.vocabulary, dtype=torch.bool, device=self.device)
 
@@ -172,9 +168,7 @@ class _Run:
 
     def _check_pad(self, rows: int) -> None:
         if self.settings.pad_token_id is None and rows > 1 and self.settings.can_finish_early:
-            raise ValueError(
-                "rows may end at different lengths and the checkpoint names no padding token: pass pad_token_id"
-            )
+            raise ValueError("rows may end at different lengths and the checkpoint names no padding token: pass pad_token_id")
 
     def _stop_strings(self, tokenizer: Decoder | None, rows: int) -> StopStrings | None:
         if not self.settings.stop:
@@ -198,11 +192,7 @@ class _Run:
                 )
         longest, new = max(self.prompt.lengths), self.settings.max_new_tokens
         if cache.max_length is not None and longest + max(new - 1, 0) > cache.max_length:  # the last token is not fed
-            what = (
-                "is longer than"
-                if longest > cache.max_length
-                else f"and {new} new tokens (the last is not stored) exceed"
-            )
+            what = "is longer than" if longest > cache.max_length else f"and {new} new tokens (the last is not stored) exceed"
             raise ValueError(
                 f"the prompt of {longest} tokens {what} the cache's max_length={cache.max_length}: "
                 "make a longer one, or pass new_cache(batch_size) without max_length"
@@ -248,9 +238,7 @@ class _Run:
 
     def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         # Router logits, if the configuration asks for them, are for training: here they would be thrown away.
-        out = self.model(
-            input_ids=tokens, attention_mask=mask, cache=self.cache, logits_to_keep=1, output_router_logits=False
-        )
+        out = self.model(input_ids=tokens, attention_mask=mask, cache=self.cache, logits_to_keep=1, output_router_logits=False)
         return out.logits[:, -1]
 
     @torch.no_grad()

@@ -32,9 +32,7 @@ class Prompt:
         return min(self.lengths) != max(self.lengths)
 
 
-def read(
-    input_ids: Any, attention_mask: Any, *, vocabulary: int, device: torch.device, pad_token_id: int | None
-) -> Prompt:
+def read(input_ids: Any, attention_mask: Any, *, vocabulary: int, device: torch.device, pad_token_id: int | None) -> Prompt:
     """Check a prompt and bring it into shape.
 
     input_ids: int tensor [B, T] or [T], a list of ids, or a list of lists of ids of any lengths (padded here, on the
@@ -42,9 +40,7 @@ def read(
     """
     ids, mask = _tensors(input_ids, attention_mask, device, pad_token_id)
     if ids.shape[0] == 0 or ids.shape[1] == 0:
-        raise ValueError(
-            f"the prompt is empty: input_ids has shape {tuple(ids.shape)}; give at least one token for each row"
-        )
+        raise ValueError(f"the prompt is empty: input_ids has shape {tuple(ids.shape)}; give at least one token for each row")
     if mask is None:
         tokens, lengths = ids, (ids.shape[1],) * ids.shape[0]
     else:
@@ -105,9 +101,7 @@ def _from_lists(ids: Any, pad: int | None) -> tuple[Tensor, list[int] | None]:
 
 def _from_ragged(mask: Any, lengths: list[int]) -> Tensor:
     """The mask of rows that were padded here: 0 for that padding, and what the caller's own rows say (default: 1)."""
-    rows = (
-        [torch.ones(length, dtype=torch.int64) for length in lengths] if mask is None else [_row(row) for row in mask]
-    )
+    rows = [torch.ones(length, dtype=torch.int64) for length in lengths] if mask is None else [_row(row) for row in mask]
     found = [len(row) for row in rows]
     if found != lengths:
         raise ValueError(f"attention_mask has rows of {found} values, input_ids of {lengths}: they must be the same")

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 DEFAULT_NEW_TOKENS = 20  # as in transformers, when neither the call nor the checkpoint says how many

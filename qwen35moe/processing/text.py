@@ -112,9 +112,7 @@ class Tokenizer:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if not special and not self._added.isdisjoint(ids):
             control = sorted(self._added.intersection(ids))
-            raise ValueError(
-                f"plain text was encoded as the control tokens {control}: this tokenizer cannot keep them apart"
-            )
+            raise ValueError(f"plain text was encoded as the control tokens {control}: this tokenizer cannot keep them apart")
         return ids
 
     def decode(self, ids: Iterable[int] | Tensor | int, *, skip_special_tokens: bool = False) -> str:
