@@ -306,7 +306,8 @@ def write_checkpoint(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.synthetic", description=__doc__.split("\n")[0])
+    about = "Write a checkpoint of the 4.54B model with random weights, 9 GB."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic", description=about)
     parser.add_argument("out", type=Path)
     parser.add_argument("--gates", choices=("ordinary", "transformers"), default="ordinary")
     parser.add_argument("--layout", choices=("grouped", "per_expert"), default="grouped")

@@ -83,7 +83,14 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         output_attentions: bool,
     ) -> tuple[ModelOutput, TokenLayout, list[Passed]]:
         """`forward`, and for the head the layout of the tokens and what the layers left."""
+        _check_tensors(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+        )
         batch, tokens = self._check_inputs(input_ids, inputs_embeds)
+        with_router_logits = self._wants_router_logits(output_router_logits)
+        if output_routing and not self.config.text_config.is_moe:
+            raise ValueError("output_routing=True: this configuration is dense and has no routers")
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(f"the cache is a {type(cache).__name__}, this model needs its own: model.new_cache({batch})")
         layout = plan_layout(
@@ -111,7 +118,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
             output.hidden_states = tuple(layout.restore(state) for state in [*states, hidden])
         if output_attentions:
             output.attentions = tuple(_restored_weights(p.attention, layout) for p in passed if p.attention is not None)
-        if self._wants_router_logits(output_router_logits):
+        if with_router_logits:
             output.router_logits = tuple(_in_order(p.choice.logits, layout) for p in passed if p.choice is not None)
         if output_routing:
             output.routing = self._routing(passed, layout)
@@ -175,8 +182,6 @@ class Qwen3_5MoeTextModel(PretrainedModel):
 
     def _routing(self, passed: Sequence[Passed], layout: TokenLayout) -> Routing:
         chosen = [(index, p.choice) for index, p in enumerate(passed) if p.choice is not None]
-        if not chosen:
-            raise ValueError("output_routing=True: this configuration is dense and has no routers")
         indices, weights, logits = (
             torch.stack([_in_order(getattr(choice, name), layout) for _, choice in chosen])
             for name in ("indices", "weights", "logits")
@@ -257,6 +262,7 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
             raise ValueError("output_logits=False computes the loss alone and needs labels")
         if labels is not None:
             self._check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
+        _check_kept(logits_to_keep, input_ids if input_ids is not None else inputs_embeds)
         output, layout, passed = self.model.run(
             input_ids, attention_mask, position_ids, inputs_embeds, cache, cu_seqlens, routing,
             output_router_logits, output_routing, output_hidden_states, output_attentions,
@@ -281,7 +287,8 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         return output
 
     def _check_labels(self, labels: Tensor, inputs: Tensor | None) -> None:
-        if inputs is None:
+        _check_tensors(labels=labels)
+        if not isinstance(inputs, Tensor):
             return  # refused with a better message below
         if labels.shape != inputs.shape[:2] or labels.is_floating_point():
             raise ValueError(f"labels {list(labels.shape)} {labels.dtype} must be integers {list(inputs.shape[:2])}")
@@ -309,11 +316,28 @@ def _targets(labels: Tensor, layout: TokenLayout) -> Tensor:
     return layout.restore(shift_labels(arranged, layout.cu_seqlens) - IGNORE) + IGNORE
 
 
+def _check_tensors(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}: give a tensor")
+
+
+def _check_kept(keep: int | Tensor, inputs: Tensor | None) -> None:
+    if not isinstance(keep, Tensor):
+        if keep < 0:
+            raise ValueError(f"logits_to_keep={keep} must be a number of positions >= 0")
+        return
+    if keep.dim() != 1 or keep.is_floating_point() or keep.dtype == torch.bool:
+        raise ValueError(f"logits_to_keep is a number or integers [positions], got {list(keep.shape)} {keep.dtype}")
+    if isinstance(inputs, Tensor) and inputs.dim() > 1 and keep.device.type == "cpu" and not torch.compiler.is_compiling():
+        beyond = keep[(keep < -inputs.shape[1]) | (keep >= inputs.shape[1])]
+        if beyond.numel():
+            raise ValueError(f"logits_to_keep names position {int(beyond[0])}, the input has {inputs.shape[1]}")
+
+
 def _kept(logits_to_keep: int | Tensor) -> Any:
     if isinstance(logits_to_keep, Tensor):
         return logits_to_keep
-    if logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep={logits_to_keep} must be a number of positions >= 0")
     return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
 
 

@@ -37,7 +37,7 @@ class Routing:
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.indices.dim() != 3 or self.indices.is_floating_point():
+        if self.indices.dim() != 3 or not _integers(self.indices):
             raise ValueError(
                 f"routing indices are integers [layers, tokens, slots], got {list(self.indices.shape)} {self.indices.dtype}"
             )
@@ -47,6 +47,8 @@ class Routing:
             object.__setattr__(self, "layers", tuple(range(self.indices.shape[0])))
         if len(self.layers) != self.indices.shape[0]:
             raise ValueError(f"{len(self.layers)} layer numbers for indices of {self.indices.shape[0]} layers")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"the layers {self.layers} name one twice")
 
     def indices_only(self) -> Routing:
         """Without weights: a replay computes them from its own logits."""
@@ -92,7 +94,7 @@ class Replay:
         self.decide = None
         self.num_experts, self.top_k = num_experts, top_k
         if isinstance(routing, Tensor):
-            routing = _from_batch(routing)
+            routing = _from_batch(routing, shape)
         if not isinstance(routing, Routing):
             if not callable(routing):
                 raise ValueError(
@@ -101,8 +103,11 @@ class Replay:
             self.decide = routing
             return
         _check(routing, layers, num_experts, shape)
-        rows = routing.indices.unflatten(1, shape)
-        self.rows = {layer: arrange(rows[i] + 1) - 1 for i, layer in enumerate(routing.layers)}  # padding becomes free
+        rows = routing.indices.long().unflatten(1, shape)
+        # Padding is free, as in the captured run, so that a replay is that run bit for bit; with more or fewer slots than
+        # the router takes it goes to expert 0.
+        shift = int(rows.shape[-1] == top_k)
+        self.rows = {layer: arrange(rows[i] + shift) - shift for i, layer in enumerate(routing.layers)}
         self.weights = {}
         if routing.weights is not None:
             given = routing.weights.unflatten(1, shape)
@@ -129,13 +134,18 @@ class Replay:
     def _decided(self, layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         assert self.decide is not None
         decided = self.decide(layer, logits)
-        indices, weights = decided if isinstance(decided, tuple) else (decided, None)
-        if indices.dim() != 2 or indices.shape[0] != logits.shape[0] or indices.is_floating_point():
+        parts = decided if isinstance(decided, tuple) else (decided, None)
+        if len(parts) != 2 or not isinstance(parts[0], Tensor) or not isinstance(parts[1], Tensor | None):
+            given = [type(part).__name__ for part in decided] if isinstance(decided, tuple) else type(decided).__name__
+            raise ValueError(f"layer {layer}: the routing function gave {given}: give indices, or (indices, weights)")
+        indices, weights = parts
+        if indices.dim() != 2 or indices.shape[0] != logits.shape[0] or not _integers(indices):
             raise ValueError(
                 f"layer {layer}: the routing function gave indices {list(indices.shape)} {indices.dtype} for logits "
                 f"{list(logits.shape)}: give integers [{logits.shape[0]}, slots]"
             )
         _check_range(indices, self.num_experts, f"layer {layer}: the routing function", lowest=0)
+        indices = indices.long()
         if weights is None:
             return indices, chosen_weights(logits, indices)
         if weights.shape != indices.shape:
@@ -143,9 +153,15 @@ class Replay:
         return indices, weights.to(logits.dtype)
 
 
-def _from_batch(indices: Tensor) -> Routing:
+def _integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _from_batch(indices: Tensor, shape: tuple[int, int]) -> Routing:
     if indices.dim() != 4:
         raise ValueError(f"routing indices as a tensor are [B, T, L, S], got {list(indices.shape)}; or give a Routing")
+    if tuple(indices.shape[:2]) != shape:
+        raise ValueError(f"the routing is of a batch {list(indices.shape[:2])}, the input is {list(shape)}")
     return Routing(indices.flatten(0, 1).permute(1, 0, 2), shape=(indices.shape[0], indices.shape[1]))
 
 
@@ -154,8 +170,9 @@ def _check(routing: Routing, layers: int, num_experts: int, shape: tuple[int, in
         raise ValueError(
             f"the routing holds {routing.indices.shape[1]} tokens, the input {list(shape)} has {shape[0] * shape[1]}"
         )
-    if max(routing.layers) >= layers:
-        raise ValueError(f"the routing holds layer {max(routing.layers)}, the model has {layers} layers")
+    beyond = [layer for layer in routing.layers if not 0 <= layer < layers]
+    if beyond:
+        raise ValueError(f"the routing holds layer {beyond[-1]}, the model has {layers} layers")
     _check_range(routing.indices, num_experts, "the routing", lowest=FREE)
 
 

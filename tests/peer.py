@@ -29,8 +29,9 @@ LINEAR, FULL = "linear_attention", "full_attention"
 # ---------------------------------------------------------------------------------------------------- comparisons
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """max|a-b| / max|b|, in float64; inf where one side is not finite or the shapes differ.
+def relative_error(found: Tensor, expected: Tensor, beside: Tensor | None = None) -> float:
+    """max|a-b| / max|b|, in float64; inf where one side is not finite. `beside` is what the error is relative to
+    instead of max|b|, where that is itself what is left of larger terms.
 
     Two tensors that are zero throughout (or empty) agree.
     """
@@ -41,7 +42,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     a, b = found.detach().double(), expected.detach().double()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return math.inf
-    difference, scale = (a - b).abs().max().item(), b.abs().max().item()
+    difference, scale = (a - b).abs().max().item(), (b.abs().max() if beside is None else beside).item()
     if difference == 0.0:
         return 0.0
     return difference / scale if scale > 0 else math.inf

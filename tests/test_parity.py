@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen35moe import backends, taps
 from tests import peer
 from tests.peer import Case, assert_all_close, assert_close, odd_shape, relative_error
 
@@ -39,7 +40,10 @@ def pair(case: Case, gates: str = "ordinary") -> tuple[Any, Any]:
     return peer.ours(case, source=theirs), theirs
 
 
-def run(model: Any, case: Case, **options: Any) -> dict[str, dict[str, Tensor]]:
+Results = dict[str, dict[str, Tensor]]
+
+
+def run(model: Any, case: Case, **options: Any) -> Results:
     """One forward and backward with labels: logits, hidden states, router logits and losses, gradients."""
     ids = case.ids()
     labels = ids.clone()
@@ -60,7 +64,8 @@ def run(model: Any, case: Case, **options: Any) -> dict[str, dict[str, Tensor]]:
 
 
 @functools.cache
-def forward_and_backward(case: Case) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+def forward_and_backward(case: Case) -> tuple[Results, Results]:
+    """Ours as it runs by default, and theirs."""
     ours, theirs = pair(case)
     return run(ours, case), run(theirs, case, use_cache=False)
 
@@ -73,28 +78,89 @@ def test_one_forward(case, kind):
     assert_all_close(found[kind], expected[kind], BOUND, kind)
 
 
-def beyond_the_bound(case: Case) -> dict[str, float]:
-    found, expected = (results["gradients"] for results in forward_and_backward(case))
-    errors = {name: relative_error(tensor, expected[name]) for name, tensor in found.items()}
-    return {name: error for name, error in errors.items() if not error <= BOUND}
+# ---------------------------------------------------------------------------------------------------- gradients
+#
+# Eager attention on both sides: the backward of fused attention takes sum(dO * O) where the definition sums over the
+# weights, and leaves 1e-7 where the definition is exactly zero, which with two or three tokens is much beside the
+# gradient of a query or key. `test_gradients_of_fused_attention` holds our two forms against each other.
+
+
+@functools.cache
+def eager_gradients(case: Case) -> dict[str, Tensor]:
+    with backends.use(attention="eager"):
+        return run(pair(case)[0], case)["gradients"]
+
+
+@functools.cache
+def gradients_in_float64(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradients of our float64 model, and what errors of them are relative to where it is not their largest entry.
+
+    Those of A_log and dt_bias are sums over all tokens of terms that cancel, so that float32 has digits of the sum of
+    the terms' sizes only: d A_log = sum_t d decay_t decay_t, and d dt_bias = sum_t d decay_t slope_t with the slope
+    -exp(A_log) sigmoid(a_t + dt_bias), in which the sigmoid is 1 - exp(-softplus) = 1 - exp(decay_t / exp(A_log)).
+    """
+    model = peer.ours(case, source=pair(case)[1]).double()
+    decays: dict[int, Tensor] = {}
+
+    def keep(decay: Tensor, layer: int) -> Tensor:
+        decay.retain_grad()
+        decays[layer] = decay
+        return decay
+
+    linear = [layer for layer, kind in enumerate(case.text["layer_types"]) if kind == peer.LINEAR]
+    with taps.patch(model, {f"layers.{i}.linear_attn.decay": functools.partial(keep, layer=i) for i in linear}):
+        gradients = run(model, case)["gradients"]
+    scales = {}
+    for layer, decay in decays.items():
+        rate, d_decay = model.model.layers[layer].linear_attn.A_log.detach().exp(), decay.grad
+        slopes = {"A_log": decay.detach(), "dt_bias": -rate * (1 - torch.exp(decay.detach() / rate))}
+        for name, slope in slopes.items():
+            terms = d_decay * slope
+            name = f"model.layers.{layer}.linear_attn.{name}"
+            assert_close(terms.sum((0, 1)), gradients[name], 1e-9, name)  # these are the terms
+            scales[name] = terms.abs().sum((0, 1)).max()
+    return gradients, scales
+
+
+@functools.cache
+def gradient_errors(case: Case) -> dict[str, tuple[float, float, float]]:
+    """By parameter: ours against theirs, ours against float64, theirs against float64."""
+    ours, theirs = eager_gradients(case), forward_and_backward(case)[1]["gradients"]
+    truth, scales = gradients_in_float64(case)
+    return {
+        name: (relative_error(ours[name], theirs[name]),
+               *(relative_error(found[name], gradient, scales.get(name)) for found in (ours, theirs)))
+        for name, gradient in truth.items()
+    }
 
 
 @EVERY
 def test_every_gradient(case):
-    """Within 1e-5 of theirs. Where float32 itself has fewer digits (a router that takes one expert, whose weight is 1, so
-    that its gradient is what cancels; A_log), float64 judges: the difference may be no larger than theirs to it is."""
-    apart = beyond_the_bound(case)
-    if apart:
-        ours, theirs = judged(case, "ordinary")
-        excess = {name: f"{ours[name]:.1e} against {theirs[name]:.1e}" for name in (f"gradients {n}" for n in apart)
-                  if ours[name] > max(BOUND, 2 * theirs[name]) and name.rpartition(".")[2] not in ("A_log", "dt_bias")}
-        assert not excess, excess
+    """Within 1e-5 of theirs. Where float32 itself has fewer digits, float64 judges: within 1e-5 of it, or at most 1.25
+    times as far from it as theirs, which is the rule of bf16."""
+    wrong = {name: f"{ours:.1e} against {theirs:.1e}" for name, (apart, ours, theirs) in gradient_errors(case).items()
+             if not apart <= BOUND and not ours <= max(BOUND, 1.25 * theirs)}
+    assert not wrong, wrong
 
 
-def test_few_gradients_need_the_judge():
-    """Six in seven cases agree to 1e-5 in every gradient."""
-    apart = [case for case in CASES + DENSE if beyond_the_bound(case)]
-    assert len(apart) <= len(CASES + DENSE) // 7, apart
+def test_gradients_over_all_cases():
+    """In the geometric mean no further from float64 than theirs."""
+    errors = [pair for case in CASES + DENSE for pair in gradient_errors(case).values()]
+    ours, theirs = ([max(pair[side], 1e-9) for pair in errors] for side in (1, 2))
+    assert geometric_mean(ours) <= geometric_mean(theirs)
+
+
+@EVERY
+def test_gradients_of_fused_attention(case):
+    """Our default against our eager form, by the same rule. What fused attention leaves where a gradient is zero is of
+    the size of the layer's other gradients: errors in an attention layer are relative to the largest of its inputs'."""
+    default, eager, (truth, scales) = forward_and_backward(case)[0]["gradients"], eager_gradients(case), gradients_in_float64(case)
+    for name, gradient in eager.items():
+        layer, inside, _ = name.partition("self_attn.")
+        largest = max(other.abs().max() for n, other in eager.items() if n.startswith(layer + inside)) if inside else None
+        apart = relative_error(default[name], gradient, largest)
+        ours, definition = (relative_error(found[name], truth[name], scales.get(name)) for found in (default, eager))
+        assert apart <= BOUND or ours <= max(BOUND, 1.25 * definition), f"{name}: {apart:.1e}; {ours:.1e}, {definition:.1e}"
 
 
 # ---------------------------------------------------------------------------------------------------- with a cache

@@ -29,7 +29,7 @@ from benchmarks.text_4b.memory import warm, weight_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = ("transformers", "ours")
-NOISE = 0.1  # of the largest logit: 32 layers of bfloat16 stay well below
+NOISE = 0.05  # rms error over rms of the logits: 32 layers of bfloat16 and these weights come to 0.02
 WORSE = 1.25  # ours over transformers'
 ROOM = 1.15  # peak memory over weights
 COLD = 0.6  # ours over transformers', load + first token
@@ -122,9 +122,8 @@ def wrong(answers: dict[str, dict]) -> dict[str, str]:
     """The sides that get no speed, with the reason."""
     if not answers:
         return {}
-    errors = {name: answers[name]["replayed"]["max"] for name in SIDES}
-    said = {name: f"relative error {e:.1e}, bound {NOISE:.0e}" for name, e in errors.items() if not e <= NOISE}
     rms = {name: answers[name]["replayed"]["rms"] for name in SIDES}
+    said = {name: f"rms error {e:.1e}, bound {NOISE:.0e}" for name, e in rms.items() if not e <= NOISE}
     if "ours" not in said and not rms["ours"] <= WORSE * rms["transformers"]:
         said["ours"] = f"rms error {rms['ours']:.1e}, {WORSE} times transformers' is {WORSE * rms['transformers']:.1e}"
     return said
@@ -150,7 +149,7 @@ def tabulate(
             case.wrong.update(refused)
             for name in SIDES:
                 if name in answers:
-                    case.errors[name] = answers[name]["replayed"]["max"]
+                    case.errors[name] = answers[name]["replayed"]["rms"]
                 if name in found:
                     case.timings[name] = Timing(tuple(seconds for run in found[name] for seconds in pick(run)))
     ratio = case.ratio("ours")

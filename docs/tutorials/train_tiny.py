@@ -105,6 +105,7 @@ class Document(NamedTuple):
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Document]:
     """The documents of some texts."""
     end = tokenizer.token_to_id(END)
+    assert end is not None
     rows = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [Document([end, *row.ids, end], _bytes(text)) for row, text in zip(rows, texts, strict=True)]
 
@@ -306,7 +307,8 @@ def write(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, folder: Path) -> N
             module.dt_bias.data = module.dt_bias.data.bfloat16().float()
             module.stored_dtypes["dt_bias"] = torch.bfloat16
     end = tokenizer.token_to_id(END)
-    model.generation_config = {"eos_token_id": [end], "pad_token_id": end}
+    generation = {"eos_token_id": [end], "pad_token_id": end}
+    model.generation_config = generation  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"eos_token": END, "pad_token": END, "model_max_length": 2048, "clean_up_tokenization_spaces": False}

@@ -103,7 +103,7 @@ def _note(entry: Implementation, refused: _Refusals, args: tuple, kwargs: dict[s
     news = []
     for other, reason in refused:
         REFUSED[operation, other.name] = reason
-        if not other.missing and other.name != "torch" and (operation, other.name) not in _said:
+        if not other.missing and not other.own and (operation, other.name) not in _said:
             news.append(other)
     if not news and operation in _said:
         return

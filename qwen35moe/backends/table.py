@@ -55,6 +55,11 @@ class Implementation:
         conditional = bool(self.objection or self.skips or self.missing or not self.differentiable)
         object.__setattr__(self, "conditional", conditional)
 
+    @property
+    def own(self) -> bool:
+        """Whether it is one of this library's plain PyTorch forms, which step aside for one another all the time."""
+        return getattr(self.fn, "__module__", "").startswith("qwen35moe.ops.")
+
     def refusal(self, args: tuple, kwargs: dict[str, Any], caller: Any = None) -> str | None:
         """None, or the reason why this implementation cannot run this call."""
         if self.objection is not None and (reason := self.objection(*args, **kwargs)):

@@ -78,6 +78,10 @@ class Copy:
     target: Tensor
     through: torch.dtype | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return self.target.numel() * self.dtype.itemsize
+
 
 def read_into(copies: Sequence[Copy], device: torch.device, threads: int | None = None) -> None:
     """Carry out `copies`, CHUNK bytes at a time, with two threads (four when the target is a GPU).
@@ -93,7 +97,9 @@ def read_into(copies: Sequence[Copy], device: torch.device, threads: int | None 
         torch.cuda.synchronize(device)  # the memory of `target` may still be in use by what it belonged to before
     local = threading.local()
     files = {piece.file for piece in pieces}
-    with _opened(files) as descriptors, ThreadPoolExecutor(min(threads, len(pieces))) as pool:
+    # Threads that take turns in a file look like random access to the system, which then reads little ahead.
+    ahead = _ahead([(copy.file, copy.offset, copy.offset + copy.nbytes) for copy in copies])
+    with ahead, _opened(files) as descriptors, ThreadPoolExecutor(min(threads, len(pieces))) as pool:
 
         def work(piece: Copy) -> None:
             if not hasattr(local, "reader"):
@@ -110,6 +116,18 @@ def _pieces(copies: Sequence[Copy]) -> Iterator[Copy]:
         for at in range(0, copy.target.numel(), step):
             part, offset = copy.target[at : at + step], copy.offset + at * copy.dtype.itemsize
             yield Copy(copy.file, offset, copy.dtype, part, copy.through)
+
+
+@contextmanager
+def _ahead(ranges: Sequence[tuple[Path, int, int]]) -> Iterator[None]:
+    if not ReadAhead.possible():
+        yield
+        return
+    ahead = ReadAhead(ranges).start()
+    try:
+        yield
+    finally:
+        ahead.stop()
 
 
 @contextmanager
@@ -134,7 +152,7 @@ class _Reader:
         self.stream = torch.cuda.Stream(device) if self.cuda else None
 
     def __call__(self, descriptor: int, piece: Copy) -> None:
-        nbytes = piece.target.numel() * piece.dtype.itemsize
+        nbytes = piece.nbytes
         direct = piece.target.device.type == "cpu" and piece.dtype == piece.target.dtype and piece.through is None
         if direct:
             _read_exactly(descriptor, piece.target.data_ptr(), nbytes, piece.offset)

@@ -65,13 +65,7 @@ def short_convolution(
     before = x.new_zeros(rows, past, channels) if state is None else state.mT.to(x.dtype)
     if cu_seqlens is not None:
         return _packed(x, weight, before, cu_seqlens)
-    inputs = torch.cat([before, x], dim=1)
-    if lengths is None:
-        last = inputs[:, inputs.shape[1] - past :]
-    else:
-        index = lengths[:, None] + torch.arange(past, device=x.device)
-        last = inputs.gather(1, index[..., None].expand(-1, -1, channels))
-    return _shifted_sum(inputs, weight), last.mT
+    return _shifted_sum(torch.cat([before, x], dim=1), weight), _last_inputs(before, x, lengths)
 
 
 def _packed(x: Tensor, weight: Tensor, before: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,6 +105,51 @@ def _shifted_sum(inputs: Tensor, weight: Tensor) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
+def inplace_short_convolution(
+    x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same without a backward, a block of tokens at a time in memory that is reused; packed documents are not taken."""
+    batch, tokens, channels = x.shape
+    past, dtype = weight.shape[-1] - 1, wide_dtype(x, weight)
+    before = x.new_zeros(batch, past, channels) if state is None else state.mT.to(x.dtype)
+    columns = weight.to(dtype).T.contiguous()
+    step = max(1, min(tokens, _BLOCK_BYTES // (4 * channels * batch)))
+    inputs = torch.empty(batch, past + step, channels, dtype=dtype)
+    sums, out = torch.empty(batch, step, channels, dtype=dtype), torch.empty_like(x)
+    inputs[:, :past] = before
+    for start in range(0, tokens, step):
+        size = min(step, tokens - start)
+        inputs[:, past : past + size] = x[:, start : start + size]
+        total = torch.mul(inputs[:, :size], columns[0], out=sums[:, :size])
+        for w in range(1, past + 1):
+            total.addcmul_(inputs[:, w : w + size], columns[w])
+        out[:, start : start + size] = F.silu(total, inplace=True)
+        inputs[:, :past] = inputs[:, size : size + past].clone()
+    return out, _last_inputs(before, x, lengths)
+
+
+def _last_inputs(before: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last W - 1 inputs of each row [B, C, W-1]: of `before` [B, W-1, C] and then x, up to the row's length."""
+    past = before.shape[1]
+    if lengths is None:
+        recent = x[:, max(0, x.shape[1] - past) :]
+        return torch.cat([before, recent], dim=1)[:, recent.shape[1] :].mT
+    index = lengths[:, None] + torch.arange(past, device=x.device)
+    return torch.cat([before, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1])).mT
+
+
+def _cannot_be_in_place(
+    x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, not on a CPU"
+    if cu_seqlens is not None:
+        return "cu_seqlens: it does not keep packed documents apart"
+    return "a graph is being compiled" if torch.compiler.is_compiling() else None
+
+
 def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
     for batch, tokens, channels, taps in ((2, 7, 12, 4), (3, 1, 5, 2), (1, 65, 10, 4)):
         x = torch.randn(batch, tokens, channels, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -123,6 +162,7 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
             yield (x, weight), {"cu_seqlens": bounds, "state": state.expand(4, -1, -1).contiguous()}
 
 
+backends.register("short_convolution", "inplace", inplace_short_convolution, _cannot_be_in_place, differentiable=False)
 backends.register("short_convolution", "torch", short_convolution)
 backends.register("short_convolution", "direct", direct_short_convolution)
 backends.add_cases("short_convolution", direct_short_convolution, _cases)

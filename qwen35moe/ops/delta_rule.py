@@ -140,16 +140,17 @@ def _tokens_at_once(value: Tensor, elements_per_token: int, chunk_size: int) -> 
 def _chunks(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, chunk_size: int):  # noqa: ANN202
     """Widened, normalised and cut into n chunks: queries above keys [n, B, G, 2C, K], value [n, B, G, R, C, V], decay and
     beta [n, B, G, R, C]. The last chunk is filled up with tokens that neither forget nor write."""
-    groups, missing = key.shape[2], -query.shape[1] % chunk_size
-    q, k, v, g, b = widen(query, key, value, decay, beta)
+    groups, missing, dtype = key.shape[2], -query.shape[1] % chunk_size, wide_dtype(query, key, value, decay, beta)
+    qk, v, g, b = torch.stack([query, key]), value, decay, beta
     if missing:
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
+        qk, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (qk, v))
         g, b = (F.pad(x, (0, 0, 0, missing)) for x in (g, b))
-    q, k = (rearrange(x, "b (n c) g k -> n b g c k", c=chunk_size) for x in (q, k))
-    qk = torch.cat([l2_norm(q) * q.shape[-1] ** -0.5, l2_norm(k)], dim=-2)
-    v = rearrange(v, "b (n c) (g r) v -> n b g r c v", c=chunk_size, g=groups)
-    g, b = (rearrange(x, "b (n c) (g r) -> n b g r c", c=chunk_size, g=groups).contiguous() for x in (g, b))
-    return qk, v, g, b
+    qk = l2_norm(rearrange(qk, "s b (n c) g k -> n b g (s c) k", c=chunk_size).to(dtype))
+    scale = torch.ones(2 * chunk_size, 1, dtype=dtype, device=qk.device)
+    scale[:chunk_size] = qk.shape[-1] ** -0.5
+    v = rearrange(v.to(dtype), "b (n c) (g r) v -> n b g r c v", c=chunk_size, g=groups)
+    g, b = (rearrange(x.to(dtype), "b (n c) (g r) -> n b g r c", c=chunk_size, g=groups).contiguous() for x in (g, b))
+    return qk * scale, v, g, b
 
 
 def _inside(qk: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
@@ -177,6 +178,70 @@ def _one_chunk(chunk: tuple[Tensor, ...], memory: Tensor) -> tuple[Tensor, Tenso
     brought = rearrange(to_end[..., None] * write, "b g r c v -> b g c (r v)")
     kept = reach[..., -1, 0].repeat_interleave(out, dim=-1)[:, :, None]  # [B, G, 1, R*V]
     return output, torch.addcmul(qk[..., size:, :].mT @ brought, memory, kept)
+
+
+def inplace_gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
+    state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The chunked form without a backward: the scan reuses its memory, which on a CPU saves what fresh pages cost.
+
+    See the module's contract; packed documents are not taken.
+    """
+    if query.shape[1] == 1:
+        return recurrent_gated_delta_rule(query, key, value, decay=decay, beta=beta, state=state)
+    (batch, tokens, groups, width), (heads, out) = key.shape, value.shape[2:]
+    each, dtype = heads // groups, wide_dtype(query, key, value, decay, beta)
+    size = min(CHUNK, max(8, 1 << (tokens - 1).bit_length()))
+    memory = torch.zeros(batch, groups, width, each, out, dtype=dtype)
+    if state is not None:
+        memory.copy_(rearrange(state, "b (g r) k v -> b g k r v", g=groups))
+    output = torch.empty(batch, tokens, heads, out, dtype=value.dtype)
+    work = _Work(batch * groups, each, size, out, dtype)
+    step = 4 * _tokens_at_once(value, batch * heads * max(width, out), size)
+    for start in range(0, tokens, step):
+        rows = slice(start, min(start + step, tokens))
+        qk, v, g, b = _chunks(query[:, rows], key[:, rows], value[:, rows], decay[:, rows], beta[:, rows], size)
+        block = _inside(qk, v, g, b)
+        for c in range(v.shape[0]):
+            here = slice(start + c * size, min(start + (c + 1) * size, tokens))
+            answer = work.one_chunk(tuple(part[c] for part in block), memory)
+            output[:, here] = rearrange(answer, "b g r c v -> b c (g r) v")[:, : here.stop - here.start]
+    return output, rearrange(memory, "b g k r v -> b (g r) k v").contiguous()
+
+
+class _Work:
+    """`_one_chunk` with its buffers made once: reads [B*G, 2C, R*V], three of [B*G, R, C, V], one of [B*G, C, R, V]."""
+
+    def __init__(self, rows: int, each: int, size: int, out: int, dtype: torch.dtype) -> None:
+        self.reads = torch.empty(rows, 2 * size, each * out, dtype=dtype)
+        self.wanted, self.answer, self.write = (torch.empty(rows, each, size, out, dtype=dtype) for _ in range(3))
+        self.brought = torch.empty(rows, size, each, out, dtype=dtype)
+
+    def one_chunk(self, chunk: tuple[Tensor, ...], memory: Tensor) -> Tensor:
+        """The output [B, G, R, C, V], good until the next call; memory [B, G, K, R, V] is written in place."""
+        qk, v, solve, attend, since_start, to_end = (part.flatten(0, 1) for part in chunk)
+        rows, each, size, out = self.write.shape
+        side_by_side = memory.view(rows, -1, each * out)
+        torch.bmm(qk, side_by_side, out=self.reads)  # what q and k read from before the chunk
+        read, reach = self.reads.view(rows, 2 * size, each, out).transpose(1, 2), since_start[..., None]
+        torch.sub(v, torch.mul(read[:, :, size:], reach, out=self.wanted), out=self.wanted)
+        flat = self.write.view(-1, size, out)
+        torch.bmm(solve.flatten(0, 1), self.wanted.view(-1, size, out), out=flat)
+        torch.mul(read[:, :, :size], reach, out=self.answer)
+        self.answer.view(-1, size, out).baddbmm_(attend.flatten(0, 1), flat)
+        torch.mul(self.write.transpose(1, 2), to_end.mT[..., None], out=self.brought)
+        memory.view(rows, -1, each, out).mul_(since_start[:, None, :, -1:])
+        side_by_side.baddbmm_(qk[:, size:].mT, self.brought.view(rows, size, -1))
+        return self.answer.view(*chunk[1].shape)
+
+
+def _cannot_be_in_place(query: Tensor, *args: Tensor, cu_seqlens: Tensor | None = None, **options: Tensor | None) -> str | None:
+    if query.device.type != "cpu":
+        return f"query is on {query.device}, not on a CPU"
+    if cu_seqlens is not None:
+        return "cu_seqlens: it does not keep packed documents apart"
+    return "a graph is being compiled" if torch.compiler.is_compiling() else None
 
 
 def segment_sums(decay: Tensor) -> Tensor:
@@ -251,6 +316,7 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
         yield (*qk, value), options
 
 
+backends.register("gated_delta_rule", "inplace", inplace_gated_delta_rule, _cannot_be_in_place, differentiable=False)
 backends.register("gated_delta_rule", "torch", gated_delta_rule)
 backends.register("gated_delta_rule", "recurrent", recurrent_gated_delta_rule)
 backends.add_cases("gated_delta_rule", recurrent_gated_delta_rule, _cases)

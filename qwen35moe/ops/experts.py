@@ -20,7 +20,8 @@ from qwen35moe.ops.precision import wide_dtype
 
 Watch = Callable[[str, Tensor], Tensor]  # shown a value by name, returns what is to be used in its place
 
-_FEW_ROWS = 64  # up to here weight @ rows.T streams the weight from memory faster than rows @ weight.T
+_FEW_ROWS = 64  # on CPUs with AMX, up to here weight @ rows.T streams a bfloat16 weight faster than rows @ weight.T
+_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
 
 
 def router(hidden: Tensor, weight: Tensor, *, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,6 +76,9 @@ def sorted_experts(
     one by one would make the backward fill a whole zero gradient per expert.
     """
     dtype, slots = wide_dtype(hidden), indices.shape[1]
+    if hidden.shape[0] == 1:  # nothing to sort
+        outs = [one_expert(hidden, gate_up[expert], down[expert]) for expert in indices[0].tolist()]
+        return (weights.to(dtype) @ torch.cat(outs).to(dtype)).to(hidden.dtype)
     flat = indices.reshape(-1)
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
@@ -223,8 +227,11 @@ def one_expert(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def project(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows @ weight.T, in the order that reads a bfloat16 weight fastest on a CPU: [n, D], [F, D] -> [n, F]."""
-    if rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or rows.shape[0] > _FEW_ROWS:
+    """rows @ weight.T, in the order that reads a bfloat16 weight fastest on this CPU: [n, D], [F, D] -> [n, F].
+
+    With AMX one row takes 23-26 GB/s by mv against 17-21 by F.linear; without (AVX-512 alone), F.linear is the fastest.
+    """
+    if not _AMX or rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or rows.shape[0] > _FEW_ROWS:
         return F.linear(rows, weight)
     if rows.shape[0] == 1:
         return torch.mv(weight, rows[0])[None]
