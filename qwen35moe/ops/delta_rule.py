@@ -189,7 +189,7 @@ def inplace_gated_delta_rule(
     See the module's contract; packed documents are not taken.
     """
     if query.shape[1] == 1:
-        return recurrent_gated_delta_rule(query, key, value, decay=decay, beta=beta, state=state)
+        return _one_token(query, key, value, decay, beta, state)
     (batch, tokens, groups, width), (heads, out) = key.shape, value.shape[2:]
     each, dtype = heads // groups, wide_dtype(query, key, value, decay, beta)
     size = min(CHUNK, max(8, 1 << (tokens - 1).bit_length()))
@@ -208,6 +208,21 @@ def inplace_gated_delta_rule(
             answer = work.one_chunk(tuple(part[c] for part in block), memory)
             output[:, here] = rearrange(answer, "b g r c v -> b c (g r) v")[:, : here.stop - here.start]
     return output, rearrange(memory, "b g k r v -> b (g r) k v").contiguous()
+
+
+def _one_token(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The definition's step with one pass over the memory for each of forget, recall, write and answer."""
+    q, k, v, decay, beta = widen(query, key, value, decay, beta)
+    (batch, _, heads, out), width = v.shape, q.shape[-1]
+    repeats = heads // k.shape[2]
+    q, k = (l2_norm(x).repeat_interleave(repeats, dim=2).view(batch * heads, 1, width) for x in (q, k))
+    memory = (_initial(state, q, v) * decay[:, 0].exp()[..., None, None]).view(batch * heads, width, out)
+    write = beta.view(-1, 1, 1) * (v.reshape(-1, 1, out) - k @ memory)
+    memory.baddbmm_(k.mT, write)
+    answer = (q @ memory).mul_(width**-0.5)
+    return answer.view(value.shape).to(value.dtype), memory.view(batch, heads, width, out)
 
 
 class _Work:
