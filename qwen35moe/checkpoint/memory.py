@@ -97,9 +97,7 @@ def read_into(copies: Sequence[Copy], device: torch.device, threads: int | None 
         torch.cuda.synchronize(device)  # the memory of `target` may still be in use by what it belonged to before
     local = threading.local()
     files = {piece.file for piece in pieces}
-    # Threads that take turns in a file look like random access to the system, which then reads little ahead.
-    ahead = _ahead([(copy.file, copy.offset, copy.offset + copy.nbytes) for copy in copies])
-    with ahead, _opened(files) as descriptors, ThreadPoolExecutor(min(threads, len(pieces))) as pool:
+    with _opened(files) as descriptors, ThreadPoolExecutor(min(threads, len(pieces))) as pool:
 
         def work(piece: Copy) -> None:
             if not hasattr(local, "reader"):
@@ -116,18 +114,6 @@ def _pieces(copies: Sequence[Copy]) -> Iterator[Copy]:
         for at in range(0, copy.target.numel(), step):
             part, offset = copy.target[at : at + step], copy.offset + at * copy.dtype.itemsize
             yield Copy(copy.file, offset, copy.dtype, part, copy.through)
-
-
-@contextmanager
-def _ahead(ranges: Sequence[tuple[Path, int, int]]) -> Iterator[None]:
-    if not ReadAhead.possible():
-        yield
-        return
-    ahead = ReadAhead(ranges).start()
-    try:
-        yield
-    finally:
-        ahead.stop()
 
 
 @contextmanager
