@@ -4,7 +4,7 @@ VENV    ?= .venv
 WORKERS ?= auto
 BIN     := $(VENV)/bin
 # A stamp per set of extras, renewed when what it was installed from changes.
-INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+INSTALL  = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e
 
 .PHONY: help demo test check bench clean
 
@@ -19,7 +19,7 @@ demo: $(VENV)/demo.stamp
 	@$(BIN)/python -m qwen35moe demo $(ARGS)
 
 test: $(VENV)/test.stamp
-	@$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -q -rs -n $(WORKERS) $(ARGS)
 
 check: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .

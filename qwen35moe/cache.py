@@ -9,124 +9,26 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qwen35moe.config import TextConfig
-from qwen35moe.replay import Replay, Segment
+from qwen35moe.layer_memory import (
+    AttentionMemory,
+    DeltaNetMemory,
+    LayerMemory,
+    empty_memory,
+    mapped_memory,
+    memory_tensors,
+    shared_memory,
+)
+from qwen35moe.replay import Replay
 
 if TYPE_CHECKING:
     from qwen35moe.layout import TokenLayout
-
-
-@dataclass
-class AttentionMemory:
-    """Keys and values [B, slots, G, K]. `used` slots are in use; behind them lies room to grow, filled with zeros."""
-
-    keys: Tensor
-    values: Tensor
-    used: int = 0
-    fixed: bool = False
-
-    @property
-    def key(self) -> Tensor:
-        return self.keys[:, : self.used]
-
-    @key.setter
-    def key(self, value: Tensor) -> None:
-        self.keys = self._replaced(self.keys, value)
-
-    @property
-    def value(self) -> Tensor:
-        return self.values[:, : self.used]
-
-    @value.setter
-    def value(self, value: Tensor) -> None:
-        self.values = self._replaced(self.values, value)
-
-    def _replaced(self, buffer: Tensor, value: Tensor) -> Tensor:
-        wanted = (buffer.shape[0], self.used, *buffer.shape[2:])
-        if value.shape != wanted:
-            raise ValueError(f"the cache holds {list(wanted)} here, cannot put {list(value.shape)} in its place")
-        if self.fixed:
-            buffer[:, : self.used] = value
-            return buffer
-        return torch.cat([value.to(buffer.dtype), buffer[:, self.used :]], dim=1)
-
-    def extended(self, key: Tensor, value: Tensor, layout: TokenLayout) -> AttentionMemory:
-        """With the layout's new tokens key, value [B, T, G, K] in their slots.
-
-        Written in place where no gradient can flow, else into new tensors: a forward that is computed again for
-        gradient checkpointing then finds the memory as it was.
-        """
-        functional = torch.is_grad_enabled() and (key.requires_grad or self.keys.requires_grad or value.requires_grad)
-        used = self.used + layout.tokens
-        memory = self if used <= self.keys.shape[1] and not functional else self._grown(used, functional)
-        keys, values = memory.keys, memory.values
-        if isinstance(layout.starts, int) and layout.lengths is None:
-            slots = slice(layout.starts, layout.starts + layout.tokens)
-            if functional:
-                keys = torch.cat([keys[:, : slots.start], key], dim=1)
-                values = torch.cat([values[:, : slots.start], value], dim=1)
-            else:
-                keys[:, slots], values[:, slots] = key, value
-        else:
-            row, slot, index = _places(layout, key)
-            put = torch.Tensor.index_put if functional else torch.Tensor.index_put_
-            keys, values = put(keys, (row, slot), key[index]), put(values, (row, slot), value[index])
-        return AttentionMemory(keys, values, used, self.fixed)
-
-    def _grown(self, needed: int, functional: bool) -> AttentionMemory:
-        room = needed if functional else max(needed, 2 * self.keys.shape[1], 64)
-        if self.fixed:
-            room = needed = self.keys.shape[1]
-        missing = (0, 0, 0, 0, 0, room - self.keys.shape[1])
-        return replace(self, keys=F.pad(self.keys, missing), values=F.pad(self.values, missing))
-
-
-def _places(layout: TokenLayout, key: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Row, slot and index into [B, T] of every token that is there."""
-    rows, tokens, device = layout.rows, layout.tokens, key.device
-    row = torch.arange(rows, device=device)[:, None].expand(rows, tokens)
-    column = torch.arange(tokens, device=device).expand(rows, tokens)
-    start = layout.starts[:, None].to(device) if isinstance(layout.starts, Tensor) else layout.starts
-    valid = layout.valid
-    if valid is None:
-        return row, column + start, (row, column)
-    index = (row[valid], column[valid])
-    return index[0], (column + start)[valid], index
-
-
-@dataclass
-class DeltaNetMemory:
-    """inputs [B, C, W-1], the last the convolution has seen; memory [B, H, K, V], float32 at least.
-
-    segment: what the forward that made this state brought, when the cache records; replay: how to take it back. Fixed
-    tensors are written in place when a new value is assigned.
-    """
-
-    inputs: Tensor
-    memory: Tensor
-    segment: Segment | None = None
-    replay: Replay | None = None
-    fixed: bool = False
-
-    def __setattr__(self, name: str, value: object) -> None:
-        before = self.__dict__.get(name)
-        if isinstance(before, Tensor) and isinstance(value, Tensor):
-            if before.shape != value.shape:
-                raise ValueError(f"the cache holds {name} {list(before.shape)}, cannot put {list(value.shape)} in its place")
-            if self.fixed:
-                before.copy_(value)
-                return
-        self.__dict__[name] = value
-
-
-LayerMemory = AttentionMemory | DeltaNetMemory
 
 
 @dataclass
@@ -165,7 +67,7 @@ class Cache:
         self._used = 0  # at least the longest row
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self.layers: list[LayerMemory] = [
-            _empty_memory(config, kind, batch_size, max_length, dtype, device) for kind in config.layer_types
+            empty_memory(config, kind, batch_size, max_length, dtype, device) for kind in config.layer_types
         ]
 
     @property
@@ -191,7 +93,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes held, room to grow and recordings included."""
-        return sum(t.nbytes for layer in self.layers for t in _tensors(layer)) + self.lengths.nbytes
+        return sum(t.nbytes for layer in self.layers for t in memory_tensors(layer)) + self.lengths.nbytes
 
     # ------------------------------------------------------------------------------------------- what a forward does
 
@@ -250,7 +152,7 @@ class Cache:
 
     def snapshot(self) -> Snapshot:
         """The present as a point to `restore`. Later writes behind it keep it good; writes over it are noticed."""
-        layers = [_shared(layer, copy=self.max_length is not None) for layer in self.layers]
+        layers = [shared_memory(layer, copy=self.max_length is not None) for layer in self.layers]
         point = Snapshot(self.lengths, self.seen, self._used, self._common, self.rope_delta, layers)
         self._snapshots = [ref for ref in self._snapshots if ref() is not None] + [weakref.ref(point)]
         return point
@@ -263,7 +165,7 @@ class Cache:
             )
         if all(ref() is not point for ref in self._snapshots):
             raise ValueError("this snapshot was taken of another cache: restore it there, or use clone()")
-        layers = [_shared(layer, copy=self.max_length is not None) for layer in point.layers]
+        layers = [shared_memory(layer, copy=self.max_length is not None) for layer in point.layers]
         for index, layer in enumerate(layers):
             old = self.layers[index]
             if isinstance(layer, DeltaNetMemory) and isinstance(old, DeltaNetMemory) and old.fixed:
@@ -335,7 +237,7 @@ class Cache:
         other.__dict__.update(self.__dict__)
         other.lengths = self.lengths.clone()
         other.rope_delta = None if self.rope_delta is None else self.rope_delta.clone()
-        other.layers = [_mapped(layer, torch.Tensor.clone) for layer in self.layers]
+        other.layers = [mapped_memory(layer, torch.Tensor.clone) for layer in self.layers]
         other._snapshots = []
         return other
 
@@ -347,11 +249,11 @@ class Cache:
         if self.max_length is not None and index.shape[0] != self.batch_size:
             raise ValueError(f"a static cache keeps its {self.batch_size} rows, cannot hold {index.shape[0]}")
         for position, layer in enumerate(self.layers):
-            moved = _mapped(layer, lambda t: t.index_select(0, index.to(t.device)))
+            moved = mapped_memory(layer, lambda t: t.index_select(0, index.to(t.device)))
             if self.max_length is None:
                 self.layers[position] = moved
             else:
-                for old, new in zip(_tensors(layer), _tensors(moved), strict=True):
+                for old, new in zip(memory_tensors(layer), memory_tensors(moved), strict=True):
                     old.copy_(new)
         self.lengths = self.lengths[index]
         self.rope_delta = None if self.rope_delta is None else self.rope_delta[index]
@@ -373,47 +275,6 @@ class Cache:
         from qwen35moe.cache_file import load_cache
 
         return load_cache(path, config, device=device)
-
-
-def _empty_memory(
-    config: TextConfig, kind: str, batch: int, max_length: int | None, dtype: torch.dtype, device: torch.device | str
-) -> LayerMemory:
-    if kind == "full_attention":
-        shape = (batch, max_length or 0, config.num_key_value_heads, config.head_dim)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        return AttentionMemory(keys, values, 0, max_length is not None)
-    heads, width, out = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
-    inputs = torch.zeros(batch, config.conv_dim, config.linear_conv_kernel_dim - 1, dtype=dtype, device=device)
-    wide = torch.promote_types(torch.float32, dtype)
-    memory = torch.zeros(batch, heads, width, out, dtype=wide, device=device)
-    return DeltaNetMemory(inputs, memory, fixed=max_length is not None)
-
-
-def _tensors(layer: LayerMemory) -> list[Tensor]:
-    if isinstance(layer, AttentionMemory):
-        return [layer.keys, layer.values]
-    found = [layer.inputs, layer.memory]
-    if layer.replay is not None:
-        found += [layer.replay.inputs, layer.replay.memory, *vars(layer.replay.since).values()]
-    return found
-
-
-def _mapped(layer: LayerMemory, fn) -> LayerMemory:  # noqa: ANN001
-    if isinstance(layer, AttentionMemory):
-        return AttentionMemory(fn(layer.keys), fn(layer.values), layer.used, layer.fixed)
-    replay = layer.replay
-    if replay is not None:
-        since = Segment(**{name: fn(tensor) for name, tensor in vars(replay.since).items()})
-        replay = Replay(fn(replay.inputs), fn(replay.memory), since)
-    return DeltaNetMemory(fn(layer.inputs), fn(layer.memory), None, replay, layer.fixed)
-
-
-def _shared(layer: LayerMemory, copy: bool) -> LayerMemory:
-    """The layer's memory for a snapshot: shared, except that a static cache's matrices are copied."""
-    if isinstance(layer, AttentionMemory):
-        return replace(layer)
-    inputs, memory = (layer.inputs.clone(), layer.memory.clone()) if copy else (layer.inputs, layer.memory)
-    return DeltaNetMemory(inputs, memory, None, layer.replay)
 
 
 def _kept(tensor: Tensor, cache: Cache) -> Tensor:

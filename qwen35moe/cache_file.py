@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen35moe.cache import AttentionMemory, Cache, DeltaNetMemory
+from qwen35moe.cache import Cache
 from qwen35moe.config import TextConfig
+from qwen35moe.layer_memory import AttentionMemory, DeltaNetMemory
 
 _FORMAT = "qwen35moe.cache.1"
 

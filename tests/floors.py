@@ -19,7 +19,7 @@ PACKAGE = "qwen35moe"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("taps", "backends", "ops"),
-    ("replay", "cache", "cache_file", "layout", "routing"),
+    ("replay", "layer_memory", "cache", "cache_file", "layout", "routing"),
     ("modules",),
     ("output", "pretrained", "multimodal", "model"),
     ("checkpoint", "processing"),

@@ -21,7 +21,8 @@ from tests.peer import Case, assert_all_close, assert_close, odd_shape, relative
 
 BOUND = 1e-5
 CASES = [odd_shape(seed) for seed in range(60)]
-DENSE = [odd_shape(seed, dense=True) for seed in range(100, 112)]
+# seven seeds among which every odd shape comes twice, and five more
+DENSE = [odd_shape(seed, dense=True) for seed in (110, 121, 123, 126, 130, 189, 219, 100, 102, 103, 104, 105)]
 EVERY = pytest.mark.parametrize("case", CASES + DENSE, ids=repr)
 
 
@@ -29,7 +30,7 @@ def test_the_cases_have_every_odd_shape():
     """At least two of each, so that no shape is missing by a change of the random draw."""
     for cases, oddities in ((CASES, peer.ODDITIES | peer.MOE_ODDITIES), (DENSE, peer.ODDITIES)):
         missing = {name: n for name, odd in oddities.items() if (n := sum(odd(case.text) for case in cases)) < 2}
-        assert not missing or cases is DENSE and all("yarn," in name or "sections" in name for name in missing), missing
+        assert not missing, missing
 
 
 @functools.lru_cache(maxsize=4)
@@ -152,15 +153,21 @@ def test_gradients_over_all_cases():
 
 @EVERY
 def test_gradients_of_fused_attention(case):
-    """Our default against our eager form, by the same rule. What fused attention leaves where a gradient is zero is of
-    the size of the layer's other gradients: errors in an attention layer are relative to the largest of its inputs'."""
-    default, eager, (truth, scales) = forward_and_backward(case)[0]["gradients"], eager_gradients(case), gradients_in_float64(case)
+    """Our default against our eager form, which `test_every_gradient` holds to account tensor by tensor. What fused
+    attention leaves where a gradient is zero is of the size of the gradients beside it, so errors are relative to the
+    largest gradient of the same mixer or feed-forward."""
+    default, eager = forward_and_backward(case)[0]["gradients"], eager_gradients(case)
+    largest: dict[str, Tensor] = {}
     for name, gradient in eager.items():
-        layer, inside, _ = name.partition("self_attn.")
-        largest = max(other.abs().max() for n, other in eager.items() if n.startswith(layer + inside)) if inside else None
-        apart = relative_error(default[name], gradient, largest)
-        ours, definition = (relative_error(found[name], truth[name], scales.get(name)) for found in (default, eager))
-        assert apart <= BOUND or ours <= max(BOUND, 1.25 * definition), f"{name}: {apart:.1e}; {ours:.1e}, {definition:.1e}"
+        largest[block(name)] = torch.maximum(largest.get(block(name), gradient.new_zeros(())), gradient.abs().max())
+    for name, gradient in eager.items():
+        error = relative_error(default[name], gradient, largest[block(name)])
+        assert error <= BOUND, f"{name}: {error:.1e}"
+
+
+def block(name: str) -> str:
+    """model.layers.3.self_attn of model.layers.3.self_attn.q_proj.weight."""
+    return ".".join(name.split(".")[:4])
 
 
 # ---------------------------------------------------------------------------------------------------- with a cache

@@ -180,8 +180,8 @@ class ReadAhead:
     bounded window is requested ahead of the last byte that has arrived: the disk stays busy, and `stop` works at once.
     """
 
-    BLOCK = 16 * 2**20
-    WINDOW = 4  # blocks asked for and not waited for
+    BLOCK = 4 * 2**20
+    WINDOW = 32  # blocks asked for and not waited for
 
     def __init__(self, ranges: Sequence[tuple[Path, int, int]]) -> None:
         """`ranges`: (file, first byte, one past the last byte), in the order in which they will be used."""

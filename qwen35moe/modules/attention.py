@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qwen35moe import backends
-from qwen35moe.cache import AttentionMemory
 from qwen35moe.config import TextConfig
+from qwen35moe.layer_memory import AttentionMemory
 from qwen35moe.layout import TokenLayout
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.attention import Visibility, attention_weights, weighted_values

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen35moe import backends
-from qwen35moe.cache import AttentionMemory, DeltaNetMemory, LayerMemory
 from qwen35moe.config import TextConfig
+from qwen35moe.layer_memory import AttentionMemory, DeltaNetMemory, LayerMemory
 from qwen35moe.layout import TokenLayout
 from qwen35moe.modules.attention import GatedAttention
 from qwen35moe.modules.deltanet import GatedDeltaNet

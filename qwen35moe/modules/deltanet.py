@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen35moe import backends
-from qwen35moe.cache import DeltaNetMemory
 from qwen35moe.config import TextConfig
+from qwen35moe.layer_memory import DeltaNetMemory
 from qwen35moe.layout import TokenLayout
 from qwen35moe.modules.islands import Float32Island
 from qwen35moe.modules.norm import GatedRMSNorm
