@@ -2,7 +2,8 @@
 
 Sixty random tiny configurations (see `peer.odd_shape`), twelve dense siblings. At ordinary gates the bound is 1e-5,
 relative, on everything. At transformers' own init its two forms of the delta rule differ by 4e-3 in the gradient of A_log,
-and in bf16 both models are off: there our float64 model is the judge, and ours may not be further from it than theirs.
+and in bf16 both models are off: there our float64 model is the judge, ours at most 1.25 times as far from it as theirs in
+a case, and no further in the geometric mean.
 """
 
 from __future__ import annotations
@@ -146,8 +147,8 @@ def test_every_gradient(case):
 
 def test_gradients_over_all_cases():
     """In the geometric mean no further from float64 than theirs."""
-    errors = [pair for case in CASES + DENSE for pair in gradient_errors(case).values()]
-    ours, theirs = ([max(pair[side], 1e-9) for pair in errors] for side in (1, 2))
+    errors = [error for case in CASES + DENSE for error in gradient_errors(case).values()]
+    ours, theirs = ([max(error[side], 1e-9) for error in errors] for side in (1, 2))
     assert geometric_mean(ours) <= geometric_mean(theirs)
 
 
@@ -330,30 +331,45 @@ def test_64_greedy_tokens_of_a_left_padded_batch(case):
     assert len(set(expected[:, ids.shape[1] :].flatten().tolist())) > 8
 
 
-# ------------------------------------------------------------------------------- transformers' init, judged by float64
+# ------------------------------------------------------------------------------- other gates, judged by float64
+
+OTHER_GATES = {"transformers": BOUND, "hard": 1e-4}  # of gradients; 1e-4 is the contract's beyond gates of -20
 
 
 @functools.cache
-def judged(case: Case, gates: str) -> tuple[dict[str, float], dict[str, float]]:
+def judged(case: Case, gates: str) -> dict[str, tuple[float, float]]:
     """Relative errors of our float32 model and of theirs against our float64 model, by value and by gradient."""
     ours, theirs = pair(case, gates)
     truth = run(peer.ours(case, source=theirs).double(), case)
-    errors = []
-    for found in (run(ours, case), run(theirs, case, use_cache=False)):
-        flat = {f"{kind} {name}": relative_error(tensor, truth[kind][name]) for kind in truth
-                for name, tensor in found[kind].items()}
-        errors.append(flat)
-    return errors[0], errors[1]
+    with backends.use(attention="eager"):
+        found = run(ours, case)
+    expected = run(theirs, case, use_cache=False)
+    return {f"{kind} {name}": (relative_error(found[kind][name], tensor), relative_error(expected[kind][name], tensor))
+            for kind, group in truth.items() for name, tensor in group.items()}
 
 
-@pytest.mark.parametrize("gates", ["transformers", "hard"])
+@pytest.mark.parametrize("gates", OTHER_GATES)
 @pytest.mark.parametrize("case", CASES[::3], ids=repr)
 def test_at_other_gates_we_are_within_the_bound_or_no_worse(case, gates):
-    """Where float32 leaves 1e-5 to be had, we have it; where it does not, theirs is no better."""
-    ours, theirs = judged(case, gates)
-    worse = {name: f"{error:.1e} against {theirs[name]:.1e}" for name, error in ours.items()
-             if error > max(BOUND, theirs[name])}
+    """Every value of the forward, and the worst of the gradients: within the bound, or at most 1.25 times as far from
+    float64 as theirs. (A single tensor is a matter of luck here: behind a hard gate a token reads (q . k) v alone, which
+    the norm scales up to one, and a rounding with it. At their own init theirs is the worse in ten tensors for each of
+    ours, at hard gates in as many; and another chunk size makes ours three times better or worse.)"""
+    errors = judged(case, gates)
+    gradients = [error for name, error in errors.items() if name.startswith("gradients ")]
+    compared = {name: (*error, BOUND) for name, error in errors.items() if not name.startswith("gradients ")}
+    compared["worst gradient"] = (*(max(error[side] for error in gradients) for side in (0, 1)), OTHER_GATES[gates])
+    worse = {name: f"{ours:.1e} against {theirs:.1e}" for name, (ours, theirs, bound) in compared.items()
+             if not ours <= max(bound, 1.25 * theirs)}
     assert not worse, worse
+
+
+@pytest.mark.parametrize("gates", OTHER_GATES)
+def test_other_gates_over_all_cases(gates):
+    """In the geometric mean of all values and gradients no further from float64 than theirs."""
+    errors = [error for case in CASES[::3] for error in judged(case, gates).values()]
+    ours, theirs = ([max(error[side], 1e-9) for error in errors] for side in (0, 1))
+    assert geometric_mean(ours) <= geometric_mean(theirs)
 
 
 def geometric_mean(errors: list[float]) -> float:

@@ -35,7 +35,7 @@ END = "<|endoftext|>"  # before every document, and after the last
 HELD_OUT = 0.05
 
 # How text is cut before byte pairs are merged: a word with the space before it, one digit, punctuation, line breaks.
-# Published Qwen tokenizers cut in the same way.
+# Published Qwen tokenizers cut in much the same way.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 SIZES: dict[str, Any] = {
@@ -147,7 +147,7 @@ def batches(tokens: Tensor, rows: int, length: int, seed: int) -> Iterator[tuple
 class Muon(torch.optim.Optimizer):
     """Jordan et al. 2024: momentum, its singular values set near 1. For matrices, the last two axes of a parameter.
 
-    With a text of a few megabytes steps are what is scarce, and this learns more from each than AdamW does.
+    Its authors report that it needs fewer steps than AdamW, and steps are what a CPU is short of.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
@@ -253,7 +253,7 @@ def step(
 ) -> tuple[float, float]:
     """One step on ids [rows, length]; returns the loss in nats per token and the balancing loss (even: top-k).
 
-    bfloat16: matrix products in it, three times as fast where the CPU has instructions for it (avx512_bf16, amx).
+    bfloat16: matrix products in it, 2.5 times as fast where the CPU has instructions for it (measured: avx512_bf16).
     """
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         out = model(ids, labels=ids, output_routing=True, output_router_logits=False)
