@@ -125,7 +125,7 @@ def gradients_in_float64(case: Case) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 
 @functools.cache
-def gradient_errors(case: Case) -> dict[str, tuple[float, float, float]]:
+def gradient_errors(case: Case) -> dict[str, tuple[float, ...]]:
     """By parameter: ours against theirs, ours against float64, theirs against float64."""
     ours, theirs = eager_gradients(case), forward_and_backward(case)[1]["gradients"]
     truth, scales = gradients_in_float64(case)
@@ -354,7 +354,8 @@ def test_at_other_gates_we_are_within_the_bound_or_no_worse(case, gates):
     """Every value of the forward, and the worst of the gradients: within the bound, or at most 1.25 times as far from
     float64 as theirs. (A single tensor is a matter of luck here: behind a hard gate a token reads (q . k) v alone, which
     the norm scales up to one, and a rounding with it. At their own init theirs is the worse in ten tensors for each of
-    ours, at hard gates in as many; and another chunk size makes ours three times better or worse.)"""
+    ours, at hard gates in as many. In the worst case at hard gates, seed 6, every chunk size is two to three times further
+    off than theirs and the recurrent form is between: the bound there is that of the gates' gradient, 1e-4.)"""
     errors = judged(case, gates)
     gradients = [error for name, error in errors.items() if name.startswith("gradients ")]
     compared = {name: (*error, BOUND) for name, error in errors.items() if not name.startswith("gradients ")}
