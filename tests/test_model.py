@@ -1,0 +1,123 @@
+"""The model classes: sizes of the published presets, what other libraries touch, precision islands."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import qwen35moe
+from qwen35moe import Config, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
+from qwen35moe.config import ConfigError, TextConfig
+
+ISLANDS = ("A_log", "dt_bias", "linear_attn.norm.weight")
+
+
+def small(**changes: object) -> TextConfig:
+    sizes = dict(
+        vocab_size=59, hidden_size=24, num_hidden_layers=2, layer_types=["full_attention", "linear_attention"], head_dim=16,
+        num_attention_heads=6, num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=12, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=10,
+        shared_expert_intermediate_size=14,
+    )
+    return TextConfig(**(sizes | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", Config.presets())
+def test_a_preset_on_the_meta_device_has_the_published_parameters(name):
+    """The counts themselves are held against the published ones in test_config."""
+    config = Config.preset(name)
+    with torch.device("meta"):
+        model = (Qwen3_5MoeForCausalLM if config.text_config.is_moe else Qwen3_5ForCausalLM)(config)
+    assert model.num_parameters() == config.num_parameters(vision=False)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_class_of_the_other_family_is_refused():
+    with pytest.raises(ConfigError, match="num_experts=5.*Qwen3_5Moe"):
+        Qwen3_5ForCausalLM(small())
+    with pytest.raises(ConfigError, match="num_experts=0.*Qwen3_5"):
+        Qwen3_5MoeForCausalLM(Config.preset("0.8b"))
+
+
+@pytest.mark.parametrize("way", ["to", "bfloat16", "half", "assign", "to_empty"])
+def test_islands_stay_float32_and_keep_their_digits(way):
+    model = Qwen3_5MoeForCausalLM(small()).init_weights(seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if way == "to":
+        model.to(torch.bfloat16)
+    elif way == "bfloat16":
+        model.bfloat16()
+    elif way == "half":
+        model.half()
+    elif way == "assign":
+        model.load_state_dict({name: tensor.bfloat16() for name, tensor in before.items()}, assign=True)
+    else:
+        with torch.device("meta"):
+            model = Qwen3_5MoeForCausalLM(small()).to(torch.bfloat16)
+        model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        island = name.endswith(ISLANDS)
+        assert (parameter.dtype == torch.float32) == island, name
+        if island and way not in ("assign", "to_empty"):
+            assert torch.equal(parameter, before[name])
+    assert {p.dtype for p in model.double().parameters()} == {torch.float64}
+
+
+def test_init_weights_is_a_function_of_the_seed_and_draws_ordinary_gates():
+    one, same, other = (Qwen3_5MoeForCausalLM(small()).init_weights(seed) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    mixer = Qwen3_5MoeForCausalLM(small(linear_num_value_heads=400)).init_weights().model.layers[1].linear_attn
+    step = torch.nn.functional.softplus(mixer.dt_bias)
+    assert 1e-3 <= step.min() < 2e-3 and 0.05 < step.max() <= 0.1 + 1e-6
+    assert 1 <= mixer.A_log.exp().min() < 1.5 and 15 < mixer.A_log.exp().max() <= 16
+    with pytest.raises(ValueError, match="hard"):
+        one.init_weights(gates="hard")
+
+
+def test_a_model_is_copied_with_its_backends_and_without_its_original():
+    model = Qwen3_5MoeForCausalLM(small()).init_weights()
+    model.use_backends(experts="loop")
+    twin, ids = copy.deepcopy(model), torch.arange(6)[None]
+    with torch.no_grad(), qwen35moe.backends.ran() as ran:
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+        model.lm_head.weight.zero_()
+        assert twin(ids).logits.any()
+    assert {call.name for call in ran.calls if call.operation == "experts"} == {"loop"}
+
+
+def test_training_is_the_same_with_gradient_checkpointing_and_without():
+    model = Qwen3_5MoeForCausalLM(small()).init_weights()
+    ids = torch.randint(0, 59, (2, 33), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        model.zero_grad()
+        model(ids, labels=ids, output_router_logits=True).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert model.is_gradient_checkpointing
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_the_whole_model_compiles_into_one_graph():
+    model = Qwen3_5MoeForCausalLM(small()).init_weights()
+    ids = torch.randint(0, 59, (2, 9), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(ids).logits, model(ids).logits)
+
+
+def test_the_output_is_a_mapping_of_what_is_there():
+    model = Qwen3_5MoeForCausalLM(small()).init_weights()
+    ids = torch.arange(8)[None]
+    out = model(ids, labels=ids)
+    assert set(out.keys()) == {"logits", "loss", "last_hidden_state"} and out["loss"] is out.loss
+    alone = model(ids, labels=ids, output_logits=False)
+    assert "logits" not in alone and torch.allclose(alone.loss, out.loss)
+    with pytest.raises(AttributeError, match="output_logits=False"):
+        _ = alone.logits
+    with pytest.raises(ValueError, match="labels"):
+        model(ids, output_logits=False)
