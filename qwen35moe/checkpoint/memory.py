@@ -49,19 +49,6 @@ def view_of(mapped: mmap.mmap, offset: int, shape: Sequence[int], dtype: torch.d
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(shape)
 
 
-def expect_scattered_reads(mapped: mmap.mmap, offset: int, nbytes: int) -> Callable[[], None]:
-    """Have page faults in these bytes fetch single pages; the function that is returned takes it back.
-
-    Otherwise each fault fetches its surroundings too, up to 8 MiB: looking up 512 words would fetch a whole embedding.
-    """
-    if not hasattr(mmap, "MADV_RANDOM"):
-        return lambda: None
-    start = offset - offset % mmap.PAGESIZE
-    place = (start, offset + nbytes - start)
-    mapped.madvise(mmap.MADV_RANDOM, *place)
-    return lambda: mapped.madvise(mmap.MADV_NORMAL, *place)
-
-
 def new_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory for a parameter; on a CPU in huge pages where the system has them."""
     nbytes = math.prod(shape) * dtype.itemsize
@@ -196,10 +183,9 @@ class ReadAhead:
     BLOCK = 4 * 2**20
     WINDOW = 32  # blocks asked for and not waited for
 
-    def __init__(self, ranges: Sequence[tuple[Path, int, int]], then: Callable[[], None] = lambda: None) -> None:
-        """`ranges`: (file, first byte, one past the last byte), in the order of use. `then` is called at the end."""
+    def __init__(self, ranges: Sequence[tuple[Path, int, int]]) -> None:
+        """`ranges`: (file, first byte, one past the last byte), in the order in which they will be used."""
         self.ranges = _joined(ranges)
-        self.then = then
         self.fetched = 0  # bytes that were not in the page cache
         self._stop = threading.Event()
         self.thread = threading.Thread(target=self._run, name="qwen35moe-read-ahead", daemon=True)
@@ -228,8 +214,6 @@ class ReadAhead:
                     waiting.popleft()()
         except OSError:
             pass  # only speed is lost: the pages come in when they are used
-        finally:
-            self.then()
 
     def _block(self, descriptor: int, begin: int, end: int, waiting: deque[Callable[[], None]]) -> None:
         if all(_resident(descriptor, begin + (end - 1 - begin) * i // 4) for i in range(5)):
