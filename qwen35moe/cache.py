@@ -50,12 +50,14 @@ class Cache:
 
     A forward updates the cache it was given. max_length=None grows (by doubling; gradients flow through it), a number
     is written in place and never reallocated. record=n keeps what `rollback` of the last n tokens needs. `cache[i]` is
-    layer i's memory: `.key`, `.value`, or `.inputs`, `.memory`, to read and to write.
+    layer i's memory: `.key`, `.value`, or `.inputs`, `.memory`, to read and to write. devices: one per layer, for a model
+    that lies on several.
     """
 
     def __init__(
         self, config: TextConfig, batch_size: int, *, max_length: int | None = None, record: int = 0,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
         if batch_size < 1 or record < 0 or (max_length is not None and max_length < 1):
             raise ValueError(f"a cache needs {batch_size=} >= 1, {max_length=} >= 1 or None, and {record=} >= 0")
@@ -67,7 +69,8 @@ class Cache:
         self._used = 0  # at least the longest row
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self.layers: list[LayerMemory] = [
-            empty_memory(config, kind, batch_size, max_length, dtype, device) for kind in config.layer_types
+            empty_memory(config, kind, batch_size, max_length, dtype, where)
+            for kind, where in zip(config.layer_types, devices or [device] * len(config.layer_types), strict=True)
         ]
 
     @property
@@ -270,11 +273,14 @@ class Cache:
         save_cache(self, path)
 
     @staticmethod
-    def load(path: str | os.PathLike[str], config: TextConfig, *, device: torch.device | str = "cpu") -> Cache:
-        """Reads what `save` wrote, for a model of this configuration."""
+    def load(
+        path: str | os.PathLike[str], config: TextConfig, *, device: torch.device | str = "cpu",
+        devices: Sequence[torch.device] | None = None,
+    ) -> Cache:
+        """Reads what `save` wrote, for a model of this configuration; devices as for a new one."""
         from qwen35moe.cache_file import load_cache
 
-        return load_cache(path, config, device=device)
+        return load_cache(path, config, device=device, devices=devices)
 
 
 def _kept(tensor: Tensor, cache: Cache) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 
 import torch
 from safetensors import safe_open
@@ -39,7 +40,10 @@ def save_cache(cache: Cache, path: str | os.PathLike[str]) -> None:
             os.remove(partial)
 
 
-def load_cache(path: str | os.PathLike[str], config: TextConfig, *, device: torch.device | str = "cpu") -> Cache:
+def load_cache(
+    path: str | os.PathLike[str], config: TextConfig, *, device: torch.device | str = "cpu",
+    devices: Sequence[torch.device] | None = None,
+) -> Cache:
     """Reads what `save_cache` wrote; ValueError with both shapes where it does not fit the configuration."""
     with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
         metadata = file.metadata() or {}
@@ -50,7 +54,8 @@ def load_cache(path: str | os.PathLike[str], config: TextConfig, *, device: torc
     lengths = tensors.pop("lengths")
     dtype = next((t.dtype for name, t in tensors.items() if name.endswith((".inputs", ".key"))), torch.float32)
     cache = Cache(
-        config, lengths.shape[0], max_length=numbers["max_length"], record=numbers["record"], dtype=dtype, device=device
+        config, lengths.shape[0], max_length=numbers["max_length"], record=numbers["record"], dtype=dtype, device=device,
+        devices=devices,
     )
     cache.lengths, cache.seen, cache._common = lengths, int(numbers["seen"]), numbers["common"]
     cache.rope_delta = tensors.pop("rope_delta", None)
@@ -61,6 +66,7 @@ def load_cache(path: str | os.PathLike[str], config: TextConfig, *, device: torc
         for name, tensor in zip(names, found, strict=False):
             if tensor is None:
                 raise ValueError(f"{path} lacks layers.{index}.{name}, which layer_types[{index}] calls for")
+            tensor = tensor if devices is None else tensor.to(devices[index])
             _place(layer, name, tensor, cache._used, f"{path}: layers.{index}.{name}")
     if tensors:
         raise ValueError(f"{path} holds tensors this configuration has no place for: {sorted(tensors)[:5]}")

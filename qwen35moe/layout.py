@@ -12,7 +12,7 @@ none is the same computation, and no layer ever sees a token that is not there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -71,6 +71,11 @@ class TokenLayout:
         total = self.shape[0] * self.shape[1]
         out = flat.new_zeros(total + 1, *x.shape[2:]).index_copy(0, source, flat)
         return out[:total].unflatten(0, self.shape)
+
+    def to(self, device: torch.device) -> TokenLayout:
+        """The same on another device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def mask(self) -> Tensor | None:
         """[B * T] in the caller's order: True where there is a token; None when there is one everywhere."""

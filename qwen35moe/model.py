@@ -21,6 +21,7 @@ from qwen35moe.ops.losses import IGNORE, cross_entropy, load_balancing_loss, shi
 from qwen35moe.ops.precision import wide_dtype
 from qwen35moe.ops.rope import inverse_frequencies, rotary_tables
 from qwen35moe.output import LossOutput, ModelOutput
+from qwen35moe.placement import moved
 from qwen35moe.pretrained import PretrainedModel
 from qwen35moe.routing import Decision, Replay, Routing
 from qwen35moe.taps import tap
@@ -108,11 +109,17 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(hidden)
+            if self.placement is not None and self.placement.layers[index] != hidden.device:
+                step = step.to(self.placement.layers[index])
+                hidden = hidden.to(self.placement.layers[index])
             hidden, left = layer(hidden, step, None if cache is None else cache[index])
             passed.append(left)
         hidden = tap(self, "norm", self.norm(hidden))
         if cache is not None:
             cache.commit(layout, [left.memory for left in passed if left.memory is not None])
+        if self.placement is not None:
+            layout, states = step.layout, [state.to(hidden.device) for state in states]
+            passed = [left.to(hidden.device) for left in passed]
         output = ModelOutput(last_hidden_state=layout.restore(hidden), cache=cache)
         if output_hidden_states:
             output.hidden_states = tuple(layout.restore(state) for state in [*states, hidden])
@@ -269,7 +276,9 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         )
         hidden = output.last_hidden_state
         assert hidden is not None
-        targets = None if labels is None else _targets(labels, layout)
+        targets = None if labels is None else _targets(labels.to(hidden.device), layout)
+        if self.placement is not None:
+            hidden, targets = hidden.to(self.placement.head), moved(targets, self.placement.head)
         if output_logits:
             kept = hidden[:, _kept(logits_to_keep)]
             output.logits = self.lm_head(kept)
@@ -283,7 +292,8 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
             mask = None if valid is None else valid.flatten()
             output.aux_loss = load_balancing_loss([c.logits for c in choices], [c.indices for c in choices], mask=mask)
             if output.loss is not None:
-                output.loss = output.loss + self.config.text_config.router_aux_loss_coef * output.aux_loss
+                balance = self.config.text_config.router_aux_loss_coef * output.aux_loss
+                output.loss = output.loss + balance.to(output.loss.device)
         return output
 
     def _check_labels(self, labels: Tensor, inputs: Tensor | None) -> None:

@@ -16,6 +16,7 @@ from qwen35moe.config import Config, ConfigError, TextConfig
 from qwen35moe.modules.deltanet import GatedDeltaNet, ShortConvolution
 from qwen35moe.modules.moe import Experts, Router
 from qwen35moe.modules.norm import GatedRMSNorm, RMSNorm
+from qwen35moe.placement import Devices, Placement, placement
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +27,7 @@ class PretrainedModel(nn.Module):
 
     dense = False
     main_input_name = "input_ids"
+    placement: Placement | None = None  # None: everything lies on one device
     supports_gradient_checkpointing = True
 
     def __init__(self, config: Config | TextConfig) -> None:
@@ -44,8 +46,8 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
-        """Reads a checkpoint folder. Options: dtype="auto", device="cpu", config=None, weights="map" | "copy",
-        dtype_policy="native" | "transformers"; see `qwen35moe.checkpoint.load_model`."""
+        """Reads a checkpoint folder. Options: dtype="auto", device="cpu" (or "auto", or several: see `place`), config=None,
+        weights="map" | "copy", dtype_policy="native" | "transformers"; see `qwen35moe.checkpoint.load_model`."""
         from qwen35moe.checkpoint import load_model
 
         return load_model(cls, path, **options)
@@ -72,9 +74,38 @@ class PretrainedModel(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int | None = None, record: int = 0) -> Cache:
         """An empty memory for this model's layers, of its dtype and on its device. See `Cache`."""
+        devices = None if self.placement is None else self.placement.layers
         return Cache(
-            self.config.text_config, batch_size, max_length=max_length, record=record, dtype=self.dtype, device=self.device
+            self.config.text_config, batch_size, max_length=max_length, record=record, dtype=self.dtype, device=self.device,
+            devices=devices,
         )
+
+    def place(self, devices: Devices) -> Self:
+        """Moves whole layers, in order, to several devices ("auto": all GPUs); the cache of each will lie beside it.
+
+        In one process and without torchrun, one device after the other: for models that do not fit one device. See
+        `qwen35moe.placement`. `model.to(device)` brings everything together again.
+        """
+        where = placement(self, devices)
+        for name, module in self.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.to(where.of(f"{name}.weight"))
+        self.tie_weights()
+        self.adopt_placement(where)
+        return self
+
+    def adopt_placement(self, where: Placement | None) -> None:
+        """Takes note of where the parameters already lie."""
+        several = where is not None and len({*where.layers, where.head}) > 1
+        for module in self.modules():
+            if isinstance(module, PretrainedModel):
+                module.placement = where if several else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        found = super()._apply(fn, recurse)
+        if self.placement is not None and len({p.device for p in self.parameters()}) == 1:
+            self.adopt_placement(None)  # .to(device) has brought all layers together
+        return found
 
     def use_backends(self, **choices: str) -> None:
         """Chooses implementations for this model alone: use_backends(experts="loop"); "auto" takes a choice back."""

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ class Step:
     record: bool = False
     attentions: bool = False
 
+    def to(self, device: torch.device) -> Step:
+        """The same on another device; a replay brings its rows along layer by layer."""
+        cos, sin = self.rotation
+        return replace(self, layout=self.layout.to(device), rotation=(cos.to(device), sin.to(device)))
+
 
 @dataclass
 class Passed:
@@ -43,6 +48,13 @@ class Passed:
     memory: LayerMemory | None = None
     choice: Choice | None = None
     attention: Tensor | None = field(default=None, repr=False)
+
+    def to(self, device: torch.device) -> Passed:
+        """With what is shown to the caller on another device; the memory stays beside its layer."""
+        choice, attention = self.choice, self.attention
+        if choice is not None:
+            choice = Choice(*(getattr(choice, name).to(device) for name in ("logits", "indices", "weights")))
+        return Passed(self.memory, choice, None if attention is None else attention.to(device))
 
 
 class DecoderLayer(nn.Module):
