@@ -114,15 +114,11 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = mock.Mock()
-    hub.snapshot_download.return_value = str(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert loading.find("Qwen/Some") == tmp_path
-    name, options = hub.snapshot_download.call_args
-    assert name == ("Qwen/Some",) and not any(pattern.endswith((".py", ".bin")) for pattern in options["allow_patterns"])
-    hub.snapshot_download.side_effect = OSError("no network\nand more")
-    with pytest.raises(ValueError, match="cannot be fetched from the Hub: no network$"):
-        loading.find("Qwen/Some")
+    """A checkpoint for `load` comes with its tokenizer; test_checkpoint_hub has the rest."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("qwen35moe.checkpoint.hub.fetch", lambda name, **options: asked.update(options, name=name) or tmp_path)
+    assert loading.find("Qwen/Some", "v1") == tmp_path
+    assert asked["name"] == "Qwen/Some" and asked["revision"] == "v1" and asked["required"] == ["tokenizer.json"]
 
 
 # ----------------------------------------------------------------------------------------------------------- generate

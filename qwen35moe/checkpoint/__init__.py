@@ -7,6 +7,7 @@ memory.py     bytes as tensors: mapped, read, read ahead
 read.py       `load_model`
 write.py      `save_model`
 folder.py     how a new checkpoint replaces an old one
+hub.py        the same from the Hugging Face Hub
 problems.py   `CheckpointError`, with everything that is wrong in one message
 """
 

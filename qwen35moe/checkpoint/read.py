@@ -28,6 +28,7 @@ from qwen35moe.config import Config
 from .assemble import Match, Plan, Slot, match, slots_of
 from .folder import CONFIG, GENERATION_CONFIG, config_file
 from .headers import FLOATS, INDEX, SINGLE, Header, StoredTensor, locate, parse_object, read_headers
+from .hub import folder_of
 from .memory import Copy, ReadAhead, available_memory, map_file, new_memory, read_into, view_of
 from .problems import CheckpointError, Problem
 
@@ -88,9 +89,11 @@ def load_model(
     config: Config | None = None,
     weights: str = "map",
     dtype_policy: str = "native",
+    revision: str | None = None,
 ) -> Any:
     """A model of class `cls` with the weights of the checkpoint in the folder `path`, in eval mode.
 
+    path may be a name on the Hub (owner/name) as well, revision a commit, tag or branch of it; see `hub.py`.
     dtype: "auto" is the dtype most of the stored weights have; islands (A_log, ...) stay float32 in any case.
     device: a CPU, a GPU, or "meta", which checks the checkpoint and reads nothing.
     config: instead of config.json, for instance with another rope.
@@ -104,7 +107,8 @@ def load_model(
     _check_choices(weights=(weights, ("map", "copy")), dtype_policy=(dtype_policy, ("native", "transformers")))
     wanted, target = _dtype(dtype), _device(device)
     problems: list[Problem] = []
-    before = _stamp(Path(path))
+    path = folder_of(path, revision=revision)
+    before = _stamp(path)
     header = read_headers(path, problems)
     if problems and not header.tensors:
         raise CheckpointError(f"{path} cannot be read:", problems)
