@@ -25,6 +25,11 @@ _HOMES: dict[str, str | None] = {
     "Qwen3_5MoeTextModel": "model",
     "Qwen3_5ForCausalLM": "model",
     "Qwen3_5TextModel": "model",
+    "Qwen3_5MoeVisionModel": "modules.vision",
+    "Qwen3_5MoeModel": "vision_language",
+    "Qwen3_5MoeForConditionalGeneration": "vision_language",
+    "Qwen3_5Model": "vision_language",
+    "Qwen3_5ForConditionalGeneration": "vision_language",
     "backends": None,
     "taps": None,
 }
@@ -33,8 +38,13 @@ __all__ = [
     "Cache",
     "Config",
     "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5Model",
     "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Qwen3_5MoeModel",
     "Qwen3_5MoeTextModel",
+    "Qwen3_5MoeVisionModel",
     "Qwen3_5TextModel",
     "Routing",
     "TextConfig",
@@ -51,7 +61,14 @@ if TYPE_CHECKING:
     from .config import Config, TextConfig, VisionConfig
     from .loading import load
     from .model import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel
+    from .modules.vision import Qwen3_5MoeVisionModel
     from .routing import Routing
+    from .vision_language import (
+        Qwen3_5ForConditionalGeneration,
+        Qwen3_5Model,
+        Qwen3_5MoeForConditionalGeneration,
+        Qwen3_5MoeModel,
+    )
 else:  # unseen by type checkers, which would take any misspelt name for an Any
 
     def __getattr__(name: str) -> Any:

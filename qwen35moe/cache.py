@@ -40,6 +40,7 @@ class Snapshot:
     used: int
     common: int | None
     rope_delta: Tensor | None
+    seen_pictures: Tensor | None
     layers: list[LayerMemory]
     exposed: bool = False  # the cache was rewound to before this point: the next write makes it stale
     stale: bool = False
@@ -65,6 +66,7 @@ class Cache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.seen = 0  # positions of the caller's attention_mask so far, padding included
         self.rope_delta: Tensor | None = None  # [B]: how far positions run ahead of slots
+        self._seen_pictures: Tensor | None = None  # lengths when rope_delta was set: a rollback to before cannot know it
         self._common: int | None = 0  # the length of every row, where the host knows it
         self._used = 0  # at least the longest row
         self._snapshots: list[weakref.ref[Snapshot]] = []
@@ -151,12 +153,17 @@ class Cache:
         old.inputs, old.memory, old.replay = new.inputs, new.memory, replay
         return old
 
+    def moved_on(self, positions: Tensor) -> None:
+        """Takes the next position [B] of each row, where pictures have let it run away from the number of tokens."""
+        self.rope_delta = positions.to(self.lengths.device) - self.lengths
+        self._seen_pictures = self.lengths
+
     # ------------------------------------------------------------------------------------------------ going back
 
     def snapshot(self) -> Snapshot:
         """The present as a point to `restore`. Later writes behind it keep it good; writes over it are noticed."""
         layers = [shared_memory(layer, copy=self.max_length is not None) for layer in self.layers]
-        point = Snapshot(self.lengths, self.seen, self._used, self._common, self.rope_delta, layers)
+        point = Snapshot(self.lengths, self.seen, self._used, self._common, self.rope_delta, self._seen_pictures, layers)
         self._snapshots = [ref for ref in self._snapshots if ref() is not None] + [weakref.ref(point)]
         return point
 
@@ -176,7 +183,7 @@ class Cache:
             else:
                 self.layers[index] = layer
         self.lengths, self.seen, self._used = point.lengths, point.seen, point.used
-        self._common, self.rope_delta = point.common, point.rope_delta
+        self._common, self.rope_delta, self._seen_pictures = point.common, point.rope_delta, point.seen_pictures
         self._expose()
 
     def _expose(self) -> None:
@@ -203,6 +210,11 @@ class Cache:
         if not bool(count.any()):
             return
         self._check_recorded(count)
+        if self._seen_pictures is not None and bool((self.lengths - count < self._seen_pictures).any()):
+            raise ValueError(
+                f"cannot roll back {count.tolist()} tokens: pictures were seen up to {self._seen_pictures.tolist()} of "
+                f"{self.lengths.tolist()} tokens, and the rotary offset before them is not kept. Keep a snapshot() instead"
+            )
         for layer in self.layers:
             if isinstance(layer, DeltaNetMemory) and layer.replay is not None:
                 replay = layer.replay
@@ -260,6 +272,7 @@ class Cache:
                     old.copy_(new)
         self.lengths = self.lengths[index]
         self.rope_delta = None if self.rope_delta is None else self.rope_delta[index]
+        self._seen_pictures = None if self._seen_pictures is None else self._seen_pictures[index]
         if self.max_length is not None:
             for snapshot in self._live_snapshots():
                 snapshot.stale = True

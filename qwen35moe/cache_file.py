@@ -59,6 +59,7 @@ def load_cache(
     )
     cache.lengths, cache.seen, cache._common = lengths, int(numbers["seen"]), numbers["common"]
     cache.rope_delta = tensors.pop("rope_delta", None)
+    cache._seen_pictures = None if cache.rope_delta is None else lengths
     cache._used = int(lengths.max())
     for index, layer in enumerate(cache.layers):
         names = ("key", "value") if isinstance(layer, AttentionMemory) else ("inputs", "memory")

@@ -222,18 +222,26 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
     def __init__(self, config: Config | TextConfig) -> None:
         super().__init__(config)
         text = self.config.text_config
-        self.model = self.text_model(self.config)
+        self.model: Any = self._build()
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.tie_weights()
+
+    def _build(self) -> PretrainedModel:
+        return self.text_model(self.config)
+
+    @property
+    def decoder(self) -> Qwen3_5MoeTextModel:
+        """The model without its head (and, in the multimodal class, without its tower)."""
+        return self.model
 
     def tie_weights(self) -> None:
         """Shares the embedding with the head where the configuration says tie_word_embeddings."""
         if self.config.text_config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.decoder.embed_tokens.weight
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""
-        return self.model.embed_tokens
+        return self.decoder.embed_tokens
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head."""
@@ -270,7 +278,7 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         if labels is not None:
             self._check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
         _check_kept(logits_to_keep, input_ids if input_ids is not None else inputs_embeds)
-        output, layout, passed = self.model.run(
+        output, layout, passed = self.decoder.run(
             input_ids, attention_mask, position_ids, inputs_embeds, cache, cu_seqlens, routing,
             output_router_logits, output_routing, output_hidden_states, output_attentions,
         )

@@ -16,6 +16,7 @@ from qwen35moe.config import Config, ConfigError, TextConfig
 from qwen35moe.modules.deltanet import GatedDeltaNet, ShortConvolution
 from qwen35moe.modules.moe import Experts, Router
 from qwen35moe.modules.norm import GatedRMSNorm, RMSNorm
+from qwen35moe.modules.vision import init_vision
 from qwen35moe.placement import Devices, Placement, placement
 
 if TYPE_CHECKING:
@@ -203,6 +204,8 @@ class PretrainedModel(nn.Module):
                 module.weight.copy_(torch.empty(module.weight.shape).uniform_(-bound, bound, generator=generator))
             elif isinstance(module, GatedDeltaNet):
                 _init_gates(module, gates, generator)
+            else:
+                init_vision(module, normal)
         return self
 
 

@@ -50,6 +50,7 @@ def generate(
     speculative: Any = None,
     stop: str | Sequence[str] | None = None,
     tokenizer: Decoder | None = None,
+    pictures: Any = None,
 ) -> Tensor:
     """Continue the prompts: [B, prompt + new] int64, the caller's columns first, `pad_token_id` after a row has ended.
 
@@ -67,6 +68,7 @@ def generate(
     bool. logits_processor: functions (input_ids, scores) -> scores, after the penalties and before the temperature.
     transformers' LogitsProcessor and StoppingCriteria objects are such functions. `scores` of the criteria is None.
 
+    pictures: what a multimodal model is to see (its own `generate` takes pixel_values and the like by name).
     streamer: an object with put(ids) and end(), as in transformers; it is given the prompt first.
     cache: from `model.new_cache`; may hold a beginning of the rows. input_ids is the whole of them all the same, what
     is cached included. Afterwards it holds everything but each row's last token.
@@ -110,6 +112,7 @@ def stream(
     speculative: Any = None,
     stop: str | Sequence[str] | None = None,
     tokenizer: Decoder | None = None,
+    pictures: Any = None,
 ) -> Iterator[Tensor]:
     """`generate` as an iterator: each step's new ids [B], `pad_token_id` for rows that have ended.
 
@@ -133,9 +136,10 @@ class _Run:
         stop: Any,
         tokenizer: Decoder | None,
         seed: Any,
+        pictures: Any = None,
         **options: Any,
     ) -> None:
-        self.model = model
+        self.model, self.pictures = model, pictures
         self.device = torch.device(model.device)
         self.vocabulary = _vocabulary(model)
         ends = end_tokens(model, eos_token_id)
@@ -224,7 +228,15 @@ class _Run:
         if min(fresh) != max(fresh):
             new = self._right(max(fresh), torch.tensor(fresh, device=self.device))
             tokens, mask = tokens.masked_fill(~new, 0), torch.cat([self._past(), new], 1).long()
-        return self._forward(tokens, mask)
+        return self._forward(tokens, mask, **self._seen_first())
+
+    def _seen_first(self) -> dict[str, Any]:
+        """The pictures that the prefill is to see: those whose tokens the cache does not hold."""
+        if self.pictures is None:
+            return {}
+        tokens, width = self.prompt.tokens, self.prompt.tokens.shape[1]
+        rows = [row[width - length :] for row, length in zip(tokens, self.prompt.lengths, strict=True)]
+        return self.model.see(self.pictures, rows, self.cached)
 
     @torch.no_grad()
     def _feed(self, token: Tensor) -> Tensor:
@@ -236,10 +248,10 @@ class _Run:
             mask = torch.cat([self._past(), ~ended], 1).long()
         return self._forward(token[:, None], mask)
 
-    def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def _forward(self, tokens: Tensor, mask: Tensor | None, **pictures: Any) -> Tensor:
         # Router logits, if the configuration asks for them, are for training: here they would be thrown away.
-        out = self.model(input_ids=tokens, attention_mask=mask, cache=self.cache, logits_to_keep=1, output_router_logits=False)
-        return out.logits[:, -1]
+        options = {"cache": self.cache, "logits_to_keep": 1, "output_router_logits": False, **pictures}
+        return self.model(input_ids=tokens, attention_mask=mask, **options).logits[:, -1].to(self.device)
 
     @torch.no_grad()
     def _pick(self, logits: Tensor) -> Tensor:

@@ -1,0 +1,187 @@
+"""The vision tower: pictures cut into patches, a transformer over the patches of each frame, and one token per square of them.
+
+patches -> embed + where they lie -> blocks: attention within the frame, MLP -> merge m x m patches -> tokens of width D
+
+Bai et al. 2025, "Qwen3-VL Technical Report". No deepstack: its list is empty in every published Qwen3.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen35moe import backends
+from qwen35moe.config import Config, VisionConfig
+from qwen35moe.ops.precision import wide_dtype
+from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, resampled, rotation, tokens_of
+from qwen35moe.taps import tap
+
+EPS = 1e-6
+
+
+@dataclass
+class VisionOutput:
+    """last_hidden_state [patches, width] before the merger; pooler_output: per image or video its tokens [n, D]."""
+
+    last_hidden_state: Tensor
+    pooler_output: tuple[Tensor, ...]
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of each flattened patch. The weight [width, channels, frames, p, p] is published as a convolution's,
+    whose kernel covers exactly one patch; torch's Conv3d takes ten times as long for it."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = _Projection(config)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[patches, channels * frames * p * p] to [patches, width]."""
+        return self.proj(pixels)
+
+
+class _Projection(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size = config.patch_size
+        shape = config.hidden_size, config.in_channels, config.temporal_patch_size, size, size
+        self.weight = nn.Parameter(torch.zeros(shape))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.linear(pixels.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class VisionAttention(nn.Module):
+    """W_o softmax(q k^T / sqrt(head_dim)) v within each frame, q and k turned by their row and column."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.heads, self.scale = config.num_heads, config.head_dim**-0.5
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """x [patches, width] to the same; cu_seqlens [frames + 1], cos and sin [1, patches, head_dim / 2]."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        query, key = backends.run("rotary", query[None], key[None], *rotation, caller=self)
+        query, key, value = tap(self, "query", query[0]), tap(self, "key", key[0]), tap(self, "value", value)
+        out = backends.run("vision_attention", query, key, value, cu_seqlens=cu_seqlens, scale=self.scale, caller=self)
+        return tap(self, "output", self.proj(out.flatten(1)))
+
+
+class VisionMLP(nn.Module):
+    """W_2 gelu(W_1 x), gelu by its tanh form."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [patches, width] to the same."""
+        return tap(self, "output", self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh")))
+
+
+class VisionBlock(nn.Module):
+    """x' = x + attention(norm(x));  y = x' + mlp(norm(x'))."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=EPS)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=EPS)
+        self.attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """x [patches, width] to the same."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return backends.checkpoint(self._forward, x, cu_seqlens, rotation)
+        return self._forward(x, cu_seqlens, rotation)
+
+    def _forward(self, x: Tensor, cu_seqlens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn(self.norm1(x), cu_seqlens, rotation)
+        return tap(self, "output", x + self.mlp(self.norm2(x)))
+
+
+class PatchMerger(nn.Module):
+    """One token of m x m patches: W_2 gelu(W_1 [norm(x_1), ..., norm(x_mm)])."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.merged = config.hidden_size * config.spatial_merge_size**2
+        self.norm = nn.LayerNorm(config.hidden_size, eps=EPS)
+        self.linear_fc1 = nn.Linear(self.merged, self.merged)
+        self.linear_fc2 = nn.Linear(self.merged, config.out_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[patches, width] to [tokens, D]."""
+        return self.linear_fc2(F.gelu(self.linear_fc1(self.norm(x).view(-1, self.merged))))
+
+
+class Qwen3_5MoeVisionModel(nn.Module):
+    """The tower. See `forward`; the dense siblings' is the same."""
+
+    def __init__(self, config: VisionConfig | Config) -> None:
+        super().__init__()
+        vision = config.vision_config if isinstance(config, Config) else config
+        if vision is None:
+            raise ValueError("this configuration has no vision_config: it is a text model's")
+        self.config = vision
+        self.patch_embed = PatchEmbed(vision)
+        self.pos_embed = nn.Embedding(vision.num_position_embeddings, vision.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(vision) for _ in range(vision.depth))
+        self.merger = PatchMerger(vision)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.merger.linear_fc2.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.merger.linear_fc2.weight.device
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> VisionOutput:
+        """pixel_values [patches, channels * frames * p * p] in the processor's order, grid_thw [items, 3]: frames, rows and
+        columns of patches of each image or video. All items go through in one call and none sees another."""
+        config, merge = self.config, self.config.spatial_merge_size
+        grids = as_grids(grid_thw, merge)
+        self._check(pixel_values, grids)
+        place = coordinates(grids, merge, pixel_values.device)
+        x = self.patch_embed(pixel_values)
+        turn = rotation(place, config.head_dim, wide_dtype(x))
+        bounds = frame_bounds(grids, "cpu" if x.device.type == "meta" else x.device)
+        x = tap(self, "embed", x + self._positions(grids).to(x.dtype))
+        for block in self.blocks:
+            x = block(x, bounds, turn)
+        tokens = tap(self, "output", self.merger(x))
+        return VisionOutput(x, tokens.split(tokens_of(grids, merge)))
+
+    def _positions(self, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        # The whole table through the embedding's own forward, so that hooks, adapters and offloading see it used.
+        table = self.pos_embed(torch.arange(self.config.num_position_embeddings, device=self.pos_embed.weight.device))
+        return resampled(table, grids, self.config.spatial_merge_size)
+
+    def _check(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> None:
+        c = self.config
+        width, patches = c.in_channels * c.temporal_patch_size * c.patch_size**2, sum(t * h * w for t, h, w in grids)
+        if pixels.dim() != 2 or pixels.shape[1] != width or not pixels.is_floating_point():
+            raise ValueError(f"pixel values are floats [patches, {width}], got {list(pixels.shape)} {pixels.dtype}")
+        if pixels.shape[0] != patches:
+            raise ValueError(f"there are {pixels.shape[0]} patches, the grids {grids[:4]} ... describe {patches}")
+
+
+def init_vision(module: nn.Module, normal: Any) -> None:
+    """Draws what only the tower has: `normal` for matrices, identity for norms."""
+    if isinstance(module, nn.LayerNorm):
+        module.weight.fill_(1)
+        module.bias.zero_()
+    elif isinstance(module, _Projection):
+        normal(module.weight)
+        module.bias.zero_()
