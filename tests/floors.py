@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("taps", "backends", "ops"),
     ("replay", "layer_memory", "cache", "cache_file", "layout", "routing"),
     ("modules",),
-    ("output", "pretrained", "multimodal", "model"),
+    ("expert_rows", "output", "pretrained", "multimodal", "model"),
     ("checkpoint", "processing"),
     ("generation", "training"),
     ("loading",),
