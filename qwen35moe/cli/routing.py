@@ -68,7 +68,8 @@ def survey(routing: Any, margin: Any) -> dict[str, Any]:
     together.diagonal(dim1=1, dim2=2).zero_()
     experts = routing.num_experts
     closest = [divmod(int(layer.argmax()), experts) for layer in together]
-    quantiles = margin.double().quantile(margin.new_tensor([0.01, 0.5]).double(), dim=1)
+    ordered = margin.sort(dim=1).values
+    low, median = (ordered[:, int(share * (routing.tokens - 1))].tolist() for share in (0.01, 0.5))
     return {
         "tokens": routing.tokens,
         "layers": list(routing.layers),
@@ -79,8 +80,8 @@ def survey(routing: Any, margin: Any) -> dict[str, Any]:
         "imbalance": imbalance(routing).tolist(),
         "dead_experts": [row.nonzero()[:, 0].tolist() for row in dead_experts(routing)],
         "most_together": [[i, j, float(layer[i, j])] for (i, j), layer in zip(closest, together, strict=True)],
-        "margin_p1": [_finite(value) for value in quantiles[0].tolist()],
-        "margin_median": [_finite(value) for value in quantiles[1].tolist()],
+        "margin_p1": [_finite(value) for value in low],
+        "margin_median": [_finite(value) for value in median],
     }
 
 

@@ -29,7 +29,8 @@ def ablate(experts: _Experts, *, top_k: int) -> Decision:
             raise ValueError(
                 f"layer {layer}: without {gone.numel()} of {logits.shape[-1]} experts there are fewer than top_k={top_k}"
             )
-        return router_choice(logits.index_fill(-1, gone, -torch.inf), top_k)
+        indices = logits.detach().index_fill(-1, gone, -torch.inf).topk(top_k, dim=-1).indices
+        return indices, chosen_weights(logits, indices)
 
     return decide
 

@@ -35,6 +35,7 @@ def plot_load(routing: Routing, axes: Any) -> None:
     image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=1 - farthest, vmax=1 + farthest, interpolation="nearest")
     axes.figure.colorbar(image, ax=axes)
     axes.set(title="load / even load", xlabel="expert", ylabel="layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     _name_layers(axes, routing)
 
 
@@ -67,6 +68,8 @@ def plot_coactivation(routing: Routing, axes: Any, layer: int | None = None) -> 
     image = axes.imshow(lift.numpy(), cmap="PuOr", vmin=-farthest, vmax=farthest, interpolation="nearest")
     axes.figure.colorbar(image, ax=axes)
     axes.set(title=f"chosen together, layer {number}: log2 of lift", xlabel="expert", ylabel="expert")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
 
 
 def draw(routing: Routing, path: str | os.PathLike[str], *, margin: Tensor | None = None, title: str | None = None) -> None:

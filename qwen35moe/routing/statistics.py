@@ -14,7 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen35moe.ops.precision import wide_dtype
+
 from .value import Routing
+
+_TOKENS_AT_ONCE = 16384  # counts of that many tokens are exact in float32
 
 
 def expert_counts(routing: Routing) -> Tensor:
@@ -50,13 +54,14 @@ def dead_experts(routing: Routing, below: float = 0.0) -> Tensor:
 def coactivation(routing: Routing) -> Tensor:
     """C [L, E, E]: the share of tokens that chose both i and j; on the diagonal, of those that chose i."""
     _know_experts(routing)
-    indices = _present(routing, routing.indices).long()
-    layers, tokens, _ = indices.shape
-    chose = torch.zeros(layers, tokens, routing.num_experts + 1, dtype=torch.float64, device=indices.device)
-    chose.scatter_(2, torch.where(indices < 0, routing.num_experts, indices), 1.0)
-    real = (indices >= 0).any(-1).sum(1).clamp(min=1)
-    chose = chose[..., : routing.num_experts]
-    return chose.mT @ chose / real[:, None, None]
+    indices, experts = _present(routing, routing.indices).long(), routing.num_experts
+    together = torch.zeros(indices.shape[0], experts, experts, dtype=torch.float64, device=indices.device)
+    for layer, rows in enumerate(indices):
+        for some in rows.split(_TOKENS_AT_ONCE):
+            chose = torch.zeros(some.shape[0], experts + 1, device=some.device)
+            chose.scatter_(1, torch.where(some < 0, experts, some), 1.0)
+            together[layer] += chose[:, :experts].T @ chose[:, :experts]
+    return together / (indices >= 0).any(-1).sum(1).clamp(min=1)[:, None, None]
 
 
 def margins(routing: Routing) -> Tensor:
@@ -68,8 +73,8 @@ def margins(routing: Routing) -> Tensor:
         raise ValueError("margins are of logits, and this routing has none: capture it with output_routing=True")
     logits, slots = _present(routing, routing.logits), routing.indices.shape[-1]
     if slots >= logits.shape[-1]:
-        return logits.new_full(logits.shape[:2], torch.inf)
-    largest = logits.topk(slots + 1, dim=-1).values
+        return logits.new_full(logits.shape[:2], torch.inf, dtype=wide_dtype(logits))
+    largest = logits.topk(slots + 1, dim=-1).values.to(wide_dtype(logits))
     return largest[..., -2] - largest[..., -1]
 
 
