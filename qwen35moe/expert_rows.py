@@ -66,28 +66,24 @@ class ExpertWatch(Sequence[ExpertRows]):
             which = f"layer {missing[0]} has none" if missing else "no layer has any"
             raise ValueError(f"expert_rows listens to layers with experts, and {which}; those with experts: {sorted(blocks)}")
         wanted = sorted(blocks) if layers is None else layers
-        self._valid: dict[nn.Module, Tensor | None] = {blocks[layer]: None for layer in wanted}
-        self._decoders = [m for m in model.modules() if isinstance(m, DecoderLayer) and m.mlp in self._valid]
+        self._decoders = [m for m in model.modules() if isinstance(m, DecoderLayer) and getattr(m.mlp, "layer", -1) in wanted]
         names = [f"layers.{layer}.mlp.{name}" for layer in wanted for name in _VALUES]
-        self._listener = _Listener(model, names, self._complete)
+        self._listener = _Listener(model, names)
         self._function, self._kept = function or self._keep, list[ExpertRows]()
         self._hooks = ExitStack()
 
     def __enter__(self) -> ExpertWatch:
         for layer in self._decoders:
-            self._hooks.callback(layer.register_forward_pre_hook(self._begin).remove)
+            self._hooks.callback(layer.register_forward_hook(self._end).remove)
         self._hooks.enter_context(self._listener)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._hooks.close()
 
-    def _begin(self, layer: Any, args: tuple) -> None:
-        """Before a layer: which of its tokens are there (a step's layout knows)."""
-        self._valid[layer.mlp] = args[1].layout.valid
-
-    def _complete(self, block: Any, values: dict[str, Tensor]) -> None:
-        for rows in _split(int(block.layer), values, self._valid[block]):
+    def _end(self, layer: Any, args: tuple, output: object) -> None:
+        """After a layer, and outside of what is computed again; the step among its arguments knows which tokens exist."""
+        for rows in _split(int(layer.mlp.layer), self._listener.values.pop(layer.mlp), args[1].layout.valid):
             self._function(rows)
 
     def _keep(self, rows: ExpertRows) -> None:
@@ -105,19 +101,16 @@ class ExpertWatch(Sequence[ExpertRows]):
 
 
 class _Listener(Recording):
-    """A recording that keeps a layer's values only until it has all of them, the last being expert_out."""
+    """A recording that holds what each layer has shown last, until its end takes it."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], complete: Callable[[Any, dict[str, Tensor]], None]) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__(model, names)
-        self._complete = complete
-        self._of: dict[nn.Module, dict[str, Tensor]] = {}
+        self.values: dict[nn.Module, dict[str, Tensor]] = {}
 
     def hear(self, module: nn.Module, leaf: str, value: Tensor) -> None:
         """A named value of the forward in progress."""
         if (module, leaf) in self.targets:
-            self._of.setdefault(module, {})[leaf] = value
-            if leaf == _VALUES[-1]:
-                self._complete(module, self._of.pop(module))
+            self.values.setdefault(module, {})[leaf] = value
 
 
 def _split(layer: int, values: dict[str, Tensor], valid: Tensor | None) -> Iterator[ExpertRows]:

@@ -20,12 +20,12 @@ from .value import Routing
 def new_figure(width: float, height: float) -> Any:
     """A matplotlib Figure without a window; ValueError with the way out where there is no matplotlib."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import figure
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         raise ValueError("a plot needs matplotlib: pip install 'qwen35moe[plot]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_load(routing: Routing, axes: Any) -> None:
