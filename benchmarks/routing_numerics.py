@@ -127,10 +127,13 @@ def form_facts(model: Any, ids: Tensor, dtype: str) -> list[dict[str, Any]]:
     for form in backends.implementations("experts"):
         model.use_backends(experts=form.name)
         try:
-            free, replayed = run(model, ids), run(model, ids, routing=reference.routing)
+            with backends.ran() as ran:
+                free, replayed = run(model, ids), run(model, ids, routing=reference.routing)
         except ValueError as error:
             rows.append({"dtype": dtype, "form": form.name, "refused": str(error).splitlines()[0]})
             continue
+        used = {name for operation, name in ran.counts if operation == "experts"}
+        assert used == {form.name}, f"{form.name} was asked for, {used} ran"
         rows.append({
             "dtype": dtype, "form": form.name,
             "flips": int(flips(free.routing, reference.routing).sum()),

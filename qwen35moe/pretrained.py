@@ -96,10 +96,9 @@ class PretrainedModel(nn.Module):
     def fuse_experts(self) -> None:
         """Takes `unfuse_experts` back: the same grouped parameters, with the values the Linears have now. ValueError while
         an expert holds anything but plain nn.Linear (an adapter that was not merged)."""
-        fused = [(b, b.experts.grouped()) for b in self.modules() if isinstance(getattr(b, "experts", None), UnfusedExperts)]
-        for block, experts in fused:
-            experts.__dict__["backend_choices"] = block.experts.__dict__.get("backend_choices", {})
-            block.experts = experts.train(block.experts.training)
+        unfused = [b for b in self.modules() if isinstance(b, SparseMoeBlock) and isinstance(b.experts, UnfusedExperts)]
+        for block, experts in [(block, block.experts.fuse()) for block in unfused]:
+            block.experts = experts
         self.name_parts()
 
     def name_parts(self) -> None:

@@ -268,7 +268,8 @@ def test_pictures(tmp_path: Path):
     plots.plot_coactivation(routing, axes, layer=2)
     together = R.coactivation(routing)[2]
     shown = axes.images[0].get_array()
-    assert float(shown[5, 6]) == pytest.approx(math.log2(together[5, 6] / (together[5, 5] * together[6, 6])))
+    chance = (S - 1) * E / (S * (E - 1))
+    assert float(shown[5, 6]) == pytest.approx(math.log2(together[5, 6] / (together[5, 5] * together[6, 6] * chance)))
     with pytest.raises(ValueError, match="layers .*0, 1, 2.*not 9"):
         plots.plot_coactivation(routing, axes, layer=9)
 

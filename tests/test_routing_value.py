@@ -108,6 +108,16 @@ def test_other_ids_of_an_engine_are_refused(change, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_without_the_number_of_experts_the_model_knows_it(model):
+    rows = other_rows(10)
+    open_end = Routing.from_engine(prompt=rows[:4], generated=rows[4:])
+    assert torch.equal(captured(model, LONG, routing=open_end).routing.to_batch()[0, :10], rows)
+    with pytest.raises(ValueError, match=f"expert {E}, the experts are 0 ... {E - 1}"):
+        captured(model, LONG, routing=Routing.from_engine(prompt=torch.where(rows == 2, E, rows)))
+    with pytest.raises(ValueError, match="expert -2"):
+        Routing.from_engine(prompt=rows - 2)
+
+
 def test_lengths_of_an_engine_that_do_not_fit():
     rows = other_rows(5)
     for tokens in (4, 7):

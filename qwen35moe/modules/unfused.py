@@ -21,9 +21,9 @@ from qwen35moe.ops.precision import wide_dtype
 class UnfusedExperts(nn.ModuleList):
     """`Experts` as a list of E MLPs whose weights are views of its gate_up_proj [E, 2F, D] and down_proj [E, D, F].
 
-    The forward calls every Linear of every expert that was hit, once, so that hooks on them fire. `grouped` gives the
-    grouped parameters back. Gradients are split here and stacked there. Works on plain Linears only: an adapter has to
-    be merged and removed before.
+    The forward calls every Linear of every expert that was hit, once, so that hooks on them fire. `grouped` gives the grouped
+    parameters as they are now, `fuse` with their gradients. Both work on plain Linears only: an adapter has to be merged
+    and removed before. Rows are counted on the host, so a graph that is compiled breaks here.
     """
 
     def __init__(self, experts: Experts) -> None:
@@ -65,27 +65,31 @@ class UnfusedExperts(nn.ModuleList):
     def grouped(self) -> Experts:
         """The grouped module with the values that the Linears have now; no copy while they are still its views."""
         experts: Experts = self.__dict__["fused"]
-        parts: dict[str, list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]] = {"gate_up_proj": [], "down_proj": []}
         for linear, name, view in self._views():
             if type(linear) is not nn.Linear:
                 raise ValueError(f"an expert's projection is a {type(linear).__name__}: merge or remove what was added first")
-            parts[name].append((linear.weight, view))
-        for name, views in parts.items():
-            parameter, first = getattr(experts, name), views[0][0]
-            if parameter.dtype != first.dtype or parameter.device != first.device:
-                parameter.data = torch.empty_like(parameter, dtype=first.dtype, device=first.device)
-            for weight, view in views:
-                place = view(parameter.detach())
-                if weight.data_ptr() != place.data_ptr() or weight.is_meta:
-                    place.copy_(weight.detach())
-            parameter.requires_grad_(any(weight.requires_grad for weight, _ in views))
-            parameter.grad = None
-            if any(weight.grad is not None for weight, _ in views):
-                parameter.grad = torch.zeros_like(parameter)
-                for weight, view in views:
-                    if weight.grad is not None:
-                        view(parameter.grad).copy_(weight.grad)
+            parameter = getattr(experts, name)
+            if parameter.dtype != linear.weight.dtype or parameter.device != linear.weight.device:
+                parameter.data = torch.empty_like(parameter, dtype=linear.weight.dtype, device=linear.weight.device)
+            if not self._is_view(linear.weight, name, view):
+                view(parameter.detach()).copy_(linear.weight.detach())
         return experts
+
+    def fuse(self) -> Experts:
+        """`grouped`, with gradients and requires_grad: that of a grouped parameter is on if any of its Linears' is."""
+        experts = self.grouped()
+        parameters = {name: getattr(experts, name) for name in ("gate_up_proj", "down_proj")}
+        for parameter in parameters.values():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for linear, name, view in self._views():
+            parameter = parameters[name]
+            parameter.requires_grad_(parameter.requires_grad or linear.weight.requires_grad)
+            if linear.weight.grad is not None:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                view(parameter.grad).copy_(linear.weight.grad)
+        experts.__dict__["backend_choices"] = self.__dict__["backend_choices"]
+        return experts.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """.to(), .cuda(), .float(): the grouped parameters move, and the Linears become views of what they are then."""

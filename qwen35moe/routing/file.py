@@ -65,10 +65,7 @@ def load_routing(path: str | os.PathLike[str]) -> Routing:
     logits = tensors.get("logits")
     if logits is not None and experts and logits.shape[-1] != experts:
         raise ValueError(f"{path}: logits {list(logits.shape)} of {experts} experts")
-    if experts:
-        check_range(indices, experts, str(path), lowest=FREE)
-    elif indices.numel() and int(indices.min()) < FREE:
-        raise ValueError(f"{path} names expert {int(indices.min())}")
+    check_range(indices, experts, str(path), lowest=FREE)
     try:
         return Routing(indices, **tensors, **facts)
     except ValueError as error:

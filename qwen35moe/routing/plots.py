@@ -54,20 +54,24 @@ def plot_margins(routing: Routing, axes: Any, values: Tensor | None = None) -> N
 
 
 def plot_coactivation(routing: Routing, axes: Any, layer: int | None = None) -> None:
-    """Heat map over pairs of experts of one layer (the first one by default): log2 of C_ij / (C_ii C_jj), 0 where two
-    experts are chosen independently of each other; the diagonal and pairs never seen stay blank."""
+    """Heat map over pairs of experts of one layer (the first one by default): log2 of C_ij over what independent choices
+    of S different experts with these loads would give about, C_ii C_jj (S-1) E / (S (E-1)). 0: as often as by chance.
+
+    The diagonal and pairs that were never seen stay blank.
+    """
     number = routing.layers[0] if layer is None else layer
     if number not in routing.layers:
         raise ValueError(f"the routing holds layers {routing.layers}, not {number}")
     together = coactivation(routing)[routing.layers.index(number)].cpu()
-    alone = together.diagonal()
-    lift = (together / (alone[:, None] * alone[None])).log2().fill_diagonal_(math.nan)
+    alone, slots, experts = together.diagonal(), routing.indices.shape[-1], routing.num_experts
+    chance = (slots - 1) * experts / (slots * max(experts - 1, 1))
+    lift = (together / (alone[:, None] * alone[None] * chance)).log2().fill_diagonal_(math.nan)
     lift[~lift.isfinite()] = math.nan
     seen = lift[~lift.isnan()]
     farthest = float(seen.abs().max()) if seen.numel() else 1.0
     image = axes.imshow(lift.numpy(), cmap="PuOr", vmin=-farthest, vmax=farthest, interpolation="nearest")
     axes.figure.colorbar(image, ax=axes)
-    axes.set(title=f"chosen together, layer {number}: log2 of lift", xlabel="expert", ylabel="expert")
+    axes.set(title=f"chosen together, layer {number}: log2 of C / chance", xlabel="expert", ylabel="expert")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
 

@@ -81,7 +81,7 @@ class Routing:
 
     @classmethod
     def from_engine(
-        cls, prompt: Any, generated: Any = None, *, num_experts: int, tokens: int | None = None, layers: Sequence[int] = ()
+        cls, prompt: Any, generated: Any = None, *, num_experts: int = 0, tokens: int | None = None, layers: Sequence[int] = ()
     ) -> Routing:
         """One sequence's routing as serving engines return it: prompt [P, L, S], generated [G, L, S] (tensors, arrays
         or lists of integers), a row per token.
@@ -89,7 +89,8 @@ class Routing:
         A row of -1 (a token taken from a prefix cache) routes freely. So does a missing last row, because engines never
         run the last token they sample: tokens= says how long the sequence is, one more than P + G at most; without it
         the input may be as long as the rows or one token longer. Any other id outside 0 ... num_experts - 1 raises
-        ValueError, and so does a row that is free in part. layers: the numbers of the L layers, if not all from 0 on.
+        ValueError (without num_experts= one that is too high does so when it is replayed), and so does a row that is free
+        in part. layers: the numbers of the L layers, if not all from 0 on.
         """
         parts = [_engine_rows(name, part) for name, part in (("prompt", prompt), ("generated", generated)) if part is not None]
         if len(parts) == 2 and parts[0].shape[1:] != parts[1].shape[1:]:
@@ -200,12 +201,13 @@ def are_integers(tensor: Tensor) -> bool:
 
 
 def check_range(indices: Tensor, num_experts: int, who: str, lowest: int) -> None:
-    """ValueError for an expert outside lowest ... num_experts - 1; nothing while a graph is compiled."""
+    """ValueError for an expert outside lowest ... num_experts - 1 (0: not known); nothing while a graph is compiled."""
     if torch.compiler.is_compiling() or indices.numel() == 0:
         return
     low, high = int(indices.min()), int(indices.max())
-    if low < lowest or high >= num_experts:
-        raise ValueError(f"{who} names expert {low if low < lowest else high}, the experts are 0 ... {num_experts - 1}")
+    if low < lowest or (num_experts and high >= num_experts):
+        experts = f"0 ... {num_experts - 1}" if num_experts else "numbered from 0"
+        raise ValueError(f"{who} names expert {low if low < lowest else high}, the experts are {experts}")
 
 
 def _engine_rows(name: str, part: Any) -> Tensor:
