@@ -96,9 +96,9 @@ class PretrainedModel(nn.Module):
     def fuse_experts(self) -> None:
         """Takes `unfuse_experts` back: the same grouped parameters, with the values the Linears have now. ValueError while
         an expert holds anything but plain nn.Linear (an adapter that was not merged)."""
-        unfused = [b for b in self.modules() if isinstance(b, SparseMoeBlock) and isinstance(b.experts, UnfusedExperts)]
-        for block, experts in [(block, block.experts.fuse()) for block in unfused]:
-            block.experts = experts
+        for block in self.modules():
+            if isinstance(block, SparseMoeBlock) and isinstance(block.experts, UnfusedExperts):
+                block.experts = block.experts.fuse()
         self.name_parts()
 
     def name_parts(self) -> None:

@@ -233,9 +233,9 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked, so that they need not import torch again")
 def test_data_parallel_ranks_on_gloo(tmp_path: Path):
-    import torch.multiprocessing as mp
+    from torch.multiprocessing.spawn import start_processes
 
-    mp.start_processes(_rank, args=(2, str(tmp_path)), nprocs=2, start_method="fork")
+    start_processes(_rank, args=(2, str(tmp_path)), nprocs=2, start_method="fork")
     logits, indices, mask = routed()
     leaves = torch.stack(logits).requires_grad_()
     whole = load_balancing_loss(leaves, indices, mask=mask)

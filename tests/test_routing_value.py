@@ -195,7 +195,8 @@ def test_sequences_of_an_engine_packed_and_padded(model, how, missing):
     else:
         ids, mask = peer.padded([LONG[0], SHORT[0]], how)
         routing = Routing.pad(routings, how)
-        assert torch.equal(routing.mask.view(2, -1), mask.bool()) and bool(routing.free[:, ~routing.mask].all())
+        assert routing.mask is not None and torch.equal(routing.mask.view(2, -1), mask.bool())
+        assert bool(routing.free[:, ~routing.mask].all())
         out = captured(model, ids, attention_mask=mask, routing=routing)
         found = [out.logits[r][mask[r].bool()] for r in range(2)]
         batch = [out.routing.to_batch()[r][mask[r].bool()] for r in range(2)]

@@ -93,7 +93,7 @@ class UnfusedExperts(nn.ModuleList):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """.to(), .cuda(), .float(): the grouped parameters move, and the Linears become views of what they are then."""
-        shared = [type(linear) is nn.Linear and self._is_view(linear.weight, *cut) for linear, *cut in self._views()]
+        shared = [type(each) is nn.Linear and self._is_view(each.weight, name, view) for each, name, view in self._views()]
         super()._apply(fn, recurse)
         self.__dict__["fused"]._apply(fn)
         for (linear, name, view), was_view in zip(self._views(), shared, strict=True):

@@ -149,7 +149,7 @@ class Routing:
         _refuse_open(sequences)
         kept = [slice(None) if s.mask is None else s.mask.to(s.indices.device).nonzero()[:, 0] for s in sequences]
         indices = torch.cat([s.indices[:, keep].long() for s, keep in zip(sequences, kept, strict=True)], 1)
-        parts: dict[str, Tensor] = {}
+        parts: dict[str, Any] = {}
         for name in ("weights", "logits"):
             values = [getattr(s, name) for s in sequences]
             if all(value is not None for value in values):
@@ -169,7 +169,7 @@ class Routing:
         for number, sequence in enumerate(sequences):
             at = slice(longest - sequence.tokens, longest) if side == "left" else slice(0, sequence.tokens)
             rows[:, number, at], mask[number, at] = sequence.indices.to(rows), True
-        return cls(rows.flatten(1, 2), layers=layers, num_experts=experts, shape=tuple(mask.shape), mask=mask.flatten())
+        return cls(rows.flatten(1, 2), layers=layers, num_experts=experts, shape=(len(sequences), longest), mask=mask.flatten())
 
     # ---------------------------------------------------------------------------------------------- on disk
 
