@@ -17,7 +17,8 @@ from qwen35moe.config import Config, TextConfig
 from qwen35moe.layout import TokenLayout, plan_layout
 from qwen35moe.modules.decoder import DecoderLayer, Passed, Step
 from qwen35moe.modules.norm import RMSNorm
-from qwen35moe.ops.losses import IGNORE, cross_entropy, load_balancing_loss, shift_labels
+from qwen35moe.ops.balancing import load_balancing_loss
+from qwen35moe.ops.losses import IGNORE, cross_entropy, shift_labels
 from qwen35moe.ops.precision import wide_dtype
 from qwen35moe.ops.rope import inverse_frequencies, rotary_tables
 from qwen35moe.output import LossOutput, ModelOutput

@@ -14,8 +14,9 @@ from qwen35moe import backends
 from qwen35moe.cache import Cache
 from qwen35moe.config import Config, ConfigError, TextConfig
 from qwen35moe.modules.deltanet import GatedDeltaNet, ShortConvolution
-from qwen35moe.modules.moe import Experts, Router
+from qwen35moe.modules.moe import Experts, Router, SparseMoeBlock
 from qwen35moe.modules.norm import GatedRMSNorm, RMSNorm
+from qwen35moe.modules.unfused import UnfusedExperts
 from qwen35moe.modules.vision import init_vision
 from qwen35moe.placement import Devices, Placement, placement
 
@@ -115,6 +116,23 @@ class PretrainedModel(nn.Module):
         for module in self.modules():
             own = {**module.__dict__.get("backend_choices", {}), **checked}
             module.__dict__["backend_choices"] = {op: name for op, name in own.items() if name != "auto"}
+
+    def unfuse_experts(self) -> None:
+        """Every expert becomes an MLP of three nn.Linear, `mlp.experts.7.gate_proj` and so on, whose weights are views of
+        the grouped parameters; the forward runs through them. Make optimizers and adapters afterwards. See
+        `qwen35moe.modules.unfused`."""
+        for block in self.modules():
+            if isinstance(block, SparseMoeBlock) and isinstance(block.experts, Experts):
+                block.experts = UnfusedExperts(block.experts)
+        self.name_parts()
+
+    def fuse_experts(self) -> None:
+        """Takes `unfuse_experts` back: the same grouped parameters, with the values the Linears have now. ValueError while
+        an expert holds anything but plain nn.Linear (an adapter that was not merged)."""
+        for block in self.modules():
+            if isinstance(block, SparseMoeBlock) and isinstance(block.experts, UnfusedExperts):
+                block.experts = block.experts.fuse()
+        self.name_parts()
 
     def name_parts(self) -> None:
         """Tells each part its path, by which `backends.ran()` names layers."""

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("taps", "backends", "ops"),
     ("replay", "layer_memory", "cache", "cache_file", "layout", "routing"),
     ("modules",),
-    ("output", "placement", "pretrained", "multimodal", "model", "vision_language"),
+    ("expert_rows", "output", "placement", "pretrained", "multimodal", "model", "vision_language"),
     ("checkpoint", "processing"),
     ("generation", "training"),
     ("loading",),

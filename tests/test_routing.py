@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen35moe import taps
-from qwen35moe.ops.losses import load_balancing_loss
+from qwen35moe.ops.balancing import load_balancing_loss
 from qwen35moe.routing import Routing
 from tests import peer
 from tests.peer import FULL, LINEAR, assert_close, odd_shape
@@ -289,23 +289,6 @@ def test_to_batch_and_back(model):
     assert torch.equal(batch[1, 6, 2], routing.indices[2, T + 6])
     with pytest.raises(ValueError, match="shape"):
         Routing(routing.indices).to_batch()
-
-
-def test_load_counts_choices_of_real_tokens():
-    indices = torch.tensor([[[0, 1], [2, 1], [-1, -1], [4, 4]]])
-    assert Routing(indices, num_experts=5).load().tolist() == [pytest.approx([1 / 6, 2 / 6, 1 / 6, 0, 2 / 6])]
-    masked = Routing(indices, num_experts=5, mask=torch.tensor([True, True, True, False]))
-    assert masked.load().tolist() == [[0.25, 0.5, 0.25, 0, 0]]
-    nobody = Routing(indices, num_experts=5, mask=torch.zeros(4, dtype=torch.bool))
-    assert nobody.load().tolist() == [[0.0] * 5]
-    with pytest.raises(ValueError, match="num_experts"):
-        Routing(indices).load()
-
-
-def test_load_of_a_captured_run_sums_to_one(model):
-    load = captured(model, attention_mask=LEFT).routing.load()
-    assert load.shape == (LAYERS, E)
-    assert_close(load.sum(1), torch.ones(LAYERS), 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- refused

@@ -29,7 +29,8 @@ from torch import Tensor
 from qwen35moe import Qwen3_5MoeForCausalLM
 from qwen35moe.config import Config
 from qwen35moe.modules.deltanet import GatedDeltaNet
-from qwen35moe.ops.losses import load_balancing_loss
+from qwen35moe.ops.balancing import load_balancing_loss
+from qwen35moe.routing import expert_load
 
 END = "<|endoftext|>"  # before every document, and after the last
 HELD_OUT = 0.05
@@ -218,7 +219,7 @@ def judge(model: Qwen3_5MoeForCausalLM, documents: Sequence[Document], rows: int
         assert out.logits is not None and out.routing is not None
         losses = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         bits += float((losses.double() * mask[:, 1:].flatten()).sum()) / math.log(2)
-        chosen = chosen + out.routing.load() * mask.sum()
+        chosen = chosen + expert_load(out.routing) * mask.sum()
     return Judgement(bits / sum(each.size for each in documents), chosen / chosen.sum(1, keepdim=True))
 
 

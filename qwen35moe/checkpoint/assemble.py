@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from qwen35moe.modules.unfused import UnfusedExperts
+
 from . import names
 from .headers import FLOATS, Header, StoredTensor
 from .problems import Problem
@@ -90,9 +92,15 @@ class Match:
 
 
 def slots_of(model: nn.Module) -> list[Slot]:
-    """The parameters of a model in the order of its state_dict; tied ones once, with all their names."""
+    """The parameters of a model in the order of its state_dict; tied ones once, with all their names. Experts that are
+    unfused count as the grouped parameters they are views of."""
     slots: dict[int, Slot] = {}
+    unfused: tuple[str, ...] = ()
     for prefix, module in model.named_modules():
+        if prefix.startswith(unfused):
+            continue
+        if isinstance(module, UnfusedExperts):
+            unfused, module = (*unfused, f"{prefix}."), module.grouped()
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{prefix}.{leaf}" if prefix else leaf
             slot = slots.setdefault(id(parameter), Slot(parameter, [], []))

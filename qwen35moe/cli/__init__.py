@@ -1,4 +1,4 @@
-"""`qwen35moe generate | inspect | backends | demo`: the library from the command line.
+"""`qwen35moe generate | inspect | routing | backends | demo`: the library from the command line.
 
 Errors are one line on stderr and exit status 2; --debug shows where they come from. Imports stand inside the
 commands, so that --help answers at once.
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_inspect(commands)
+    _add_routing(commands)
     _add_backends(commands)
     _add_demo(commands)
     return parser
@@ -91,6 +92,19 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     command = _command(commands, "inspect", "inspect", "What a checkpoint holds, from its headers alone.")
     command.add_argument("folder", help="a folder with config.json and safetensors files, or tiny")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_routing(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, "routing", "routing", "What the routers choose on a text: load, margins, co-activation.")
+    command.add_argument("folder", help="a checkpoint: a folder, a Hub name, or tiny")
+    command.add_argument("--text", required=True, metavar="FILE", help="the text, UTF-8; - reads it from standard input")
+    command.add_argument("--window", type=int, default=1024, metavar="N",
+                         help="tokens read at once; each window is a sequence of its own (default 1024)")  # fmt: skip
+    command.add_argument("--out", metavar="TRACE", help="write indices and weights here (safetensors; Routing.load reads it)")
+    command.add_argument("--logits", action="store_true", help="write the routers' logits into the trace as well")
+    command.add_argument("--plot", metavar="PNG", help="draw load, margins and co-activation here (needs matplotlib)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _add_placement(command)
 
 
 def _add_backends(commands: argparse._SubParsersAction) -> None:

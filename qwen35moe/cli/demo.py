@@ -48,9 +48,11 @@ def expert_load(model: Any, ids: Sequence[int]) -> str:
     """
     import torch
 
+    from ..routing import expert_load as load_of
+
     with torch.no_grad():
         out = model(torch.tensor([list(ids)], device=model.device), output_routing=True, logits_to_keep=1)
-    load = out.routing.load().cpu()  # [L, E]
+    load = load_of(out.routing).cpu()  # [L, E]
     even = 1 / load.shape[1]
     lines = [f"share of each of {load.shape[1]} experts, over {len(ids)} tokens (even: {even:.1%}, full bar: {2 * even:.1%})"]
     for layer, shares in zip(out.routing.layers, load.tolist(), strict=True):

@@ -78,7 +78,7 @@ class SparseMoeBlock(nn.Module):
         super().__init__()
         self.layer = layer
         self.gate = Router(config)
-        self.experts = Experts(config)
+        self.experts: nn.Module = Experts(config)  # or UnfusedExperts
         self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 

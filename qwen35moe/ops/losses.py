@@ -1,8 +1,8 @@
-"""Training losses: next-token cross entropy, with and without logits in memory, and expert load balancing."""
+"""The training loss: next-token cross entropy, with and without logits in memory. The routers' losses: balancing.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -53,46 +53,6 @@ def chunked_linear_cross_entropy(
         part = checkpoint(linear_cross_entropy, hidden[rows], weight, labels[rows], num_items=1, use_reentrant=False)
         total = total + part
     return total / ((labels != IGNORE).sum() if num_items is None else num_items)
-
-
-def load_balancing_loss(
-    logits: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    *,
-    mask: Tensor | None = None,
-    per_layer: bool = False,
-    normalize: str = "transformers",
-) -> Tensor:
-    r"""E sum_e f_e p_e: f_e the experts chosen per token, p_e the mean probability of expert e. Differentiable in p.
-
-    logits and indices hold one [N, E] and [N, S] per layer; `indices` are those that were used. mask [N] is 1 for
-    tokens that count. Fedus et al. 2021, eq. 4-6, as transformers has it: f and p are pooled over all layers before
-    the product, and f sums to S, so an even load gives S. per_layer=True returns [L], one loss per layer;
-    normalize="top_k" divides by S, so that an even load gives 1.
-    """
-    if normalize not in ("transformers", "top_k"):
-        raise ValueError(f"normalize={normalize!r} is neither 'transformers' nor 'top_k'")
-    if len(logits) == 0 or len(logits) != len(indices):
-        raise ValueError(f"the loss needs logits and indices of the same layers, got {len(logits)} and {len(indices)}")
-    experts, slots = logits[0].shape[-1], indices[0].shape[-1]
-    shares = [_shares(*pair, mask) for pair in zip(logits, indices, strict=False)]
-    fractions = torch.stack([f for f, _ in shares])
-    probabilities = torch.stack([p for _, p in shares])
-    if not per_layer:
-        fractions, probabilities = fractions.mean(0), probabilities.mean(0)
-    loss = experts * (fractions * probabilities).sum(-1)
-    return loss / slots if normalize == "top_k" else loss
-
-
-def _shares(logits: Tensor, indices: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """f [E] and p [E] of one layer."""
-    dtype, (tokens, experts) = wide_dtype(logits), logits.shape
-    counts_as = torch.ones(tokens, dtype=dtype, device=logits.device) if mask is None else mask.to(logits.device, dtype)
-    total = counts_as.sum().clamp(min=1)
-    ones = counts_as[:, None].expand(indices.shape).reshape(-1)
-    chosen = torch.zeros(experts, dtype=dtype, device=logits.device).index_add(0, indices.reshape(-1), ones)
-    probability = (logits.to(dtype).softmax(-1) * counts_as[:, None]).sum(0)
-    return chosen / total, probability / total
 
 
 def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:

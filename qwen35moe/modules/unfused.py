@@ -1,0 +1,119 @@
+"""A layer's experts as modules of their own: for adapters, quantisers and hooks that look for nn.Linear.
+
+The Linears are views of the grouped parameters, so nothing is held twice and a step on one is a step on the other.
+Names are those of transformers' per-expert layout: `experts.7.gate_proj.weight`, `.up_proj.weight`, `.down_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen35moe.backends.choice import choice_of
+from qwen35moe.modules.moe import MLP, Experts
+from qwen35moe.ops.precision import wide_dtype
+
+
+class UnfusedExperts(nn.ModuleList):
+    """`Experts` as a list of E MLPs whose weights are views of its gate_up_proj [E, 2F, D] and down_proj [E, D, F].
+
+    The forward calls every Linear of every expert that was hit, once, so that hooks on them fire. `grouped` gives the grouped
+    parameters as they are now, `fuse` with their gradients. Both work on plain Linears only: an adapter has to be merged
+    and removed before. Rows are counted on the host, so a graph that is compiled breaks here.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.__dict__["fused"] = experts  # not a submodule: its parameters are those of the Linears
+        self.__dict__["backend_choices"] = experts.__dict__.get("backend_choices", {})
+        count, width, inner = experts.down_proj.shape
+        with torch.device("meta"):
+            self.extend(MLP(width, inner) for _ in range(count))
+        for linear, name, view in self._views():
+            linear.weight = nn.Parameter(view(getattr(experts, name).detach()), getattr(experts, name).requires_grad)
+            grad = getattr(experts, name).grad
+            linear.weight.grad = None if grad is None else view(grad)
+        self.train(experts.training)
+
+    def forward(
+        self, hidden: Tensor, indices: Tensor, weights: Tensor, watch: Callable[[str, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """As `Experts.forward`: hidden [N, D], indices and weights [N, S]; returns [N, D], summed in float32 at least."""
+        choice = choice_of("experts", self)
+        if choice is not None:
+            raise ValueError(f"backend={choice!r} cannot run experts: they are unfused; call model.fuse_experts() first")
+        flat, slots = indices.reshape(-1), indices.shape[1]
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=len(self)).tolist()
+        rows = hidden[order // slots]
+        if watch is None:
+            hit = [expert(x) for expert, x in self._hit(rows, counts)]
+            out = torch.cat(hit) if hit else rows
+        else:
+            rows = watch("expert_in", rows)
+            acts = [F.silu(expert.gate_proj(x)) * expert.up_proj(x) for expert, x in self._hit(rows, counts)]
+            inner = watch("expert_act", torch.cat(acts))
+            out = watch("expert_out", torch.cat([expert.down_proj(x) for expert, x in self._hit(inner, counts)]))
+        dtype = wide_dtype(hidden)
+        scaled = out.to(dtype) * weights.reshape(-1)[order].to(dtype)[:, None]
+        return torch.zeros_like(hidden, dtype=dtype).index_add(0, order // slots, scaled).to(hidden.dtype)
+
+    def grouped(self) -> Experts:
+        """The grouped module with the values that the Linears have now; no copy while they are still its views."""
+        experts: Experts = self.__dict__["fused"]
+        for linear, name, view in self._views():
+            if type(linear) is not nn.Linear:
+                raise ValueError(f"an expert's projection is a {type(linear).__name__}: merge or remove what was added first")
+            parameter = getattr(experts, name)
+            if parameter.dtype != linear.weight.dtype or parameter.device != linear.weight.device:
+                parameter.data = torch.empty_like(parameter, dtype=linear.weight.dtype, device=linear.weight.device)
+            if not self._is_view(linear.weight, name, view):
+                view(parameter.detach()).copy_(linear.weight.detach())
+        return experts
+
+    def fuse(self) -> Experts:
+        """`grouped`, with gradients and requires_grad: that of a grouped parameter is on if any of its Linears' is."""
+        experts = self.grouped()
+        parameters = {name: getattr(experts, name) for name in ("gate_up_proj", "down_proj")}
+        for parameter in parameters.values():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for linear, name, view in self._views():
+            parameter = parameters[name]
+            parameter.requires_grad_(parameter.requires_grad or linear.weight.requires_grad)
+            if linear.weight.grad is not None:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                view(parameter.grad).copy_(linear.weight.grad)
+        experts.__dict__["backend_choices"] = self.__dict__["backend_choices"]
+        return experts.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """.to(), .cuda(), .float(): the grouped parameters move, and the Linears become views of what they are then."""
+        shared = [type(each) is nn.Linear and self._is_view(each.weight, name, view) for each, name, view in self._views()]
+        super()._apply(fn, recurse)
+        self.__dict__["fused"]._apply(fn)
+        for (linear, name, view), was_view in zip(self._views(), shared, strict=True):
+            if was_view:
+                linear.weight.data = view(getattr(self.__dict__["fused"], name).detach())
+        return self
+
+    def _is_view(self, weight: Tensor, name: str, view: Callable[[Tensor], Tensor]) -> bool:
+        return not weight.is_meta and weight.data_ptr() == view(getattr(self.__dict__["fused"], name)).data_ptr()
+
+    def _views(self) -> Iterator[tuple[Any, str, Callable[[Tensor], Tensor]]]:
+        """(Linear, name of the grouped parameter, what cuts its weight out of that)."""
+        inner = self.__dict__["fused"].down_proj.shape[-1]
+        for number, expert in enumerate(self):
+            yield expert.gate_proj, "gate_up_proj", lambda grouped, e=number: grouped[e, :inner]
+            yield expert.up_proj, "gate_up_proj", lambda grouped, e=number: grouped[e, inner:]
+            yield expert.down_proj, "down_proj", lambda grouped, e=number: grouped[e]
+
+    def _hit(self, rows: Tensor, counts: list[int]) -> Iterator[tuple[Any, Tensor]]:
+        """(expert, its rows) for every expert that has any."""
+        for expert, x in zip(self, rows.split(counts), strict=True):
+            if x.shape[0]:
+                yield expert, x
