@@ -23,12 +23,12 @@ def implementations(
     situation: Situation, operation: str, args: tuple, kwargs: dict[str, Any]
 ) -> Iterator[tuple[str, Any, str | None]]:
     """(name, function, reason against it) of every implementation, with or without gradients as the situation wants."""
-    with torch.set_grad_enabled(situation.mode == "train"):
-        for entry in backends.implementations(operation):
+    for entry in backends.implementations(operation):
+        with torch.set_grad_enabled(situation.mode == "train"):
             reason = entry.refusal(args, kwargs)
-            if reason is None and (operation, entry.name) in _SLOW and situation.tokens > DEFINITION_TOKENS:
-                reason = f"the definition judges beyond {DEFINITION_TOKENS} tokens, it is no contestant"
-            yield f"ours {entry.name}", entry.fn, reason
+        if reason is None and (operation, entry.name) in _SLOW and situation.tokens > DEFINITION_TOKENS:
+            reason = f"the definition judges beyond {DEFINITION_TOKENS} tokens, it is no contestant"
+        yield f"ours {entry.name}", entry.fn, reason
 
 
 def auto(situation: Situation, operation: str, args: tuple, kwargs: dict[str, Any]) -> str:
