@@ -41,7 +41,7 @@ of {heads} value heads on {groups} key heads, {width} wide, with an initial memo
 every element of output and memory. The inputs are rounded to the dtype first; decay, beta and memory are float32 at least.
 Bounds of the numerical contract: 2e-5 in float32, 1e-4 for the decay's gradient where gates are beyond -20.
 Forms that do not run on this machine are left out; `-` is a form without a backward. In float64 the recurrence is the judge,
-and transformers' functions, which compute in float32 whatever they are given, have no line.
+and transformers' function, which computes in float32 whatever it is given, has no line.
 
 At hard gates transformers' chunked form loses one to two digits. It takes the decay between two tokens as the difference of
 two running sums; ours is summed for each pair of tokens (`ops.delta_rule.segment_sums`).
@@ -119,8 +119,7 @@ def forms(values: Answer) -> Iterator[tuple[str, Form, bool]]:
             yield entry.name, entry.fn, entry.differentiable
     peer = peers.modeling()
     if peer is not None:
-        for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-            yield f"transformers {name.split('_')[1]}", _theirs(getattr(peer, name)), True
+        yield "transformers chunk", _theirs(peer.torch_chunk_gated_delta_rule), True
     fla = peers.optional("fla.ops.gated_delta_rule")
     if fla is not None and values["query"].is_cuda and values["query"].dtype != torch.float64:
         yield "fla chunk", _theirs(fla.chunk_gated_delta_rule), True

@@ -168,7 +168,7 @@ def test_numerics_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     table = [row for row in table if row[0] != "form"]
     forms = {row[0] for row in table}
-    assert {"inplace", "torch", "recurrent", "transformers chunk", "transformers recurrent"} <= forms
+    assert {"inplace", "torch", "recurrent", "transformers chunk"} <= forms
     in_double = {row[0] for row in table if row[1] == "float64"}
     assert in_double == {form for form in forms if not form.startswith("transformers")} - {"recurrent"}
     assert len(table) == (2 * len(forms) + len(in_double)) * len(numerics.GATES)

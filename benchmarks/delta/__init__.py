@@ -69,10 +69,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _listed(known: tuple[str, ...] | None = None) -> Callable[[str], list]:
     def parse(text: str) -> list:
-        values = text.split(",") if known else [int(value) for value in text.split(",")]
-        if known and (wrong := set(values) - set(known)):
+        names = text.split(",")
+        if known is None:
+            return [int(name) for name in names]
+        if wrong := set(names) - set(known):
             raise argparse.ArgumentTypeError(f"{', '.join(sorted(wrong))}: not of {', '.join(known)}")
-        return values
+        return names
 
     return parse
 

@@ -34,7 +34,7 @@ def build(situation: Situation, device: str, sizes: Sizes) -> tuple[list[Any], A
     ).text_config
     dtype = DTYPES[situation.dtype]
     model = Qwen3_5MoeTextModel(text).init_weights(seed=0, gates=situation.gates).to(dtype).to(device)
-    layers = [layer.get_submodule("linear_attn") for layer in model.layers]
+    layers: list[Any] = [layer.get_submodule("linear_attn") for layer in model.layers]
     with torch.no_grad():
         for layer in layers:
             for gate in (layer.A_log, layer.dt_bias):

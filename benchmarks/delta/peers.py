@@ -63,7 +63,8 @@ def layers(ours: list[Any], text: Any) -> tuple[list[Any], Any]:
 
     names = ("hidden_size", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")
     names += ("linear_value_head_dim", "linear_conv_kernel_dim", "rms_norm_eps", "num_hidden_layers")
-    options = {name: getattr(text, name) for name in names} | {"layer_types": list(text.layer_types)}
+    options: dict[str, Any] = {name: getattr(text, name) for name in names}
+    options["layer_types"] = list(text.layer_types)
     config = transformers.Qwen3_5MoeTextConfig(**options)
     found = []
     for index, layer in enumerate(ours):
