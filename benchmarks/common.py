@@ -16,7 +16,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.machine import environment, header
 
-SCHEMA = 1  # of the JSON file; a change of meaning or of a key raises it
+SCHEMA = 1  # of the JSON file; a change of meaning or of a key raises it, a new key does not
 PAGE = 4096
 
 
@@ -115,29 +115,73 @@ def _one_run(function: Callable[[], object], device: str) -> float:
     gc.collect()
     gc.disable()
     try:
-        _wait(device)
-        start = time.perf_counter()
-        kept = function()
-        _wait(device)
-        taken = time.perf_counter() - start
-        del kept  # freeing the result is not part of the run
-        return taken
+        return _cuda_seconds(function, device) if device.startswith("cuda") else _seconds(function)
     finally:
         gc.enable()
 
 
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    kept = function()
+    taken = time.perf_counter() - start
+    del kept  # freeing the result is not part of the run
+    return taken
+
+
+def _cuda_seconds(function: Callable[[], object], device: str) -> float:
+    """Between two events on the device's stream: what the device takes, or the launches where those are slower."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        first.record()
+        kept = function()
+        last.record()
+        torch.cuda.synchronize()
+    del kept
+    return first.elapsed_time(last) / 1e3
+
+
+def saved_bytes(function: Callable[[], object], besides: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward of `function()`: each storage once, those of `besides` (weights) not."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive = function()  # while it lives, so does what it saved, and no address is used twice
+    del alive
+    return sum(kept.values())
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int:
+    """The most memory that `function()` had allocated at once on a CUDA device, beyond what was there before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 @dataclass
 class Case:
-    """One measured situation: errors first, then times of the contestants that are right."""
+    """One measured situation: errors first, then times of the contestants that are right.
+
+    facts: what the id says, as keys, and what else holds for the whole case. figures: of a contestant beside its time
+    (bytes, rates). refused: contestants that cannot take part, and why.
+    """
 
     id: str
     device: str = "cpu"
     rounds: int = 9
+    facts: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -163,7 +207,7 @@ class Case:
 
     def as_dict(self) -> dict[str, Any]:
         contestants = {}
-        for name in {**self.errors, **self.timings}:
+        for name in {**self.errors, **self.wrong, **self.timings}:
             timing = self.timings.get(name)
             contestants[name] = {
                 "error": self.errors.get(name),
@@ -172,8 +216,11 @@ class Case:
                 "median_s": timing and timing.median,
                 "runs": len(timing.seconds) if timing else 0,
                 "ratio": self.ratio(name),
+                **self.figures.get(name, {}),
             }
-        return {"id": self.id, "baseline": self.baseline, "contestants": contestants}
+        known = {"facts": self.facts, "refused": self.refused}
+        more = {key: value for key, value in known.items() if value}
+        return {"id": self.id, "baseline": self.baseline, **more, "contestants": contestants}
 
     def lines(self) -> Iterator[str]:
         yield self.id
@@ -184,7 +231,10 @@ class Case:
                 continue
             ratio = "" if row["ratio"] is None else f"  {row['ratio']:6.3f}x"
             times = f"min {_readable(row['min_s'])}  median {_readable(row['median_s'])} of {row['runs']}"
-            yield f"  {name:<24} {times}{ratio}{error}"
+            figures = "".join(f"  {key} {value:.4g}" for key, value in self.figures.get(name, {}).items())
+            yield f"  {name:<24} {times}{ratio}{error}{figures}"
+        for name, reason in self.refused.items():
+            yield f"  {name:<24} not run: {reason}"
 
 
 def _readable(seconds: float) -> str:
@@ -198,6 +248,7 @@ class Report:
     def __init__(self, name: str, *, device: str = "cpu", rounds: int = 9) -> None:
         self.name, self.device, self.rounds = name, device, rounds
         self.cases: list[Case] = []
+        self.extra: dict[str, Any] = {}  # further keys of the JSON file
         self.environment = environment()
         print(header(self.environment))
 
@@ -212,7 +263,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         cases = [case.as_dict() for case in self.cases]
-        return {"schema": SCHEMA, "benchmark": self.name, "environment": self.environment, "cases": cases}
+        return {"schema": SCHEMA, "benchmark": self.name, "environment": self.environment, "cases": cases, **self.extra}
 
     def finish(self, options: argparse.Namespace) -> int:
         """Write what was asked for; 1 if a contestant was wrong."""
@@ -225,15 +276,9 @@ class Report:
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Bars of each contestant's time over the baseline's, a group per case; needs matplotlib (extra `plot`)."""
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise ValueError("a plot needs matplotlib: pip install 'qwen35moe[plot]'") from None
     names = list(dict.fromkeys(name for case in report["cases"] for name in case["contestants"]))
     height = 0.8 / max(len(names), 1)
-    figure = Figure(figsize=(8, 1 + 0.3 * len(names) * max(len(report["cases"]), 1)), layout="constrained")
+    figure = matplotlib_figure(figsize=(8, 1 + 0.3 * len(names) * max(len(report["cases"]), 1)))
     axes = figure.add_subplot()
     for place, name in enumerate(names):
         ratios = [case["contestants"].get(name, {}).get("ratio") or 0.0 for case in report["cases"]]
@@ -246,3 +291,14 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     axes.set_title(f"{report['benchmark']} on {report['environment']['processor']}", fontsize=9)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def matplotlib_figure(**options: Any) -> Any:
+    """An empty figure that belongs to no window; ValueError that names the extra where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ValueError("a plot needs matplotlib: pip install 'qwen35moe[plot]'") from None
+    return Figure(layout="constrained", **options)

@@ -207,12 +207,15 @@ def _restored_weights(weights: Tensor, layout: TokenLayout) -> Tensor:
     """Attention weights [rows, H, tokens, slots] to the caller's [B, H, T, slots], slots too where they are the tokens."""
     if layout.source is None:
         return weights
-    if layout.cu_seqlens is not None and layout.shape[0] > 1:
-        raise ValueError("output_attentions of several rows with packed documents: give one row, or cu_seqlens")
-    by_query = layout.restore(weights.transpose(1, 2))  # [B, T, H, slots]
-    if isinstance(layout.starts, int) and layout.starts == 0 and layout.tokens == weights.shape[-1]:
-        return layout.restore(by_query.permute(0, 3, 2, 1)).permute(0, 2, 3, 1)
-    return by_query.transpose(1, 2)
+    if weights.shape[-1] != layout.tokens:
+        return layout.restore(weights.transpose(1, 2)).transpose(1, 2)
+    row, place = layout.source // layout.shape[1], layout.source % layout.shape[1]
+    valid = torch.ones_like(row, dtype=torch.bool) if layout.valid is None else layout.valid
+    together = valid[:, :, None] & valid[:, None] & (row[:, :, None] == row[:, None])
+    r, i, j = together.nonzero(as_tuple=True)
+    whole = weights.new_zeros(layout.shape[0], *[layout.shape[1]] * 2, weights.shape[1])
+    where = (row[r, i], place[r, i], place[r, j])
+    return whole.index_put(where, weights.permute(0, 2, 3, 1)[r, i, j]).permute(0, 3, 1, 2)
 
 
 class Qwen3_5MoeForCausalLM(PretrainedModel):

@@ -90,8 +90,8 @@ class DecoderLayer(nn.Module):
         normed = self.input_layernorm(hidden)
         if self.kind == "linear_attention":
             assert memory is None or isinstance(memory, DeltaNetMemory)
-            mixed, after = self.linear_attn(normed, step.layout, memory, step.record)
-            return hidden + mixed, Passed(after)
+            mixed, after, weights = self.linear_attn(normed, step.layout, memory, step.record, step.attentions)
+            return hidden + mixed, Passed(after, None, weights)
         assert memory is None or isinstance(memory, AttentionMemory)
         mixed, after, weights = self.self_attn(normed, step.layout, step.rotation, memory, step.attentions)
         return hidden + mixed, Passed(after, None, weights)

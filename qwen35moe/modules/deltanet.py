@@ -15,9 +15,11 @@ from qwen35moe.layer_memory import DeltaNetMemory
 from qwen35moe.layout import TokenLayout
 from qwen35moe.modules.islands import Float32Island
 from qwen35moe.modules.norm import GatedRMSNorm
+from qwen35moe.ops.attention import weighted_values
+from qwen35moe.ops.attention_map import attention_map
 from qwen35moe.ops.precision import wide_dtype
 from qwen35moe.replay import Segment
-from qwen35moe.taps import tap
+from qwen35moe.taps import listening, tap
 
 
 class ShortConvolution(nn.Module):
@@ -59,9 +61,11 @@ class GatedDeltaNet(Float32Island):
         self.out_proj = nn.Linear(config.value_dim, width, bias=False)
 
     def forward(
-        self, x: Tensor, layout: TokenLayout, state: DeltaNetMemory | None = None, record: bool = False
-    ) -> tuple[Tensor, DeltaNetMemory]:
-        """x [B, T, D]; returns the output [B, T, D] and the state after the last token of each row."""
+        self, x: Tensor, layout: TokenLayout, state: DeltaNetMemory | None = None, record: bool = False,
+        with_weights: bool = False,
+    ) -> tuple[Tensor, DeltaNetMemory, Tensor | None]:
+        """x [B, T, D]. Returns the output [B, T, D], the state after the last token of each row, and, when asked for,
+        the attention map [B, H, T, T] of the new tokens (`ops.attention_map`)."""
         qkv = tap(self, "qkv", self.in_proj_qkv(x))
         before = None if state is None else state.inputs
         mixed, inputs = self.conv1d(qkv, before, layout.lengths, layout.cu_seqlens)
@@ -73,6 +77,12 @@ class GatedDeltaNet(Float32Island):
             caller=self,
         )
         memory = tap(self, "memory", memory)
+        weights = None
+        if with_weights or listening(self, ("scores",)):
+            own = attention_map(query, key, decay=decay, beta=beta, cu_seqlens=layout.cu_seqlens)
+            weights = tap(self, "scores", own)
+            if weights is not own:  # patched: the rule is linear in the values, so only the difference is missing
+                core = core + weighted_values(weights - own, value).to(core.dtype)
         gate = tap(self, "gate", self.in_proj_z(x).unflatten(-1, (self.heads, self.value_width)))
         normed = tap(self, "normed", self.norm(tap(self, "core", core), gate))
         out = tap(self, "output", self.out_proj(normed.flatten(2)))
@@ -81,7 +91,7 @@ class GatedDeltaNet(Float32Island):
             valid = layout.valid
             present = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
             segment = Segment(qkv, key, value, decay, beta, present)
-        return out, DeltaNetMemory(inputs, memory, segment)
+        return out, DeltaNetMemory(inputs, memory, segment), weights if with_weights else None
 
     def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, C] to query, key [B, T, G, K] and value [B, T, H, V]."""

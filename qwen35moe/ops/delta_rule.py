@@ -28,6 +28,8 @@ from einops import rearrange
 from torch import Tensor
 
 from qwen35moe import backends
+from qwen35moe.ops.attention_map import attention_map as attention_map
+from qwen35moe.ops.attention_map import writers as writers
 from qwen35moe.ops.norm import l2_norm
 from qwen35moe.ops.precision import wide_dtype, widen
 from qwen35moe.ops.triangular import unit_lower_inverse

@@ -108,6 +108,15 @@ _LINEAR_ATTN: tuple[_Row, ...] = (
         "attn_output",
         "core_attn_out",
     ),
+    (
+        "scores",
+        "B H T T",
+        "A with core = A value + what is read from the memory before, see ops.attention_map",
+        "query key decay beta",
+        "",
+        "",
+        "",
+    ),
     ("normed", "B T H V", "rms_norm(core) w silu(gate)", "core gate", "linear_attn.norm", "final_output", ""),
     ("output", "B T D", "W_out normed", "normed", "linear_attn.out_proj", "linear_attn_out", "output"),
 )

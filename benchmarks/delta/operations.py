@@ -1,0 +1,184 @@
+"""The races of single operations: the rule, the convolution, and one token of a layer as one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.delta import peers
+from benchmarks.delta.situations import DTYPES, FULL_SIZE, Answer, Contestant, Race, Situation, Sizes, draw_gates
+from qwen35moe import backends
+from qwen35moe.ops.convolution import direct_short_convolution
+from qwen35moe.ops.delta_net_step import delta_net_step
+from qwen35moe.ops.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
+
+DEFINITION_TOKENS = 64  # a definition that goes token by token takes part up to here, and is the judge beyond
+_SLOW = {("gated_delta_rule", "recurrent"), ("short_convolution", "direct")}
+
+
+def implementations(
+    situation: Situation, operation: str, args: tuple, kwargs: dict[str, Any]
+) -> Iterator[tuple[str, Any, str | None]]:
+    """(name, function, reason against it) of every implementation, with or without gradients as the situation wants."""
+    for entry in backends.implementations(operation):
+        with torch.set_grad_enabled(situation.mode == "train"):
+            reason = entry.refusal(args, kwargs)
+        if reason is None and (operation, entry.name) in _SLOW and situation.tokens > DEFINITION_TOKENS:
+            reason = f"the definition judges beyond {DEFINITION_TOKENS} tokens, it is no contestant"
+        yield f"ours {entry.name}", entry.fn, reason
+
+
+def auto(situation: Situation, operation: str, args: tuple, kwargs: dict[str, Any]) -> str:
+    """The name of the implementation that the library takes by itself."""
+    with torch.set_grad_enabled(situation.mode == "train"):
+        return f"ours {backends.resolve(operation, *args, **kwargs).name}"
+
+
+def rule(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> Race:
+    """The rule alone; one token has a state to start from. The truth covers one key head: heads do not meet."""
+    s, generator = situation, torch.Generator().manual_seed(0)
+    shapes = {"query": (sizes.groups, sizes.key), "key": (sizes.groups, sizes.key), "value": (sizes.heads, sizes.value)}
+    values = {
+        name: torch.randn(s.batch, s.tokens, *shape, generator=generator).to(device, DTYPES[s.dtype])
+        for name, shape in shapes.items()
+    }
+    values["decay"] = draw_gates(s.gates, s.batch, s.tokens, sizes.heads, generator).to(device)
+    values["beta"] = torch.rand(s.batch, s.tokens, sizes.heads, generator=generator).to(device)
+    if s.tokens == 1:
+        values["state"] = torch.randn(s.batch, sizes.heads, sizes.key, sizes.value, generator=generator).to(device)
+    values = {name: tensor.requires_grad_(s.mode == "train") for name, tensor in values.items()}
+    qkv = (values["query"], values["key"], values["value"])
+    options = {name: tensor for name, tensor in values.items() if name not in ("query", "key", "value")}
+    repeats = sizes.heads // sizes.groups
+    ends = {"query": 1, "key": 1, "d_query": 1, "d_key": 1}
+
+    def view(answer: Answer) -> Answer:
+        axis = {"memory": 1, "state": 1, "d_state": 1}
+        return {n: t.narrow(axis.get(n, 2), 0, ends.get(n, repeats)) for n, t in answer.items()}
+
+    cotangents = {
+        "out": torch.randn(values["value"].shape, generator=generator).to(device, DTYPES[s.dtype]),
+        "memory": torch.randn(s.batch, sizes.heads, sizes.key, sizes.value, generator=generator).to(device),
+    }
+
+    def truth() -> Answer:
+        """Outputs by the definition, gradients by the chunks, both in float64, where the suite holds them equal."""
+        part = {n: t.detach().double().requires_grad_(s.mode == "train") for n, t in view(values).items()}
+        weights = {n: t.double() for n, t in view(cotangents).items()}
+        by_chunks = Contestant(lambda: _ours(chunked_gated_delta_rule, part), part)
+        with torch.no_grad():
+            outputs = _ours(recurrent_gated_delta_rule, part)
+        return (by_chunks.answer("train", weights) if s.mode == "train" else {}) | outputs
+
+    found: dict[str, Contestant] = {}
+    refused: dict[str, str] = {}
+    peer = peers.modeling()
+    if peer is not None:
+        one = s.tokens == 1
+        theirs = peer.torch_recurrent_gated_delta_rule if one else peer.torch_chunk_gated_delta_rule
+        found["transformers"] = Contestant(lambda: peers.rule(theirs, values), values)
+    fla, reason = peers.fla_rule(s, device)
+    if reason is None:
+        found["fla"] = Contestant(lambda: peers.rule(fla, values), values)
+    else:
+        refused["fla"] = reason
+    for name, function, reason in implementations(s, "gated_delta_rule", qkv, options):
+        if reason is None:
+            found[name] = Contestant(_bound(_ours, function, values), values)
+        else:
+            refused[name] = reason
+    moved = 2 * values["state"].nbytes if s.tokens == 1 else 0
+    chosen = auto(s, "gated_delta_rule", qkv, options)
+    baseline = "transformers" if peer is not None else chosen
+    return Race(found, truth, baseline, chosen, list(values.values()), cotangents, view, (), refused, moved)
+
+
+def _ours(function: Callable[..., Any], values: dict[str, Tensor]) -> Answer:
+    named = {name: tensor for name, tensor in values.items() if name not in ("query", "key", "value")}
+    out, memory = function(values["query"], values["key"], values["value"], **named)
+    return {"out": out, "memory": memory}
+
+
+def _bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    return lambda: function(*args)
+
+
+def convolution(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> Race:
+    """The causal convolution and SiLU, from and to [B, T, C]."""
+    s, generator = situation, torch.Generator().manual_seed(0)
+    x = torch.randn(s.batch, s.tokens, sizes.channels, generator=generator).to(device, DTYPES[s.dtype])
+    weight = (torch.randn(sizes.channels, sizes.taps, generator=generator) / 2).to(device, DTYPES[s.dtype])
+    leaves = {"x": x.requires_grad_(s.mode == "train"), "weight": weight.requires_grad_(s.mode == "train")}
+    cotangents = {"out": torch.randn(x.shape, generator=generator).to(device, DTYPES[s.dtype])}
+
+    def ours(function: Callable[..., Any], x: Tensor, weight: Tensor) -> Answer:
+        return {"out": function(x, weight)[0]}
+
+    def truth() -> Answer:
+        wide = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in leaves.items()}
+        return Contestant(lambda: ours(direct_short_convolution, **wide), wide).answer(s.mode, cotangents)
+
+    found: dict[str, Contestant] = {}
+    refused: dict[str, str] = {}
+    peer, package = peers.modeling(), peers.optional("causal_conv1d")
+    if peer is not None:
+        found["transformers"] = Contestant(lambda: peers.convolution(peer.causal_conv1d_fn, x, weight), leaves)
+    if package is not None and device.startswith("cuda"):
+        found["causal_conv1d"] = Contestant(lambda: peers.convolution(package.causal_conv1d_fn, x, weight), leaves)
+    else:
+        refused["causal_conv1d"] = "not installed" if package is None else "runs on a GPU only"
+    for name, function, reason in implementations(s, "short_convolution", (x, weight), {}):
+        if reason is None:
+            found[name] = Contestant(_bound(ours, function, x, weight), leaves)
+        else:
+            refused[name] = reason
+    chosen = auto(s, "short_convolution", (x, weight), {})
+    baseline = "transformers" if peer is not None else chosen
+    return Race(found, truth, baseline, chosen, [x, weight], cotangents, refused=refused, moved=2 * x.nbytes)
+
+
+def fused_step(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> Race:
+    """The operation delta_net_step: everything between the projections of a layer, for one token of each row."""
+    s, dtype, generator = situation, DTYPES[situation.dtype], torch.Generator().manual_seed(0)
+
+    def random(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, to)
+
+    wide = torch.float32
+    args = (
+        random(s.batch, sizes.channels), random(s.batch, sizes.heads, sizes.value),
+        random(s.batch, sizes.heads), random(s.batch, sizes.heads),
+    )
+    state = {
+        "inputs": random(s.batch, sizes.channels, sizes.taps - 1),
+        "memory": random(s.batch, sizes.heads, sizes.key, sizes.value, to=wide),
+    }
+    options = {
+        "conv_weight": random(sizes.channels, sizes.taps) / 2, "A_log": random(sizes.heads, to=wide),
+        "dt_bias": random(sizes.heads, to=wide), "norm_weight": torch.ones(sizes.value, device=device),
+        "groups": sizes.groups, "eps": 1e-6,
+    }
+
+    def call(function: Callable[..., Any], state: dict[str, Tensor]) -> Answer:
+        out, inputs, memory = function(*args, **state, **options)
+        return {"out": out, "inputs": inputs, "memory": memory}
+
+    def truth() -> Answer:
+        with torch.no_grad():
+            doubles = {n: v.double() if isinstance(v, Tensor) else v for n, v in (state | options).items()}
+            out, inputs, memory = delta_net_step(*(x.double() for x in args), **doubles)
+        return {"out": out, "inputs": inputs, "memory": memory}
+
+    found: dict[str, Contestant] = {}
+    refused: dict[str, str] = {}
+    for name, function, reason in implementations(s, "delta_net_step", args, state | options):
+        if reason is None:  # each has a state of its own: it may be written in place
+            found[name] = Contestant(_bound(call, function, {n: t.clone() for n, t in state.items()}))
+        else:
+            refused[name] = reason
+    moved = 2 * sum(t.nbytes for t in state.values()) + 2 * args[1].nbytes + args[0].nbytes
+    chosen = auto(s, "delta_net_step", args, state | options)
+    return Race(found, truth, "ours torch", chosen, [*args, *state.values()], refused=refused, moved=moved)
