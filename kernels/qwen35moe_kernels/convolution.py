@@ -16,7 +16,7 @@ from torch import Tensor
 from . import runtime
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_TOKENS, _TOKENS_BACKWARD, _CHANNELS = 32, 16, 128  # a program's block
+_TOKENS, _TOKENS_BACKWARD, _CHANNELS, _WARPS = 32, 16, 128, 8  # a program's block: 16 numbers a thread, 8 in backward
 _TAPS = 8  # the loops over taps are unrolled, quadratically many in the backward
 
 
@@ -55,7 +55,7 @@ class _Call:
         self.batch, self.tokens, self.channels = x.shape
         self.taps = weight.shape[-1]
         self.rows = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.state = None if state is None else state.contiguous()
+        self.state = None if state is None else state.mT.contiguous()
         self.lengths, self.bounds, self.document = lengths, None, None
         if cu_seqlens is not None:
             self.bounds = cu_seqlens.to(x.device)
@@ -106,14 +106,14 @@ def _forward(
     with runtime.on_device_of(x):
         if call.tokens == 1 and lengths is None and cu_seqlens is None:
             kernels.step_kernel[call.per_row](
-                *call.given("x", "weight", "state"), y, after, call.channels, call.x.stride(0),
+                call.x, call.weight, call.x if state is None else state.contiguous(), y, after, call.channels, call.x.stride(0),
                 W=call.taps, HAS_STATE=has_state, BC=call.block,
             )  # fmt: skip
             return y, after
         grid, blocks = call.tiles(_TOKENS)
         kernels.forward_kernel[grid](
             *call.given("x", "weight", "state", "lengths", "document", "bounds"), y, *call.sizes,
-            **call.flags, HAS_STATE=has_state, **blocks,
+            **call.flags, HAS_STATE=has_state, **blocks, num_warps=_WARPS,
         )  # fmt: skip
         if call.taps > 1:
             kernels.last_inputs_kernel[call.per_row](
@@ -131,7 +131,7 @@ def _backward(
     from . import convolution_kernels as kernels
 
     call = _Call(x, weight, state, lengths, cu_seqlens)
-    dy, dafter = dy.contiguous(), dafter.contiguous()
+    dy, dafter = dy.contiguous(), dafter.mT.contiguous()
     grid, blocks = call.tiles(_TOKENS_BACKWARD)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shares = torch.empty(grid[2] * grid[0], call.taps, call.channels, dtype=torch.float32, device=x.device)
@@ -140,7 +140,7 @@ def _backward(
     with runtime.on_device_of(x):
         kernels.backward_kernel[grid](
             dy, dafter, *call.given("x", "weight", "state", "lengths", "document", "bounds"), dx, shares, *call.sizes,
-            **call.flags, HAS_STATE=has_state, **blocks,
+            **call.flags, HAS_STATE=has_state, **blocks, num_warps=_WARPS,
         )  # fmt: skip
         if has_state:
             kernels.state_gradient_kernel[call.per_row](

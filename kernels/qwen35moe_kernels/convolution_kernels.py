@@ -1,8 +1,9 @@
 """Triton kernels of the short causal convolution and its SiLU; `convolution.py` launches them.
 
 One program owns BT tokens of one row times BC channels. A token's inputs are its row's, or, where the row or document
-began less than W - 1 tokens ago, those of the state. Everything is summed in float32. Offsets are 64 bits wide: at 8,192
-channels 2^31 numbers are 262,144 tokens.
+began less than W - 1 tokens ago, those of the state, which is handed over as [rows or documents, W - 1, C] (so is its
+gradient `dafter`; what leaves is [..., C, W - 1]): channels side by side, as in x, so that both are read in one layout.
+Everything is summed in float32. Offsets are 64 bits wide: at 8,192 channels 2^31 numbers are 262,144 tokens.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def _input(
     value = tl.load(x + x_start + (t - back)[:, None] * x_token + c[None, :], mask=inside, other=0.0)
     if HAS_STATE:
         before = (exists & (place < back))[:, None] & in_c[None, :]
-        slot = (owner * C * (W - 1) + place + (W - 1 - back))[:, None] + c[None, :] * (W - 1)
-        old = tl.load(state + slot, mask=before, other=0.0).to(x.dtype.element_ty)
+        slot = owner * (W - 1) + place + (W - 1 - back)
+        old = tl.load(state + slot[:, None] * C + c[None, :], mask=before, other=0.0).to(x.dtype.element_ty)
         value = tl.where(before, old, value)
     return value.to(tl.float32)
 
@@ -99,15 +100,14 @@ def last_inputs_kernel(
         value = tl.load(x + begin + (start + place) * x_token + c, mask=in_c & (place >= 0), other=0.0)
         if HAS_STATE:
             before = in_c & (place < 0)
-            at = (owner * C + c) * (W - 1) + place + (W - 1)
-            old = tl.load(state + at, mask=before, other=0.0).to(x.dtype.element_ty)
+            old = tl.load(state + (owner * (W - 1) + place + (W - 1)) * C + c, mask=before, other=0.0).to(x.dtype.element_ty)
             value = tl.where(before, old, value)
         tl.store(after + (owner * C + c) * (W - 1) + slot, value.to(after.dtype.element_ty), mask=in_c)
 
 
 @triton.jit
 def step_kernel(x, weight, state, y, after, C, x_row, W: tl.constexpr, HAS_STATE: tl.constexpr, BC: tl.constexpr):
-    """One token of each row: y [B, C], and the state moved on by it."""
+    """One token of each row: y [B, C], and the state [B, C, W - 1], here as the caller has it, moved on by it."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
     in_c = c < C
@@ -175,7 +175,7 @@ def backward_kernel(
     if W > 1:  # the last inputs are an output too
         slot = place - (length - (W - 1))
         kept = (exists & (slot >= 0))[:, None] & in_c[None, :]
-        at = (owner * C * (W - 1) + slot)[:, None] + c[None, :] * (W - 1)
+        at = (owner * (W - 1) + slot)[:, None] * C + c[None, :]
         grad += tl.load(dafter + at, mask=kept, other=0.0).to(tl.float32)
     at = (row * T + t)[:, None] * C + c[None, :]
     tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=(t < T)[:, None] & in_c[None, :])
@@ -209,7 +209,8 @@ def state_gradient_kernel(
             )  # fmt: skip
             tap = tl.load(weight + c * W + (slot - step), mask=in_c, other=0.0).to(tl.float32)
             grad += slope * tap[None, :]
-        at = (owner * C + c) * (W - 1)
         left = in_c & (slot >= length)
-        grad += tl.load(dafter + at + slot - length, mask=left, other=0.0).to(tl.float32)[None, :]
+        at = (owner * (W - 1) + slot - length) * C + c
+        grad += tl.load(dafter + at, mask=left, other=0.0).to(tl.float32)[None, :]
+        at = (owner * C + c) * (W - 1)
         tl.store(dstate + at[None, :] + slot, grad.to(dstate.dtype.element_ty), mask=in_c[None, :])
