@@ -61,7 +61,7 @@ class _Call:
             self.bounds = cu_seqlens.to(x.device)
             token = torch.arange(self.tokens, device=x.device, dtype=self.bounds.dtype)
             self.document = torch.bucketize(token, self.bounds[1:], right=True, out_int32=True)
-        self.block = min(_CHANNELS, _power(self.channels))
+        self.block = min(_CHANNELS, runtime.power_of_two(self.channels))
 
     def given(self, *names: str) -> list[Tensor]:
         """Tensors by name. What is absent is never read: any pointer stands for it."""
@@ -78,20 +78,15 @@ class _Call:
 
     def tiles(self, most: int) -> tuple[tuple[int, int, int], dict[str, int]]:
         """The grid over tokens, channels and rows, and its blocks."""
-        block = min(most, _power(self.tokens))
-        return (_parts(self.tokens, block), _parts(self.channels, self.block), self.batch), {"BT": block, "BC": self.block}
+        block = min(most, runtime.power_of_two(self.tokens))
+        return (runtime.parts(self.tokens, block), runtime.parts(self.channels, self.block), self.batch), {
+            "BT": block,
+            "BC": self.block,
+        }
 
     @property
     def per_row(self) -> tuple[int, int]:
-        return self.rows, _parts(self.channels, self.block)
-
-
-def _power(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
-
-
-def _parts(size: int, block: int) -> int:
-    return -(-size // block)
+        return self.rows, runtime.parts(self.channels, self.block)
 
 
 def _forward(

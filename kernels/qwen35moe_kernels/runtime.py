@@ -107,3 +107,13 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd wants to know of an operation on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`: what a block of a kernel measures."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def parts(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
