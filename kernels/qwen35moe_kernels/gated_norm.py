@@ -46,9 +46,14 @@ def _rows(numbers: int, x: Tensor) -> tuple[int, int, dict[str, int]]:
 
 
 def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return normed(x, gate, weight, eps, x.dtype)
+
+
+def normed(x: Tensor, gate: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """y in a dtype of its own, without a gradient."""
     from . import gated_norm_kernels as kernels
 
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows, blocks, shape = _rows(_NUMBERS, x)
     with runtime.on_device_of(x):
         kernels.forward_kernel[(blocks,)](

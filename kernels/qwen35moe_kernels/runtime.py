@@ -117,3 +117,16 @@ def power_of_two(size: int) -> int:
 def parts(size: int, block: int) -> int:
     """How many blocks cover `size`."""
     return -(-size // block)
+
+
+def capability(tensor: Tensor) -> tuple[int, int] | None:
+    """The compute capability of the tensor's GPU; None where it is on none."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+
+
+def capability_objection(package: str, tensor: Tensor, least: tuple[int, int]) -> str | None:
+    """None, or that the tensor's GPU is too old for a package."""
+    found = capability(tensor)
+    if found is None or found >= least:
+        return None
+    return f"{package} needs compute capability {least[0]}.{least[1]}, {tensor.device} has {found[0]}.{found[1]}"

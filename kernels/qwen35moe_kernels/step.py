@@ -1,4 +1,4 @@
-"""One token of Gated DeltaNet in one launch: convolution, gates, l2 norm, rule and gated norm. See README.md.
+"""One token of Gated DeltaNet in one launch or two: convolution, gates, l2 norm, rule and gated norm. See README.md.
 
     m = silu(sum_w W_conv[:, w] x_{t - W + 1 + w});  q, k, v = m
     decay = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b)
@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from . import runtime
+from .gated_norm import normed
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST = 1 << 15  # numbers of a head's memory that one program holds in registers
+# With so few heads one launch is all that counts. With more, what counts is how much of the memory is under way at once:
+# a program of a whole head fills a multiprocessor and waits alone, of programs of 32 columns several run side by side.
+_FEW, _COLUMNS = 264, 32
 # What it computes on the way and cannot show: names of GatedDeltaNet's values.
 SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")
 
@@ -60,17 +64,27 @@ def _forward(
 
     (rows, channels), taps = qkv.shape, conv_weight.shape[-1]
     heads, width, out = memory.shape[1:]
-    y = torch.empty(rows, heads, out, dtype=qkv.dtype, device=qkv.device)
+    columns = runtime.power_of_two(out)
+    if rows * heads > _FEW:
+        columns = min(columns, _COLUMNS)
+    whole, block = columns >= out, {"BK": runtime.power_of_two(width), "BV": columns}
+    y = torch.empty(rows, heads, out, dtype=qkv.dtype if whole else torch.float32, device=qkv.device)
     inputs_after = torch.empty(rows, channels, taps - 1, dtype=qkv.dtype, device=qkv.device)
     memory_after = torch.empty(memory.shape, dtype=memory.dtype, device=memory.device)
-    block = {"BK": runtime.power_of_two(width), "BV": runtime.power_of_two(out)}
     tensors = (qkv, gate, a, b, inputs, memory, conv_weight, A_log, dt_bias, norm_weight)
     with runtime.on_device_of(qkv):
-        step_kernel[(rows, heads)](
-            *(tensor.contiguous() for tensor in tensors), y, inputs_after, memory_after, eps, G=groups, H=heads,
-            K=width, V=out, W=taps, **block, num_warps=min(16, max(1, block["BK"] * block["BV"] // 2048)),
+        step_kernel[(rows, heads, runtime.parts(out, columns))](
+            *(tensor.contiguous() for tensor in tensors), y, inputs_after, memory_after, eps, G=groups, H=heads, K=width,
+            V=out, W=taps, **block, WHOLE=whole, num_warps=_warps(block["BK"] * columns),
         )  # fmt: skip
+    if not whole:
+        y = normed(y, gate, norm_weight, eps, qkv.dtype)
     return y, inputs_after, memory_after
+
+
+def _warps(numbers: int) -> int:
+    """At most 64 of the memory's numbers a thread, 32 where several programs share a multiprocessor."""
+    return 16 if numbers > 1 << 14 else min(8, max(1, numbers // 1024))
 
 
 _operation = torch.library.custom_op(

@@ -37,20 +37,23 @@ def _softplus(x):
 def step_kernel(
     qkv, gate, a, b, inputs, memory, conv_weight, A_log, dt_bias, norm_weight, y, inputs_after, memory_after,
     eps, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
+    BV: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One row and value head: its key and query are convolved again by every head that shares them, its memory
-    [K, V] is read and written once."""
+    """One row, value head and BV columns of its memory [K, V], which are read and written once. The key and query are
+    convolved again by every program that uses them.
+
+    WHOLE, where BV spans V: y is the normed output. Else y is the rule's, float32, and the norm follows on its own.
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     repeats: tl.constexpr = H // G
     C: tl.constexpr = 2 * G * K + H * V
     group = head // repeats
     k_index = tl.arange(0, BK)
-    v_index = tl.arange(0, BV)
+    v_index = tl.program_id(2) * BV + tl.arange(0, BV)
     in_k = k_index < K
     in_v = v_index < V
-    first = head % repeats == 0  # one of the heads that share a key leaves its inputs behind
+    first = (head % repeats == 0) & (tl.program_id(2) == 0)  # one of those that share a key leaves its inputs behind
 
     query = _convolved(qkv, inputs, conv_weight, inputs_after, row, group * K + k_index, in_k, C, W, BK, first)
     key = _convolved(qkv, inputs, conv_weight, inputs_after, row, (G + group) * K + k_index, in_k, C, W, BK, first)
@@ -71,7 +74,8 @@ def step_kernel(
     tl.store(memory_after + at, state, mask=mask)
 
     core = tl.sum(query[:, None] * state, axis=0)
-    z = tl.load(gate + of_head * V + v_index, mask=in_v, other=0.0).to(tl.float32)
-    w = tl.load(norm_weight + v_index, mask=in_v, other=0.0).to(tl.float32)
-    out = core / tl.sqrt(tl.sum(core * core, axis=0) / V + eps) * w * z / (1.0 + tl.exp(-z))
-    tl.store(y + of_head * V + v_index, out.to(y.dtype.element_ty), mask=in_v)
+    if WHOLE:
+        z = tl.load(gate + of_head * V + v_index, mask=in_v, other=0.0).to(tl.float32)
+        w = tl.load(norm_weight + v_index, mask=in_v, other=0.0).to(tl.float32)
+        core = core / tl.sqrt(tl.sum(core * core, axis=0) / V + eps) * w * z / (1.0 + tl.exp(-z))
+    tl.store(y + of_head * V + v_index, core.to(y.dtype.element_ty), mask=in_v)
