@@ -1,6 +1,6 @@
 """The Triton convolution: every length, state, padding, packed documents, dtypes, gradients; one operation when compiled.
 
-The channels are 10 and the programs' blocks small, so that every test crosses blocks in both directions.
+The programs' blocks are small, so that the tests cross them; the interpreter's time goes with the number of programs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPERATION = "short_convolution"
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from qwen35moe_kernels import convolution
 
-    for name, size in (("_TOKENS", 16), ("_TOKENS_BACKWARD", 16), ("_CHANNELS", 8)):
+    for name, size in (("_TOKENS", 32), ("_TOKENS_BACKWARD", 32), ("_CHANNELS", 16)):
         monkeypatch.setattr(convolution, name, size)
     with backends.use(short_convolution="triton"):
         yield
@@ -41,10 +41,15 @@ def test_every_length_from_a_state(tokens: int) -> None:
     close((draw(B, tokens, C), draw(C, W, seed=1)), {"state": draw(B, C, W - 1, seed=2)})
 
 
+def test_several_blocks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen35moe_kernels.convolution._CHANNELS", 4)
+    close((draw(B, 5, C), draw(C, W, seed=1)), {"state": draw(B, C, W - 1, seed=2)})
+    close((draw(B, 1, C), draw(C, W, seed=1)), {"state": draw(B, C, W - 1, seed=2)})
+
+
 @pytest.mark.parametrize("taps", [1, 2, 3, 5])
 def test_other_numbers_of_taps_and_no_state(taps: int) -> None:
     close((draw(B, 18, C), draw(C, taps, seed=1)), {})
-    close((draw(B, 18, C), draw(C, taps, seed=1)), {"state": draw(B, C, taps - 1, seed=2)})
     close((draw(3, 1, C), draw(C, taps, seed=1)), {"state": draw(3, C, taps - 1, seed=2)})
 
 
@@ -62,7 +67,9 @@ def test_packed_documents(carried: bool, lengths: list[int]) -> None:
     bounds = integers(0, *itertools.accumulate(lengths))
     options = {"cu_seqlens": bounds} | ({"state": draw(len(lengths), C, W - 1, seed=2)} if carried else {})
     close((draw(1, sum(lengths), C), draw(C, W, seed=1)), options)
-    close((draw(1, sum(lengths), C), draw(C, W, seed=1)), options | {"cu_seqlens": bounds.int()})
+    x, weight = draw(1, sum(lengths), C), draw(C, W, seed=1)
+    found = [backends.run(OPERATION, x, weight, **options | {"cu_seqlens": each})[0] for each in (bounds, bounds.int())]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("lengths", [[19, 1, 2], [18, 19, 0]], ids=str)
@@ -76,8 +83,9 @@ def test_right_padded_rows_and_nobody_reads_the_padding(carried: bool, lengths: 
         unread[row, length:] = float("nan")
     ran = [backends.run(OPERATION, each, weight, **options) for each in (x, unread)]
     assert all(torch.equal(one, other) for one, other in zip(*ran, strict=True))
-    grads = [gradients(lambda y, w: backends.run(OPERATION, y, w, **options), each, weight) for each in (x, unread)]
-    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    if carried:
+        grads = [gradients(lambda y, w: backends.run(OPERATION, y, w, **options), each, weight) for each in (x, unread)]
+        assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 def test_states_are_slices_of_the_inputs_and_steps_equal_the_whole() -> None:
