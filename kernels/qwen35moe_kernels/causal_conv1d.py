@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import runtime
+from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _READ_BEHIND = 256  # numbers behind seq_idx that its forward may read where T does not fill its last chunk (their PR 117)
@@ -44,7 +44,7 @@ def short_convolution(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B, T, C] and the last inputs [B or documents, C, W-1]; the contract of `short_convolution`."""
-    import causal_conv1d
+    import causal_conv1d  # pyright: ignore[reportMissingImports]
 
     past = weight.shape[-1] - 1
     one = x.shape[1] == 1 and lengths is None and cu_seqlens is None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runtime
+from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TOKENS, _TOKENS_BACKWARD, _CHANNELS, _WARPS = 32, 16, 128, 8  # a program's block: 16 numbers a thread, 8 in backward
@@ -92,7 +92,7 @@ class _Call:
 def _forward(
     x: Tensor, weight: Tensor, state: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    from . import convolution_kernels as kernels
+    kernels = runtime.kernels("convolution_kernels")
 
     call = _Call(x, weight, state, lengths, cu_seqlens)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -123,7 +123,7 @@ def _backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, weight and state (empty where there is none)."""
-    from . import convolution_kernels as kernels
+    kernels = runtime.kernels("convolution_kernels")
 
     call = _Call(x, weight, state, lengths, cu_seqlens)
     dy, dafter = dy.contiguous(), dafter.mT.contiguous()

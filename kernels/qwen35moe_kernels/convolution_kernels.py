@@ -6,6 +6,8 @@ gradient `dafter`; what leaves is [..., C, W - 1]): channels side by side, as in
 Everything is summed in float32. Offsets are 64 bits wide: at 8,192 channels 2^31 numbers are 262,144 tokens.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# Inside a kernel Python stands for Triton: its `static_range` is no iterable, its constexprs are numbers.
 from __future__ import annotations
 
 import triton

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runtime
+from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.float16, torch.bfloat16)
 _WIDEST, _OLDEST = 256, (2, 6)
@@ -45,7 +45,7 @@ def attention_objection(
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, visible: Any, dropout: float = 0.0) -> Tensor:
     """query [B, T, H, K], key and value [B, S, G, K]; returns [B, T, H, K]. The contract of `attention`."""
-    import flash_attn
+    import flash_attn  # pyright: ignore[reportMissingImports]
 
     tokens, starts = query.shape[1], visible.starts
     options = {"softmax_scale": scale, "causal": True}
@@ -74,7 +74,7 @@ def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: T
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
     """Over sequences that lie one behind the other. The longest is read on the host: it sizes the grid."""
-    import flash_attn
+    import flash_attn  # pyright: ignore[reportMissingImports]
 
     longest = int(cu_seqlens.diff().max())
     bounds = cu_seqlens.to(device=query.device, dtype=torch.int32)

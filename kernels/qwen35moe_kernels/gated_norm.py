@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runtime
+from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS, _NUMBERS_BACKWARD = 4096, 2048  # of x in one program
@@ -51,7 +51,7 @@ def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def normed(x: Tensor, gate: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """y in a dtype of its own, without a gradient."""
-    from . import gated_norm_kernels as kernels
+    kernels = runtime.kernels("gated_norm_kernels")
 
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows, blocks, shape = _rows(_NUMBERS, x)
@@ -63,7 +63,7 @@ def normed(x: Tensor, gate: Tensor, weight: Tensor, eps: float, dtype: torch.dty
 
 
 def _backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from . import gated_norm_kernels as kernels
+    kernels = runtime.kernels("gated_norm_kernels")
 
     dx, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
     rows, blocks, shape = _rows(_NUMBERS_BACKWARD, x)

@@ -1,5 +1,7 @@
 """Triton kernels of the gated RMS norm; `gated_norm.py` launches them. A row lies whole in one program, in float32."""
 
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# Inside a kernel Python stands for Triton: its `static_range` is no iterable, its constexprs are numbers.
 from __future__ import annotations
 
 import triton

@@ -7,11 +7,13 @@ so that they then stand behind every other form and run when they are asked for 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +99,11 @@ def dtype_objection(*allowed: torch.dtype, **tensors: Tensor | None) -> str | No
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not one of {names}"
     return None
+
+
+def kernels(file: str) -> Any:
+    """The Triton functions of a file of this package, imported where they are first launched."""
+    return importlib.import_module(f"qwen35moe_kernels.{file}")
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

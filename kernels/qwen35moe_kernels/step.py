@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import runtime
-from .gated_norm import normed
+from qwen35moe_kernels import runtime
+from qwen35moe_kernels.gated_norm import normed
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST = 1 << 15  # numbers of a head's memory that one program holds in registers
@@ -60,7 +60,7 @@ def _forward(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, inputs: Tensor, memory: Tensor, conv_weight: Tensor, A_log: Tensor,
     dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from .step_kernels import step_kernel
+    kernel = runtime.kernels("step_kernels").step_kernel
 
     (rows, channels), taps = qkv.shape, conv_weight.shape[-1]
     heads, width, out = memory.shape[1:]
@@ -73,7 +73,7 @@ def _forward(
     memory_after = torch.empty(memory.shape, dtype=memory.dtype, device=memory.device)
     tensors = (qkv, gate, a, b, inputs, memory, conv_weight, A_log, dt_bias, norm_weight)
     with runtime.on_device_of(qkv):
-        step_kernel[(rows, heads, runtime.parts(out, columns))](
+        kernel[(rows, heads, runtime.parts(out, columns))](
             *(tensor.contiguous() for tensor in tensors), y, inputs_after, memory_after, eps, G=groups, H=heads, K=width,
             V=out, W=taps, **block, WHOLE=whole, num_warps=_warps(block["BK"] * columns),
         )  # fmt: skip
