@@ -146,7 +146,8 @@ class Drawing:
         self.shapes = {names.canonical(tensor.name): tensor.shape for tensor in found}
 
     def __call__(self, name: str) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 2**32 + zlib.crc32(name.encode())) % 2**63)
+        seed = zlib.crc32(f"{self.seed}/{name}".encode())  # torch's generator reads 32 bits of a seed
+        generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(self.shapes[name], generator=generator)
         uniform = torch.rand(self.shapes[name], generator=generator)
         return self._matrix(name, noise) if noise.dim() > 1 else self._vector(name, noise, uniform)
@@ -154,10 +155,11 @@ class Drawing:
     def _vector(self, name: str, noise: Tensor, uniform: Tensor) -> Tensor:
         """Norms, biases and gates."""
         away = (0.1 + 0.4 * uniform) * noise.sign()  # 0.1 ... 0.5 from zero, on both sides
-        if name.endswith("A_log"):
-            return torch.log(1.3 + 14.7 * uniform)
-        if name.endswith("dt_bias"):
-            return torch.log(torch.expm1(torch.exp(math.log(1e-3) + uniform * math.log(100.0))))
+        if name.endswith(("A_log", "dt_bias")):
+            spread = (noise.argsort() + uniform) / len(noise)  # over the whole range, however few heads there are
+            if name.endswith("A_log"):
+                return torch.log(1.3 + 14.7 * spread)
+            return torch.log(torch.expm1(torch.exp(math.log(1e-3) + spread * math.log(100.0))))
         if name.endswith("linear_attn.norm.weight") or (name.startswith("visual.") and name.endswith(".weight")):
             return 1 + away
         if name == "visual.merger.linear_fc2.bias":
