@@ -150,3 +150,18 @@ def test_mixed_layouts_of_decoder_and_mtp(tmp_path: Path) -> None:
         parts = {part["name"]: part["experts"] for part in facts["parts"]}
         assert parts["routed experts"] == experts.replace("_", " ") != parts["multi-token prediction"]
         assert not facts["missing_tensors"] and not facts["unexpected_tensors"] and not facts["absent_parts"]
+
+
+def test_a_configuration_with_a_billion_experts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One tensor of a single expert, and a config.json that would have us list 24 * 10^9 names."""
+    config = tiny_config(layers=8, experts=2, top_k=1)
+    write_headers(tmp_path, config, list(tensors(config, Layout(experts="per_expert"))))
+    content = json.loads((tmp_path / "config.json").read_text()) | {"num_experts": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for command in (["inspect", str(tmp_path)], ["convert", str(tmp_path), str(tmp_path / "new")]):
+        assert main(command) == 2
+        assert "describes 1,000,000,000 experts in each of 8 layers" in capsys.readouterr().err
+    write_headers(tmp_path, config, [t for t in tensors(config) if "experts" not in t.name])
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert main(["convert", str(tmp_path), str(tmp_path / "new")]) == 2  # grouped: named once for each layer
+    assert "missing: layers.{0-7}.mlp.experts.gate_up_proj" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from .block_fp8 import dequantised
 from .folder import CONFIG, config_file
 from .headers import FLOATS, INDEX, Header, StoredTensor, locate, read_headers
 from .problems import CheckpointError, Problem
-from .published import BLOCK, SCALE, scale_shape
+from .published import BLOCK, SCALE, check_experts, scale_shape
 from .write import Entry, bytes_of, json_bytes, write_checkpoint
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ def convert(
     kept = _checked_layers(layers, config.text_config.num_hidden_layers)
     new = _new_config(config, kept, wanted, keeps_fp8=wanted is None)
     form = (layout or old.layout_of("text"), mtp_layout or layout or old.layout_of("mtp"))
+    if "per_expert" in (*form, old.layout_of("text"), old.layout_of("mtp")):
+        check_experts(config, len(header.tensors) + len(header.lost))
     entries = list(_entries(old, new, kept, form, wanted))
     problems += old.unused(kept)
     if problems:
@@ -164,6 +166,7 @@ class _Old:
                 self.problems.append(Problem("stored twice", tensor.name, f"also as {self.tensors[name].name}"))
             else:
                 self.tensors[name] = tensor
+        self.single_experts = {single[0] for name in self.tensors if (single := names.expert_of(name))}
 
     def missing(self, name: str, shape: Sequence[int]) -> None:
         if name not in self.lost:
@@ -260,6 +263,8 @@ def _from_experts(
     if (grouped := names.grouped_experts(name)) is None:
         return None
     module, projections = grouped
+    if module not in old.single_experts:
+        return None
     each = (shape[1] // len(projections), shape[2])
     reads: list[tuple[StoredTensor, StoredTensor | None]] = []
     for expert in range(shape[0]):
@@ -270,12 +275,10 @@ def _from_experts(
                 old.missing(one, each)
             else:
                 reads.append((tensor, old.scale_of(one, tensor)))
-    if not reads:
-        return []
     if dtype is None and any(scale is not None for _, scale in reads):
         detail = "block-FP8 has no grouped form: choose --layout per_expert, or a dtype such as bfloat16"
         old.problems.append(Problem("cannot be grouped", name, detail))
-    kinds = {_target(name, tensor, dtype) for tensor, _ in reads}
+    kinds = {_target(name, tensor, dtype) for tensor, _ in reads} or {torch.float32}  # none: all of them are missing
     if len(kinds) > 1:
         old.problems.append(Problem("several dtypes", name, f"its experts are {sorted(map(str, kinds))}: choose a dtype"))
     return [Entry(published, shape, kinds.pop(), lambda: (part for read in reads for part in _numbers(*read)))]

@@ -20,7 +20,10 @@ from typing import Any
 from qwen35moe.config import Config
 from qwen35moe.config.parameters import TensorShape
 
+from .problems import CheckpointError
+
 BLOCK = 128
+MAX_EXPERTS = 1_000_000  # of all layers, where each has tensors of its own
 SCALE = "_scale_inv"  # behind the name of the weight: mlp.up_proj.weight_scale_inv
 
 # Modules whose weights an FP8 repository quantises, in the decoder and in the MTP head. Everything else, first of all
@@ -68,6 +71,20 @@ def tensors(config: Config, layout: Layout = QWEN35) -> Iterator[TensorShape]:
             yield TensorShape(tensor.name + SCALE, scale_shape(tensor.shape), "BF16")
         else:
             yield tensor
+
+
+def check_experts(config: Config, stored: int) -> None:
+    """CheckpointError where naming every single expert would take a list out of all proportion to `stored` tensors.
+
+    The largest published model has 47,104 experts in all its layers; a config.json may claim 10^12 for a small file.
+    """
+    text = config.text_config
+    layers = text.num_hidden_layers + text.mtp_num_hidden_layers
+    if layers * text.num_experts > max(MAX_EXPERTS, stored):
+        raise CheckpointError(
+            f"config.json describes {text.num_experts:,} experts in each of {layers:,} layers, beside {stored:,} stored "
+            f"tensors; at most {MAX_EXPERTS:,} in all are handled one by one"
+        )
 
 
 def is_quantised(name: str) -> bool:

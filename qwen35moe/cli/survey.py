@@ -173,7 +173,10 @@ def _compared(config: Any, stored: dict[str, Any], *, vision: bool, mtp: bool) -
         single = any(names.part_of(name) == part and names.expert_of(name) for name in stored)
         return "per_expert" if single else "grouped"
 
-    shapes = config.tensor_shapes(vision=vision, mtp=mtp, experts=layout("text"), mtp_experts=layout("mtp"))
+    form = {"experts": layout("text"), "mtp_experts": layout("mtp")}
+    if "per_expert" in form.values():
+        published.check_experts(config, len(stored))
+    shapes = config.tensor_shapes(vision=vision, mtp=mtp, **form)
     expected = {names.canonical(tensor.name): tensor.shape for tensor in shapes}
     expected |= {
         name + published.SCALE: published.scale_shape(tensor.shape)
