@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 
 from qwen35moe.checkpoint import names, read_headers
-from qwen35moe.checkpoint.block_fp8 import dequantised
 from qwen35moe.checkpoint.published import QWEN35, QWEN36, TRANSFORMERS, Layout, tensors
+from qwen35moe.checkpoint.quantise import dequantise
 from qwen35moe.checkpoint.tiny import tiny_config, write_tiny
 from qwen35moe.cli import main
 from qwen35moe.config import Config, ConfigError
@@ -88,7 +88,7 @@ def test_layouts_of_one_seed_agree(tmp_path: Path) -> None:
             expected = whole if weight == "down_proj" else whole.chunk(2)[projection == "up_proj"]
         assert expected is not None, name
         if value.dtype is torch.float8_e4m3fn:
-            close = (dequantised(value, fp8[name + "_scale_inv"]) - expected.float()).abs()
+            close = (dequantise(value, fp8[name + "_scale_inv"]) - expected.float()).abs()
             assert (close <= torch.maximum(expected.float().abs() / 16, expected.float().abs().max() / 448 / 512)).all()
             compared += 1
         else:

@@ -7,7 +7,7 @@ memory.py     bytes as tensors: mapped, read, read ahead
 read.py       `load_model`
 write.py      `save_model`
 published.py  what the files of a published repository hold, from a configuration alone
-block_fp8.py  matrices of 8-bit numbers with a scale per block
+quantise.py   matrices as 8-bit numbers with a scale per block
 convert.py    from one layout on disk to another
 tiny.py       small checkpoints for tests
 folder.py     how a new checkpoint replaces an old one

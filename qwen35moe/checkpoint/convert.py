@@ -23,11 +23,11 @@ from torch import Tensor
 from qwen35moe.config import Config
 
 from . import names
-from .block_fp8 import dequantised
 from .folder import CONFIG, config_file
 from .headers import FLOATS, INDEX, Header, StoredTensor, locate, read_headers
 from .problems import CheckpointError, Problem
 from .published import BLOCK, SCALE, check_experts, scale_shape
+from .quantise import dequantise
 from .write import Entry, bytes_of, json_bytes, write_checkpoint
 
 log = logging.getLogger(__name__)
@@ -327,7 +327,7 @@ def _numbers(tensor: StoredTensor, scale: StoredTensor | None) -> Iterator[Tenso
     for row in range(0, rows, step):
         count = min(step, rows - row)
         values = torch.cat(list(stored_numbers(tensor, row * columns, count * columns)))
-        yield dequantised(values.view(count, columns), scales[row // BLOCK : -(-(row + count) // BLOCK)])
+        yield dequantise(values.view(count, columns), scales[row // BLOCK : -(-(row + count) // BLOCK)])
 
 
 def stored_numbers(tensor: StoredTensor, at: int = 0, count: int | None = None) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ Repositories differ in four things, which are the fields of `Layout`. Known ones
     FP8 of either         both per expert, block-FP8, islands as above        QWEN35.quantised(), QWEN36.quantised()
     saved by transformers per expert, no mtp.*                                TRANSFORMERS
 
-Block-FP8: a weight [R, C] is F8_E4M3, beside it `weight_scale_inv` BF16 [ceil(R / 128), ceil(C / 128)]. See block_fp8.py.
+Block-FP8: a weight [R, C] is F8_E4M3, beside it `weight_scale_inv` BF16 [ceil(R / 128), ceil(C / 128)]. See quantise.py.
 """
 
 from __future__ import annotations

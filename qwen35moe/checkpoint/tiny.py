@@ -36,8 +36,8 @@ from torch import Tensor
 from qwen35moe.config import Config, ConfigError
 
 from . import names
-from .block_fp8 import quantised
 from .published import QWEN35, SCALE, Layout, quantization_config, tensors
+from .quantise import quantise
 from .write import Entry, bytes_of, json_bytes, write_checkpoint
 
 _TORCH = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -128,8 +128,8 @@ def _values(published: str, dtype: str, drawn: Callable[[str], Tensor]) -> Calla
         else:
             value = drawn(name)
         if dtype == "F8_E4M3":
-            return [quantised(value.bfloat16())[0]]
-        return [quantised(value.bfloat16())[1]] if published.endswith(SCALE) else [value]
+            return [quantise(value.bfloat16())[0]]
+        return [quantise(value.bfloat16())[1]] if published.endswith(SCALE) else [value]
 
     return pieces
 

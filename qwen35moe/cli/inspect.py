@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .survey import survey
@@ -12,8 +13,19 @@ from .survey import survey
 
 def run(options: argparse.Namespace) -> None:
     """Print the survey, as a page or as JSON."""
-    facts = survey(options.folder, context=options.context, batch=options.batch)
+    facts = _without_collector(lambda: survey(options.folder, context=options.context, batch=options.batch))
     print(json.dumps(facts, indent=2) if options.json else report(facts))
+
+
+def _without_collector(function: Callable[[], Any]) -> Any:
+    """Headers become a million objects that all stay: looking for cycles among them again and again takes a third."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        return function()
+    finally:
+        if was:
+            gc.enable()
 
 
 def report(facts: dict[str, Any]) -> str:

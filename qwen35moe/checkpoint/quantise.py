@@ -1,4 +1,4 @@
-"""Block-FP8: a matrix as 8-bit numbers and one scale for each block of 128 x 128 of them.
+"""Writing block-FP8: a matrix as 8-bit numbers and one scale for each block of 128 x 128 of them.
 
     w[i, j] = q[i, j] * s[i // 128, j // 128]          q: float8_e4m3fn, |q| <= 448;  s: bfloat16, on disk `weight_scale_inv`
 
@@ -16,16 +16,12 @@ from .published import BLOCK, scale_shape
 LARGEST = 448.0  # of float8_e4m3fn; what lies beyond becomes NaN in a conversion, not infinity
 
 
-def dequantised(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """q * s [R, C], computed in float32 and rounded once to `dtype`. values [R, C]; scale [ceil(R/128), ceil(C/128)]."""
-    return (values.float() * _per_element(scale.float(), values.shape)).to(dtype)
-
-
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(q, s) for a weight [R, C]: each block is scaled so that its largest number becomes 448.
 
     The scale is rounded to bfloat16 first and the numbers are divided by what it became, so that its rounding costs
     nothing; where it was rounded down, the largest number is cut to 448 (by 0.4 % at most). A block of zeros has scale 1.
+    ValueError for NaN and infinity, which no scale can hold.
     """
     rows, columns = weight.shape
     down, across = scale_shape((rows, columns))
@@ -35,13 +31,15 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     blocks = F.pad(wide, (0, across * BLOCK - columns, 0, down * BLOCK - rows)).view(down, BLOCK, across, BLOCK)
     scale = (blocks.abs().amax(dim=(1, 3)) / LARGEST).bfloat16()
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    values = (wide / _per_element(scale.float(), wide.shape)).clamp(-LARGEST, LARGEST)
+    values = (wide / _per_element(scale, rows, columns)).clamp(-LARGEST, LARGEST)
     return values.to(torch.float8_e4m3fn), scale
 
 
-def _per_element(scale: Tensor, shape: torch.Size) -> Tensor:
-    """scale, repeated over its blocks: [R, C]."""
-    rows, columns = shape
-    if scale.shape != (expected := scale_shape((rows, columns))):
-        raise ValueError(f"scales {list(scale.shape)} for a weight {[rows, columns]}, which has {list(expected)} blocks")
-    return scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+def dequantise(values: Tensor, scale: Tensor) -> Tensor:
+    """q * s in float32 [R, C], for values [R, C] and scale [ceil(R/128), ceil(C/128)]."""
+    return values.float() * _per_element(scale, *values.shape)
+
+
+def _per_element(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """The scales in float32, repeated over their blocks: [R, C]."""
+    return scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
