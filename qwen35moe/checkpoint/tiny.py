@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35moe.config import Config, ConfigError
+from qwen35moe.config import Config, ConfigError, VisionConfig
 
 from . import names
 from .published import QWEN35, SCALE, Layout, quantization_config, tensors
@@ -55,7 +55,7 @@ _TEXT: dict[str, Any] = dict(
     rope_parameters={"rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25,
                      "mrope_section": [2, 2, 1], "mrope_interleaved": True},
 )  # fmt: skip
-_VISION = dict(depth=2, hidden_size=40, intermediate_size=72, num_heads=2, num_position_embeddings=64)
+_VISION: dict[str, Any] = dict(depth=2, hidden_size=40, intermediate_size=72, num_heads=2, num_position_embeddings=64)
 
 
 def write_tiny(
@@ -106,7 +106,7 @@ def tiny_config(
     ids = _token_ids()
     return Config(
         text_config=config.text_config,
-        vision_config={**_VISION, "out_hidden_size": config.text_config.hidden_size},
+        vision_config=VisionConfig(**_VISION, out_hidden_size=config.text_config.hidden_size),
         tie_word_embeddings=config.tie_word_embeddings,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],

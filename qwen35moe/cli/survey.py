@@ -177,7 +177,7 @@ def _compared(config: Any, stored: dict[str, Any], *, vision: bool, mtp: bool) -
     if "per_expert" in form.values():
         published.check_experts(config, len(stored))
     shapes = config.tensor_shapes(vision=vision, mtp=mtp, **form)
-    expected = {names.canonical(tensor.name): tensor.shape for tensor in shapes}
+    expected = {names.canonical(tensor.name) or tensor.name: tensor.shape for tensor in shapes}
     expected |= {
         name + published.SCALE: published.scale_shape(tensor.shape)
         for name, tensor in stored.items()
