@@ -241,12 +241,12 @@ def test_a_model_with_a_vision_tower_keeps_the_nested_form(tmp_path: Path) -> No
 
 
 def test_sizes_and_shards() -> None:
-    assert [write._bytes(size) for size in (7, "7", "7B", "5GB", "500 MiB", "1.5kb", "2TB")] == [
+    assert [write.bytes_of(size) for size in (7, "7", "7B", "5GB", "500 MiB", "1.5kb", "2TB")] == [
         7, 7, 7, 5 * 10**9, 500 * 2**20, 1500, 2 * 10**12]  # fmt: skip
     for wrong in ("", "GB", "-5GB", "5XB", 0, "0.1", "nan", None):
         with pytest.raises(ValueError, match="max_shard_size"):
-            write._bytes(wrong)  # type: ignore[arg-type]
-    entries = [write.Entry(str(n), torch.zeros(n), torch.float32) for n in (3, 3, 9, 1, 1, 1, 1)]
+            write.bytes_of(wrong)  # type: ignore[arg-type]
+    entries = [write.Entry.of(str(n), torch.zeros(n), torch.float32) for n in (3, 3, 9, 1, 1, 1, 1)]
     assert [[e.name for e in shard] for shard in split(entries, 24)] == [["3", "3"], ["9"], ["1", "1", "1", "1"]]
 
 

@@ -235,7 +235,7 @@ def test_inspect_counts_a_published_size(tmp_path: Path, capsys: pytest.CaptureF
     assert facts["layers"] == {"linear_attention": 30, "full_attention": 10} and facts["files"] == 1
     assert main(["inspect", str(tmp_path)]) == 0
     page = capsys.readouterr().out
-    for words in ("256 experts, 8 per token", "per expert", "3,454,988,928", "35,951,822,704", "71.9", "BF16 F32"):
+    for words in ("256 experts, 8 per token", "per expert", "3,454,988,928", "35,951,822,704", "71.9", "F32 19.20 kB"):
         assert words in page
     assert "the number of parameters is the one that config.json describes" in page
 

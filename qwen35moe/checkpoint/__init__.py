@@ -6,6 +6,10 @@ assemble.py   which bytes make which parameter
 memory.py     bytes as tensors: mapped, read, read ahead
 read.py       `load_model`
 write.py      `save_model`
+published.py  what the files of a published repository hold, from a configuration alone
+quantise.py   matrices as 8-bit numbers with a scale per block
+convert.py    from one layout on disk to another
+tiny.py       small checkpoints for tests
 folder.py     how a new checkpoint replaces an old one
 hub.py        the same from the Hugging Face Hub
 problems.py   `CheckpointError`, with everything that is wrong in one message

@@ -11,9 +11,10 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,26 +26,41 @@ from .assemble import Slot, slots_of
 from .folder import GENERATION_CONFIG, replacing
 from .headers import FLOATS, SAVE_ID
 from .problems import CheckpointError
+from .published import SCALE
 
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
-_CODES = {dtype: code for code, dtype in FLOATS.items()}
+_CODES = {dtype: code for code, dtype in FLOATS.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: the view of a parameter, under its published name, in the dtype it gets on disk."""
+    """A tensor to be written, under its published name and in the dtype it gets on disk.
+
+    `pieces` gives its numbers in order, as tensors of any shape, dtype and device: one for a parameter, many for what
+    is itself read piece by piece. It may be called once for each time the tensor is written.
+    """
 
     name: str
-    value: Tensor
+    shape: tuple[int, ...]
     dtype: torch.dtype
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def of(cls, name: str, value: Tensor, dtype: torch.dtype) -> Entry:
+        """A tensor that is there already."""
+        return cls(name, tuple(value.shape), dtype, lambda: (value,))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        return self.value.numel() * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 def save_model(
@@ -65,27 +81,44 @@ def save_model(
     """
     if layout not in ("grouped", "per_expert"):
         raise ValueError(f"layout={layout!r}; it is 'grouped' or 'per_expert'")
-    limit = _bytes(max_shard_size)
+    limit = bytes_of(max_shard_size)
     slots = slots_of(model)
     config, multimodal = _config(model, slots)
     entries = [entry for slot in slots for entry in _entries(slot, layout, multimodal)]
-    shards = split(entries, limit)
     _tell_what_is_left_out(model)
+    write_checkpoint(path, config, entries, limit, _generation_config(model))
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    config: bytes,
+    entries: Sequence[Entry],
+    limit: int,
+    others: Mapping[str, bytes],
+    wrote: Callable[[int], object] | None = None,
+) -> None:
+    """Make `entries` and `config` (the text of config.json) the checkpoint in the folder `path`.
+
+    limit: bytes of data per file, see `split`. others: small files beside the weights. wrote: told of every piece that
+    was written, in bytes of tensors.
+    """
+    shards = split(entries, limit)
     with replacing(path, config, sum(entry.nbytes for entry in entries)) as new:
         files = new.shard_names(len(shards))
         metadata = {"format": "pt", SAVE_ID: new.save_id}
         for file, shard in zip(files, shards, strict=True):
-            new.write(file, _contents(shard, metadata))
+            new.write(file, _contents(shard, metadata, wrote))
         index = None
         if len(shards) > 1:
             weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
-            counts = {"total_size": sum(entry.nbytes for entry in entries),
-                      "total_parameters": sum(entry.value.numel() for entry in entries)}  # fmt: skip
-            index = _json({"metadata": counts | {SAVE_ID: new.save_id}, "weight_map": weight_map})
-        new.commit(files, index, _generation_config(model))
+            parameters = sum(entry.numel for entry in entries if not entry.name.endswith(SCALE))
+            counts = {"total_size": sum(entry.nbytes for entry in entries), "total_parameters": parameters}
+            index = json_bytes({"metadata": counts | {SAVE_ID: new.save_id}, "weight_map": weight_map})
+        new.commit(files, index, others)
 
 
-def _bytes(size: int | str) -> int:
+def bytes_of(size: int | str) -> int:
+    """5000000000 for "5GB"; ValueError for what is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(size).upper())
     if match is None or match[2] not in (*_UNITS, "B"):
         raise ValueError(f'max_shard_size={size!r}; it is a number of bytes, or like "5GB" or "500MiB"')
@@ -110,10 +143,11 @@ def _config(model: Any, slots: Sequence[Slot]) -> tuple[bytes, bool]:
     content = config.to_dict() | {"architectures": [type(model).__name__], "dtype": dtype}
     if "text_config" in content:
         content["text_config"] = content["text_config"] | {"dtype": dtype}
-    return _json(content), multimodal
+    return json_bytes(content), multimodal
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """The text of a file, the same for equal values."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -121,20 +155,20 @@ def _entries(slot: Slot, layout: str, multimodal: bool) -> Iterator[Entry]:
     """What one parameter is on disk. Tied weights are written once, under the first of their names."""
     if slot.parameter.is_meta:
         raise CheckpointError(f"{slot.name} is on the meta device and has no values to save")
-    if slot.parameter.dtype not in _CODES:
+    if slot.parameter.dtype not in FLOATS.values():
         raise CheckpointError(f"{slot.name} is {slot.parameter.dtype}; weights are saved as {', '.join(FLOATS)}")
     value = slot.parameter.detach()
     if not names.canonical(slot.name):
         raise CheckpointError(f"{slot.name} is no part of this architecture: merge or remove what was added")
     experts = names.grouped_experts(slot.name)
     if experts is None or layout == "grouped":
-        yield Entry(names.published(slot.name, multimodal=multimodal), value, _stored_dtype(slot, value))
+        yield Entry.of(names.published(slot.name, multimodal=multimodal), value, _stored_dtype(slot, value))
         return
     module, projections = experts
     for expert, rows in enumerate(value):
         for projection, part in zip(projections, rows.chunk(len(projections)), strict=True):
             name = names.published(names.single_expert(module, expert, projection), multimodal=multimodal)
-            yield Entry(name, part, part.dtype)
+            yield Entry.of(name, part, part.dtype)
 
 
 def _stored_dtype(slot: Slot, value: Tensor) -> torch.dtype:
@@ -157,20 +191,25 @@ def split(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
     return shards
 
 
-def _contents(entries: Sequence[Entry], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+def _contents(
+    entries: Sequence[Entry], metadata: dict[str, str], wrote: Callable[[int], object] | None = None
+) -> Iterator[bytes | memoryview]:
     """The bytes of one file: header, then each tensor."""
     ordered = sorted(entries, key=lambda entry: (entry.nbytes % ALIGNMENT != 0, -_odd(entry)))
     header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for entry in ordered:
-        header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.value.shape),
+        header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape),
                               "data_offsets": [at, at + entry.nbytes]}  # fmt: skip
         at += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     yield len(text).to_bytes(8, "little") + text
     for entry in ordered:
-        yield from _data(entry)
+        for data in _data(entry):
+            yield data
+            if wrote is not None:
+                wrote(len(data))
 
 
 def _odd(entry: Entry) -> int:
@@ -179,20 +218,25 @@ def _odd(entry: Entry) -> int:
 
 
 def _data(entry: Entry) -> Iterator[memoryview]:
-    """A tensor's bytes; one that is not contiguous, on a device or of another dtype is copied first, by itself.
+    """A tensor's bytes; a piece that is not contiguous, on a device or of another dtype is copied first, by itself.
 
     The bytes may be used until the generator goes on: it holds the copy until then.
     """
-    value = entry.value.to("cpu", entry.dtype).contiguous()
-    if value.numel():
-        yield memoryview((ctypes.c_char * entry.nbytes).from_address(value.data_ptr())).cast("B")
+    left = entry.nbytes
+    for piece in entry.pieces():
+        value = piece.to("cpu", entry.dtype).contiguous()
+        left -= value.nbytes
+        if value.numel():
+            yield memoryview((ctypes.c_char * value.nbytes).from_address(value.data_ptr())).cast("B")
+    if left:
+        raise AssertionError(f"{entry.name}: its pieces have {entry.nbytes - left} bytes, its shape {entry.nbytes}")
 
 
 def _generation_config(model: nn.Module) -> dict[str, bytes]:
     found: Any = getattr(model, "generation_config", None)
     if hasattr(found, "to_dict"):
         found = found.to_dict()
-    return {GENERATION_CONFIG: _json(found)} if isinstance(found, dict) else {}
+    return {GENERATION_CONFIG: json_bytes(found)} if isinstance(found, dict) else {}
 
 
 def _tell_what_is_left_out(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""`qwen35moe generate | inspect | routing | backends | demo`: the library from the command line.
+"""`qwen35moe generate | inspect | convert | tiny | routing | backends | demo`: the library from the command line.
 
 Errors are one line on stderr and exit status 2; --debug shows where they come from. Imports stand inside the
 commands, so that --help answers at once.
@@ -7,11 +7,12 @@ commands, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_routing(commands)
+    _add_convert(commands)
+    _add_tiny(commands)
     _add_backends(commands)
     _add_demo(commands)
     return parser
@@ -91,6 +94,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     command = _command(commands, "inspect", "inspect", "What a checkpoint holds, from its headers alone.")
     command.add_argument("folder", help="a folder with config.json and safetensors files, or tiny")
+    command.add_argument("--context", type=int, default=4096, metavar="N", help="estimate memory for N tokens (default 4096)")
+    command.add_argument("--batch", type=int, default=1, metavar="B", help="and for B sequences at once (default 1)")
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -105,6 +110,61 @@ def _add_routing(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--plot", metavar="PNG", help="draw load, margins and co-activation here (needs matplotlib)")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_placement(command)
+
+
+_LAYOUTS = ("grouped", "per_expert")
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, "convert", "convert", "Write a checkpoint in another layout, dtype or number of layers.")
+    command.add_argument("source", help="a folder with config.json and safetensors files, or a Hub name")
+    command.add_argument("target", help="the folder to write; it changes at once, when everything is written")
+    command.add_argument("--layout", choices=_LAYOUTS, help="how experts are stored (default: as they are)")
+    command.add_argument("--mtp-layout", choices=_LAYOUTS, help="the same for the MTP head (default: as --layout)")
+    command.add_argument("--dtype", help="bfloat16, float16, float32 or float64; FP8 is dequantised (default: as stored)")
+    command.add_argument("--layers", type=_layers, metavar="LIST", help="only these, renumbered: 0-3 or 0,4,8-11")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file: 500MB, 2GiB (default 5GB)")
+
+
+def _add_tiny(commands: argparse._SubParsersAction) -> None:
+    help = "Write a small random checkpoint in a published layout, in which every tensor matters: for tests."
+    command = _command(commands, "tiny", "tiny", help)
+    command.add_argument("target", help="the folder to write")
+    command.add_argument("--layers", type=int, default=4, metavar="L", help="decoder layers, every fourth attends (default 4)")
+    command.add_argument("--experts", type=int, default=8, metavar="E", help="routed experts of a layer (default 8)")
+    command.add_argument("--top-k", type=int, default=2, metavar="S", help="experts per token (default 2)")
+    command.add_argument("--dense", action="store_true", help="no experts: the dense family, qwen3_5")
+    command.add_argument("--vision", action="store_true", help="with a vision tower, and config.json nested")
+    command.add_argument("--mtp", action="store_true", help="with a multi-token-prediction head")
+    command.add_argument("--layout", choices=_LAYOUTS, help="how experts are stored (default grouped; FP8 per_expert)")
+    command.add_argument("--mtp-layout", choices=_LAYOUTS, help="the same for the MTP head (default per_expert, as in 3.5)")
+    command.add_argument("--fp8", action="store_true", help="block-FP8 as published: 128 x 128, bfloat16 weight_scale_inv")
+    command.add_argument("--islands", choices=("F32", "BF16"), default="F32", help="of A_log: F32 as in 3.5, or BF16 as in 3.6")
+    command.add_argument("--tied", action="store_true", help="the output head is the embedding")
+    command.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", dest="changes",
+                         help="a key of text_config, for other sizes: hidden_size=192; may be given several times")  # fmt: skip
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file: 100KB, 2GiB (default 5GB)")
+
+
+def _layers(text: str) -> list[int]:
+    """[0, 1, 2, 3, 7] for 0-3,7."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)) or len(part) > 20:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} is no layer and no range of layers like 0-3")
+        found += range(int(first), min(int(last), int(first) + 10_000) + 1) if dash else [int(first)]
+    return found
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """("hidden_size", 192) for hidden_size=192; the value is JSON."""
+    key, equals, value = text.partition("=")
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE with a value in JSON") from None
 
 
 def _add_backends(commands: argparse._SubParsersAction) -> None:

@@ -3,174 +3,114 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
-# canonical names: the text model's parts by the first word that fits, in the order in which they are shown
-_TEXT_PARTS = (
-    (".linear_attn.", "Gated DeltaNet"),
-    (".self_attn.", "attention"),
-    (".mlp.experts.", "routed experts"),
-    (".mlp.shared_expert", "shared expert, router"),
-    (".mlp.gate.", "shared expert, router"),
-    (".mlp.", "MLP"),
-    ("embed_tokens.", "embedding"),
-    ("norm", "norms"),
-)
-_OTHER_PARTS = {"head": "output head", "visual": "vision tower", "mtp": "multi-token prediction"}
-_ORDER = ("embedding", *dict.fromkeys(name for _, name in _TEXT_PARTS if name != "embedding"), *_OTHER_PARTS.values())
-_NO_PARAMETERS = ("_scale_inv", "_scale", "rotary_emb.inv_freq")  # stored beside the weights, not parameters
-
-
-@dataclass
-class Part:
-    """What is stored of one part of the model. dtypes: parameters by stored dtype; experts: how they lie on disk."""
-
-    name: str
-    tensors: int = 0
-    parameters: int = 0
-    routed: int = 0  # of the parameters, those of routed experts
-    nbytes: int = 0
-    dtypes: Counter[str] = field(default_factory=Counter)
-    layouts: set[str] = field(default_factory=set)
-
-    def add(self, name: str, tensor: Any, layout: str | None) -> None:
-        self.tensors += 1
-        self.nbytes += tensor.nbytes
-        if name.endswith(_NO_PARAMETERS):
-            return
-        self.parameters += tensor.numel
-        self.dtypes[tensor.dtype] += tensor.numel
-        if layout is not None:
-            self.routed += tensor.numel
-            self.layouts.add(layout)
-
-    def active(self, chosen: int, experts: int) -> int:
-        """Parameters that one token uses: `chosen` of the `experts` routed experts and everything else."""
-        return self.parameters - self.routed + (self.routed * chosen // experts if experts else 0)
-
-
-def survey(folder: str) -> dict[str, Any]:
-    """The facts that `inspect --json` prints."""
-    from ..checkpoint.folder import config_file
-    from ..checkpoint.headers import read_headers
-    from ..config import Config
-    from ..loading import find
-
-    header = read_headers(find(folder))
-    config = Config.from_pretrained(config_file(header))
-    text = config.text_config
-    found, unknown = _parts(header.tensors.values())
-    parts = [_described(part, text.num_experts_per_tok, text.num_experts) for part in found]
-    stored = {part["name"] for part in parts}
-    described = config.num_parameters(vision=_OTHER_PARTS["visual"] in stored, mtp=_OTHER_PARTS["mtp"] in stored, lm_head=True)
-    in_text = [part for part in parts if part["name"] not in (_OTHER_PARTS["visual"], _OTHER_PARTS["mtp"])]
-    return {
-        "folder": str(header.folder),
-        "model_type": config.model_type,
-        "architectures": config.architectures,
-        "layers": dict(Counter(text.layer_types)),
-        "hidden_size": text.hidden_size,
-        "vocab_size": text.vocab_size,
-        "num_experts": text.num_experts,
-        "num_experts_per_tok": text.num_experts_per_tok if text.num_experts else 0,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "quantization": (config.quantization_config or {}).get("quant_method"),
-        "files": len(header.files),
-        "bytes": header.nbytes,
-        "parameters": sum(part["parameters"] for part in parts),
-        "active_parameters": sum(part["active_parameters"] for part in parts),
-        "active_text_parameters": sum(part["active_parameters"] for part in in_text),
-        "described_parameters": described,
-        "parts": parts,
-        "unknown_tensors": unknown,
-    }
-
-
-def _parts(tensors: Any) -> tuple[list[Part], list[str]]:
-    """The parts that are there, in the order of the model, and the names that belong to none."""
-    from ..checkpoint import names
-
-    parts: dict[str, Part] = {}
-    unknown: list[str] = []
-    for tensor in tensors:
-        name = names.canonical(tensor.name)
-        if name is None:
-            unknown.append(tensor.name)
-            continue
-        which = names.part_of(name)
-        title = _OTHER_PARTS.get(which) or next((title for word, title in _TEXT_PARTS if word in name), None)
-        if title is None:
-            unknown.append(tensor.name)
-            continue
-        layout = None
-        if ".mlp.experts." in name:
-            layout = "grouped" if names.grouped_experts(name) else "per expert"
-        parts.setdefault(title, Part(title)).add(name, tensor, layout)
-    return [parts[title] for title in _ORDER if title in parts], unknown
-
-
-def _described(part: Part, chosen: int, experts: int) -> dict[str, Any]:
-    return {
-        "name": part.name,
-        "tensors": part.tensors,
-        "parameters": part.parameters,
-        "active_parameters": part.active(chosen, experts),
-        "bytes": part.nbytes,
-        "dtypes": dict(part.dtypes.most_common()),
-        "experts": " and ".join(sorted(part.layouts)) or None,
-    }
+from .survey import survey
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the survey, as a page or as JSON."""
-    facts = survey(options.folder)
+    facts = _without_collector(lambda: survey(options.folder, context=options.context, batch=options.batch))
     print(json.dumps(facts, indent=2) if options.json else report(facts))
+
+
+def _without_collector(function: Callable[[], Any]) -> Any:
+    """Headers become a million objects that all stay: looking for cycles among them again and again takes a third."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        return function()
+    finally:
+        if was:
+            gc.enable()
 
 
 def report(facts: dict[str, Any]) -> str:
     """The facts as a page of text."""
+    return "\n".join([*_head(facts), "", *_parts(facts), "", *_counts(facts), "", *_memory(facts["memory"]), *_problems(facts)])
+
+
+def _head(facts: dict[str, Any]) -> list[str]:
     layers = ", ".join(f"{count} {kind}" for kind, count in facts["layers"].items())
-    lines = [
+    dtypes = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in facts["bytes_by_dtype"].items())
+    quantised = ""
+    if facts["quantization"] or facts["quantised_weights"]:
+        blocks = f", {facts['quantised_weights']} weights with block scales" if facts["quantised_weights"] else ""
+        quantised = f"; quantised: {facts['quantization'] or 'config.json does not say so'}{blocks}"
+    return [
         f"{facts['folder']}: {facts['model_type']} ({', '.join(facts['architectures'])})",
         f"layers: {layers}; width {facts['hidden_size']}; vocabulary {facts['vocab_size']}"
         + (f"; {facts['num_experts']} experts, {facts['num_experts_per_tok']} per token" if facts["num_experts"] else "")
         + ("; embedding and head tied" if facts["tie_word_embeddings"] else ""),
-        f"files: {facts['files']}, {size(facts['bytes'])}"
-        + (f"; quantised: {facts['quantization']}" if facts["quantization"] else ""),
-        "",
+        f"files: {facts['files']}, {facts['tensors']} tensors, {size(facts['bytes'])} ({dtypes}){quantised}",
     ]
+
+
+def _parts(facts: dict[str, Any]) -> list[str]:
     rows = [("part", "tensors", "parameters", "active", "size", "dtypes", "experts")]
-    rows += [
-        (
-            part["name"],
-            str(part["tensors"]),
-            f"{part['parameters']:,}",
-            f"{part['active_parameters']:,}",
-            size(part["bytes"]),
-            " ".join(part["dtypes"]),
-            part["experts"] or "",
+    for part in facts["parts"]:
+        by_dtype = part["bytes_by_dtype"]
+        dtypes = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in by_dtype.items())
+        rows.append(
+            (
+                part["name"],
+                str(part["tensors"]),
+                f"{part['parameters']:,}",
+                f"{part['active_parameters']:,}",
+                size(part["bytes"]),
+                dtypes if len(by_dtype) > 1 else " ".join(by_dtype),
+                part["experts"] or "",
+            )
         )
-        for part in facts["parts"]
-    ]
     total = (f"{facts['parameters']:,}", f"{facts['active_parameters']:,}", size(facts["bytes"]), "", "")
     rows.append(("total", str(sum(part["tensors"] for part in facts["parts"])), *total))
-    lines += _table(rows)
-    lines += ["", f"one token uses {facts['active_text_parameters']:,} parameters of the text model and its head"]
+    return _table(rows)
+
+
+def _counts(facts: dict[str, Any]) -> list[str]:
+    lines = [f"one token uses {facts['active_text_parameters']:,} parameters of the text model and its head"]
     difference = facts["parameters"] - facts["described_parameters"]
-    if difference:
-        lines.append(
-            f"config.json describes {facts['described_parameters']:,} parameters for these parts: "
-            f"{abs(difference):,} {'more' if difference > 0 else 'fewer'} are stored"
-        )
-    else:
-        lines.append("the number of parameters is the one that config.json describes")
-    if facts["unknown_tensors"]:
-        unknown = facts["unknown_tensors"]
-        lines.append(f"{len(unknown)} tensors belong to no part of this architecture: {', '.join(unknown[:3])} ...")
-    return "\n".join(lines)
+    if not difference:
+        return [*lines, "the number of parameters is the one that config.json describes"]
+    more = "more" if difference > 0 else "fewer"
+    return [
+        *lines,
+        f"config.json describes {facts['described_parameters']:,} parameters for these parts: "
+        f"{abs(difference):,} {more} are stored",
+    ]
+
+
+def _memory(memory: dict[str, Any]) -> list[str]:
+    others = f" (vision tower and MTP head {size(memory['other_weights'])} more)" if memory["other_weights"] else ""
+    return [
+        f"loaded as {memory['dtype']} the text model takes {size(memory['weights'])}{others}",
+        f"{memory['batch']} x {memory['context']:,} tokens take {size(memory['kv'])} of keys and values and "
+        f"{size(memory['state'])} of recurrent state; with the text model {size(memory['total'])}, without activations",
+    ]
+
+
+def _problems(facts: dict[str, Any]) -> list[str]:
+    lines = [f"config.json describes a {part} that is not stored" for part in facts["absent_parts"]]
+    lines += _listed("tensors are missing", facts["missing_tensors"])
+    lines += _listed("tensors are not described by config.json", facts["unexpected_tensors"])
+    lines += _listed("tensors have another shape than config.json describes", facts["misshapen_tensors"], fold=False)
+    lines += _listed("tensors belong to no part of this architecture", facts["unknown_tensors"])
+    return ["", *lines] if lines else []
+
+
+def _listed(what: str, names: Sequence[str], *, fold: bool = True, most: int = 5) -> list[str]:
+    """One line; names that differ only in numbers are one."""
+    if not names:
+        return []
+    from ..checkpoint.problems import Problem
+    from ..checkpoint.problems import fold as folded
+
+    rows = [row.removeprefix("x: ") for row in folded(Problem("x", name) for name in names)] if fold else list(names)
+    more = f", and {len(rows) - most} more" if len(rows) > most else ""
+    return [f"{len(names)} {what}: {', '.join(rows[:most])}{more}"]
 
 
 def size(nbytes: int) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from . import Config, TextConfig, VisionConfig
 
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_WIDTH = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
@@ -23,6 +24,10 @@ class TensorShape(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * _WIDTH[self.dtype]
 
 
 def tensor_shapes(
