@@ -45,7 +45,8 @@ class PretrainedModel(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
         """Reads a checkpoint folder. Options: dtype="auto", device="cpu", config=None, weights="map" | "copy",
-        dtype_policy="native" | "transformers"; see `qwen35moe.checkpoint.load_model`."""
+        dtype_policy="native" | "transformers", and of the checkpoint only layers=, experts=, parts=; see
+        `qwen35moe.checkpoint.load_model`."""
         from qwen35moe.checkpoint import load_model
 
         return load_model(cls, path, **options)
