@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen35moe.checkpoint import CheckpointError, load_model, memory, read
 from qwen35moe.config import Config, ConfigError
 from qwen35moe.model import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel
 from tests import peer
+from tests.checkpoints import per_expert, write
 from tests.peer import FULL, LINEAR, Case, odd_shape
 
 MODEL = Qwen3_5MoeForCausalLM
@@ -41,37 +41,6 @@ def weights(case: Case, dtype: torch.dtype = torch.float32) -> Tensors:
     model = peer.ours(case)
     peer.draw(model, 5)
     return {name: value.clone() for name, value in model.to(dtype).state_dict().items()}
-
-
-def write(folder: Path, tensors: Tensors, config: dict[str, Any], shards: int = 1) -> Path:
-    """A checkpoint as the safetensors library writes it."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return folder
-    names = list(tensors)
-    files = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
-    for file in set(files.values()):
-        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    return folder
-
-
-def per_expert(tensors: Tensors, keep: Callable[[str], bool] = lambda name: False) -> Tensors:
-    """The same weights with every grouped expert tensor taken apart, except those that `keep` names."""
-    out: Tensors = {}
-    for name, value in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if not module.endswith(".experts") or keep(name):
-            out[name] = value
-            continue
-        for expert, rows in enumerate(value):
-            projections = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-            for projection, part in zip(projections, rows.chunk(len(projections)), strict=True):
-                out[f"{module}.{expert}.{projection}.weight"] = part
-    return out
 
 
 def renamed(tensors: Tensors, change: Callable[[str], str]) -> Tensors:

@@ -219,7 +219,7 @@ def assemble(slot: Slot, disk: Disk, problems: list[Problem]) -> Plan | None:
             return None
     if stored is None:
         if not any(disk.is_lost(name) for name in slot.names):
-            problems.append(Problem("missing", slot.name, _absent(slot)))
+            problems.append(Problem("missing", disk.selection.on_disk(slot.name), _absent(slot)))
         return None
     return _take(slot, *stored, disk, problems)
 
@@ -282,7 +282,7 @@ def _stack(
             name = names.single_expert(module, expert, projection)
             if tensor is None:
                 if not disk.is_lost(name):
-                    problems.append(Problem("missing", name, str([each, columns])))
+                    problems.append(Problem("missing", disk.selection.on_disk(name), str([each, columns])))
                 wrong = True
             elif _fits(tensor, name, (each, columns), disk, problems):
                 reads.append(Read(tensor, (expert * rows + position * each) * columns, disk.scale_of(name)))

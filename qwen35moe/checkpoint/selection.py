@@ -120,10 +120,17 @@ class Selection:
 
     def rows(self, placed_name: str) -> tuple[int, ...] | None:
         """Which rows of the stored tensor [E, ...] make the model's parameter of this name; None: it is taken whole."""
-        found = _LAYER.match(placed_name)
-        if found and self.layers is not None:
-            placed_name = f"layers.{self.layers[int(found[1])]}.{found[2]}"
-        return self._experts_of(placed_name)
+        return self._experts_of(self._layer_on_disk(placed_name))
+
+    def on_disk(self, placed_name: str) -> str:
+        """The inverse of `place`."""
+        name = self._layer_on_disk(placed_name)
+        ids, found = self._experts_of(name), _EXPERT.match(name)
+        return name if not ids or not found else f"{found[1]}{ids[int(found[2])]}{found[3]}"
+
+    def _layer_on_disk(self, name: str) -> str:
+        found = None if self.layers is None else _LAYER.match(name)
+        return name if self.layers is None or found is None else f"layers.{self.layers[int(found[1])]}.{found[2]}"
 
     def _experts_of(self, name: str) -> tuple[int, ...] | None:
         """The ids for a router or expert tensor, by its name on disk."""
