@@ -61,12 +61,12 @@ def _row(kind: str, pattern: str, detail: str, numbers: list[tuple[int, ...]]) -
 def nearest(names: Iterable[str], right: Iterable[str], most: int = MAX_ROWS) -> dict[str, str]:
     """For each of `names` the one of `right` that it was probably meant to be, where there is one that is close.
 
-    Compared as patterns, layer and expert numbers aside, and only the first `most` patterns of either: the names may be
-    hundreds of thousands, or very long.
+    Compared and told as patterns, N for layer and expert numbers, and only the first few patterns of either: the names may
+    be hundreds of thousands, or very long.
     """
-    candidates: dict[str, str] = {}
+    candidates: dict[str, None] = {}
     for name in right:
-        candidates.setdefault(_NUMBER.sub("N", name[:300]), name)
+        candidates[_NUMBER.sub("N", name[:300])] = None
         if len(candidates) == 10 * most:
             break
     found: dict[str, str | None] = {}
