@@ -86,6 +86,7 @@ def in_turns(options: argparse.Namespace, tasks: Sequence[str]) -> dict[str, lis
         for task in tasks if number % 2 == 0 else tasks[::-1]:
             command = [sys.executable, "-m", "benchmarks.loading", "--worker", task]
             command += ["--checkpoint", str(options.checkpoint), "--layer", str(options.layer)]
+            warm(weight_files(options.checkpoint))  # each time: a system may give cached pages away within seconds
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{task}: the process ended with {done.returncode}\n{done.stdout}")

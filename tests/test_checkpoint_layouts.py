@@ -135,6 +135,16 @@ def test_the_definition_is_the_product_per_block(shape: tuple[int, ...]) -> None
         assert torch.equal(block_fp8.dequantise_rows(values, scale.float()).double(), expected)
 
 
+def test_every_code_is_widened_to_its_value() -> None:
+    codes = torch.arange(256).to(torch.uint8)
+    numbers = codes[(codes & 0x7F) != 0x7F].view(torch.float8_e4m3fn)
+    assert torch.equal(block_fp8.widened(numbers), numbers.float()) and numbers.numel() == 254
+    assert torch.equal(block_fp8.widened(numbers).signbit(), numbers.float().signbit())
+    everything = codes.view(torch.float8_e4m3fn)
+    assert torch.equal(block_fp8.widened(everything).isnan().nonzero().flatten(), torch.tensor([127, 255]))
+    assert block_fp8.widened(numbers[:0]).shape == (0,)
+
+
 @pytest.mark.parametrize("chunk", [1, 128 * 200 + 1, 2**21])
 @pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.float16, torch.float64])
 def test_fp8_is_rounded_once_into_any_dtype_in_pieces_of_any_size(
