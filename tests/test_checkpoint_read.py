@@ -11,6 +11,7 @@ import os
 import pickle
 import resource
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,27 +351,38 @@ def test_a_gpu_gets_the_same_weights(how: str, dtype: str, bf16: tuple[Case, Ten
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the page counts of /proc")
-@pytest.mark.parametrize("layout", ["grouped, mapped", "per expert"])
+@pytest.mark.parametrize("layout", ["grouped, mapped", "per expert", "per expert, FP8"])
 def test_memory_is_taken_once(layout: str, tmp_path: Path) -> None:
-    """A child process loads 96 MiB of experts: mapped ones take no memory of their own, stacked ones exactly theirs.
+    """A child process loads 96 MiB of experts: mapped ones take no memory of their own, stacked ones exactly theirs;
+    block-FP8 needs buffers of a fixed size beside that.
 
     Peak anonymous memory, so that page cache and code do not count.
     """
     of = case(num_experts=8, moe_intermediate_size=512, hidden_size=2048, num_hidden_layers=1, layer_types=[FULL])
     shapes = {name: value.shape for name, value in MODEL(Config.from_dict(of.text)).state_dict().items()}
     tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    folder = write(tmp_path, tensors if layout.startswith("grouped") else per_expert(tensors), of.text)
+    tensors = tensors if layout.startswith("grouped") else per_expert(tensors)
+    if layout.endswith("FP8"):
+        for name in [name for name in tensors if ".mlp.experts." in name]:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.ones([-(-size // 128) for size in tensors[name].shape]).bfloat16()
+    folder = write(tmp_path, tensors, of.text)
     del tensors
     child = os.fork()
     if child == 0:
         try:
             torch.set_num_threads(1)  # the threads of the parent's pool are not there
-            start = _anonymous()
+            start, seen, loading = _anonymous(), [0], threading.Event()
+            samples = iter(lambda: loading.wait(0.002), True)
+            watch = threading.Thread(target=lambda: [seen.append(_anonymous()) for _ in samples])
+            watch.start()
             model = MODEL.from_pretrained(folder)
-            grown = _anonymous() - start
+            loading.set()
+            watch.join()
+            grown = max(*seen, _anonymous()) - start
             experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
-            limit = 8e6 if layout.startswith("grouped") else experts + 8e6
-            floor = 0 if layout.startswith("grouped") else experts
+            limit = {"grouped, mapped": 8e6, "per expert": experts + 8e6}.get(layout, experts + 150e6)  # two staging buffers
+            floor = experts if layout == "per expert" else 0
             os._exit(0 if floor <= grown <= limit and experts == 8 * 3 * 512 * 2048 * 2 else 1)
         finally:
             os._exit(2)

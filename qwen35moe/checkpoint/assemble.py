@@ -168,7 +168,8 @@ def _sort(
     left_out: Counter[str] = Counter()
     for stored in header.lost:
         name = names.canonical(stored)
-        disk.lost.add(stored if name is None else selection.place(name) or name)
+        if (placed := stored if name is None else selection.place(name)) is not None:
+            disk.lost.add(placed)
     for stored in header.unread:
         left_out[_kind(names.canonical(stored))] += 1
     foreign: list[StoredTensor] = []
