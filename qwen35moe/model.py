@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,9 +36,13 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         super().__init__(config)
         text = self.config.text_config
         pad = text.pad_token_id if isinstance(text.pad_token_id, int) else None  # its row learns nothing, as there
+        if pad is not None and not -text.vocab_size <= pad < text.vocab_size:
+            pad = None  # an id that never occurs has no row
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size, padding_idx=pad)
         self.layers = nn.ModuleList(DecoderLayer(text, index) for index in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        # What routing and named values call the layers: the checkpoint's numbers in a model of some of its layers.
+        self.source_layers: tuple[int, ...] = tuple(range(text.num_hidden_layers))
         self.name_parts()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -177,7 +182,8 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         if not text.is_moe:
             raise ValueError("routing= needs routers, this configuration is dense")
         return Replay(
-            routing, layers=text.num_hidden_layers, num_experts=text.num_experts, top_k=text.num_experts_per_tok,
+            _by_position(routing, self.source_layers),
+            layers=text.num_hidden_layers, num_experts=text.num_experts, top_k=text.num_experts_per_tok,
             shape=layout.shape, arrange=layout.arrange,
         )
 
@@ -194,8 +200,20 @@ class Qwen3_5MoeTextModel(PretrainedModel):
             torch.stack([_in_order(getattr(choice, name), layout) for _, choice in chosen])
             for name in ("indices", "weights", "logits")
         )
-        layers = tuple(index for index, _ in chosen)
+        layers = tuple(self.source_layers[index] for index, _ in chosen)
         return Routing(indices, weights, logits, layers, self.config.text_config.num_experts, layout.shape, layout.mask())
+
+
+def _by_position(routing: Routing | Tensor | Decision, layers: tuple[int, ...]) -> Routing | Tensor | Decision:
+    """Routing that names layers as the checkpoint does, for a model that has some of them at other places."""
+    if layers == tuple(range(len(layers))) or isinstance(routing, Tensor):
+        return routing
+    if not isinstance(routing, Routing):
+        decide = routing
+        return (lambda layer, logits: decide(layers[layer], logits)) if callable(decide) else decide
+    if beyond := [layer for layer in routing.layers if layer not in layers]:
+        raise ValueError(f"the routing holds layer {beyond[-1]}, the model has the layers {list(layers)}")
+    return replace(routing, layers=tuple(layers.index(layer) for layer in routing.layers))
 
 
 def _in_order(rows: Tensor, layout: TokenLayout) -> Tensor:

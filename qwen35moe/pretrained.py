@@ -48,9 +48,9 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
-        """Reads a checkpoint folder, or a repository on the Hub (owner/name). Options: dtype="auto", device="cpu" (or "auto",
-        or several: see `place`), config=None, weights="map" | "copy", dtype_policy="native" | "transformers", revision=None;
-        see `qwen35moe.checkpoint.load_model`."""
+        """Reads a checkpoint folder, or a repository on the Hub (owner/name, revision=None). Options: dtype="auto",
+        device="cpu" (or "auto", or several: see `place`), config=None, weights="map" | "copy", dtype_policy="native" |
+        "transformers", and of the checkpoint only layers=, experts=, parts=; see `qwen35moe.checkpoint.load_model`."""
         from qwen35moe.checkpoint import load_model
 
         return load_model(cls, path, **options)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qwen35moe.checkpoint import names, published
+from qwen35moe.checkpoint.block_fp8 import dequantise
 from qwen35moe.checkpoint.published import QWEN35, QWEN36, TRANSFORMERS, Layout, quantization_config, tensors
-from qwen35moe.checkpoint.quantise import dequantise, quantise
+from qwen35moe.checkpoint.quantise import quantise
 from qwen35moe.config import Config
 from tests.floors import ROOT
 

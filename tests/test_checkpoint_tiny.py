@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 
 from qwen35moe.checkpoint import names, read_headers
+from qwen35moe.checkpoint.block_fp8 import dequantise
 from qwen35moe.checkpoint.published import QWEN35, QWEN36, TRANSFORMERS, Layout, tensors
-from qwen35moe.checkpoint.quantise import dequantise
 from qwen35moe.checkpoint.tiny import tiny_config, write_tiny
 from qwen35moe.cli import main
 from qwen35moe.config import Config, ConfigError

@@ -23,11 +23,11 @@ from torch import Tensor
 from qwen35moe.config import Config
 
 from . import names
+from .block_fp8 import BLOCK, SCALE, dequantise, scale_shape
 from .folder import CONFIG, config_file
 from .headers import FLOATS, INDEX, Header, StoredTensor, locate, read_headers
 from .problems import CheckpointError, Problem
-from .published import BLOCK, SCALE, check_experts, scale_shape
-from .quantise import dequantise
+from .published import check_experts
 from .write import Entry, bytes_of, json_bytes, write_checkpoint
 
 log = logging.getLogger(__name__)

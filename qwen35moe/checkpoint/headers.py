@@ -7,7 +7,8 @@ overlaps) and "__metadata__" to strings. A checkpoint is one such file, `model.s
 the index is not looked at, as in transformers.
 
 Files are untrusted: nothing outside the folder is opened, nothing is allocated by a number that a header states
-before that number was compared with the size of the file.
+before that number was compared with the size of the file, and JSON is parsed only after its braces and commas were
+counted: a hundred megabytes of "[[],[],[]" would become gigabytes of lists.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from .problems import CheckpointError, Problem, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+MAX_TENSORS = 500_000  # of a whole checkpoint; the largest published one has 189,042
 SAVE_ID = "save_id"  # in the metadata of what this library writes: see folder.py
 
 # What a parameter may be stored in. The other dtypes of the format are known (their sizes are checked) but not read.
@@ -34,6 +36,9 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 _BITS = {"C64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
          "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
          "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "F64": 64, "F32": 32, "F16": 16, "BF16": 16}  # fmt: skip
+
+# How often these may stand in a JSON text: an entry of a header has one {, two [, and about eight commas.
+_MARKS = {b"{": MAX_TENSORS, b"[": 2 * MAX_TENSORS, b",": 16 * MAX_TENSORS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +56,19 @@ class StoredTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def part(self, begin: int, end: int) -> StoredTensor:
+        """Rows begin ... end - 1 of the first axis, which lie one after the other."""
+        row = self.nbytes // max(self.shape[0], 1)
+        shape = (end - begin, *self.shape[1:])
+        return StoredTensor(self.name, self.dtype, shape, self.file, self.offset + begin * row, (end - begin) * row)
+
 
 @dataclass
 class Header:
     """The contents of a checkpoint: tensors by name, the files that hold them, and the metadata of the whole.
 
     `lost` are names that are promised but could not be read; what is wrong with them stands among the problems.
+    `unread` are names that the index gives to files in which nothing is wanted: these files are not opened.
     """
 
     folder: Path
@@ -64,6 +76,7 @@ class Header:
     files: tuple[Path, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
 
     @property
     def nbytes(self) -> int:
@@ -75,20 +88,26 @@ class Header:
         return value if isinstance(value, str) else None
 
 
-def read_headers(path: str | os.PathLike[str], problems: list[Problem] | None = None) -> Header:
+def read_headers(
+    path: str | os.PathLike[str],
+    problems: list[Problem] | None = None,
+    wanted: Callable[[str], bool] | None = None,
+) -> Header:
     """Read and check the headers of the checkpoint in the folder `path`.
+
+    wanted(name): files that, by the index, hold no wanted tensor are neither opened nor missed.
 
     Everything wrong is appended to `problems` when a list is given; otherwise one CheckpointError lists it. A folder
     that holds no checkpoint at all raises in either case.
     """
     found: list[Problem] = [] if problems is None else problems
-    header = _read(Path(path), found)
+    header = _read(Path(path), found, wanted)
     if problems is None and found:
         raise CheckpointError(f"{path} is not a checkpoint that can be read:", found)
     return header
 
 
-def _read(folder: Path, problems: list[Problem]) -> Header:
+def _read(folder: Path, problems: list[Problem], wanted: Callable[[str], bool] | None) -> Header:
     if not folder.is_dir():
         raise CheckpointError(
             f"there is no folder {folder}. A checkpoint is a folder with config.json and {SINGLE} or {INDEX}; "
@@ -104,7 +123,7 @@ def _read(folder: Path, problems: list[Problem]) -> Header:
             header.metadata, header.lost = contents.metadata, contents.wrong
         return header
     if (folder / INDEX).exists() or (folder / INDEX).is_symlink():
-        return _read_sharded(folder, problems)
+        return _read_sharded(folder, problems, wanted)
     raise CheckpointError(_nothing_here(folder))
 
 
@@ -146,18 +165,26 @@ def locate(folder: Path, name: str, problems: list[Problem]) -> Path | None:
     return path
 
 
-def _read_sharded(folder: Path, problems: list[Problem]) -> Header:
+def _read_sharded(folder: Path, problems: list[Problem], wanted: Callable[[str], bool] | None) -> Header:
     weight_map, metadata = read_index(folder, problems)
     header = Header(folder, metadata=metadata)
     promised_in: dict[str, set[str]] = {}
+    held = 0
     for tensor_name, name in weight_map.items():
         promised_in.setdefault(name, set()).add(tensor_name)
     for name, promises in promised_in.items():
+        if wanted is not None and not any(map(wanted, promises)):
+            header.unread |= promises
+            continue
         file = locate(folder, name, problems)
         contents = None if file is None else _read_file(file, name, problems)
         if file is None or contents is None:
             continue
         header.files += (file,)
+        held += len(contents.tensors)
+        if held > MAX_TENSORS:
+            problems.append(Problem("too many tensors", shown(name), f"more than {MAX_TENSORS} in all"))
+            break
         for tensor in contents.tensors:
             promised = weight_map.get(tensor.name)
             if promised == name:
@@ -167,7 +194,7 @@ def _read_sharded(folder: Path, problems: list[Problem]) -> Header:
                 problems.append(Problem("index and shard disagree", tensor.name, f"in {shown(name)}; the index {said}"))
         for absent in sorted(promises - {tensor.name for tensor in contents.tensors} - contents.wrong):
             problems.append(Problem("index and shard disagree", absent, f"not in {shown(name)}, as the index says"))
-    header.lost = weight_map.keys() - header.tensors.keys()
+    header.lost = weight_map.keys() - header.tensors.keys() - header.unread
     return header
 
 
@@ -204,6 +231,9 @@ def parse_object(text: bytes, where: str, problems: list[Problem]) -> dict[str, 
                 seen.add(key)
         return value
 
+    if any(text.count(mark) > limit for mark, limit in _MARKS.items()):
+        problems.append(Problem("too many tensors", shown(where), f"more than {MAX_TENSORS}, or JSON of another kind"))
+        return None
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors

@@ -9,6 +9,7 @@ The report folds what differs only in a layer or an expert into one row:
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,6 +56,31 @@ def _row(kind: str, pattern: str, detail: str, numbers: list[tuple[int, ...]]) -
     subject = shown(first + "".join(number + other for number, other in zip(filled, others, strict=True)))
     row = f"{kind}: {subject}" + (f": {detail}" if detail else "")
     return row if len(numbers) == 1 else f"{row} ({len(numbers)} tensors)"
+
+
+def nearest(names: Iterable[str], right: Iterable[str], most: int = MAX_ROWS) -> dict[str, str]:
+    """For each of `names` the one of `right` that it was probably meant to be, where there is one that is close.
+
+    Compared and told as patterns, N for layer and expert numbers, and only the first few patterns of either: the names may
+    be hundreds of thousands, or very long.
+    """
+    candidates: dict[str, None] = {}
+    for name in right:
+        candidates[_NUMBER.sub("N", name[:300])] = None
+        if len(candidates) == 10 * most:
+            break
+    found: dict[str, str | None] = {}
+    answers: dict[str, str] = {}
+    for name in names:
+        pattern = _NUMBER.sub("N", name[:300])
+        if pattern not in found:
+            if len(found) == most:
+                continue
+            close = difflib.get_close_matches(pattern, candidates, n=1, cutoff=0.75)
+            found[pattern] = close[0] if close else None
+        if (best := found[pattern]) is not None:
+            answers[name] = best
+    return answers
 
 
 def ranges(values: Iterable[int], longest: int = 8) -> str:

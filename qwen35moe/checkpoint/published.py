@@ -7,7 +7,7 @@ Repositories differ in four things, which are the fields of `Layout`. Known ones
     FP8 of either         both per expert, block-FP8, islands as above        QWEN35.quantised(), QWEN36.quantised()
     saved by transformers per expert, no mtp.*                                TRANSFORMERS
 
-Block-FP8: a weight [R, C] is F8_E4M3, beside it `weight_scale_inv` BF16 [ceil(R / 128), ceil(C / 128)]. See quantise.py.
+Block-FP8: a weight [R, C] is F8_E4M3, beside it `weight_scale_inv` BF16 [ceil(R / 128), ceil(C / 128)]. See block_fp8.py.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from typing import Any
 from qwen35moe.config import Config
 from qwen35moe.config.parameters import TensorShape
 
+from .block_fp8 import BLOCK, SCALE, scale_shape
 from .problems import CheckpointError
 
-BLOCK = 128
 MAX_EXPERTS = 1_000_000  # of all layers, where each has tensors of its own
-SCALE = "_scale_inv"  # behind the name of the weight: mlp.up_proj.weight_scale_inv
 
 # Modules whose weights an FP8 repository quantises, in the decoder and in the MTP head. Everything else, first of all
 # router, gates, convolution, embedding, head and the vision tower, stays as it is.
@@ -90,12 +89,6 @@ def check_experts(config: Config, stored: int) -> None:
 def is_quantised(name: str) -> bool:
     """Whether an FP8 repository quantises the weight of this name."""
     return ".visual." not in name and _QUANTISED.search(name) is not None
-
-
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """One scale for each block of 128 x 128; the last ones of a row or column may be smaller."""
-    rows, columns = shape
-    return -(-rows // BLOCK), -(-columns // BLOCK)
 
 
 def quantization_config(config: Config, layout: Layout) -> dict[str, Any]:

@@ -5,17 +5,17 @@ read the headers -> build the model on the meta device -> match names -> refuse,
 
 Nothing is allocated and no weight is read before the whole checkpoint is known to fit. A parameter whose bytes lie on
 disk as they are needed is not copied at all on a CPU (`weights="map"`); the others, and all of them with
-`weights="copy"` or on a GPU, are allocated once and filled in place, experts slice by slice.
+`weights="copy"` or on a GPU, are allocated once and filled in place, experts slice by slice, block-FP8 tile by tile.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import weakref
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +25,21 @@ from torch.overrides import TorchFunctionMode
 
 from qwen35moe.config import Config
 
-from .assemble import Match, Plan, Slot, match, slots_of
+from . import names
+from .assemble import Match, Plan, Read, Slot, match, slots_of
+from .block_fp8 import VALUES
 from .folder import CONFIG, GENERATION_CONFIG, config_file
+from .foreign import refuse_foreign
 from .headers import FLOATS, INDEX, SINGLE, Header, StoredTensor, locate, parse_object, read_headers
 from .hub import folder_of
-from .memory import Copy, ReadAhead, available_memory, map_file, new_memory, read_into, view_of
+from .memory import Copy, ReadAhead, available_memory, map_file, new_memory, read_into, read_scales, view_of
 from .problems import CheckpointError, Problem
+from .report import LoadingReport
+from .selection import MTP, PARTS, Experts, Selection
 
 log = logging.getLogger(__name__)
 
 MAX_SETTINGS_BYTES = 2**20  # of a generation_config.json; published ones have 202 bytes
-
-
-@dataclass
-class LoadingReport:
-    """What a load did, kept as `model.loading_report`."""
-
-    path: Path
-    dtype: torch.dtype
-    files: int = 0
-    nbytes: int = 0  # of all parameters, as they are in memory
-    mapped: int = 0  # parameters whose memory is the file
-    copied: int = 0  # parameters that were read into memory
-    stacked: int = 0  # parameters put together from tensors of single experts
-    converted: dict[str, int] = field(default_factory=dict)  # "F32 -> bfloat16": how many
-    left_out: dict[str, int] = field(default_factory=dict)  # "mtp.*": how many tensors the model has no place for
-    unaligned: int = 0  # mapped parameters that do not start at a multiple of 64 bytes
-    notes: list[str] = field(default_factory=list)
-    read_ahead: ReadAhead | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"read_ahead": None}  # a thread is neither copied nor pickled with its model
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        lines = [
-            f"{self.path}: {self.nbytes / 1e6:,.1f} MB of {dtype} from {self.files} file(s)",
-            f"parameters: {self.mapped} mapped, {self.copied} copied, {self.stacked} stacked from single experts",
-        ]
-        lines += [f"converted: {how} ({count} parameters)" for how, count in self.converted.items()]
-        lines += [f"left out: {what} ({count} tensors), no part of this class" for what, count in self.left_out.items()]
-        return "\n".join([*lines, *self.notes])
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -90,36 +64,52 @@ def load_model(
     weights: str = "map",
     dtype_policy: str = "native",
     revision: str | None = None,
+    layers: Iterable[int] | None = None,
+    experts: Experts | None = None,
+    parts: Iterable[str] | None = None,
 ) -> Any:
     """A model of class `cls` with the weights of the checkpoint in the folder `path`, in eval mode.
 
     path may be a name on the Hub (owner/name) as well, revision a commit, tag or branch of it; see `hub.py`.
-    dtype: "auto" is the dtype most of the stored weights have; islands (A_log, ...) stay float32 in any case.
+    dtype: "auto" is the dtype most of the stored weights have (block-FP8 aside); islands (A_log, ...) stay float32.
     device: a CPU, a GPU, or "meta", which checks the checkpoint and reads nothing.
-    config: instead of config.json, for instance with another rope.
+    config: instead of config.json, for instance with another rope; always of the whole checkpoint.
     weights: "map" uses the files themselves as memory on a CPU (copy on write, they are never written to), "copy" reads
         them into memory of its own: for a disk that goes away, or files that another program overwrites in place.
     dtype_policy: "transformers" rounds the islands through `dtype`, as transformers stores them; they stay float32
         parameters.
+    layers: numbers of the layers to load; they keep their order, and `model.source_layers` their numbers.
+    experts: ids for all layers, or {layer: ids} with the same number of ids everywhere, at least num_experts_per_tok.
+        They become experts 0, 1, ... in the order given; the router's rows go with them.
+    parts: a set of "text", "vision", "mtp"; by default what the class has without being asked.
 
-    CheckpointError lists everything that is missing, unexpected, of a wrong shape or dtype, or damaged.
+    With layers, experts or parts only the bytes of these are read, files that hold none of them need not exist, and
+    `model.config` describes the smaller model.
+
+    CheckpointError lists everything that is missing, unexpected, of a wrong shape or dtype, or damaged; ValueError
+    names a number or part that the checkpoint or the class does not have.
     """
     _check_choices(weights=(weights, ("map", "copy")), dtype_policy=(dtype_policy, ("native", "transformers")))
     wanted, target = _dtype(dtype), _device(device)
+    selection = Selection.of(layers, experts, parts)
     problems: list[Problem] = []
-    path = folder_of(path, revision=revision)
+    wants = None if selection.is_everything else selection.wants
+    path = folder_of(path, revision=revision, wanted=wants)
     before = _stamp(path)
-    header = read_headers(path, problems)
+    header = read_headers(path, problems, wants)
     if problems and not header.tensors:
         raise CheckpointError(f"{path} cannot be read:", problems)
     config = config or _config(header)
-    _refuse_quantised(config, header)
-    with torch.device("meta"), _Uninitialised():
-        model = cls(config)
+    refuse_foreign(config, header)
+    selection = selection.checked(config)
+    _check_depth(config, header)
+    model = _build(cls, _smaller(config, selection), selection)
     slots = slots_of(model)
-    matched = match(slots, header, problems)
+    _check_parts(cls, slots, selection)
+    matched = match(slots, header, problems, selection)
     _check_copies(matched.copies, problems)
     generation = _generation_config(header.folder, problems)
+    scales = [] if problems or target.type == "meta" else _scales(matched.plans, problems)
     if problems:
         raise CheckpointError(f"{path} does not fit {cls.__name__}:", problems)
 
@@ -130,13 +120,58 @@ def load_model(
         for slot in slots:
             _install(slot, slot.parameter.to(slot.dtype_in(chosen)))
     else:
-        _fill(matched, chosen, target, weights, dtype_policy, report)
+        _fill(matched, iter(scales), chosen, target, weights, dtype_policy, report)
     for plan in matched.plans:
         _remember_dtype(plan)
+    if selection.layers is not None:
+        _number_layers(model, selection.layers)
     _finish(model, generation, report)
     if _stamp(header.folder) != before:
         raise CheckpointError(f"{path} was replaced by another checkpoint while it was loaded: load it again")
     return model
+
+
+def _smaller(config: Config, selection: Selection) -> Config:
+    """What the model will be: the layers and experts asked for, and nothing quantised any more."""
+    config = selection.of_config(config)
+    return config if config.quantization_config is None else config.replace(quantization_config=None)
+
+
+def _check_depth(config: Config, header: Header) -> None:
+    """Modules are made before names are compared: not for a layer count that no file of this size can have."""
+    named = len(header.tensors) + len(header.lost) + len(header.unread)
+    if config.text_config.num_hidden_layers > max(named, 1):
+        raise CheckpointError(
+            f"config.json says num_hidden_layers = {config.text_config.num_hidden_layers}, and {header.folder} names only "
+            f"{named} tensors: they do not belong together"
+        )
+
+
+def _build(cls: type[nn.Module], config: Config, selection: Selection) -> Any:
+    """The model on the meta device. A class with parts that can be had or not lists them in `optional_parts` and takes
+    parts=, a set or None."""
+    options: Any = {"parts": selection.parts} if selection.parts and getattr(cls, "optional_parts", ()) else {}
+    with torch.device("meta"), _Uninitialised():
+        return cls(config, **options)
+
+
+def _check_parts(cls: type[nn.Module], slots: Iterable[Slot], selection: Selection) -> None:
+    of = {inner: part for part, inners in PARTS.items() for inner in inners}
+    held = {of[names.part_of(name)] for slot in slots for name in slot.names if names.canonical(name)}
+    if selection.parts is not None and selection.parts != held:
+        has = ", ".join(sorted(held))
+        if lacking := sorted(selection.parts - held):
+            raise ValueError(f"parts= names {', '.join(lacking)}, for which {cls.__name__} has no module; it has {has}")
+        raise ValueError(f"parts= leaves out {', '.join(sorted(held - selection.parts))}, which {cls.__name__} always has")
+    if MTP in held and isinstance(selection.experts, dict) and MTP not in selection.experts:
+        raise ValueError(f"experts= has ids per layer and none for the MTP head: add {{{MTP!r}: ids}}")
+
+
+def _number_layers(model: nn.Module, layers: tuple[int, ...]) -> None:
+    """Named values and routing call the layers what the checkpoint calls them."""
+    for module in model.modules():
+        if hasattr(module, "source_layers"):
+            module.__dict__["source_layers"] = layers
 
 
 def _check_choices(**given: tuple[str, tuple[str, ...]]) -> None:
@@ -174,23 +209,28 @@ def _device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
-def _refuse_quantised(config: Config, header: Header) -> None:
-    quantised = config.quantization_config
-    if not quantised:
-        return
-    method = quantised.get("quant_method")
-    raise CheckpointError(
-        f"{header.folder} is quantised (quantization_config: quant_method={method!r}). Reading block-FP8 comes later; "
-        f"supported are weights stored as {', '.join(FLOATS)}: take the unquantised repository of this model"
-    )
+def _scales(plans: Iterable[Plan], problems: list[Problem]) -> list[Tensor]:
+    """The factors of all block-FP8 reads in the order of the plans, in float32; those that are not finite are problems.
+
+    One 16,384th of the weights' count, so that damage in them is told before memory is taken for the weights.
+    """
+    stored = [read.scale for plan in plans for read in plan.reads if read.scale is not None]
+    found = read_scales([(scale.file, scale.offset, FLOATS[scale.dtype], scale.shape) for scale in stored])
+    for scale, values in zip(stored, found, strict=True):
+        if not math.isfinite(values.sum()) and (bad := (~values.isfinite()).nonzero().tolist()):
+            row, column = bad[0]
+            detail = f"{values[row, column].item()} for block [{row}, {column}], and {len(bad) - 1} more"
+            problems.append(Problem("scale not finite", scale.name, detail))
+    return found
 
 
 def _stored_dtype(plans: Iterable[Plan]) -> torch.dtype:
-    """What most of the stored numbers are, by bytes and islands aside."""
+    """What most of the stored numbers are, by bytes; islands and block-FP8 aside."""
     nbytes: Counter[torch.dtype] = Counter()
     for plan in plans:
         for read in plan.reads:
-            nbytes[FLOATS[read.tensor.dtype]] += 0 if plan.slot.is_island else read.tensor.nbytes
+            if read.scale is None:
+                nbytes[FLOATS[read.tensor.dtype]] += 0 if plan.slot.is_island else read.tensor.nbytes
     return nbytes.most_common(1)[0][0] if nbytes else torch.get_default_dtype()
 
 
@@ -212,7 +252,7 @@ def _check_copies(copies: Iterable[tuple[StoredTensor, StoredTensor]], problems:
 
 
 def _equal(first: StoredTensor, second: StoredTensor, step: int = 2**24) -> bool:
-    if first.shape != second.shape or second.dtype not in FLOATS:
+    if first.shape != second.shape or first.dtype not in FLOATS or second.dtype not in FLOATS:
         return False
     a, b = FLOATS[first.dtype], FLOATS[second.dtype]
     with first.file.open("rb") as f, second.file.open("rb") as g:
@@ -249,9 +289,10 @@ def _generation_config(folder: Path, problems: list[Problem]) -> dict[str, Any] 
 
 
 def _fill(
-    matched: Match, dtype: torch.dtype, device: torch.device, weights: str, policy: str, report: LoadingReport
+    matched: Match, scales: Iterator[Tensor], dtype: torch.dtype, device: torch.device, weights: str, policy: str,
+    report: LoadingReport,
 ) -> None:
-    """Give every parameter its memory, and the model the parameters."""
+    """Give every parameter its memory, and the model the parameters. `scales`: of the block-FP8 reads, in order."""
     mappings: dict[Path, Any] = {}
     copies: list[Copy] = []
     used: list[StoredTensor] = []
@@ -269,13 +310,20 @@ def _fill(
             continue
         value = new_memory(slot.shape, kind, device)
         flat = value.view(-1)
-        for tensor, at in ((read.tensor, read.at) for read in plan.reads):
-            stored = FLOATS[tensor.dtype]
-            copies.append(Copy(tensor.file, tensor.offset, stored, flat[at : at + tensor.numel], through))
+        for read in plan.reads:
+            part = flat[read.at : read.at + read.tensor.numel]
+            copies.append(_copy_of(read, part, through, None if read.scale is None else next(scales)))
         _install(slot, value)
-        _count(plan, kind, report)
+        report.count(plan, kind)
     read_into(sorted(copies, key=lambda copy: (copy.file, copy.offset)), device)
     report.read_ahead = _read_ahead(used)
+
+
+def _copy_of(read: Read, target: Tensor, through: torch.dtype | None, scale: Tensor | None) -> Copy:
+    tensor = read.tensor
+    if scale is None:
+        return Copy(tensor.file, tensor.offset, FLOATS[tensor.dtype], target, through)
+    return Copy(tensor.file, tensor.offset, VALUES, target, None, scale, tensor.shape[-1], tensor.name)
 
 
 def _is_as_needed(tensor: StoredTensor, dtype: torch.dtype, through: torch.dtype | None) -> bool:
@@ -284,15 +332,6 @@ def _is_as_needed(tensor: StoredTensor, dtype: torch.dtype, through: torch.dtype
     A header whose length is no multiple of the element size puts every tensor at an address that no element may have.
     """
     return FLOATS[tensor.dtype] == dtype and through is None and tensor.offset % dtype.itemsize == 0
-
-
-def _count(plan: Plan, dtype: torch.dtype, report: LoadingReport) -> None:
-    report.stacked += len(plan.reads) > 1
-    stored = {read.tensor.dtype for read in plan.reads if FLOATS[read.tensor.dtype] != dtype}
-    report.copied += len(plan.reads) == 1
-    for name in () if plan.slot.is_island else stored:  # an island is widened in every model whose file has bf16
-        how = f"{name} -> {str(dtype).removeprefix('torch.')}"
-        report.converted[how] = report.converted.get(how, 0) + 1
 
 
 def _install(slot: Slot, value: Tensor) -> None:

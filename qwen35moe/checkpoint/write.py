@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from . import names
 from .assemble import Slot, slots_of
+from .block_fp8 import SCALE
 from .folder import GENERATION_CONFIG, replacing
 from .headers import FLOATS, SAVE_ID
 from .problems import CheckpointError
-from .published import SCALE
 
 log = logging.getLogger(__name__)
 

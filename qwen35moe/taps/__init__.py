@@ -307,9 +307,18 @@ def _general(path: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", path.removeprefix("mtp."))
 
 
+def _numbered(path: str, layers: Sequence[int]) -> str:
+    """A path with the checkpoint's layer number in place of the model's, where the model has some layers only."""
+    found = re.match(r"layers\.(\d+)(.*)", path)
+    if found is None or int(found[1]) >= len(layers):
+        return path
+    return f"layers.{layers[int(found[1])]}{found[2]}"
+
+
 def _places(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[str, Entry]]:
     """Every place of this model that has a name: (module, own name) -> (full name, entry)."""
-    modules = [(module, _relative(path)) for path, module in model.named_modules()]
+    numbers = next((m.__dict__["source_layers"] for m in model.modules() if "source_layers" in m.__dict__), ())
+    modules = [(module, _numbered(_relative(path), numbers)) for path, module in model.named_modules()]
     roots = _roots({_general(path) for _, path in modules})
     places = {}
     for module, path in modules:

@@ -1,0 +1,181 @@
+"""Loading a checkpoint into bfloat16 on a CPU, beside transformers: seconds, anonymous memory, and one layer alone.
+
+    python -m benchmarks.synthetic /somewhere/4b --layout per_expert     # 9 GB, outside the repository
+    python -m benchmarks loading --checkpoint /somewhere/4b [--json out.json]
+
+Each measurement is a process of its own, sides in turns, all weight files in the page cache. "load" is from_pretrained;
+"load and touch" ends when every page of the weights was read once, since a load that maps files has not read them. The
+answer: both sides' parameters must have the same digests (sums of all bits, and samples); A_log and its like rounded to
+bfloat16 first, as transformers stores them. "layer" is one layer with weights="copy" beside reading as many bytes from the same
+files into fresh memory. Memory is the most RssAnon of the load above what it was before, against the experts' bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import Case, Report, Timing, arguments
+from benchmarks.text_4b.memory import Watch, usage, warm, weight_files
+from benchmarks.text_4b.sides import side
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDES = ("transformers", "ours")
+FASTER = 4  # per-expert files: ours against transformers
+ROOM = 0.3e9  # anonymous bytes beyond the experts'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments(__doc__, rounds=2)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--layer", type=int, default=3, help="the layer that is loaded alone")
+    parser.add_argument("--worker", choices=(*TASKS,), help=argparse.SUPPRESS)
+    options = parser.parse_args(None if argv is None else list(argv))
+    if options.worker:
+        print(json.dumps(TASKS[options.worker](options)), flush=True)
+        return 0
+    report = Report("loading", rounds=options.rounds)
+    files, experts = weight_files(options.checkpoint), expert_bytes(options.checkpoint)
+    layout = "per_expert" if experts["per_expert"] else "grouped"
+    total = sum(experts.values()) / 1e9
+    print(f"{layout}: experts {total:.2f} GB, {warm(files):.0%} of the files in the page cache", flush=True)
+    runs = in_turns(options, SIDES)
+    for name in ("load", "load_and_touch"):
+        with report.case(f"loading/{layout}/{name}/bf16") as case:
+            compare(case, runs, name)
+    layers = in_turns(options, ("read", "layer"))
+    with report.case(f"loading/{layout}/one_layer/bf16") as case:
+        case.baseline = "read"
+        case.timings.update({name: Timing(tuple(run["load"] for run in found)) for name, found in layers.items()})
+    memory = {name: max(run["anonymous"] for run in found) for name, found in runs.items()}
+    for name, most in memory.items():
+        print(f"  {name:<24} anonymous memory {most / 1e9:6.2f} GB, {(most - experts['per_expert']) / 1e9:+.2f} beside the "
+              f"experts that are stacked (ours: at most {ROOM / 1e9})")  # fmt: skip
+    status = report.finish(options)
+    if options.json:
+        extra = {"anonymous": memory, "experts": experts, "layer_bytes": layers["layer"][0]["nbytes"]}
+        options.json.write_text(json.dumps({**report.as_dict(), **extra}, indent=1) + "\n", encoding="utf-8")
+    return status
+
+
+def compare(case: Case, runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """Times of the sides whose weights agree."""
+    digests = {side: {run["digest"] for run in found} for side, found in runs.items()}
+    case.baseline = "transformers"
+    if len(set.union(*digests.values())) > 1:
+        case.wrong["ours"] = "its weights have other digests than transformers'"
+    right = {side: found for side, found in runs.items() if side not in case.wrong}
+    case.timings.update({side: Timing(tuple(run[name] for run in found)) for side, found in right.items()})
+
+
+def in_turns(options: argparse.Namespace, tasks: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What fresh processes found in each round; the order turns every round."""
+    found: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
+    for number in range(options.rounds):
+        for task in tasks if number % 2 == 0 else tasks[::-1]:
+            command = [sys.executable, "-m", "benchmarks.loading", "--worker", task]
+            command += ["--checkpoint", str(options.checkpoint), "--layer", str(options.layer)]
+            warm(weight_files(options.checkpoint))  # each time: a system may give cached pages away within seconds
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{task}: the process ended with {done.returncode}\n{done.stdout}")
+            found[task].append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def load(options: argparse.Namespace) -> dict[str, Any]:
+    """from_pretrained, then a first look at all weights."""
+    runner = side(options.worker)
+    base, watch = usage()["RssAnon"], Watch()
+    start = time.perf_counter()
+    runner.load(options.checkpoint)
+    loaded = time.perf_counter()
+    for parameter in runner.model.parameters():
+        parameter.detach().view(-1).view(torch.uint8)[::4096].sum()
+    touched = time.perf_counter()
+    anonymous = watch.stop() - base
+    return {"load": loaded - start, "load_and_touch": touched - start, "anonymous": anonymous, "digest": digest(runner.model)}
+
+
+def digest(model: nn.Module) -> str:
+    """Of all parameters in bfloat16, by name."""
+    total = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        flat = value.detach().to(torch.bfloat16).contiguous().view(-1).view(torch.int16)
+        total.update(f"{name} {list(value.shape)} {int(flat.sum(dtype=torch.int64))}".encode())
+        total.update(bytes(_bytes(flat[:: 1 + flat.numel() // 1009])))
+    return total.hexdigest()
+
+
+def _bytes(values: Tensor) -> list[int]:
+    return values.contiguous().view(torch.uint8).tolist()
+
+
+def layer(options: argparse.Namespace) -> dict[str, Any]:
+    """One layer with the embedding that every model has, read into memory."""
+    from qwen35moe import Qwen3_5MoeForCausalLM
+
+    start = time.perf_counter()
+    model = Qwen3_5MoeForCausalLM.from_pretrained(options.checkpoint, layers=[options.layer], weights="copy")
+    taken = time.perf_counter() - start
+    return {"load": taken, "nbytes": model.loading_report.nbytes}
+
+
+def read(options: argparse.Namespace) -> dict[str, Any]:
+    """As many bytes, from the beginning of the files, with two threads and nothing else to do."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from qwen35moe import Qwen3_5MoeForCausalLM
+    from qwen35moe.checkpoint.memory import CHUNK, _read_exactly, new_memory
+
+    sizes = Qwen3_5MoeForCausalLM.from_pretrained(options.checkpoint, layers=[options.layer], device="meta")
+    nbytes = sum(parameter.nbytes for parameter in sizes.parameters())
+    jobs: list[tuple[Path, int, int, int]] = []
+    at = 0
+    for file in weight_files(options.checkpoint):
+        count = min(nbytes - at, file.stat().st_size)
+        jobs += [(file, at + begin, min(CHUNK, count - begin), begin) for begin in range(0, count, CHUNK)]
+        at += count
+    start = time.perf_counter()
+    target = new_memory((nbytes,), torch.uint8, torch.device("cpu"))
+
+    def fetch(job: tuple[Path, int, int, int]) -> None:
+        file, at, count, begin = job
+        descriptor = os.open(file, os.O_RDONLY)
+        _read_exactly(descriptor, target.data_ptr() + at, count, begin)
+        os.close(descriptor)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fetch, jobs))
+    return {"load": time.perf_counter() - start, "nbytes": nbytes}
+
+
+def expert_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of routed experts in the files, by layout."""
+    found = {"grouped": 0, "per_expert": 0}
+    for file in weight_files(folder):
+        with file.open("rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        for name, entry in header.items():
+            if ".mlp.experts." in name and not name.startswith("mtp."):
+                kind = "per_expert" if name.endswith(".weight") else "grouped"
+                found[kind] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return found
+
+
+TASKS = {"transformers": load, "ours": load, "layer": layer, "read": read}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
