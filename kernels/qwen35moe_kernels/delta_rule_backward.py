@@ -1,0 +1,181 @@
+"""The gated delta rule backward, from its inputs, X, W and the memories before each chunk: three kernels.
+
+With the letters of delta_rule_forward.py, P = Q K^T * D, dO and dS' given, and G the gradient of beta (V - exp(c) K S):
+
+    dW  = P^T dO / sqrt(K) + exp(c_C - c) K dS'        G = X^T dW        A's gradient: -G W^T below the diagonal
+    dS  = exp(c_C) dS' + (exp(c) Q)^T dO / sqrt(K) - (exp(c) K)^T beta G
+
+`attend_back` computes P^T dO of every chunk, `recur_back` takes dS' through the chunks from the last to the first, and
+`inputs_back` the rest of every chunk: the gradients of q, k (summed over the value heads of a key head, and through the
+normalisation), v, beta and the decay.
+
+The gate at l sits in every D_ij with j < l <= i, in exp(c_i) for i >= l and in exp(c_C - c_j) for j < l. Its gradient is
+the sum of just these, none of them a difference: behind a hard gate, where all of them are small, a difference of sums
+would be rounding errors of what lies outside.
+"""
+
+# pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .delta_rule_tiles import (
+    decays_between,
+    forgetting,
+    load_column,
+    load_inverse,
+    load_rows,
+    load_sums,
+    product,
+    span_of_chunk,
+    span_of_sequence,
+    store_column,
+    store_rows,
+)
+
+
+@triton.jit
+def attend_back(
+    query, key, sums, norms, d_output, d_writes, spans, tokens, total, q_token, q_head, k_token, k_head, scale,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, PACKED: tl.constexpr, WIDEN: tl.constexpr,
+):
+    """P^T dO / sqrt(K) [T, H, V] of one chunk, one value head, BV columns."""
+    chunk, h, first = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BV
+    g = h // (H // G)
+    ROUND: tl.constexpr = key.dtype.element_ty
+    t, end = span_of_chunk(spans, chunk, tokens, PACKED, C)
+    q = load_rows(query + g * q_head, t, end, q_token, 0, K, C, KP)
+    k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
+    q_length = load_column(norms + g, t, end, G, C) * scale
+    k_length = load_column(norms + total * G + g, t, end, G, C)
+    coarse, fine, _, _ = load_sums(sums, h, t, end, total, H, C)
+    attend = product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None] * k_length[None, :]
+    attend *= decays_between(coarse, fine, t, end, C)
+    d_out = load_rows(d_output + h * V, t, end, H * V, first, V, C, BV)
+    store_rows(d_writes + h * V, product(tl.trans(attend), d_out, ROUND, WIDEN), t, end, H * V, first, V, C, BV)
+
+
+@triton.jit
+def recur_back(
+    query, key, beta, inverse, sums, norms, d_output, d_writes, d_final, d_states, d_initial, bounds, first_chunks,
+    tokens, total, q_token, q_head, k_token, k_head, scale, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, WIDEN: tl.constexpr,
+):
+    """One row or document, one value head, BV columns: dS after each chunk [chunks, H, K, V] and before the first; G
+    [T, H, V], written over the P^T dO that it is computed from."""
+    n, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
+    first, g = tl.program_id(1) * BV, h // (H // G)
+    ROUND: tl.constexpr = key.dtype.element_ty
+    begin, end, chunk = span_of_sequence(bounds, first_chunks, n, tokens, PACKED, C)
+    d_memory = load_rows(d_final + (n * H + h) * K * V, 0, K, V, first, V, KP, BV)
+    chunks = tl.cdiv(end - begin, C)
+    for back in range(0, chunks):
+        c = chunks - 1 - back
+        t = begin + c * C
+        store_rows(d_states + ((chunk + c) * H + h) * K * V, d_memory, 0, K, V, first, V, KP, BV)
+        q = load_rows(query + g * q_head, t, end, q_token, 0, K, C, KP)
+        k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
+        d_out = load_rows(d_output + h * V, t, end, H * V, first, V, C, BV).to(tl.float32)
+        d_write = load_rows(d_writes + h * V, t, end, H * V, first, V, C, BV).to(tl.float32)
+        x = load_inverse(inverse, h, t, end, H, C)
+        rate = load_column(beta + h, t, end, H, C)
+        q_length = load_column(norms + g, t, end, G, C) * scale
+        k_length = load_column(norms + total * G + g, t, end, G, C)
+        coarse, fine, coarse_end, fine_end = load_sums(sums, h, t, end, total, H, C)
+        since_start = forgetting(coarse + fine)
+        to_end = forgetting((coarse_end - coarse) + (fine_end - fine))
+        d_write += product(k, d_memory, ROUND, WIDEN) * (k_length * to_end)[:, None]
+        d_wanted = product(tl.trans(x), d_write, ROUND, WIDEN)
+        store_rows(d_writes + h * V, d_wanted, t, end, H * V, first, V, C, BV)
+        d_memory *= forgetting(coarse_end + fine_end)
+        d_memory += product(tl.trans(q), (q_length * since_start)[:, None] * d_out, ROUND, WIDEN)
+        d_memory -= product(tl.trans(k), (k_length * since_start * rate)[:, None] * d_wanted, ROUND, WIDEN)
+    store_rows(d_initial + (n * H + h) * K * V, d_memory, 0, K, V, first, V, KP, BV)
+
+
+@triton.jit
+def _through_length(gradient, x, length):
+    """The gradient of x, given that of x length with length = 1 / sqrt(sum x^2 + 1e-6)."""
+    unit = x.to(tl.float32) * length[:, None]
+    return length[:, None] * (gradient - unit * tl.sum(unit * gradient, axis=1)[:, None])
+
+
+@triton.jit
+def inputs_back(
+    query, key, value, beta, sums, norms, states, writes, d_output, d_writes, d_states, d_query, d_key, d_value,
+    d_decay, d_beta, spans, tokens, total, q_token, q_head, k_token, k_head, v_token, v_head, scale,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, PACKED: tl.constexpr, WIDEN: tl.constexpr,
+):
+    """One chunk of one key head, its value heads one after another."""
+    chunk, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    ROUND: tl.constexpr = key.dtype.element_ty
+    t, end = span_of_chunk(spans, chunk, tokens, PACKED, C)
+    i = tl.arange(0, C)
+    below = i[:, None] > i[None, :]
+    q = load_rows(query + g * q_head, t, end, q_token, 0, K, C, KP)
+    k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
+    q_length = load_column(norms + g, t, end, G, C)
+    k_length = load_column(norms + total * G + g, t, end, G, C)
+    d_q, d_k = tl.zeros([C, KP], tl.float32), tl.zeros([C, KP], tl.float32)
+    for each in range(H // G):
+        h = g * (H // G) + each
+        state_at = (chunk * H + h) * K * V
+        coarse, fine, coarse_end, fine_end = load_sums(sums, h, t, end, total, H, C)
+        since_start, kept = forgetting(coarse + fine), forgetting(coarse_end + fine_end)
+        to_end = forgetting((coarse_end - coarse) + (fine_end - fine))
+        decays = decays_between(coarse, fine, t, end, C)
+
+        # The answers: O = (exp(c) Q S + P W) / sqrt(K).
+        from_memory, d_attend = tl.zeros([C, KP], tl.float32), tl.zeros([C, C], tl.float32)
+        for first in range(0, V, BV):
+            d_out = load_rows(d_output + h * V, t, end, H * V, first, V, C, BV)
+            write = load_rows(writes + h * V, t, end, H * V, first, V, C, BV)
+            memory = load_rows(states + state_at, 0, K, V, first, V, KP, BV)
+            from_memory += product(d_out, tl.trans(memory), ROUND, WIDEN)
+            d_attend += product(d_out, tl.trans(write), ROUND, WIDEN)
+        from_memory *= (scale * since_start)[:, None]
+        d_attend *= scale * decays
+        d_start = q_length * tl.sum(from_memory * q.to(tl.float32), axis=1)
+        d_q += from_memory + product(d_attend * k_length[None, :], k, ROUND, WIDEN)
+        d_k += product(tl.trans(d_attend * q_length[:, None]), q, ROUND, WIDEN)
+        d_logs = d_attend * product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None] * k_length[None, :]
+
+        # The corrections: (I + A) W = beta (V - exp(c) K S), and what they bring: S' = exp(c_C) S + (exp(c_C - c) K)^T W.
+        by_recall, by_bringing = tl.zeros([C, KP], tl.float32), tl.zeros([C, KP], tl.float32)
+        d_system, d_rate, d_kept = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32), 0.0
+        rate = load_column(beta + h, t, end, H, C)
+        for first in range(0, V, BV):
+            d_wanted = load_rows(d_writes + h * V, t, end, H * V, first, V, C, BV)
+            write = load_rows(writes + h * V, t, end, H * V, first, V, C, BV)
+            memory = load_rows(states + state_at, 0, K, V, first, V, KP, BV)
+            d_memory = load_rows(d_states + state_at, 0, K, V, first, V, KP, BV)
+            by_recall += product(d_wanted, tl.trans(memory), ROUND, WIDEN)
+            by_bringing += product(write, tl.trans(d_memory), ROUND, WIDEN)
+            d_system += product(d_wanted, tl.trans(write), ROUND, WIDEN)
+            d_kept += tl.sum(tl.sum(memory.to(tl.float32) * d_memory.to(tl.float32), axis=1), axis=0)
+            v = load_rows(value + h * v_head, t, end, v_token, first, V, C, BV).to(tl.float32)
+            d_wanted = d_wanted.to(tl.float32)
+            d_rate += tl.sum(d_wanted * v, axis=1)
+            store_rows(d_value + h * V, rate[:, None] * d_wanted, t, end, H * V, first, V, C, BV)
+        by_recall *= since_start[:, None]
+        by_bringing *= to_end[:, None]
+        recalled = k_length * tl.sum(by_recall * k.to(tl.float32), axis=1)
+        d_end = k_length * tl.sum(by_bringing * k.to(tl.float32), axis=1)
+        d_system = tl.where(below, -d_system * decays, 0.0)
+        same = product(k, tl.trans(k), ROUND, WIDEN) * k_length[:, None] * k_length[None, :]
+        d_rate += tl.sum(d_system * same, axis=1) - recalled
+        d_system *= rate[:, None]
+        d_logs = tl.where(below, d_logs + d_system * same, 0.0)
+        d_start -= rate * recalled
+        d_k += by_bringing - rate[:, None] * by_recall
+        d_k += product((d_system + tl.trans(d_system)) * k_length[None, :], k, ROUND, WIDEN)
+        store_column(d_beta + h, d_rate, t, end, H, C)
+
+        across = tl.cumsum(d_logs, axis=0, reverse=True) + d_end[None, :]  # [l, j]: of all D_ij with i >= l, and of what j brings
+        gate = tl.cumsum(d_start, axis=0, reverse=True) + tl.sum(tl.where(below, across, 0.0), axis=1) + kept * d_kept
+        store_column(d_decay + h, gate, t, end, H, C)
+    store_rows(d_query + g * K, _through_length(d_q, q, q_length), t, end, G * K, 0, K, C, KP)
+    store_rows(d_key + g * K, _through_length(d_k, k, k_length), t, end, G * K, 0, K, C, KP)

@@ -1,0 +1,206 @@
+"""The gated delta rule forward, in chunks of 64 tokens: three kernels.
+
+Per value head and chunk, with unit keys k and queries q, the memory S before the chunk, c the running sum of decays in it,
+D_ij = exp(c_i - c_j) for j <= i, and A_ij = beta_i (k_i . k_j) D_ij for j < i:
+
+    prepare     X = (I + A)^-1                                           every chunk for itself
+    recur       W = X beta (V - exp(c) K S),   S' = exp(c_C) S + (exp(c_C - c) K)^T W       chunk after chunk
+    answer      O = (exp(c) Q S + (Q K^T * D) W) / sqrt(K)               every chunk for itself
+
+Keys and queries are multiplied as they come and their lengths put into the factors beside them, so that normalising
+rounds nothing. Sums, gates, memories and the inverse are float32; products have operands of the inputs' dtype.
+"""
+
+# pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .delta_rule_tiles import (
+    decays_between,
+    forgetting,
+    inverse_length,
+    load_column,
+    load_inverse,
+    load_rows,
+    load_sums,
+    product,
+    span_of_chunk,
+    span_of_sequence,
+    split,
+    store_column,
+    store_rows,
+)
+
+BLOCK = tl.constexpr(16)
+
+
+@triton.jit
+def _inverse_of_block(a):
+    """(I + a)^-1 of a strictly lower triangular [16, 16]: column j times row j is taken from the rows below, j = 0 ... 14.
+
+    Not by powers of a: at equal keys those lose five digits even in a block of 16.
+    """
+    i = tl.arange(0, 16)
+    x = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    for j in tl.static_range(15):
+        column = tl.sum(tl.where(i[None, :] == j, a, 0.0), axis=1)
+        row = tl.sum(tl.where(i[:, None] == j, x, 0.0), axis=0)
+        x -= column[:, None] * row[None, :]
+    return x
+
+
+@triton.jit
+def _product32(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _block_of_keys(key, norms, begin, end, k_token, g, total, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+    """16 keys and their inverse lengths, which are stored."""
+    k = load_rows(key, begin, end, k_token, 0, K, BLOCK, KP)
+    length = inverse_length(k)
+    store_column(norms + total * G + g, length, begin, end, G, BLOCK)
+    return k, length
+
+
+@triton.jit
+def _block_of_gates(decay, beta, sums, begin, end, h, total, coarse_before, fine_before, H: tl.constexpr):
+    """Of 16 tokens: the chunk's running sums up to each, which are stored, and after the last; beta."""
+    coarse, fine = split(load_column(decay + h, begin, end, H, BLOCK))
+    coarse_sum = coarse_before + tl.cumsum(coarse, axis=0)
+    fine_sum = fine_before + tl.cumsum(fine, axis=0)
+    store_column(sums + h, coarse_sum, begin, end, H, BLOCK)
+    store_column(sums + total * H + h, fine_sum, begin, end, H, BLOCK)
+    beta = load_column(beta + h, begin, end, H, BLOCK)
+    return coarse_sum, fine_sum, beta, coarse_before + tl.sum(coarse, axis=0), fine_before + tl.sum(fine, axis=0)
+
+
+@triton.jit
+def _system(scores, coarse_i, fine_i, beta_i, coarse_j, fine_j, DIAGONAL: tl.constexpr):
+    """A block of A."""
+    logs = (coarse_i[:, None] - coarse_j[None, :]) + (fine_i[:, None] - fine_j[None, :])
+    if DIAGONAL:
+        i = tl.arange(0, 16)
+        logs = tl.where(i[:, None] > i[None, :], logs, float("-inf"))
+    return beta_i[:, None] * scores * forgetting(logs)
+
+
+@triton.jit
+def _scores(a, a_length, b, b_length, WIDEN: tl.constexpr):
+    return product(a, tl.trans(b), a.dtype, WIDEN) * a_length[:, None] * b_length[None, :]
+
+
+@triton.jit
+def prepare(
+    query, key, decay, beta, inverse, sums, norms, spans, tokens, total, q_token, q_head, k_token, k_head,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, PACKED: tl.constexpr, WIDEN: tl.constexpr,
+):
+    """One chunk of one key head: the inverse lengths [2, T, G] of its queries and keys, the running sums [2, T, H] of the
+    decays, and (I + A)^-1 [T, H, C] of each value head, from blocks of 16: with A_ij its blocks and X_i those of the
+    inverse's diagonal, X_ij = -X_i sum_{j <= l < i} A_il X_lj."""
+    chunk, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t0, end = span_of_chunk(spans, chunk, tokens, PACKED, 64)
+    t1, t2, t3 = t0 + 16, t0 + 32, t0 + 48
+    for part in range(4):
+        q = load_rows(query + g * q_head, t0 + 16 * part, end, q_token, 0, K, BLOCK, KP)
+        store_column(norms + g, inverse_length(q), t0 + 16 * part, end, G, BLOCK)
+    key += g * k_head
+    k0, l0 = _block_of_keys(key, norms, t0, end, k_token, g, total, G, K, KP)
+    k1, l1 = _block_of_keys(key, norms, t1, end, k_token, g, total, G, K, KP)
+    k2, l2 = _block_of_keys(key, norms, t2, end, k_token, g, total, G, K, KP)
+    k3, l3 = _block_of_keys(key, norms, t3, end, k_token, g, total, G, K, KP)
+    s00, s11 = _scores(k0, l0, k0, l0, WIDEN), _scores(k1, l1, k1, l1, WIDEN)
+    s22, s33 = _scores(k2, l2, k2, l2, WIDEN), _scores(k3, l3, k3, l3, WIDEN)
+    s10, s20, s30 = _scores(k1, l1, k0, l0, WIDEN), _scores(k2, l2, k0, l0, WIDEN), _scores(k3, l3, k0, l0, WIDEN)
+    s21, s31, s32 = _scores(k2, l2, k1, l1, WIDEN), _scores(k3, l3, k1, l1, WIDEN), _scores(k3, l3, k2, l2, WIDEN)
+    for each in range(H // G):
+        h = g * (H // G) + each
+        c0, f0, b0, c, f = _block_of_gates(decay, beta, sums, t0, end, h, total, 0.0, 0.0, H)
+        c1, f1, b1, c, f = _block_of_gates(decay, beta, sums, t1, end, h, total, c, f, H)
+        c2, f2, b2, c, f = _block_of_gates(decay, beta, sums, t2, end, h, total, c, f, H)
+        c3, f3, b3, c, f = _block_of_gates(decay, beta, sums, t3, end, h, total, c, f, H)
+        x0 = _inverse_of_block(_system(s00, c0, f0, b0, c0, f0, True))
+        x1 = _inverse_of_block(_system(s11, c1, f1, b1, c1, f1, True))
+        x2 = _inverse_of_block(_system(s22, c2, f2, b2, c2, f2, True))
+        x3 = _inverse_of_block(_system(s33, c3, f3, b3, c3, f3, True))
+        a10, a20 = _system(s10, c1, f1, b1, c0, f0, False), _system(s20, c2, f2, b2, c0, f0, False)
+        a30, a21 = _system(s30, c3, f3, b3, c0, f0, False), _system(s21, c2, f2, b2, c1, f1, False)
+        a31, a32 = _system(s31, c3, f3, b3, c1, f1, False), _system(s32, c3, f3, b3, c2, f2, False)
+        x10 = -_product32(x1, _product32(a10, x0))
+        x21 = -_product32(x2, _product32(a21, x1))
+        x32 = -_product32(x3, _product32(a32, x2))
+        x20 = -_product32(x2, _product32(a20, x0) + _product32(a21, x10))
+        x31 = -_product32(x3, _product32(a31, x1) + _product32(a32, x21))
+        x30 = -_product32(x3, _product32(a30, x0) + _product32(a31, x10) + _product32(a32, x20))
+        to = inverse + h * 64
+        store_rows(to, x0, t0, end, H * 64, 0, 64, BLOCK, BLOCK)
+        store_rows(to, x10, t1, end, H * 64, 0, 64, BLOCK, BLOCK)
+        store_rows(to, x1, t1, end, H * 64, 16, 64, BLOCK, BLOCK)
+        store_rows(to, x20, t2, end, H * 64, 0, 64, BLOCK, BLOCK)
+        store_rows(to, x21, t2, end, H * 64, 16, 64, BLOCK, BLOCK)
+        store_rows(to, x2, t2, end, H * 64, 32, 64, BLOCK, BLOCK)
+        store_rows(to, x30, t3, end, H * 64, 0, 64, BLOCK, BLOCK)
+        store_rows(to, x31, t3, end, H * 64, 16, 64, BLOCK, BLOCK)
+        store_rows(to, x32, t3, end, H * 64, 32, 64, BLOCK, BLOCK)
+        store_rows(to, x3, t3, end, H * 64, 48, 64, BLOCK, BLOCK)
+
+
+@triton.jit
+def recur(
+    key, value, beta, inverse, sums, norms, initial, states, writes, final, bounds, first_chunks, tokens, total,
+    k_token, k_head, v_token, v_head, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One row or document, one value head, BV columns of its memory: the memory before each chunk [chunks, H, K, V], the
+    corrections W [T, H, V] and the memory at the end [rows, H, K, V]."""
+    n, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
+    first, g = tl.program_id(1) * BV, h // (H // G)
+    ROUND: tl.constexpr = key.dtype.element_ty
+    begin, end, chunk = span_of_sequence(bounds, first_chunks, n, tokens, PACKED, C)
+    memory = tl.zeros([KP, BV], tl.float32)
+    if HAS_STATE:
+        memory += load_rows(initial + (n * H + h) * K * V, 0, K, V, first, V, KP, BV)
+    for c in range(0, tl.cdiv(end - begin, C)):
+        t = begin + c * C
+        store_rows(states + ((chunk + c) * H + h) * K * V, memory, 0, K, V, first, V, KP, BV)
+        k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
+        v = load_rows(value + h * v_head, t, end, v_token, first, V, C, BV).to(tl.float32)
+        x = load_inverse(inverse, h, t, end, H, C)
+        rate = load_column(beta + h, t, end, H, C)
+        length = load_column(norms + total * G + g, t, end, G, C)
+        coarse, fine, coarse_end, fine_end = load_sums(sums, h, t, end, total, H, C)
+        recalled = product(k, memory, ROUND, WIDEN) * (length * forgetting(coarse + fine))[:, None]
+        write = product(x, rate[:, None] * (v - recalled), ROUND, WIDEN)
+        store_rows(writes + h * V, write, t, end, H * V, first, V, C, BV)
+        to_end = length * forgetting((coarse_end - coarse) + (fine_end - fine))
+        brought = product(tl.trans(k), to_end[:, None] * write, ROUND, WIDEN)
+        memory = memory * forgetting(coarse_end + fine_end) + brought
+    store_rows(final + (n * H + h) * K * V, memory, 0, K, V, first, V, KP, BV)
+
+
+@triton.jit
+def answer(
+    query, key, sums, norms, states, writes, output, spans, tokens, total, q_token, q_head, k_token, k_head, scale,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, PACKED: tl.constexpr, WIDEN: tl.constexpr,
+):
+    """One chunk, one value head, BV columns of its output [T, H, V]."""
+    chunk, h, first = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BV
+    g = h // (H // G)
+    ROUND: tl.constexpr = key.dtype.element_ty
+    t, end = span_of_chunk(spans, chunk, tokens, PACKED, C)
+    q = load_rows(query + g * q_head, t, end, q_token, 0, K, C, KP)
+    k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
+    q_length = load_column(norms + g, t, end, G, C) * scale
+    k_length = load_column(norms + total * G + g, t, end, G, C)
+    coarse, fine, _, _ = load_sums(sums, h, t, end, total, H, C)
+    attend = product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None] * k_length[None, :]
+    attend *= decays_between(coarse, fine, t, end, C)
+    memory = load_rows(states + (chunk * H + h) * K * V, 0, K, V, first, V, KP, BV)
+    out = product(q, memory, ROUND, WIDEN) * (q_length * forgetting(coarse + fine))[:, None]
+    write = load_rows(writes + h * V, t, end, H * V, first, V, C, BV)
+    out += product(attend, write, ROUND, WIDEN)
+    store_rows(output + h * V, out, t, end, H * V, first, V, C, BV)
