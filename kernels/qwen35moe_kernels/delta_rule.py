@@ -101,7 +101,7 @@ def delta_rule(
     with runtime.on_device_of(query):
         kernels.prepare[place.count, size.G](
             query, key, decay, beta, inverse, sums, norms, place.spans, tokens, total, *of_q, *of_k,
-            size.G, size.H, size.K, size.KP, packed, widen, num_warps=2,
+            size.G, size.H, size.K, size.KP, 32, packed, widen, num_warps=2,
         )  # fmt: skip
         kernels.recur[place.rows * size.H, -(-size.V // narrow)](
             key, value, beta, inverse, sums, norms, initial, states, writes, final, place.bounds, place.first, tokens, total,

@@ -123,59 +123,58 @@ def inputs_back(
     for each in range(H // G):
         h = g * (H // G) + each
         state_at = (chunk * H + h) * K * V
+        rate = load_column(beta + h, t, end, H, C)
         coarse, fine, coarse_end, fine_end = load_sums(sums, h, t, end, total, H, C)
         since_start, kept = forgetting(coarse + fine), forgetting(coarse_end + fine_end)
         to_end = forgetting((coarse_end - coarse) + (fine_end - fine))
-        decays = decays_between(coarse, fine, t, end, C)
-
-        # The answers: O = (exp(c) Q S + P W) / sqrt(K).
-        from_memory, d_attend = tl.zeros([C, KP], tl.float32), tl.zeros([C, C], tl.float32)
+        # Of each column of the memory: O = (exp(c) Q S + P W) / sqrt(K), (I + A) W = beta (V - exp(c) K S),
+        # S' = exp(c_C) S + (exp(c_C - c) K)^T W.
+        d_attend, d_system = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+        d_start, d_end = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+        d_rate, recalled, d_kept = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
         for first in range(0, V, BV):
+            write = load_rows(writes + h * V, t, end, H * V, first, V, C, BV)
+            memory = load_rows(states + state_at, 0, K, V, first, V, KP, BV)
             d_out = load_rows(d_output + h * V, t, end, H * V, first, V, C, BV)
-            write = load_rows(writes + h * V, t, end, H * V, first, V, C, BV)
-            memory = load_rows(states + state_at, 0, K, V, first, V, KP, BV)
-            from_memory += product(d_out, tl.trans(memory), ROUND, WIDEN)
             d_attend += product(d_out, tl.trans(write), ROUND, WIDEN)
-        from_memory *= (scale * since_start)[:, None]
-        d_attend *= scale * decays
-        d_start = q_length * tl.sum(from_memory * q.to(tl.float32), axis=1)
-        d_q += from_memory + product(d_attend * k_length[None, :], k, ROUND, WIDEN)
-        d_k += product(tl.trans(d_attend * q_length[:, None]), q, ROUND, WIDEN)
-        d_logs = d_attend * product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None] * k_length[None, :]
+            d_out = d_out.to(tl.float32) * (scale * since_start)[:, None]
+            d_q += product(d_out, tl.trans(memory), ROUND, WIDEN)
+            d_start += tl.sum(d_out * product(q, memory, ROUND, WIDEN), axis=1)
 
-        # The corrections: (I + A) W = beta (V - exp(c) K S), and what they bring: S' = exp(c_C) S + (exp(c_C - c) K)^T W.
-        by_recall, by_bringing = tl.zeros([C, KP], tl.float32), tl.zeros([C, KP], tl.float32)
-        d_system, d_rate, d_kept = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32), 0.0
-        rate = load_column(beta + h, t, end, H, C)
-        for first in range(0, V, BV):
-            d_wanted = load_rows(d_writes + h * V, t, end, H * V, first, V, C, BV)
-            write = load_rows(writes + h * V, t, end, H * V, first, V, C, BV)
-            memory = load_rows(states + state_at, 0, K, V, first, V, KP, BV)
             d_memory = load_rows(d_states + state_at, 0, K, V, first, V, KP, BV)
-            by_recall += product(d_wanted, tl.trans(memory), ROUND, WIDEN)
-            by_bringing += product(write, tl.trans(d_memory), ROUND, WIDEN)
-            d_system += product(d_wanted, tl.trans(write), ROUND, WIDEN)
             d_kept += tl.sum(tl.sum(memory.to(tl.float32) * d_memory.to(tl.float32), axis=1), axis=0)
-            v = load_rows(value + h * v_head, t, end, v_token, first, V, C, BV).to(tl.float32)
+            brought = write.to(tl.float32) * to_end[:, None]
+            d_k += product(brought, tl.trans(d_memory), ROUND, WIDEN)
+            d_end += tl.sum(brought * product(k, d_memory, ROUND, WIDEN), axis=1)
+
+            d_wanted = load_rows(d_writes + h * V, t, end, H * V, first, V, C, BV)
+            d_system += product(d_wanted, tl.trans(write), ROUND, WIDEN)
             d_wanted = d_wanted.to(tl.float32)
+            v = load_rows(value + h * v_head, t, end, v_token, first, V, C, BV).to(tl.float32)
             d_rate += tl.sum(d_wanted * v, axis=1)
             store_rows(d_value + h * V, rate[:, None] * d_wanted, t, end, H * V, first, V, C, BV)
-        by_recall *= since_start[:, None]
-        by_bringing *= to_end[:, None]
-        recalled = k_length * tl.sum(by_recall * k.to(tl.float32), axis=1)
-        d_end = k_length * tl.sum(by_bringing * k.to(tl.float32), axis=1)
-        d_system = tl.where(below, -d_system * decays, 0.0)
-        same = product(k, tl.trans(k), ROUND, WIDEN) * k_length[:, None] * k_length[None, :]
-        d_rate += tl.sum(d_system * same, axis=1) - recalled
-        d_system *= rate[:, None]
-        d_logs = tl.where(below, d_logs + d_system * same, 0.0)
-        d_start -= rate * recalled
-        d_k += by_bringing - rate[:, None] * by_recall
-        d_k += product((d_system + tl.trans(d_system)) * k_length[None, :], k, ROUND, WIDEN)
-        store_column(d_beta + h, d_rate, t, end, H, C)
+            d_wanted *= since_start[:, None]
+            recalled += tl.sum(d_wanted * product(k, memory, ROUND, WIDEN), axis=1)
+            d_k -= product(rate[:, None] * d_wanted, tl.trans(memory), ROUND, WIDEN)
 
-        across = tl.cumsum(d_logs, axis=0, reverse=True) + d_end[None, :]  # [l, j]: of all D_ij with i >= l, and of what j brings
-        gate = tl.cumsum(d_start, axis=0, reverse=True) + tl.sum(tl.where(below, across, 0.0), axis=1) + kept * d_kept
+        # What is left are products of tokens: P = Q K^T * D and A.
+        decays = decays_between(coarse, fine, t, end, C)
+        d_attend *= scale * decays
+        d_q += product(d_attend * k_length[None, :], k, ROUND, WIDEN)
+        d_k += product(tl.trans(d_attend * q_length[:, None]), q, ROUND, WIDEN)
+        d_logs = d_attend * product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None]
+        d_system = tl.where(below, -d_system * decays, 0.0)
+        same = product(k, tl.trans(k), ROUND, WIDEN) * k_length[:, None]
+        recalled *= k_length
+        d_rate += tl.sum(d_system * same * k_length[None, :], axis=1) - recalled
+        store_column(d_beta + h, d_rate, t, end, H, C)
+        d_system *= rate[:, None]
+        d_k += product((d_system + tl.trans(d_system)) * k_length[None, :], k, ROUND, WIDEN)
+        d_logs = (d_logs + d_system * same) * k_length[None, :]
+        # [l, j]: of all D_ij with i >= l, and of what j < l brings to the end.
+        across = tl.cumsum(tl.where(below, d_logs, 0.0), axis=0, reverse=True) + (k_length * d_end)[None, :]
+        gate = tl.cumsum(q_length * d_start - rate * recalled, axis=0, reverse=True) + kept * d_kept
+        gate += tl.sum(tl.where(below, across, 0.0), axis=1)
         store_column(d_decay + h, gate, t, end, H, C)
     store_rows(d_query + g * K, _through_length(d_q, q, q_length), t, end, G * K, 0, K, C, KP)
     store_rows(d_key + g * K, _through_length(d_k, k, k_length), t, end, G * K, 0, K, C, KP)

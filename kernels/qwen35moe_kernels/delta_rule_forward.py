@@ -20,7 +20,6 @@ import triton.language as tl
 from .delta_rule_tiles import (
     decays_between,
     forgetting,
-    inverse_length,
     load_column,
     load_inverse,
     load_rows,
@@ -53,16 +52,22 @@ def _inverse_of_block(a):
 
 @triton.jit
 def _product32(a, b):
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
-def _block_of_keys(key, norms, begin, end, k_token, g, total, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
-    """16 keys and their inverse lengths, which are stored."""
-    k = load_rows(key, begin, end, k_token, 0, K, BLOCK, KP)
-    length = inverse_length(k)
-    store_column(norms + total * G + g, length, begin, end, G, BLOCK)
-    return k, length
+def _keys_part(key, squares, begin, end, k_token, first, K: tl.constexpr, BK: tl.constexpr):
+    """16 keys, BK columns, and their sums of squares so far."""
+    k = load_rows(key, begin, end, k_token, first, K, BLOCK, BK)
+    wide = k.to(tl.float32)
+    return k, squares + tl.sum(wide * wide, axis=1)
+
+
+@triton.jit
+def _stored_length(norms, squares, begin, end, G: tl.constexpr):
+    length = 1.0 / tl.sqrt(squares + 1e-6)
+    store_column(norms, length, begin, end, G, BLOCK)
+    return length
 
 
 @triton.jit
@@ -78,8 +83,9 @@ def _block_of_gates(decay, beta, sums, begin, end, h, total, coarse_before, fine
 
 
 @triton.jit
-def _system(scores, coarse_i, fine_i, beta_i, coarse_j, fine_j, DIAGONAL: tl.constexpr):
+def _system(scores, length_i, coarse_i, fine_i, beta_i, length_j, coarse_j, fine_j, DIAGONAL: tl.constexpr):
     """A block of A."""
+    scores = scores * length_i[:, None] * length_j[None, :]
     logs = (coarse_i[:, None] - coarse_j[None, :]) + (fine_i[:, None] - fine_j[None, :])
     if DIAGONAL:
         i = tl.arange(0, 16)
@@ -88,14 +94,10 @@ def _system(scores, coarse_i, fine_i, beta_i, coarse_j, fine_j, DIAGONAL: tl.con
 
 
 @triton.jit
-def _scores(a, a_length, b, b_length, WIDEN: tl.constexpr):
-    return product(a, tl.trans(b), a.dtype, WIDEN) * a_length[:, None] * b_length[None, :]
-
-
-@triton.jit
 def prepare(
     query, key, decay, beta, inverse, sums, norms, spans, tokens, total, q_token, q_head, k_token, k_head,
-    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, PACKED: tl.constexpr, WIDEN: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """One chunk of one key head: the inverse lengths [2, T, G] of its queries and keys, the running sums [2, T, H] of the
     decays, and (I + A)^-1 [T, H, C] of each value head, from blocks of 16: with A_ij its blocks and X_i those of the
@@ -104,30 +106,45 @@ def prepare(
     t0, end = span_of_chunk(spans, chunk, tokens, PACKED, 64)
     t1, t2, t3 = t0 + 16, t0 + 32, t0 + 48
     for part in range(4):
-        q = load_rows(query + g * q_head, t0 + 16 * part, end, q_token, 0, K, BLOCK, KP)
-        store_column(norms + g, inverse_length(q), t0 + 16 * part, end, G, BLOCK)
+        _, squares = _keys_part(query + g * q_head, 0.0, t0 + 16 * part, end, q_token, 0, K, KP)
+        _stored_length(norms + g, squares, t0 + 16 * part, end, G)
     key += g * k_head
-    k0, l0 = _block_of_keys(key, norms, t0, end, k_token, g, total, G, K, KP)
-    k1, l1 = _block_of_keys(key, norms, t1, end, k_token, g, total, G, K, KP)
-    k2, l2 = _block_of_keys(key, norms, t2, end, k_token, g, total, G, K, KP)
-    k3, l3 = _block_of_keys(key, norms, t3, end, k_token, g, total, G, K, KP)
-    s00, s11 = _scores(k0, l0, k0, l0, WIDEN), _scores(k1, l1, k1, l1, WIDEN)
-    s22, s33 = _scores(k2, l2, k2, l2, WIDEN), _scores(k3, l3, k3, l3, WIDEN)
-    s10, s20, s30 = _scores(k1, l1, k0, l0, WIDEN), _scores(k2, l2, k0, l0, WIDEN), _scores(k3, l3, k0, l0, WIDEN)
-    s21, s31, s32 = _scores(k2, l2, k1, l1, WIDEN), _scores(k3, l3, k1, l1, WIDEN), _scores(k3, l3, k2, l2, WIDEN)
+    ROUND: tl.constexpr = key.dtype.element_ty
+    empty, none = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    s00, s11, s22, s33, s10, s20, s30, s21, s31, s32 = empty, empty, empty, empty, empty, empty, empty, empty, empty, empty
+    l0, l1, l2, l3 = none, none, none, none
+    for first in range(0, K, BK):
+        k0, l0 = _keys_part(key, l0, t0, end, k_token, first, K, BK)
+        k1, l1 = _keys_part(key, l1, t1, end, k_token, first, K, BK)
+        k2, l2 = _keys_part(key, l2, t2, end, k_token, first, K, BK)
+        k3, l3 = _keys_part(key, l3, t3, end, k_token, first, K, BK)
+        s00 += product(k0, tl.trans(k0), ROUND, WIDEN)
+        s11 += product(k1, tl.trans(k1), ROUND, WIDEN)
+        s22 += product(k2, tl.trans(k2), ROUND, WIDEN)
+        s33 += product(k3, tl.trans(k3), ROUND, WIDEN)
+        s10 += product(k1, tl.trans(k0), ROUND, WIDEN)
+        s20 += product(k2, tl.trans(k0), ROUND, WIDEN)
+        s30 += product(k3, tl.trans(k0), ROUND, WIDEN)
+        s21 += product(k2, tl.trans(k1), ROUND, WIDEN)
+        s31 += product(k3, tl.trans(k1), ROUND, WIDEN)
+        s32 += product(k3, tl.trans(k2), ROUND, WIDEN)
+    l0 = _stored_length(norms + total * G + g, l0, t0, end, G)
+    l1 = _stored_length(norms + total * G + g, l1, t1, end, G)
+    l2 = _stored_length(norms + total * G + g, l2, t2, end, G)
+    l3 = _stored_length(norms + total * G + g, l3, t3, end, G)
     for each in range(H // G):
         h = g * (H // G) + each
         c0, f0, b0, c, f = _block_of_gates(decay, beta, sums, t0, end, h, total, 0.0, 0.0, H)
         c1, f1, b1, c, f = _block_of_gates(decay, beta, sums, t1, end, h, total, c, f, H)
         c2, f2, b2, c, f = _block_of_gates(decay, beta, sums, t2, end, h, total, c, f, H)
         c3, f3, b3, c, f = _block_of_gates(decay, beta, sums, t3, end, h, total, c, f, H)
-        x0 = _inverse_of_block(_system(s00, c0, f0, b0, c0, f0, True))
-        x1 = _inverse_of_block(_system(s11, c1, f1, b1, c1, f1, True))
-        x2 = _inverse_of_block(_system(s22, c2, f2, b2, c2, f2, True))
-        x3 = _inverse_of_block(_system(s33, c3, f3, b3, c3, f3, True))
-        a10, a20 = _system(s10, c1, f1, b1, c0, f0, False), _system(s20, c2, f2, b2, c0, f0, False)
-        a30, a21 = _system(s30, c3, f3, b3, c0, f0, False), _system(s21, c2, f2, b2, c1, f1, False)
-        a31, a32 = _system(s31, c3, f3, b3, c1, f1, False), _system(s32, c3, f3, b3, c2, f2, False)
+        x0 = _inverse_of_block(_system(s00, l0, c0, f0, b0, l0, c0, f0, True))
+        x1 = _inverse_of_block(_system(s11, l1, c1, f1, b1, l1, c1, f1, True))
+        x2 = _inverse_of_block(_system(s22, l2, c2, f2, b2, l2, c2, f2, True))
+        x3 = _inverse_of_block(_system(s33, l3, c3, f3, b3, l3, c3, f3, True))
+        a10, a20 = _system(s10, l1, c1, f1, b1, l0, c0, f0, False), _system(s20, l2, c2, f2, b2, l0, c0, f0, False)
+        a30, a21 = _system(s30, l3, c3, f3, b3, l0, c0, f0, False), _system(s21, l2, c2, f2, b2, l1, c1, f1, False)
+        a31, a32 = _system(s31, l3, c3, f3, b3, l1, c1, f1, False), _system(s32, l3, c3, f3, b3, l2, c2, f2, False)
         x10 = -_product32(x1, _product32(a10, x0))
         x21 = -_product32(x2, _product32(a21, x1))
         x32 = -_product32(x3, _product32(a32, x2))

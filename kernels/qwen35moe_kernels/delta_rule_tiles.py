@@ -43,7 +43,7 @@ def product(a, b, ROUND: tl.constexpr, WIDEN: tl.constexpr):
     a, b = a.to(ROUND), b.to(ROUND)
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
@@ -111,13 +111,6 @@ def span_of_sequence(bounds, first_chunks, n, tokens, PACKED: tl.constexpr, C: t
         end = begin + tokens
         chunk = n * tl.cdiv(tokens, C)
     return begin, end, chunk
-
-
-@triton.jit
-def inverse_length(x):
-    """1 / sqrt(sum x^2 + 1e-6) of each row."""
-    x = x.to(tl.float32)
-    return 1.0 / tl.sqrt(tl.sum(x * x, axis=1) + 1e-6)
 
 
 @triton.jit
