@@ -12,6 +12,9 @@ normalisation), v, beta and the decay.
 The gate at l sits in every D_ij with j < l <= i, in exp(c_i) for i >= l and in exp(c_C - c_j) for j < l. Its gradient is
 the sum of just these, none of them a difference: behind a hard gate, where all of them are small, a difference of sums
 would be rounding errors of what lies outside.
+
+No product takes the transpose of a tile that was computed here; where one is needed it is computed transposed as well.
+Triton 3.4 to 3.7.0 gets just that wrong on Hopper GPUs (flash-linear-attention issue 640, pull request 826).
 """
 
 # pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
@@ -51,10 +54,10 @@ def attend_back(
     q_length = load_column(norms + g, t, end, G, C) * scale
     k_length = load_column(norms + total * G + g, t, end, G, C)
     coarse, fine, _, _ = load_sums(sums, h, t, end, total, H, C)
-    attend = product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None] * k_length[None, :]
-    attend *= decays_between(coarse, fine, t, end, C)
+    attend = product(k, tl.trans(q), ROUND, WIDEN) * k_length[:, None] * q_length[None, :]
+    attend *= decays_between(coarse, fine, t, end, C, True)
     d_out = load_rows(d_output + h * V, t, end, H * V, first, V, C, BV)
-    store_rows(d_writes + h * V, product(tl.trans(attend), d_out, ROUND, WIDEN), t, end, H * V, first, V, C, BV)
+    store_rows(d_writes + h * V, product(attend, d_out, ROUND, WIDEN), t, end, H * V, first, V, C, BV)
 
 
 @triton.jit
@@ -79,7 +82,7 @@ def recur_back(
         k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
         d_out = load_rows(d_output + h * V, t, end, H * V, first, V, C, BV).to(tl.float32)
         d_write = load_rows(d_writes + h * V, t, end, H * V, first, V, C, BV).to(tl.float32)
-        x = load_inverse(inverse, h, t, end, H, C)
+        x = load_inverse(inverse, h, t, end, H, C, True)
         rate = load_column(beta + h, t, end, H, C)
         q_length = load_column(norms + g, t, end, G, C) * scale
         k_length = load_column(norms + total * G + g, t, end, G, C)
@@ -87,7 +90,7 @@ def recur_back(
         since_start = forgetting(coarse + fine)
         to_end = forgetting((coarse_end - coarse) + (fine_end - fine))
         d_write += product(k, d_memory, ROUND, WIDEN) * (k_length * to_end)[:, None]
-        d_wanted = product(tl.trans(x), d_write, ROUND, WIDEN)
+        d_wanted = product(x, d_write, ROUND, WIDEN)
         store_rows(d_writes + h * V, d_wanted, t, end, H * V, first, V, C, BV)
         d_memory *= forgetting(coarse_end + fine_end)
         d_memory += product(tl.trans(q), (q_length * since_start)[:, None] * d_out, ROUND, WIDEN)
@@ -113,8 +116,8 @@ def inputs_back(
     chunk, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ROUND: tl.constexpr = key.dtype.element_ty
     t, end = span_of_chunk(spans, chunk, tokens, PACKED, C)
-    i = tl.arange(0, C)
-    below = i[:, None] > i[None, :]
+    below = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
+    diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
     q = load_rows(query + g * q_head, t, end, q_token, 0, K, C, KP)
     k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
     q_length = load_column(norms + g, t, end, G, C)
@@ -130,6 +133,7 @@ def inputs_back(
         # Of each column of the memory: O = (exp(c) Q S + P W) / sqrt(K), (I + A) W = beta (V - exp(c) K S),
         # S' = exp(c_C) S + (exp(c_C - c) K)^T W.
         d_attend, d_system = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+        d_attend_t, d_system_t = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
         d_start, d_end = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         d_rate, recalled, d_kept = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
         for first in range(0, V, BV):
@@ -137,6 +141,7 @@ def inputs_back(
             memory = load_rows(states + state_at, 0, K, V, first, V, KP, BV)
             d_out = load_rows(d_output + h * V, t, end, H * V, first, V, C, BV)
             d_attend += product(d_out, tl.trans(write), ROUND, WIDEN)
+            d_attend_t += product(write, tl.trans(d_out), ROUND, WIDEN)
             d_out = d_out.to(tl.float32) * (scale * since_start)[:, None]
             d_q += product(d_out, tl.trans(memory), ROUND, WIDEN)
             d_start += tl.sum(d_out * product(q, memory, ROUND, WIDEN), axis=1)
@@ -148,7 +153,8 @@ def inputs_back(
             d_end += tl.sum(brought * product(k, d_memory, ROUND, WIDEN), axis=1)
 
             d_wanted = load_rows(d_writes + h * V, t, end, H * V, first, V, C, BV)
-            d_system += product(d_wanted, tl.trans(write), ROUND, WIDEN)
+            d_system -= product(d_wanted, tl.trans(write), ROUND, WIDEN)
+            d_system_t -= product(write, tl.trans(d_wanted), ROUND, WIDEN)
             d_wanted = d_wanted.to(tl.float32)
             v = load_rows(value + h * v_head, t, end, v_token, first, V, C, BV).to(tl.float32)
             d_rate += tl.sum(d_wanted * v, axis=1)
@@ -158,19 +164,20 @@ def inputs_back(
             d_k -= product(rate[:, None] * d_wanted, tl.trans(memory), ROUND, WIDEN)
 
         # What is left are products of tokens: P = Q K^T * D and A.
-        decays = decays_between(coarse, fine, t, end, C)
+        decays = decays_between(coarse, fine, t, end, C, False)
+        decays_t = decays_between(coarse, fine, t, end, C, True)
         d_attend *= scale * decays
         d_q += product(d_attend * k_length[None, :], k, ROUND, WIDEN)
-        d_k += product(tl.trans(d_attend * q_length[:, None]), q, ROUND, WIDEN)
+        d_k += product(d_attend_t * decays_t * (scale * q_length)[None, :], q, ROUND, WIDEN)
+        d_system = tl.where(below, d_system * decays, 0.0)
+        d_both = tl.where(below, rate[:, None] * d_system, rate[None, :] * d_system_t * decays_t)
+        d_k += product(tl.where(diagonal, 0.0, d_both) * k_length[None, :], k, ROUND, WIDEN)
         d_logs = d_attend * product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None]
-        d_system = tl.where(below, -d_system * decays, 0.0)
-        same = product(k, tl.trans(k), ROUND, WIDEN) * k_length[:, None]
+        d_system *= product(k, tl.trans(k), ROUND, WIDEN) * k_length[:, None]
+        d_logs = (d_logs + rate[:, None] * d_system) * k_length[None, :]
         recalled *= k_length
-        d_rate += tl.sum(d_system * same * k_length[None, :], axis=1) - recalled
+        d_rate += tl.sum(d_system * k_length[None, :], axis=1) - recalled
         store_column(d_beta + h, d_rate, t, end, H, C)
-        d_system *= rate[:, None]
-        d_k += product((d_system + tl.trans(d_system)) * k_length[None, :], k, ROUND, WIDEN)
-        d_logs = (d_logs + d_system * same) * k_length[None, :]
         # [l, j]: of all D_ij with i >= l, and of what j < l brings to the end.
         across = tl.cumsum(tl.where(below, d_logs, 0.0), axis=0, reverse=True) + (k_length * d_end)[None, :]
         gate = tl.cumsum(q_length * d_start - rate * recalled, axis=0, reverse=True) + kept * d_kept

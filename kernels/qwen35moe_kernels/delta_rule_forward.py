@@ -185,7 +185,7 @@ def recur(
         store_rows(states + ((chunk + c) * H + h) * K * V, memory, 0, K, V, first, V, KP, BV)
         k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
         v = load_rows(value + h * v_head, t, end, v_token, first, V, C, BV).to(tl.float32)
-        x = load_inverse(inverse, h, t, end, H, C)
+        x = load_inverse(inverse, h, t, end, H, C, False)
         rate = load_column(beta + h, t, end, H, C)
         length = load_column(norms + total * G + g, t, end, G, C)
         coarse, fine, coarse_end, fine_end = load_sums(sums, h, t, end, total, H, C)
@@ -215,7 +215,7 @@ def answer(
     k_length = load_column(norms + total * G + g, t, end, G, C)
     coarse, fine, _, _ = load_sums(sums, h, t, end, total, H, C)
     attend = product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None] * k_length[None, :]
-    attend *= decays_between(coarse, fine, t, end, C)
+    attend *= decays_between(coarse, fine, t, end, C, False)
     memory = load_rows(states + (chunk * H + h) * K * V, 0, K, V, first, V, KP, BV)
     out = product(q, memory, ROUND, WIDEN) * (q_length * forgetting(coarse + fine))[:, None]
     write = load_rows(writes + h * V, t, end, H * V, first, V, C, BV)

@@ -78,11 +78,11 @@ def store_column(base, column, begin, end, stride, N: tl.constexpr):
 
 
 @triton.jit
-def load_inverse(inverse, h, begin, end, H: tl.constexpr, C: tl.constexpr):
+def load_inverse(inverse, h, begin, end, H: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr):
     """(I + A)^-1 [C, C] of one chunk and head; what lies above the diagonal was never written."""
-    x = load_rows(inverse + h * C, begin, end, H * C, 0, C, C, C)
-    i = tl.arange(0, C)
-    return tl.where(i[:, None] >= i[None, :], x, 0.0)
+    one, other = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    i, j = (other, one) if TRANSPOSED else (one, other)
+    return tl.load(inverse + ((begin + i) * H + h) * C + j, (begin + i < end) & (j <= i), other=0.0)
 
 
 @triton.jit
@@ -142,12 +142,15 @@ def load_sums(sums, h, begin, end, total, H: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def decays_between(coarse, fine, begin, end, C: tl.constexpr):
+def decays_between(coarse, fine, begin, end, C: tl.constexpr, TRANSPOSED: tl.constexpr):
     """D [C, C]: what token i still has of token j <= i, the constant 1 on the diagonal; zero above it and from `end` on.
 
     Masked before the exponential: above the diagonal it would overflow.
     """
-    i = tl.arange(0, C)
-    seen = (i[:, None] >= i[None, :]) & (begin + i < end)[:, None]
+    one, other = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     logs = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+    if TRANSPOSED:
+        logs, seen = -logs, (other >= one) & (begin + other < end)
+    else:
+        seen = (one >= other) & (begin + one < end)
     return forgetting(tl.where(seen, logs, float("-inf")))
