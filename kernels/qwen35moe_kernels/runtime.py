@@ -107,3 +107,26 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd wants to know of an operation on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`: what a block of a kernel measures."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def parts(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
+
+
+def capability(tensor: Tensor) -> tuple[int, int] | None:
+    """The compute capability of the tensor's GPU; None where it is on none."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+
+
+def capability_objection(package: str, tensor: Tensor, least: tuple[int, int]) -> str | None:
+    """None, or that the tensor's GPU is too old for a package."""
+    found = capability(tensor)
+    if found is None or found >= least:
+        return None
+    return f"{package} needs compute capability {least[0]}.{least[1]}, {tensor.device} has {found[0]}.{found[1]}"
