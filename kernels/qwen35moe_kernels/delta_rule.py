@@ -99,7 +99,7 @@ def delta_rule(
     wide = _power_of_two(size.V, 128 if key.dtype == torch.bfloat16 else 32)
     narrow = min(wide, 32)
     with runtime.on_device_of(query):
-        kernels.prepare[place.count, size.G](
+        kernels.prepare[place.count, size.H](
             query, key, decay, beta, inverse, sums, norms, place.spans, tokens, total, *of_q, *of_k,
             size.G, size.H, size.K, size.KP, 32, packed, widen, num_warps=2,
         )  # fmt: skip
@@ -150,6 +150,7 @@ def delta_rule_back(
     query, key, value = _rows(query), _rows(key), _rows(value)
     beta, d_output, d_final = beta.contiguous(), d_output.contiguous(), d_final.contiguous()
     d_writes, d_states = torch.empty_like(writes), torch.empty_like(states)
+    d_units = torch.empty(key.shape, dtype=torch.float32, device=key.device)
     packed, widen = cu_seqlens is not None, runtime.interpreted()
     of_q, of_k, of_v = query.stride()[1:3], key.stride()[1:3], value.stride()[1:3]
     half = key.dtype == torch.bfloat16
@@ -165,10 +166,13 @@ def delta_rule_back(
             place.first, tokens, total, *of_q, *of_k, scale, *size, narrow, CHUNK, packed, widen,
             num_warps=4, num_stages=2,
         )  # fmt: skip
-        kernels.inputs_back[place.count, size.G](
-            query, key, value, beta, sums, norms, states, writes, d_output, d_writes, d_states, d_query, d_key, d_value,
-            d_decay, d_beta, place.spans, tokens, total, *of_q, *of_k, *of_v, scale, *size, middle, CHUNK, packed, widen,
-            num_warps=8, num_stages=1,
+        kernels.queries_back[place.count, size.G](
+            query, key, sums, norms, states, writes, d_output, d_query, d_units, d_decay, place.spans, tokens, total,
+            *of_q, *of_k, scale, *size, middle, CHUNK, packed, widen, num_warps=8, num_stages=1,
+        )  # fmt: skip
+        kernels.keys_back[place.count, size.G](
+            key, value, beta, sums, norms, states, writes, d_writes, d_states, d_units, d_key, d_value, d_decay, d_beta,
+            place.spans, tokens, total, *of_k, *of_v, *size, middle, CHUNK, packed, widen, num_warps=8, num_stages=1,
         )  # fmt: skip
     return made
 

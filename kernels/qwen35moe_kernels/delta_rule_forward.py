@@ -99,15 +99,22 @@ def prepare(
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One chunk of one key head: the inverse lengths [2, T, G] of its queries and keys, the running sums [2, T, H] of the
-    decays, and (I + A)^-1 [T, H, C] of each value head, from blocks of 16: with A_ij its blocks and X_i those of the
-    inverse's diagonal, X_ij = -X_i sum_{j <= l < i} A_il X_lj."""
-    chunk, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One chunk of one value head: (I + A)^-1 [T, H, C], the running sums [2, T, H] of the decays, and for a key head's
+    first value head the inverse lengths [2, T, G] of its queries and keys.
+
+    The inverse is built from blocks of 16: with A_ij its blocks and X_i those of the inverse's diagonal,
+    X_ij = -X_i sum_{j <= l < i} A_il X_lj. The products of keys are computed once for each value head, not once for each
+    key head: kept for several heads they spill, and they are the smaller part of the work.
+    """
+    chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    g = h // (H // G)
     t0, end = span_of_chunk(spans, chunk, tokens, PACKED, 64)
     t1, t2, t3 = t0 + 16, t0 + 32, t0 + 48
-    for part in range(4):
-        _, squares = _keys_part(query + g * q_head, 0.0, t0 + 16 * part, end, q_token, 0, K, KP)
-        _stored_length(norms + g, squares, t0 + 16 * part, end, G)
+    writer_end = tl.where(h % (H // G) == 0, end, 0)  # where a program stores lengths: nowhere but in the first
+    if h % (H // G) == 0:
+        for part in range(4):
+            _, squares = _keys_part(query + g * q_head, 0.0, t0 + 16 * part, end, q_token, 0, K, KP)
+            _stored_length(norms + g, squares, t0 + 16 * part, end, G)
     key += g * k_head
     ROUND: tl.constexpr = key.dtype.element_ty
     empty, none = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -128,40 +135,38 @@ def prepare(
         s21 += product(k2, tl.trans(k1), ROUND, WIDEN)
         s31 += product(k3, tl.trans(k1), ROUND, WIDEN)
         s32 += product(k3, tl.trans(k2), ROUND, WIDEN)
-    l0 = _stored_length(norms + total * G + g, l0, t0, end, G)
-    l1 = _stored_length(norms + total * G + g, l1, t1, end, G)
-    l2 = _stored_length(norms + total * G + g, l2, t2, end, G)
-    l3 = _stored_length(norms + total * G + g, l3, t3, end, G)
-    for each in range(H // G):
-        h = g * (H // G) + each
-        c0, f0, b0, c, f = _block_of_gates(decay, beta, sums, t0, end, h, total, 0.0, 0.0, H)
-        c1, f1, b1, c, f = _block_of_gates(decay, beta, sums, t1, end, h, total, c, f, H)
-        c2, f2, b2, c, f = _block_of_gates(decay, beta, sums, t2, end, h, total, c, f, H)
-        c3, f3, b3, c, f = _block_of_gates(decay, beta, sums, t3, end, h, total, c, f, H)
-        x0 = _inverse_of_block(_system(s00, l0, c0, f0, b0, l0, c0, f0, True))
-        x1 = _inverse_of_block(_system(s11, l1, c1, f1, b1, l1, c1, f1, True))
-        x2 = _inverse_of_block(_system(s22, l2, c2, f2, b2, l2, c2, f2, True))
-        x3 = _inverse_of_block(_system(s33, l3, c3, f3, b3, l3, c3, f3, True))
-        a10, a20 = _system(s10, l1, c1, f1, b1, l0, c0, f0, False), _system(s20, l2, c2, f2, b2, l0, c0, f0, False)
-        a30, a21 = _system(s30, l3, c3, f3, b3, l0, c0, f0, False), _system(s21, l2, c2, f2, b2, l1, c1, f1, False)
-        a31, a32 = _system(s31, l3, c3, f3, b3, l1, c1, f1, False), _system(s32, l3, c3, f3, b3, l2, c2, f2, False)
-        x10 = -_product32(x1, _product32(a10, x0))
-        x21 = -_product32(x2, _product32(a21, x1))
-        x32 = -_product32(x3, _product32(a32, x2))
-        x20 = -_product32(x2, _product32(a20, x0) + _product32(a21, x10))
-        x31 = -_product32(x3, _product32(a31, x1) + _product32(a32, x21))
-        x30 = -_product32(x3, _product32(a30, x0) + _product32(a31, x10) + _product32(a32, x20))
-        to = inverse + h * 64
-        store_rows(to, x0, t0, end, H * 64, 0, 64, BLOCK, BLOCK)
-        store_rows(to, x10, t1, end, H * 64, 0, 64, BLOCK, BLOCK)
-        store_rows(to, x1, t1, end, H * 64, 16, 64, BLOCK, BLOCK)
-        store_rows(to, x20, t2, end, H * 64, 0, 64, BLOCK, BLOCK)
-        store_rows(to, x21, t2, end, H * 64, 16, 64, BLOCK, BLOCK)
-        store_rows(to, x2, t2, end, H * 64, 32, 64, BLOCK, BLOCK)
-        store_rows(to, x30, t3, end, H * 64, 0, 64, BLOCK, BLOCK)
-        store_rows(to, x31, t3, end, H * 64, 16, 64, BLOCK, BLOCK)
-        store_rows(to, x32, t3, end, H * 64, 32, 64, BLOCK, BLOCK)
-        store_rows(to, x3, t3, end, H * 64, 48, 64, BLOCK, BLOCK)
+    l0 = _stored_length(norms + total * G + g, l0, t0, writer_end, G)
+    l1 = _stored_length(norms + total * G + g, l1, t1, writer_end, G)
+    l2 = _stored_length(norms + total * G + g, l2, t2, writer_end, G)
+    l3 = _stored_length(norms + total * G + g, l3, t3, writer_end, G)
+    c0, f0, b0, c, f = _block_of_gates(decay, beta, sums, t0, end, h, total, 0.0, 0.0, H)
+    c1, f1, b1, c, f = _block_of_gates(decay, beta, sums, t1, end, h, total, c, f, H)
+    c2, f2, b2, c, f = _block_of_gates(decay, beta, sums, t2, end, h, total, c, f, H)
+    c3, f3, b3, c, f = _block_of_gates(decay, beta, sums, t3, end, h, total, c, f, H)
+    x0 = _inverse_of_block(_system(s00, l0, c0, f0, b0, l0, c0, f0, True))
+    x1 = _inverse_of_block(_system(s11, l1, c1, f1, b1, l1, c1, f1, True))
+    x2 = _inverse_of_block(_system(s22, l2, c2, f2, b2, l2, c2, f2, True))
+    x3 = _inverse_of_block(_system(s33, l3, c3, f3, b3, l3, c3, f3, True))
+    a10, a20 = _system(s10, l1, c1, f1, b1, l0, c0, f0, False), _system(s20, l2, c2, f2, b2, l0, c0, f0, False)
+    a30, a21 = _system(s30, l3, c3, f3, b3, l0, c0, f0, False), _system(s21, l2, c2, f2, b2, l1, c1, f1, False)
+    a31, a32 = _system(s31, l3, c3, f3, b3, l1, c1, f1, False), _system(s32, l3, c3, f3, b3, l2, c2, f2, False)
+    x10 = -_product32(x1, _product32(a10, x0))
+    x21 = -_product32(x2, _product32(a21, x1))
+    x32 = -_product32(x3, _product32(a32, x2))
+    x20 = -_product32(x2, _product32(a20, x0) + _product32(a21, x10))
+    x31 = -_product32(x3, _product32(a31, x1) + _product32(a32, x21))
+    x30 = -_product32(x3, _product32(a30, x0) + _product32(a31, x10) + _product32(a32, x20))
+    to = inverse + h * 64
+    store_rows(to, x0, t0, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x10, t1, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x1, t1, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, x20, t2, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x21, t2, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, x2, t2, end, H * 64, 32, 64, BLOCK, BLOCK)
+    store_rows(to, x30, t3, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x31, t3, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, x32, t3, end, H * 64, 32, 64, BLOCK, BLOCK)
+    store_rows(to, x3, t3, end, H * 64, 48, 64, BLOCK, BLOCK)
 
 
 @triton.jit
