@@ -6,7 +6,7 @@ TF32), float64, heads wider than 256, tensors that are not on CUDA, and being pa
 
 Where flash-qla is installed too, fla takes that for bfloat16 and float16 at K = V = 128 on Hopper and Blackwell, by itself;
 FLA_FLASH_QLA=0 turns it off. This decides about gradients: fla's own backward is wrong on Hopper with Triton 3.4 to 3.7.0
-(its issues 640 and 984; there it refuses), and has given NaN on data-centre Blackwell (its issue 913).
+(its issue 640; there it refuses), and has given NaN on data-centre Blackwell (its issue 913).
 """
 
 from __future__ import annotations
