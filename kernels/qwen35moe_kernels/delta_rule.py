@@ -21,6 +21,7 @@ from . import runtime
 
 CHUNK = 64
 WIDEST = 256  # a program keeps [K, 32] numbers of the memory in registers
+WIDEST_FLOAT32_BACK = 64  # `queries_back` at K = 128 in float32: 288 KiB of shared memory, a Hopper GPU has 227
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -243,6 +244,8 @@ def objection(
         return f"query is {query.dtype}, key {key.dtype} and value {value.dtype}: it multiplies one dtype"
     if key.shape[-1] > WIDEST:
         return f"keys are {key.shape[-1]} wide: at most {WIDEST} fit the registers that hold the memory"
+    if query.dtype == torch.float32 and key.shape[-1] > WIDEST_FLOAT32_BACK and runtime.needs_gradient(*floats.values()):
+        return f"float32 keys {key.shape[-1]} wide need more shared memory for their gradient than there is: at most 64"
     return "there are no tokens" if query.shape[1] == 0 else None
 
 
