@@ -62,7 +62,8 @@ def test_head_ratios_and_widths_in_a_batch(heads: tuple[int, int, int, int]) -> 
 
 @pytest.mark.parametrize("gates,keys", [*zip(GATES, itertools.cycle(KEYS), strict=False), ("ordinary", "correlated")])
 def test_every_gate(gates: str, keys: str) -> None:
-    against_the_recurrence(drawn(67, gates=gates, keys=keys, heads=ONE_HEAD))
+    several_chunks = not gates.startswith("-") or gates == "-0.0001"  # all others leave the next chunk nothing new
+    against_the_recurrence(drawn(67 if several_chunks else 33, gates=gates, keys=keys, heads=ONE_HEAD))
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,8 @@ def test_what_forgets_everything_forgets_everything() -> None:
 @pytest.mark.parametrize("lengths", [[1, 3, 4], [64, 1, 66], [0, 2, 0]], ids=str)
 def test_packed_documents(lengths: list[int]) -> None:
     """Each from its own state; none at all of a document leaves its state. The table may lie on the host."""
-    values = drawn(sum(lengths), state=False)
-    values["state"] = draw(len(lengths), HEADS[1], HEADS[2], HEADS[3], seed=5)
+    values = drawn(sum(lengths), state=False, heads=ONE_HEAD)
+    values["state"] = draw(len(lengths), *ONE_HEAD[1:], seed=5)
     bounds = integers(*itertools.accumulate(lengths, initial=0))
     if 0 in lengths:
         out, final = call(triton_rule, values, cu_seqlens=bounds.cpu())
@@ -132,15 +133,14 @@ def test_tensors_as_the_layer_cuts_them() -> None:
 
 def test_bfloat16_within_its_roundings() -> None:
     """The bounds of `backends.verify`: float32 sums, gates and memories, operands of bfloat16."""
-    for gates in ("ordinary", "any"):
-        values = drawn(70, gates=gates, heads=(1, 2, 16, 24), dtype=torch.bfloat16)
-        values |= {name: values[name].float() for name in ("decay", "beta", "state")}
-        truth = with_gradients(recurrent_gated_delta_rule, doubles(values))
-        found = with_gradients(triton_rule, values)
-        for name, tensor in found.items():
-            same = name in ("out", "d_query", "d_key", "d_value")
-            assert tensor.dtype == (torch.bfloat16 if same else torch.float32)
-            assert_close(tensor, truth[name], 2e-2 if name in ("out", "final") else 4e-2, f"{gates}: {name}")
+    values = drawn(70, heads=(1, 2, 16, 24), dtype=torch.bfloat16)
+    values |= {name: values[name].float() for name in ("decay", "beta", "state")}
+    truth = with_gradients(recurrent_gated_delta_rule, doubles(values))
+    found = with_gradients(triton_rule, values)
+    for name, tensor in found.items():
+        same = name in ("out", "d_query", "d_key", "d_value")
+        assert tensor.dtype == (torch.bfloat16 if same else torch.float32)
+        assert_close(tensor, truth[name], 2e-2 if name in ("out", "final") else 4e-2, name)
 
 
 def test_gradients_of_what_is_asked_for() -> None:
@@ -187,8 +187,8 @@ def test_the_custom_operations_are_what_torch_takes_them_for() -> None:
     """Fake tensors have the shapes of real ones, gradients are registered, nothing aliases: torch.library's own check."""
     from qwen35moe_kernels import delta_rule
 
-    values = drawn(3, state=False)
-    values["state"] = draw(2, HEADS[1], HEADS[2], HEADS[3], seed=5)
+    values = drawn(3, state=False, heads=ONE_HEAD)
+    values["state"] = draw(2, *ONE_HEAD[1:], seed=5)
     leaves = tuple(tensor.requires_grad_() for tensor in values.values())
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(delta_rule.delta_rule, (*leaves, integers(0, 1, 3)), test_utils=checks)

@@ -7,8 +7,8 @@ With the letters of delta_rule_forward.py, P = Q K^T * D, dO and dS' given, and 
 
 `attend_back` computes P^T dO of every chunk, `recur_back` takes dS' through the chunks from the last to the first, and
 `queries_back` and `keys_back` the rest of every chunk: the gradients of q, k (summed over the value heads of a key head,
-and through the normalisation), v, beta and the decay. As one kernel these two would spill
-twice as much.
+and through the normalisation), v, beta and the decay. In one kernel they spill more than
+in two.
 
 The gate at l sits in every D_ij with j < l <= i, in exp(c_i) for i >= l and in exp(c_C - c_j) for j < l. Its gradient is
 the sum of just these, none of them a difference: behind a hard gate, where all of them are small, a difference of sums
