@@ -1,0 +1,232 @@
+"""The gated delta rule forward, in chunks of 64 tokens: three kernels.
+
+Per value head and chunk, with unit keys k and queries q, the memory S before the chunk, c the running sum of decays in it,
+D_ij = exp(c_i - c_j) for j <= i, and A_ij = beta_i (k_i . k_j) D_ij for j < i:
+
+    prepare     X = (I + A)^-1                                           every chunk for itself
+    recur       W = X beta (V - exp(c) K S),   S' = exp(c_C) S + (exp(c_C - c) K)^T W       chunk after chunk
+    answer      O = (exp(c) Q S + (Q K^T * D) W) / sqrt(K)               every chunk for itself
+
+Keys and queries are multiplied as they come and their lengths put into the factors beside them, so that normalising
+rounds nothing. Sums, gates, memories and the inverse are float32; products have operands of the inputs' dtype.
+"""
+
+# pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qwen35moe_kernels.delta_rule_tiles import (
+    decays_between,
+    forgetting,
+    load_column,
+    load_inverse,
+    load_rows,
+    load_sums,
+    product,
+    span_of_chunk,
+    span_of_sequence,
+    split,
+    store_column,
+    store_rows,
+)
+
+BLOCK = tl.constexpr(16)
+
+
+@triton.jit
+def _without_column(a, x, j):
+    """Step j = 0 ... 14 of the inverse x of I + a [16, 16], from x = I on: column j of a times row j of x is taken from the
+    rows below, which alone that column reaches.
+
+    Not by powers of a: at equal keys those lose five digits even in a block of 16.
+    """
+    i = tl.arange(0, 16)
+    column = tl.sum(tl.where(i[None, :] == j, a, 0.0), axis=1)
+    row = tl.sum(tl.where(i[:, None] == j, x, 0.0), axis=0)
+    return x - column[:, None] * row[None, :]
+
+
+@triton.jit
+def _product32(a, b):
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def _keys_part(key, squares, begin, end, k_token, first, K: tl.constexpr, BK: tl.constexpr):
+    """16 keys, BK columns, and their sums of squares so far."""
+    k = load_rows(key, begin, end, k_token, first, K, BLOCK, BK)
+    wide = k.to(tl.float32)
+    return k, squares + tl.sum(wide * wide, axis=1)
+
+
+@triton.jit
+def _stored_length(norms, squares, begin, end, G: tl.constexpr):
+    length = 1.0 / tl.sqrt(squares + 1e-6)
+    store_column(norms, length, begin, end, G, BLOCK)
+    return length
+
+
+@triton.jit
+def _block_of_gates(decay, beta, sums, begin, end, h, total, coarse_before, fine_before, H: tl.constexpr):
+    """Of 16 tokens: the chunk's running sums up to each, which are stored, and after the last; beta."""
+    coarse, fine = split(load_column(decay + h, begin, end, H, BLOCK))
+    coarse_sum = coarse_before + tl.cumsum(coarse, axis=0)
+    fine_sum = fine_before + tl.cumsum(fine, axis=0)
+    store_column(sums + h, coarse_sum, begin, end, H, BLOCK)
+    store_column(sums + total * H + h, fine_sum, begin, end, H, BLOCK)
+    beta = load_column(beta + h, begin, end, H, BLOCK)
+    return coarse_sum, fine_sum, beta, coarse_before + tl.sum(coarse, axis=0), fine_before + tl.sum(fine, axis=0)
+
+
+@triton.jit
+def _system(scores, length_i, coarse_i, fine_i, beta_i, length_j, coarse_j, fine_j, DIAGONAL: tl.constexpr):
+    """A block of A."""
+    scores = scores * length_i[:, None] * length_j[None, :]
+    logs = (coarse_i[:, None] - coarse_j[None, :]) + (fine_i[:, None] - fine_j[None, :])
+    if DIAGONAL:
+        i = tl.arange(0, 16)
+        logs = tl.where(i[:, None] > i[None, :], logs, float("-inf"))
+    return beta_i[:, None] * scores * forgetting(logs)
+
+
+@triton.jit
+def prepare(
+    query, key, decay, beta, inverse, sums, norms, spans, tokens, total, q_token, q_head, k_token, k_head,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One chunk of one value head: (I + A)^-1 [T, H, C], the running sums [2, T, H] of the decays, and for a key head's
+    first value head the inverse lengths [2, T, G] of its queries and keys.
+
+    The inverse is built from blocks of 16: with A_ij its blocks and X_i those of the inverse's diagonal,
+    X_ij = -X_i sum_{j <= l < i} A_il X_lj. The products of keys are computed once for each value head, not once for each
+    key head: kept for several heads they spill, and they are the smaller part of the work.
+    """
+    chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    g = h // (H // G)
+    t0, end = span_of_chunk(spans, chunk, tokens, PACKED, 64)
+    t1, t2, t3 = t0 + 16, t0 + 32, t0 + 48
+    writer_end = tl.where(h % (H // G) == 0, end, 0)  # where a program stores lengths: nowhere but in the first
+    if h % (H // G) == 0:
+        for part in range(4):
+            _, squares = _keys_part(query + g * q_head, 0.0, t0 + 16 * part, end, q_token, 0, K, KP)
+            _stored_length(norms + g, squares, t0 + 16 * part, end, G)
+    key += g * k_head
+    ROUND: tl.constexpr = key.dtype.element_ty
+    empty, none = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    s00, s11, s22, s33, s10, s20, s30, s21, s31, s32 = empty, empty, empty, empty, empty, empty, empty, empty, empty, empty
+    l0, l1, l2, l3 = none, none, none, none
+    for first in range(0, K, BK):
+        k0, l0 = _keys_part(key, l0, t0, end, k_token, first, K, BK)
+        k1, l1 = _keys_part(key, l1, t1, end, k_token, first, K, BK)
+        k2, l2 = _keys_part(key, l2, t2, end, k_token, first, K, BK)
+        k3, l3 = _keys_part(key, l3, t3, end, k_token, first, K, BK)
+        s00 += product(k0, tl.trans(k0), ROUND, WIDEN)
+        s11 += product(k1, tl.trans(k1), ROUND, WIDEN)
+        s22 += product(k2, tl.trans(k2), ROUND, WIDEN)
+        s33 += product(k3, tl.trans(k3), ROUND, WIDEN)
+        s10 += product(k1, tl.trans(k0), ROUND, WIDEN)
+        s20 += product(k2, tl.trans(k0), ROUND, WIDEN)
+        s30 += product(k3, tl.trans(k0), ROUND, WIDEN)
+        s21 += product(k2, tl.trans(k1), ROUND, WIDEN)
+        s31 += product(k3, tl.trans(k1), ROUND, WIDEN)
+        s32 += product(k3, tl.trans(k2), ROUND, WIDEN)
+    l0 = _stored_length(norms + total * G + g, l0, t0, writer_end, G)
+    l1 = _stored_length(norms + total * G + g, l1, t1, writer_end, G)
+    l2 = _stored_length(norms + total * G + g, l2, t2, writer_end, G)
+    l3 = _stored_length(norms + total * G + g, l3, t3, writer_end, G)
+    c0, f0, b0, c, f = _block_of_gates(decay, beta, sums, t0, end, h, total, 0.0, 0.0, H)
+    c1, f1, b1, c, f = _block_of_gates(decay, beta, sums, t1, end, h, total, c, f, H)
+    c2, f2, b2, c, f = _block_of_gates(decay, beta, sums, t2, end, h, total, c, f, H)
+    c3, f3, b3, c, f = _block_of_gates(decay, beta, sums, t3, end, h, total, c, f, H)
+    a0 = _system(s00, l0, c0, f0, b0, l0, c0, f0, True)
+    a1 = _system(s11, l1, c1, f1, b1, l1, c1, f1, True)
+    a2 = _system(s22, l2, c2, f2, b2, l2, c2, f2, True)
+    a3 = _system(s33, l3, c3, f3, b3, l3, c3, f3, True)
+    i = tl.arange(0, 16)
+    x0 = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    x1, x2, x3 = x0, x0, x0
+    for j in range(15):
+        x0, x1 = _without_column(a0, x0, j), _without_column(a1, x1, j)
+        x2, x3 = _without_column(a2, x2, j), _without_column(a3, x3, j)
+    a10, a20 = _system(s10, l1, c1, f1, b1, l0, c0, f0, False), _system(s20, l2, c2, f2, b2, l0, c0, f0, False)
+    a30, a21 = _system(s30, l3, c3, f3, b3, l0, c0, f0, False), _system(s21, l2, c2, f2, b2, l1, c1, f1, False)
+    a31, a32 = _system(s31, l3, c3, f3, b3, l1, c1, f1, False), _system(s32, l3, c3, f3, b3, l2, c2, f2, False)
+    x10 = -_product32(x1, _product32(a10, x0))
+    x21 = -_product32(x2, _product32(a21, x1))
+    x32 = -_product32(x3, _product32(a32, x2))
+    x20 = -_product32(x2, _product32(a20, x0) + _product32(a21, x10))
+    x31 = -_product32(x3, _product32(a31, x1) + _product32(a32, x21))
+    x30 = -_product32(x3, _product32(a30, x0) + _product32(a31, x10) + _product32(a32, x20))
+    to = inverse + h * 64
+    store_rows(to, x0, t0, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x10, t1, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x1, t1, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, x20, t2, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x21, t2, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, x2, t2, end, H * 64, 32, 64, BLOCK, BLOCK)
+    store_rows(to, x30, t3, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x31, t3, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, x32, t3, end, H * 64, 32, 64, BLOCK, BLOCK)
+    store_rows(to, x3, t3, end, H * 64, 48, 64, BLOCK, BLOCK)
+
+
+@triton.jit
+def recur(
+    key, value, beta, inverse, sums, norms, initial, states, writes, final, bounds, first_chunks, tokens, total,
+    k_token, k_head, v_token, v_head, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One row or document, one value head, BV columns of its memory: the memory before each chunk [chunks, H, K, V], the
+    corrections W [T, H, V] and the memory at the end [rows, H, K, V]."""
+    n, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
+    first, g = tl.program_id(1) * BV, h // (H // G)
+    ROUND: tl.constexpr = key.dtype.element_ty
+    begin, end, chunk = span_of_sequence(bounds, first_chunks, n, tokens, PACKED, C)
+    memory = tl.zeros([KP, BV], tl.float32)
+    if HAS_STATE:
+        memory += load_rows(initial + (n * H + h) * K * V, 0, K, V, first, V, KP, BV)
+    for c in range(0, tl.cdiv(end - begin, C)):
+        t = begin + c * C
+        store_rows(states + ((chunk + c) * H + h) * K * V, memory, 0, K, V, first, V, KP, BV)
+        k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
+        v = load_rows(value + h * v_head, t, end, v_token, first, V, C, BV).to(tl.float32)
+        x = load_inverse(inverse, h, t, end, H, C, False)
+        rate = load_column(beta + h, t, end, H, C)
+        length = load_column(norms + total * G + g, t, end, G, C)
+        coarse, fine, coarse_end, fine_end = load_sums(sums, h, t, end, total, H, C)
+        recalled = product(k, memory, ROUND, WIDEN) * (length * forgetting(coarse + fine))[:, None]
+        write = product(x, rate[:, None] * (v - recalled), ROUND, WIDEN)
+        store_rows(writes + h * V, write, t, end, H * V, first, V, C, BV)
+        to_end = length * forgetting((coarse_end - coarse) + (fine_end - fine))
+        brought = product(tl.trans(k), to_end[:, None] * write, ROUND, WIDEN)
+        memory = memory * forgetting(coarse_end + fine_end) + brought
+    store_rows(final + (n * H + h) * K * V, memory, 0, K, V, first, V, KP, BV)
+
+
+@triton.jit
+def answer(
+    query, key, sums, norms, states, writes, output, spans, tokens, total, q_token, q_head, k_token, k_head, scale,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, PACKED: tl.constexpr, WIDEN: tl.constexpr,
+):
+    """One chunk, one value head, BV columns of its output [T, H, V]."""
+    chunk, h, first = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BV
+    g = h // (H // G)
+    ROUND: tl.constexpr = key.dtype.element_ty
+    t, end = span_of_chunk(spans, chunk, tokens, PACKED, C)
+    q = load_rows(query + g * q_head, t, end, q_token, 0, K, C, KP)
+    k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
+    q_length = load_column(norms + g, t, end, G, C) * scale
+    k_length = load_column(norms + total * G + g, t, end, G, C)
+    coarse, fine, _, _ = load_sums(sums, h, t, end, total, H, C)
+    attend = product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None] * k_length[None, :]
+    attend *= decays_between(coarse, fine, t, end, C, False)
+    memory = load_rows(states + (chunk * H + h) * K * V, 0, K, V, first, V, KP, BV)
+    out = product(q, memory, ROUND, WIDEN) * (q_length * forgetting(coarse + fine))[:, None]
+    write = load_rows(writes + h * V, t, end, H * V, first, V, C, BV)
+    out += product(attend, write, ROUND, WIDEN)
+    store_rows(output + h * V, out, t, end, H * V, first, V, C, BV)

@@ -1,0 +1,144 @@
+"""Adapter to flash-linear-attention (>= 0.6): `chunk_gated_delta_rule`, and `fused_recurrent_gated_delta_rule` for one token.
+
+Its letters are ours but for g, the decay's log, and HV, our H beside its H = G: it takes fewer key heads than value heads
+(its GVA) and normalises queries and keys with the same 1e-6. What it cannot do: float32 within 2e-5 (its chunks multiply in
+TF32), float64, heads wider than 256, tensors that are not on CUDA, and being part of a compiled graph.
+
+Where flash-qla is installed too, fla takes that for bfloat16 and float16 at K = V = 128 on Hopper and Blackwell, by itself;
+FLA_FLASH_QLA=0 turns it off. This decides about gradients: fla's own backward is wrong on Hopper with Triton 3.4 to 3.7.0
+(its issue 640; there it refuses), and has given NaN on data-centre Blackwell (its issue 913).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qwen35moe_kernels import runtime
+
+OLDEST = (0, 6)
+HOW = "pip install 'flash-linear-attention>=0.6' (and flash-qla, which it then uses by itself)"
+WIDEST = 256
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(3, 7, 1) of "3.7.1+cu130" and of "3.7.1.post2"; what is no number ends it."""
+    numbers: list[int] = []
+    for part in version.split("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)
+
+
+def _version(*names: str) -> str | None:
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def missing() -> str | None:
+    """Why fla cannot be used on this machine, or None."""
+    if reason := runtime.package_missing("fla", HOW):
+        return reason
+    version = _version("fla-core", "flash-linear-attention")
+    if version is not None and _numbers(version) < OLDEST:
+        return f"fla {version} is installed, the adapter needs 0.6 or newer: {HOW}"
+    return None
+
+
+def _one_token(query: Tensor, cu_seqlens: Tensor | None, gradient: bool) -> bool:
+    """Whether the recurrent kernel runs it: for one token it is the faster, and it has no backward."""
+    return query.shape[1] == 1 and cu_seqlens is None and not gradient
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _takes_flash_qla(query: Tensor, value: Tensor, capability: tuple[int, int]) -> bool:
+    """Whether fla hands both directions to flash-qla, by the rules of fla's own dispatch."""
+    on = os.environ.get("FLA_FLASH_QLA", "1") != "0" and os.environ.get("FLA_DISABLE_BACKEND_DISPATCH", "0") != "1"
+    sized = query.shape[-1] == value.shape[-1] == 128 and query.dtype in _HALF
+    return on and sized and capability[0] in (9, 10) and runtime.installed("flash_qla")
+
+
+def _wrong_gradients(query: Tensor, value: Tensor) -> str | None:
+    """The machines on which fla's own backward is known to be wrong."""
+    capability = _capability(query.device)
+    if capability[0] not in (9, 10) or _takes_flash_qla(query, value, capability):
+        return None
+    if capability[0] == 10:
+        return "an input requires a gradient, and fla's backward has given NaN on this GPU (its issue 913): install flash-qla"
+    version = _version("triton") or ""
+    if not (3, 4) <= _numbers(version) < (3, 7, 1):
+        return None
+    return (
+        f"an input requires a gradient, and fla's backward is wrong on Hopper GPUs with Triton {version} (its issue 640): "
+        "Triton 3.7.1 and flash-qla are right"
+    )
+
+
+def objection(
+    query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
+    state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    """Why fla cannot run this call, or None."""
+    if torch.compiler.is_compiling():
+        return "a graph is being compiled, and fla is no library operation"
+    floats = {"query": query, "key": key, "value": value, "decay": decay, "beta": beta, "state": state}
+    if reason := runtime.cuda_objection(**floats):
+        return reason
+    gradient = runtime.needs_gradient(*floats.values())
+    one = _one_token(query, cu_seqlens, gradient)
+    if reason := runtime.dtype_objection(*_HALF, *((torch.float32,) if one else ()), query=query, key=key, value=value):
+        return reason if query.dtype != torch.float32 else f"{reason}: fla multiplies float32 in TF32, to three digits"
+    if reason := runtime.dtype_objection(*_HALF, torch.float32, decay=decay, beta=beta, state=state):
+        return reason
+    if not query.dtype == key.dtype == value.dtype:
+        return f"query is {query.dtype}, key {key.dtype} and value {value.dtype}: fla takes one dtype"
+    if max(key.shape[-1], value.shape[-1]) > WIDEST:
+        return f"heads are {key.shape[-1]} and {value.shape[-1]} wide: fla takes at most {WIDEST}"
+    return _wrong_gradients(query, value) if gradient else None
+
+
+def gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
+    state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operation `gated_delta_rule`; the memory comes back in float32. cu_seqlens may lie on the host: fla then need not
+    fetch it from the device to lay out its chunks."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+    decay = decay.float()
+    options = {
+        "g": decay, "beta": beta, "scale": query.shape[-1] ** -0.5, "output_final_state": True,
+        "initial_state": None if state is None else state.float(), "use_qk_l2norm_in_kernel": True,
+    }  # fmt: skip
+    if _one_token(query, cu_seqlens, runtime.needs_gradient(query, key, value, decay, beta, state)):
+        return fused_recurrent_gated_delta_rule(query, key, value, **options)
+    if cu_seqlens is not None:
+        options["cu_seqlens"] = cu_seqlens.to(query.device, torch.int64)
+        if cu_seqlens.device.type == "cpu":
+            options["cu_seqlens_cpu"] = cu_seqlens.to(torch.int64)
+    return chunk_gated_delta_rule(query, key, value, **options)
+
+
+def register(register: Callable[..., None]) -> None:
+    """In front of all others where it can run: what is installed was built for this machine."""
+    before = "triton" if runtime.place("inplace") else "inplace"
+    reason = missing()
+    register(
+        "gated_delta_rule", "fla", None if reason else gated_delta_rule, objection, before=before, missing=reason
+    )  # fmt: skip
