@@ -290,7 +290,7 @@ def test_a_compiler_for_hopper_takes_them_at_the_sizes_of_35b() -> None:
 
     `prepare` is left out: it alone takes ten seconds.
     """
-    spilled = {"queries_back": 160, "keys_back": 600}  # bytes a thread
+    spilled = {"queries_back": 168, "keys_back": 600}  # bytes a thread; Triton 3.6 and 3.7 differ by 8
     names = ("recur", "answer", "attend_back", "recur_back", *spilled)
     for usage in compiled(kernels_of_35b(*names)):
         assert usage.local <= spilled.get(usage.name, 0) and usage.shared <= 227 * 1024, usage

@@ -63,6 +63,7 @@ def how_many_chunks(batch: int, tokens: int, cu_seqlens: Tensor | None) -> tuple
 
 
 def chunks(batch: int, tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Chunks:
+    """Where every chunk lies, computed on the device: no document is looked at from the host."""
     rows, count = how_many_chunks(batch, tokens, cu_seqlens)
     if cu_seqlens is None:
         return Chunks(rows, count)
@@ -87,6 +88,8 @@ def _rows(x: Tensor) -> Tensor:
 def delta_rule(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward: what `_outputs` lists. query, key [B, T, G, K], value [B, T, H, V], decay, beta [B, T, H], state
+    [rows, H, K, V], cu_seqlens [documents + 1]."""
     from qwen35moe_kernels import delta_rule_forward as kernels
 
     output, final, inverse, sums, norms, states, writes = made = _outputs(query, key, value, cu_seqlens)
@@ -143,6 +146,7 @@ def delta_rule_back(
     d_output: Tensor, d_final: Tensor, query: Tensor, key: Tensor, value: Tensor, beta: Tensor, cu_seqlens: Tensor | None,
     inverse: Tensor, sums: Tensor, norms: Tensor, states: Tensor, writes: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value, decay, beta and state, from those of the output and of the final state."""
     from qwen35moe_kernels import delta_rule_backward as kernels
 
     d_query, d_key, d_value, d_decay, d_beta, d_initial = made = _gradients(d_output, d_final, query, key, value)
