@@ -95,7 +95,8 @@ class _Block:
         self.corrections = Corrections(part, self.room)
         self.spread, self.echo = torch.empty_like(self.corrections.reads), torch.empty_like(self.corrections.brought)
         self.d_write, self.d_solved = (torch.empty_like(part.v) for _ in range(2))
-        self.d_qk, self.d_pairs = torch.empty_like(part.qk), part.v.new_empty(self.room, rows, each, 2 * size, size)
+        self.d_query, self.d_system = (torch.empty_like(part.between) for _ in range(2))
+        self.d_qk, self.d_scores = torch.empty_like(part.qk), torch.empty_like(part.scores)
 
     def forward_again(self, part: Inside, chunks: Plan, first: int, before: Tensor, befores: Tensor) -> None:
         """The memory before every chunk, from the one before the block; `befores`: those before each document."""
@@ -132,40 +133,51 @@ class _Block:
         self.d_out = d_out
 
     def gradients(self, part: Inside) -> tuple[Tensor, ...]:
-        """dQ, dK as given [n, N, C, K], dV [n, N, R, C, V], ddecay, dbeta [n, N, R, C] of all chunks of the block."""
-        (count, _, each, size, _), done = part.v.shape, self.corrections
-        n = slice(0, count)
-        write, d_solved, spread = done.write[n], self.d_solved[n], self.spread[n]
-        # Scores: dP above, dA below, each times D.
-        pairs = self.d_pairs[n]
-        torch.matmul(self.d_out, write.mT, out=pairs[..., :size, :])
-        torch.matmul(d_solved, write.mT, out=pairs[..., size:, :]).neg_()
-        d_query, d_system = pairs.chunk(2, dim=-2)
+        """dQ, dK as given [n, N, C, K], dV [n, N, R, C, V], ddecay, dbeta [n, N, R, C] of all chunks of the block.
+
+        Uses up what the two passes have left: products are written over the factor that is not needed again.
+        """
+        done, n = self.corrections, slice(0, len(part.v))
+        write, solved = done.write[n].flatten(0, 2), self.d_solved[n]
+        d_query, d_system = self.d_query[n], self.d_system[n]
+        torch.bmm(self.d_out.flatten(0, 2), write.mT, out=d_query.flatten(0, 2))
+        torch.bmm(solved.flatten(0, 2), write.mT, out=d_system.flatten(0, 2))
         d_query *= part.between
-        d_system *= part.between.tril(-1)
-        by_query, by_key = part.halves
-        d_beta = torch.linalg.vecdot(d_solved, done.wanted[n]) + (d_system * by_key).sum(-1)
+        d_system *= part.between.tril(-1).neg_()
+        d_beta = done.wanted[n].mul_(solved).sum(-1) + (d_system * part.halves[1]).sum(-1)
         d_system *= part.beta[..., None]
-        d_logs = (d_query * by_query).add_(d_system * by_key).tril_(-1)
-        d_logs[..., -1, :-1] += torch.linalg.vecdot(apart(done.brought[n], each), apart(self.echo[n], each))[..., :-1]
-        reads = torch.linalg.vecdot(spread.unflatten(-1, (each, -1)), done.reads[n].unflatten(-1, (each, -1)))
+        d_query_key = self._of_queries_and_keys(part, n, d_query, d_system)
+        d_decay = self._of_decay(part, n, d_query, d_system)
+        return *d_query_key, torch.mul(solved, part.beta[..., None], out=self.d_write[n]), d_decay, d_beta
+
+    def _of_queries_and_keys(self, part: Inside, n: slice, d_query: Tensor, d_system: Tensor) -> tuple[Tensor, Tensor]:
+        """Through the scores, through the memories, and back through the normalisation."""
+        size, qk = part.v.shape[-2], part.qk.flatten(0, 1)
+        d_qk, d_scores = self.d_qk[n].flatten(0, 1), self.d_scores[n]
+        torch.sum(d_query, 2, out=d_scores[:, :, :size])
+        torch.sum(d_system, 2, out=d_scores[:, :, size:])
+        d_scores = d_scores.flatten(0, 1)
+        torch.bmm(self.spread[n].flatten(0, 1), self.memories[n].flatten(0, 1).mT, out=d_qk)
+        d_qk.baddbmm_(d_scores, qk[:, size:])
+        d_key = torch.bmm(self.corrections.brought[n].flatten(0, 1), self.behind[n].flatten(0, 1).mT)
+        d_qk[:, size:] += d_key.baddbmm_(d_scores.mT, qk)
+        along = torch.linalg.vecdot(d_qk, qk).neg_()
+        along[..., :size] *= qk.shape[-1]  # queries were divided by sqrt(K)
+        d_qk.addcmul_(qk, along[..., None]).mul_(part.norm.flatten(0, 1))
+        return self.d_qk[n, :, :size], self.d_qk[n, :, size:]
+
+    def _of_decay(self, part: Inside, n: slice, d_query: Tensor, d_system: Tensor) -> Tensor:
+        each, size = part.v.shape[2], part.v.shape[-2]
+        by_query, by_key = part.halves
+        d_logs = d_query.mul_(by_query).add_(d_system.mul_(by_key)).tril_(-1)
+        to_end = self.echo[n].mul_(self.corrections.brought[n]).unflatten(-1, (each, -1)).sum(-1)
+        d_logs[..., -1, :-1] += to_end.mT[..., :-1]
+        reads = self.corrections.reads[n].mul_(self.spread[n]).unflatten(-1, (each, -1)).sum(-1)
         d_since = (reads[..., :size, :] + reads[..., size:, :]).mT.contiguous()
-        held = torch.linalg.vecdot(*(x[n].unflatten(-1, (each, -1)) for x in (self.memories, self.behind))).sum(-2)
+        held = self.memories[n].mul_(self.behind[n]).unflatten(-1, (each, -1)).sum((-3, -1))
         d_since[..., -1] += part.since_start[..., -1] * held
         lower = torch.ones(size, size, dtype=d_logs.dtype, device=d_logs.device).tril()
-        d_decay = (lower.mT @ d_logs).tril_(-1).sum(-1) + d_since @ lower
-        # Queries and keys, and back through their normalisation.
-        d_qk, weighted = self.d_qk[n], pairs.sum(2).flatten(0, 1)
-        flat, d_flat = part.qk.flatten(0, 1), d_qk.flatten(0, 1)
-        torch.bmm(spread.flatten(0, 1), self.memories[n].flatten(0, 1).mT, out=d_flat)
-        d_flat.baddbmm_(weighted, flat[:, size:])
-        d_flat[:, size:].baddbmm_(done.brought[n].flatten(0, 1), self.behind[n].flatten(0, 1).mT)
-        d_flat[:, size:].baddbmm_(weighted.mT, flat)
-        along = torch.linalg.vecdot(d_qk, part.qk).neg_()
-        along[..., :size] *= part.qk.shape[-1]
-        d_qk.addcmul_(part.qk, along[..., None]).mul_(part.norm)
-        d_value = torch.mul(d_solved, part.beta[..., None], out=self.d_write[n])
-        return d_qk[:, :, :size], d_qk[:, :, size:], d_value, d_decay, d_beta
+        return (lower.mT @ d_logs).tril_(-1).sum(-1) + d_since @ lower
 
 
 _NAME = "qwen35moe::chunked_gated_delta_rule"
