@@ -99,15 +99,17 @@ def inplace_gated_delta_rule(
 def _one_token(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The definition's step with one pass over the memory for each of forget, recall, write and answer."""
+    """The definition's step, with one reading of the memory for both questions: S'^T q = e^decay S^T q + (k . q) write."""
     q, k, v, decay, beta = widen(query, key, value, decay, beta)
     (batch, _, heads, out), width = v.shape, q.shape[-1]
-    repeats = heads // k.shape[2]
-    q, k = (l2_norm(x).repeat_interleave(repeats, dim=2).view(batch * heads, 1, width) for x in (q, k))
-    memory = (_initial(state, q, v) * decay[:, 0].exp()[..., None, None]).view(batch * heads, width, out)
-    write = beta.view(-1, 1, 1) * (v.reshape(-1, 1, out) - k @ memory)
-    memory.baddbmm_(k.mT, write)
-    answer = (q @ memory).mul_(width**-0.5)
+    rows, repeats = batch * heads, heads // k.shape[2]
+    asked = l2_norm(torch.stack([q, k], dim=3)).repeat_interleave(repeats, dim=2).view(rows, 2, width)
+    before, kept = _initial(state, q, v).reshape(rows, width, out), decay.exp().view(rows, 1, 1)
+    by_query, by_key = (asked @ before).mul_(kept).chunk(2, dim=1)
+    write = (v.reshape(rows, 1, out) - by_key).mul_(beta.reshape(rows, 1, 1))
+    query, key = asked.chunk(2, dim=1)
+    answer = torch.addcmul(by_query, query @ key.mT, write).mul_(width**-0.5)
+    memory = (before * kept).baddbmm_(key.mT, write)
     return answer.view(value.shape).to(value.dtype), memory.view(batch, heads, width, out)
 
 
