@@ -92,9 +92,12 @@ class Plan:
 
 
 def sizes(key: Tensor, value: Tensor, chunk: int) -> tuple[int, int]:
-    """Tokens per chunk, fewer than `chunk` for a short row, and chunks per block."""
+    """Tokens per chunk, fewer than `chunk` for a short row, and chunks per block.
+
+    Not fewer than 16, so that short documents round in a packed row as they do alone.
+    """
     batch, tokens, heads, out = value.shape
-    while chunk > 8 and chunk // 2 >= tokens:
+    while chunk > 16 and chunk // 2 >= tokens:
         chunk //= 2
     budget = _BLOCK_BYTES["cpu" if value.device.type == "cpu" else "cuda"]
     return chunk, max(4, budget // (4 * batch * heads * key.shape[-1] * out))
