@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.convolution import direct_short_convolution, short_convolution
+from qwen35moe.ops.convolution import direct_short_convolution, inplace_short_convolution, short_convolution
 from tests.peer import assert_close, generator
 
-FORMS = {"direct": direct_short_convolution, "shifted": short_convolution}
+FORMS = {"direct": direct_short_convolution, "shifted": short_convolution, "in place": inplace_short_convolution}
 CUTS = [1, 3, 4, 63, 64, 65, 129]
 B, C = 2, 6
 EXACT = 1e-14
@@ -69,7 +69,8 @@ def test_gradcheck(form, options):
 
 @pytest.mark.parametrize("taps", [2, 4, 5])
 @pytest.mark.parametrize("length", CUTS)
-def test_the_two_forms_agree_on_values_states_and_gradients(length, taps):
+def test_the_forms_agree_on_values_states_and_gradients(length, taps, monkeypatch):
+    monkeypatch.setattr("qwen35moe.ops.convolution._BLOCK_BYTES", B * C * 4 * 16)  # blocks of 16 tokens
     x, weight = draw(B, length, C, dtype=torch.float32), draw(C, taps, seed=1, dtype=torch.float32)
     state = draw(B, C, taps - 1, seed=2, dtype=torch.float32)
     results = []
@@ -78,8 +79,9 @@ def test_the_two_forms_agree_on_values_states_and_gradients(length, taps):
         y, after = form(leaves[0], leaves[1], state=leaves[2])
         cotangents = draw(*y.shape, seed=3).float(), draw(*after.shape, seed=4).float()
         results.append([y, after, *torch.autograd.grad([y, after], leaves, cotangents)])
-    for direct, shifted in zip(*results, strict=True):
+    for direct, shifted, in_place in zip(*results, strict=True):
         assert_close(shifted, direct, 1e-5)
+        assert_close(in_place, direct, 1e-5)
 
 
 # States are slices of the inputs: bit for bit. Outputs too where the channels fill whole vectors (32); else the last

@@ -19,8 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qwen35moe import backends
+from qwen35moe.ops import delta_rule_chunks
 from qwen35moe.ops.delta_rule import (
     chunked_gated_delta_rule,
+    inplace_gated_delta_rule,
     recurrent_gated_delta_rule,
 )
 from tests.peer import assert_close, generator, relative_error
@@ -239,23 +242,109 @@ class _Subnormals(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in (torch.ops.aten.linalg_solve_triangular.default, torch.ops.aten.detach.default):
+        # Memory that was only reserved holds whatever was there.
+        if func not in (torch.ops.aten.linalg_solve_triangular.default, *RESERVES):
             for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor) and tensor.dtype == torch.float32:
+                if isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and not _is_view(func):
                     self.numbers[str(func)] += subnormal(tensor)
         return result
+
+
+RESERVES = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default)
+
+
+def _is_view(func: Any) -> bool:
+    return any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)
 
 
 @pytest.mark.parametrize("gates", GATES)
 def test_every_value_is_an_ordinary_number_or_zero(gates):
     """A CPU works on subnormal numbers in microcode. Below e^-30 a decay is zero, and with it all that it multiplies:
     no operation of the forward gives a subnormal number, and no gradient holds one."""
-    leaves = {name: tensor.requires_grad_() for name, tensor in inputs(130, gates=gates).items()}
-    with _Subnormals() as seen:
-        out, state = call(chunked_gated_delta_rule, leaves)
-    assert seen.numbers.total() == 0, +seen.numbers
-    gradients = torch.autograd.grad(out.sum() + state.sum(), list(leaves.values()))
-    assert [subnormal(gradient) for gradient in gradients] == [0] * len(leaves)
+    values = inputs(130, gates=gates)
+    with _Subnormals() as seen, torch.no_grad():
+        call(inplace_gated_delta_rule, values)
+    assert len(seen.numbers) > 10 and seen.numbers.total() == 0, +seen.numbers
+    gradients = with_gradients(chunked_gated_delta_rule, values)
+    assert {name: subnormal(gradient) for name, gradient in gradients.items()} == dict.fromkeys(gradients, 0)
+
+
+# ------------------------------------------------------------------------------------------------ the explicit backward
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 1, 3, 130, 131, 300], [0, 0, 128, 128, 300, 300]], ids=str)
+def test_the_backward_through_many_blocks(bounds, monkeypatch):
+    """Three blocks of four chunks; packed documents begin and end inside them, at their edges, and may be empty."""
+    monkeypatch.setitem(delta_rule_chunks._BLOCK_BYTES, "cpu", 1)
+    values = inputs(300, batch=1, dtype=torch.float64, state=False)
+    documents = 1 if bounds is None else len(bounds) - 1
+    values["state"] = torch.randn(documents, H, K, V, generator=generator(5), dtype=torch.float64)
+    options = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+
+    def definition(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> tuple[Tensor, Tensor]:
+        """Document by document; an empty one leaves its state alone."""
+        state, outs, finals = named.pop("state"), [], []
+        for d, (start, end) in enumerate(itertools.pairwise(bounds or [0, 300])):
+            rows = slice(start, end)
+            final = state[d : d + 1]
+            if end > start:
+                gates = {name: gate[:, rows] for name, gate in named.items()}
+                out, final = recurrent_gated_delta_rule(query[:, rows], key[:, rows], value[:, rows], **gates, state=final)
+                outs.append(out)
+            finals.append(final)
+        return torch.cat(outs, dim=1), torch.cat(finals)
+
+    truth = with_gradients(definition, values)
+    found = with_gradients(lambda *args, **named: chunked_gated_delta_rule(*args, **named, **options), values)
+    for name in truth:
+        assert_close(found[name], truth[name], 1e-11, name)
+    out, final = call(inplace_gated_delta_rule, values, **options)
+    assert torch.equal(out, found["out"]) and torch.equal(final, found["final"])
+
+
+@pytest.mark.parametrize("part", ["output", "memory"])
+def test_one_of_the_two_results_may_have_no_gradient(part):
+    values = {name: tensor.requires_grad_() for name, tensor in inputs(40, dtype=torch.float64).items()}
+    results = []
+    for form in FORMS.values():
+        result = call(form, values)[part == "memory"]
+        cotangent = torch.randn(result.shape, generator=generator(3), dtype=result.dtype)
+        wanted = [tensor for name, tensor in values.items() if part == "output" or name != "query"]
+        results.append(torch.autograd.grad(result, wanted, cotangent))
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-11)
+
+
+def test_what_the_backward_keeps():
+    """The inputs, and a memory for every block of four chunks at least: 32 KiB per token at 35B shapes."""
+    values = {name: tensor.requires_grad_() for name, tensor in inputs(512, batch=1, dtype=torch.bfloat16).items()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(chunked_gated_delta_rule, values)
+    given = sum(tensor.nbytes for tensor in values.values())
+    assert given < sum(kept.values()) <= given + 512 // 128 * 4 * H * K * V
+
+
+def test_a_second_derivative_is_refused_by_name():
+    values = {name: tensor.requires_grad_() for name, tensor in inputs(9, dtype=torch.float64).items()}
+    (first,) = torch.autograd.grad(call(chunked_gated_delta_rule, values)[0].sum(), values["value"], create_graph=True)
+    with pytest.raises(ValueError, match='gated_delta_rule="recurrent"'):
+        first.sum().backward()
+
+
+def test_which_form_runs():
+    """Nobody wants a gradient: in place, packed rows too. Somebody does: the form with the backward."""
+    values, bounds = inputs(20, batch=1, state=False), torch.tensor([0, 7, 20])
+    args, gates = [values[name] for name in ("query", "key", "value")], {n: values[n] for n in ("decay", "beta")}
+    with backends.ran() as ran:
+        backends.run("gated_delta_rule", *args, **gates, cu_seqlens=bounds)
+        backends.run("gated_delta_rule", args[0].requires_grad_(), *args[1:], **gates, cu_seqlens=bounds)
+    assert [seen.name for seen in ran.calls] == ["inplace", "torch"]
 
 
 # ---------------------------------------------------------------------------------------------------- laws

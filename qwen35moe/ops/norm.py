@@ -7,10 +7,12 @@ Gated DeltaNet stores it around one, applies w, and is followed by a SiLU gate.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qwen35moe import backends
 from qwen35moe.ops.precision import wide_dtype
@@ -50,13 +52,47 @@ def inplace_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 
 def inplace_gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """`gated_rms_norm` in the same way."""
-    factor = weight.to(wide_dtype(x, gate))
+    """`gated_rms_norm` in the same way; differentiable once, for which it keeps x and gate alone."""
+    return _GatedInPlace.apply(x, gate, weight, eps)  # pyright: ignore[reportReturnType]
 
-    def norm(rows: Tensor, gates: Tensor) -> Tensor:
-        return _normalised(rows, eps).mul_(factor).mul_(F.silu(gates, inplace=True))
 
-    return _by_blocks(norm, x, gate)
+class _GatedInPlace(torch.autograd.Function):
+    """y = n w silu(g) with n = x r, r = 1 / sqrt(mean(x^2) + eps).
+
+    Backward, with dn = dy w silu(g): dx = r (dn - n mean(dn n)); dg = dy n w silu'(g); dw = sum dy n silu(g).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gate, weight)
+        ctx.eps = eps
+        factor = weight.to(wide_dtype(x, gate))
+
+        def norm(rows: Tensor, gates: Tensor) -> Tensor:
+            return _normalised(rows, eps).mul_(factor).mul_(F.silu(gates, inplace=True))
+
+        return _by_blocks(norm, x, gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, gate, weight = ctx.saved_tensors
+        dtype = wide_dtype(x, gate)
+        factor, width = weight.to(dtype), x.shape[-1]
+        flat, flat_gate, d_y = (tensor.reshape(-1, width) for tensor in (x, gate, grads[0]))
+        d_x, d_gate, d_weight = torch.empty_like(flat), torch.empty_like(flat_gate), torch.zeros_like(factor)
+        step = max(1, _BLOCK // max(1, width))
+        for rows in (slice(start, start + step) for start in range(0, flat.shape[0], step)):
+            n, g, d = (tensor[rows].to(dtype, copy=True) for tensor in (flat, flat_gate, d_y))
+            scale = torch.linalg.vecdot(n, n).div_(width).add_(ctx.eps).rsqrt_()[:, None]
+            n *= scale
+            opened = F.silu(g)
+            each = d * n
+            d_gate[rows] = torch.ops.aten.silu_backward(each * factor, g)
+            d_weight += each.mul_(opened).sum(0)
+            d_n = d.mul_(opened).mul_(factor)
+            d_x[rows] = d_n.addcmul_(n, torch.linalg.vecdot(d_n, n).div_(-width)[:, None]).mul_(scale)
+        return d_x.view(x.shape), d_gate.view(gate.shape), d_weight.to(weight.dtype), None
 
 
 def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -101,7 +137,7 @@ def _gated_cases(dtype: torch.dtype, device: str, generator: torch.Generator) ->
 
 backends.register("rms_norm", "inplace", inplace_rms_norm, _cannot_be_in_place, differentiable=False)
 backends.register("rms_norm", "torch", rms_norm)
-backends.register("gated_rms_norm", "inplace", inplace_gated_rms_norm, _cannot_be_in_place, differentiable=False)
+backends.register("gated_rms_norm", "inplace", inplace_gated_rms_norm, _cannot_be_in_place)
 backends.register("gated_rms_norm", "torch", gated_rms_norm)
 backends.add_cases("rms_norm", rms_norm, _rms_cases)
 backends.add_cases("gated_rms_norm", gated_rms_norm, _gated_cases)
