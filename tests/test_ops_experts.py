@@ -1,4 +1,7 @@
-"""Router and experts: by hand, both forms against each other, every load from balanced to all-to-one."""
+"""Router and experts: by hand, the forms against each other, every load from balanced to all-to-one.
+
+The many random cases, what a form may not do, and the choice between forms are in test_ops_experts_forms.py.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.experts import chosen_weights, loop_experts, router, sorted_experts
+from qwen35moe.ops.experts import chosen_weights, gathered_experts, loop_experts, router, sorted_experts, watched_experts
 from tests.peer import assert_close, generator
 
-FORMS = {"loop": loop_experts, "sorted": sorted_experts}
+FORMS = {"loop": loop_experts, "sorted": sorted_experts, "gathered": gathered_experts, "watched": watched_experts}
 D, E, FF, N = 12, 6, 5, 17
 
 
@@ -113,15 +116,16 @@ def test_the_sum_by_hand(form):
 @pytest.mark.parametrize("tokens", [1, 3, 4, 63, 64, 65, 129])
 @pytest.mark.parametrize("top_k,load", [(1, "random"), (2, "random"), (E, "random"), (3, "all to one"),
                                         (2, "empty experts")])
-def test_the_two_forms_agree_on_values_and_gradients(tokens, top_k, load):
+def test_the_forms_agree_on_values_and_gradients(tokens, top_k, load):
     results = []
     for form in FORMS.values():
         hidden, gate_up, down, indices, weights = problem(tokens, top_k, load)
         leaves = [tensor.requires_grad_() for tensor in (hidden, gate_up, down, weights)]
         out = form(hidden, gate_up, down, indices, weights)
         results.append([out, *torch.autograd.grad(out, leaves, draw(tokens, D, seed=4).float())])
-    for loop, other in zip(*results, strict=True):
-        assert_close(other, loop, 1e-6)
+    for result in results[1:]:
+        for loop, other in zip(results[0], result, strict=True):
+            assert_close(other, loop, 1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
