@@ -16,6 +16,7 @@ from qwen35moe import backends
 from qwen35moe.ops import sorted_experts as sorted_module
 from qwen35moe.ops.experts import gathered_experts, grouped_experts, loop_experts, sorted_experts, watched_experts
 from tests.peer import assert_close, generator
+from tests.test_ops_experts import size_of_dw
 
 FORMS: dict[str, Any] = {
     "loop": loop_experts, "sorted": sorted_experts, "grouped": grouped_experts,
@@ -57,11 +58,14 @@ def results(form: Any, values: tuple[Tensor, ...]) -> list[Tensor]:
     """y and the gradients of hidden, gate_up, down and weights for the cotangent cos(0, 1, 2, ...)."""
     leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in values]
     out = form(*leaves)
-    cotangent = torch.arange(out.numel(), dtype=torch.float64).cos().view(out.shape).to(out.dtype)
     floats = [x for x in leaves if x.requires_grad]
     if not out.requires_grad:  # the loop without a token
         return [out, *(torch.zeros_like(x) for x in floats)]
-    return [out, *torch.autograd.grad(out, floats, cotangent)]
+    return [out, *torch.autograd.grad(out, floats, cotangent(out))]
+
+
+def cotangent(out: Tensor) -> Tensor:
+    return torch.arange(out.numel(), dtype=torch.float64).cos().view(out.shape).to(out.dtype)
 
 
 def widened(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -73,8 +77,8 @@ def random_cases() -> Iterator[tuple[str, int, torch.dtype]]:
 
 
 def test_500_random_cases_agree_with_the_loop_in_float64() -> None:
-    """Values and all gradients of every form in every dtype. bfloat16 is judged by the size of the layer's results:
-    a single case may consist of a token whose parts cancel."""
+    """Values and all gradients of every form in every dtype. Where parts cancel, errors are judged by the size of the
+    parts: dw by |dy| |y_slot|, and in bfloat16 everything by 0.3 at least."""
     ran = 0
     for load, seed, dtype in random_cases():
         values = draw(load, seed, dtype)
@@ -85,12 +89,12 @@ def test_500_random_cases_agree_with_the_loop_in_float64() -> None:
             for place, (found, truth) in enumerate(zip(results(form, values), expected, strict=True)):
                 assert found.shape == truth.shape and found.dtype == dtype
                 if truth.numel():
-                    scale = truth.abs().max().clamp(min=0.3 if dtype == torch.bfloat16 else 1e-30)
-                    error = ((found.double() - truth).abs().max() / scale).item()
+                    size = size_of_dw(values, cotangent(expected[0])) if place == 4 else truth.abs().max().item()
+                    error = (found.double() - truth).abs().max().item() / max(size, 0.3 if dtype == torch.bfloat16 else 1e-30)
                     assert error <= BOUNDS[dtype][place > 0], (name, load, seed, dtype, place, error)
-            with torch.no_grad():
-                assert_same = results(form, values)[0], form(*values)
-            assert torch.allclose(*assert_same, atol=0, rtol=0) or name == "sorted", (name, load, seed)
+            if values[3].numel():
+                again = form(*values)
+                assert torch.equal(again, form(*values)), "the order of the sum changed between two runs"
         ran += 1
     assert ran == 504
 
@@ -128,7 +132,7 @@ def test_only_the_gradients_that_are_wanted_are_made() -> None:
         out = sorted_experts(leaves[0], leaves[1], leaves[2], indices, leaves[3])
         assert out.requires_grad == any(wanted)
         if any(wanted):
-            out.backward(torch.arange(out.numel(), dtype=torch.float64).cos().view(out.shape))
+            out.backward(cotangent(out))
         for leaf, want, truth in zip(leaves, wanted, expected, strict=True):
             assert (leaf.grad is not None) == want
             if leaf.grad is not None:

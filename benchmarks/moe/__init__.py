@@ -66,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bf16", help=f"with commas: {', '.join(DTYPES)}")
     parser.add_argument("--train", choices=("no", "yes", "both"), default="no", help="forward + backward")
     parser.add_argument("--weights", choices=("cold", "warm"), default="cold", help="warm: the same weights every time")
+    parser.add_argument("--cache", type=float, help="MB that cold weights exceed; default 4 times the last-level cache")
     parser.add_argument("--only", help="contestants, with commas, by their names or the first word of them")
     parser.add_argument("--impl", action="append", default=[], help="[NAME=]package.module:function, any number of times")
     parser.add_argument("--stages", action="store_true", help="also time each stage of the sorted form by itself")
@@ -121,7 +122,7 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> dict[str, Any]:
         forms = {name: form for name, form in forms.items() if name in wanted or name.split()[0] in wanted}
     roofs: dict[str, dict[str, float]] = {}
     rows = []
-    cache_bytes = 4 * roofline.last_level_cache()
+    cache_bytes = int(4 * roofline.last_level_cache() if options.cache is None else options.cache * 1e6)
     for case in cases:
         room = free_memory(options.device) * options.memory_limit
         needed = max(case.weight_bytes * (2 if case.train else 1), cache_bytes if case.cold else 0)
