@@ -132,7 +132,7 @@ def checked_choices(choices: Mapping[str, str]) -> dict[str, str]:
 
 
 class use(AbstractContextManager["use"]):
-    """Choose implementations by name: `use(experts="torch", delta_rule="auto")`.
+    """Choose implementations by name: `use(experts="sorted", delta_rule="auto")`.
 
     As a statement it sets the process default; as a context manager the choices hold inside the block and the former
     ones return at its end. Process-wide either way: other threads see them too.
