@@ -221,6 +221,7 @@ def test_peak_memory_is_what_was_allocated_at_once() -> None:
         return total
 
     assert peak(function, "cpu") == 3 * 4 << 18
+    assert peak(function, "cpu", [4 << 18]) == 2 * 4 << 18  # one allocation of that size counts as the gradient
 
 
 def test_forms_that_would_copy_or_fill_too_much_take_no_part() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,12 +46,12 @@ def measure(
     trial = interleave(running, rounds=1, warmup=0, device=device)
     fits = int(seconds / max(sum(timing.min for timing in trial.values()), 1e-9))
     timings = interleave(running, rounds=max(3, min(rounds, fits)), warmup=0, device=device)
-    grads = 2 * case.weight_bytes if case.train else 0
+    grads = [x.numel() * x.element_size() for x in inputs[1:3]] if case.train else []
     for name, timing in timings.items():
         row = rows.setdefault(name, {"error": None, "wrong": None})
         row.update(_speed(timing, wants, limit(dict(wants), dict(roof))))
         if memory and name != PRODUCTS:
-            row["peak_bytes"] = peak(running[name], device) - grads // 2
+            row["peak_bytes"] = peak(running[name], device, grads)
     result = {"id": case.id, "case": vars(case), **wants, "weight_copies": copies, "contestants": rows}
     if with_stages:
         result["stages"] = stages(*(x.detach() for x in inputs))
@@ -149,26 +149,30 @@ def _list(errors: list[float]) -> str:
     return ", ".join(f"{error:.1e}" for error in errors)
 
 
-def peak(function: Callable[[], object], device: str) -> int:
+def peak(function: Callable[[], object], device: str, grads: Sequence[int] = ()) -> int:
     """Bytes that one run has allocated at its highest, beyond what was there before: torch's allocator, both devices.
 
-    On a CPU from the profiler's record of every allocation, so that neither the heap's reserve nor the system's pages
-    enter; scratch memory inside the matrix library is not seen.
+    grads: sizes of the weights' gradients. On a CPU one live allocation of each is left out at every moment; on a GPU
+    all of them are taken off the peak. On a CPU the profiler records every allocation, so that neither the heap's
+    reserve nor the system's pages enter; scratch memory inside the matrix library is not seen.
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         kept = function()
         del kept
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before - sum(grads)
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = function()
         del kept
     now = highest = 0
+    live = dict.fromkeys(grads, 0)  # how many allocations of a gradient's size there are
     for event in recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
         if event.name() == "[memory]":
             now += event.nbytes()
-            highest = max(highest, now)
+            if abs(event.nbytes()) in live:
+                live[abs(event.nbytes())] += 1 if event.nbytes() > 0 else -1
+            highest = max(highest, now - sum(size for size, count in live.items() if count > 0))
     return highest
