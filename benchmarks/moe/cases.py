@@ -126,7 +126,7 @@ def rotation(
     copies = max(1, -(-cache_bytes // case.weight_bytes)) if case.cold else 1
 
     def drawn(rows: int, columns: int) -> Tensor:
-        return _normal(experts, rows, columns, dtype).to(device).requires_grad_(case.train)
+        return _normal(experts, rows, columns, dtype, generator).to(device).requires_grad_(case.train)
 
     layers = [(drawn(2 * inner, width), drawn(width, inner)) for _ in range(copies)]
     base = case.routing()
@@ -151,10 +151,10 @@ def _turns(period: int) -> Iterator[int]:
         turn = (turn + 1) % max(period, 1)
 
 
-def _normal(experts: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _normal(experts: int, rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Every page is written, hence there. One expert at a time: drawn whole in float32 it would need twice the memory."""
     out = torch.empty(experts, rows, columns, dtype=dtype)
-    block = torch.randn(rows, columns) * columns**-0.5
+    block = torch.randn(rows, columns, generator=generator) * columns**-0.5
     for expert in out:
-        expert.copy_(block.roll(int(torch.randint(columns, ())), 1))
+        expert.copy_(block.roll(int(torch.randint(columns, (), generator=generator)), 1))
     return out
