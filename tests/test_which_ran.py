@@ -1,0 +1,73 @@
+"""No silent choice: which form of every operation "auto" takes on a CPU, and that a named one is the one that runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen35moe import Config, Qwen3_5MoeForConditionalGeneration, backends
+from qwen35moe.backends import OPERATIONS, table
+
+# (operation, with gradients) -> what a CPU takes, in the order in which the forms of an operation stand.
+ON_A_CPU = {
+    "rms_norm": ("inplace", "torch"),
+    "gated_rms_norm": ("inplace", "inplace"),
+    "rotary": ("torch", "torch"),
+    "attention": ("torch", "torch"),
+    "vision_attention": ("torch", "torch"),
+    "short_convolution": ("inplace", "inplace"),
+    "gated_delta_rule": ("inplace", "torch"),
+    "router": ("torch", "torch"),
+    "experts": ("gathered", "gathered"),  # so few and small that copying their weights costs nothing
+    "linear_cross_entropy": ("torch", "torch"),
+}
+
+
+def model() -> Qwen3_5MoeForConditionalGeneration:
+    text = dict(
+        vocab_size=61, hidden_size=24, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], head_dim=16,
+        num_attention_heads=6, num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=12, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=10,
+        shared_expert_intermediate_size=14, model_type="qwen3_5_moe_text",
+    )
+    vision = dict(
+        depth=1, hidden_size=16, intermediate_size=20, num_heads=2, patch_size=2, out_hidden_size=24, num_position_embeddings=9
+    )
+    config = Config.from_dict(
+        dict(
+            model_type="qwen3_5_moe", text_config=text, vision_config=vision, image_token_id=57, video_token_id=58,
+            vision_start_token_id=55, vision_end_token_id=56, tie_word_embeddings=False,
+        )
+    )
+    return Qwen3_5MoeForConditionalGeneration(config).init_weights(seed=3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_layers_take_what_the_table_says(training: bool) -> None:
+    """Every operation of a forward with an image, by the names that `ran` saw; `delta_net_step` has no fused form here."""
+    ids = torch.tensor([[1, 55, 57, 57, 56, *range(2, 40)]])
+    with backends.ran() as ran, torch.set_grad_enabled(training):
+        model()(
+            ids, pixel_values=torch.randn(8, 24), image_grid_thw=torch.tensor([[1, 2, 4]]), labels=ids, output_logits=False
+        )
+    seen: dict[str, set[str]] = {}
+    for operation, name in ran.counts:
+        seen.setdefault(operation, set()).add(name)
+    assert seen == {operation: {names[training]} for operation, names in ON_A_CPU.items()}
+    assert set(OPERATIONS) - set(seen) == {"delta_net_step"}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_named_form_is_the_one_that_runs_or_says_why_not(operation: str) -> None:
+    _, cases = table.cases(operation)
+    args, options = next(iter(cases(torch.float32, "cpu", torch.Generator().manual_seed(0))))
+    for entry in backends.implementations(operation):
+        with backends.use(**{operation: entry.name}), backends.ran() as ran, torch.no_grad():
+            reason = entry.refusal(args, options)
+            if reason is None:
+                backends.run(operation, *args, **options)
+                assert dict(ran.counts) == {(operation, entry.name): 1}
+            else:
+                with pytest.raises(ValueError, match="cannot run") as error:
+                    backends.run(operation, *args, **options)
+                assert reason in str(error.value) and not ran.counts
