@@ -54,7 +54,8 @@ def measure(
             row["peak_bytes"] = peak(running[name], device, grads)
     result = {"id": case.id, "case": vars(case), **wants, "weight_copies": copies, "contestants": rows}
     if with_stages:
-        result["stages"] = stages(*(x.detach() for x in inputs))
+        hidden, gate_up, down, indices, weights = (x.detach() for x in inputs)
+        result["stages"] = stages(hidden, gate_up, down, indices, weights)
     return result
 
 
@@ -121,7 +122,9 @@ class Judge:
                 out = form(*self.inputs)
                 if out.shape != self.inputs[0].shape:
                     raise ValueError(f"it returned {list(out.shape)}, the contract says {list(self.inputs[0].shape)}")
-                grads = torch.autograd.grad(out, self._leaves(), self.inputs[0].detach()) if self.case.train else ()
+                grads: list[Tensor] = []
+                if self.case.train:
+                    grads += torch.autograd.grad(out, self._leaves(), self.inputs[0].detach())
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as failure:
             return {"error": None, "wrong": f"{type(failure).__name__}: {str(failure).splitlines()[0]}"}
         errors = [relative_error(out[self.tokens], self.expected[0])]
@@ -169,7 +172,8 @@ def peak(function: Callable[[], object], device: str, grads: Sequence[int] = ())
         del kept
     now = highest = 0
     live = dict.fromkeys(grads, 0)  # how many allocations of a gradient's size there are
-    for event in recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
+    events: Any = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    for event in events:
         if event.name() == "[memory]":
             now += event.nbytes()
             if abs(event.nbytes()) in live:

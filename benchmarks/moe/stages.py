@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen35moe.ops.experts import router
 from qwen35moe.ops.sorted_experts import project
 
-STAGES = ("route", "sort", "gather", "up", "activation", "down", "combine")
+STAGES: tuple[str, ...] = ("route", "sort", "gather", "up", "activation", "down", "combine")
 
 
 @torch.no_grad()
@@ -54,7 +54,8 @@ def _once(
     with timed("gather"):
         rows = hidden.index_select(0, order // slots)
     pre, out = rows.new_empty(len(rows), 2 * inner), rows.new_empty(len(rows), width)
-    pre.zero_(), out.zero_()  # touched before they are timed
+    for buffer in (pre, out):
+        buffer.zero_()  # touched before they are timed
     parts = [(expert, x, p) for expert, (x, p) in enumerate(zip(rows.split(counts), pre.split(counts), strict=True)) if len(x)]
     with timed("up"):
         for expert, x, p in parts:

@@ -90,7 +90,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward: what `_outputs` lists. query, key [B, T, G, K], value [B, T, H, V], decay, beta [B, T, H], state
     [rows, H, K, V], cu_seqlens [documents + 1]."""
-    from qwen35moe_kernels import delta_rule_forward as kernels
+    kernels = runtime.kernels("delta_rule_forward")
 
     output, final, inverse, sums, norms, states, writes = made = _outputs(query, key, value, cu_seqlens)
     (batch, tokens), size = query.shape[:2], sizes(key, value)
@@ -129,13 +129,13 @@ def _outputs(
     """
     (batch, tokens, heads, out), (groups, width) = value.shape, key.shape[2:]
     rows, count = how_many_chunks(batch, tokens, more[-1])
-    wide = {"dtype": torch.float32}
+    wide = torch.float32
     return (
         value.new_empty(value.shape),
-        value.new_empty(rows, heads, width, out, **wide),
+        value.new_empty(rows, heads, width, out, dtype=wide),
         value.new_empty(batch, tokens, heads, CHUNK),
-        value.new_empty(2, batch, tokens, heads, **wide),
-        value.new_empty(2, batch, tokens, groups, **wide),
+        value.new_empty(2, batch, tokens, heads, dtype=wide),
+        value.new_empty(2, batch, tokens, groups, dtype=wide),
         value.new_empty(count, heads, width, out),
         value.new_empty(value.shape),
     )
@@ -147,7 +147,7 @@ def delta_rule_back(
     inverse: Tensor, sums: Tensor, norms: Tensor, states: Tensor, writes: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value, decay, beta and state, from those of the output and of the final state."""
-    from qwen35moe_kernels import delta_rule_backward as kernels
+    kernels = runtime.kernels("delta_rule_backward")
 
     d_query, d_key, d_value, d_decay, d_beta, d_initial = made = _gradients(d_output, d_final, query, key, value)
     (batch, tokens), size = query.shape[:2], sizes(key, value)

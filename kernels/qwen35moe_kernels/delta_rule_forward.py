@@ -12,6 +12,7 @@ rounds nothing. Sums, gates, memories and the inverse are float32; products have
 """
 
 # pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import triton

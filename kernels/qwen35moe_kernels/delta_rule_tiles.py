@@ -5,6 +5,7 @@ are counted through the whole batch, so that row b of a batch begins at b T and 
 """
 
 # pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
 from __future__ import annotations
 
 from typing import Any

@@ -119,7 +119,7 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operation `gated_delta_rule`; the memory comes back in float32. cu_seqlens may lie on the host: fla then need not
     fetch it from the device to lay out its chunks."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule  # pyright: ignore[reportMissingImports]
 
     decay = decay.float()
     options = {

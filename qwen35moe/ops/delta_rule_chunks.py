@@ -197,7 +197,7 @@ def forgetting(logs: Tensor) -> Tensor:
     gates every form of the rule becomes several times slower, and no digit of the result depends on them.
     """
     floor = -80.0 if logs.dtype == torch.float64 else -30.0
-    return F.threshold_(logs, floor, float("-inf")).exp_()
+    return torch.threshold_(logs, floor, float("-inf")).exp_()
 
 
 class Corrections:
