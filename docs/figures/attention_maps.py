@@ -63,7 +63,7 @@ def drawn(tokens: list[str], maps: dict[str, Tensor], share: Tensor) -> Any:
     panels[3].barh(places, share.numpy(), color="0.4")
     panels[3].set_yticks(places, labels, fontsize=6)
     panels[3].invert_yaxis()
-    panels[3].set_title(f"share of the memory at the end\nlayer {LAYER}, head {LONG}", fontsize=9)
+    panels[3].set_title(f"share of the memory\nat the end, layer {LAYER}, head {LONG}", fontsize=9)
     return figure
 
 
