@@ -85,7 +85,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         output_attentions: bool,
     ) -> tuple[ModelOutput, TokenLayout, list[Passed]]:
         """`forward`, and for the head the layout of the tokens and what the layers left."""
-        _check_tensors(
+        check_tensors(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
             cu_seqlens=cu_seqlens,
         )
@@ -306,7 +306,7 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         return output
 
     def _check_labels(self, labels: Tensor, inputs: Tensor | None) -> None:
-        _check_tensors(labels=labels)
+        check_tensors(labels=labels)
         if not isinstance(inputs, Tensor):
             return  # refused with a better message below
         if labels.shape != inputs.shape[:2] or labels.is_floating_point():
@@ -335,7 +335,7 @@ def _targets(labels: Tensor, layout: TokenLayout) -> Tensor:
     return layout.restore(shift_labels(arranged, layout.cu_seqlens) - IGNORE) + IGNORE
 
 
-def _check_tensors(**given: object) -> None:
+def check_tensors(**given: object) -> None:
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}: give a tensor")
