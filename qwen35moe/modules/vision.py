@@ -7,9 +7,8 @@ Bai et al. 2025, "Qwen3-VL Technical Report". No deepstack: its list is empty in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +176,7 @@ class Qwen3_5MoeVisionModel(nn.Module):
             raise ValueError(f"there are {pixels.shape[0]} patches, the grids {grids[:4]} ... describe {patches}")
 
 
-def init_vision(module: nn.Module, normal: Any) -> None:
+def init_vision(module: nn.Module, normal: Callable[[Tensor], None]) -> None:
     """Draws what only the tower has: `normal` for matrices, identity for norms."""
     if isinstance(module, nn.LayerNorm):
         module.weight.fill_(1)
