@@ -24,7 +24,9 @@ BOUND = 1e-5
 CASES = [odd_pictures(seed) for seed in range(44)]
 DENSE = [odd_pictures(seed, dense=True) for seed in range(300, 308)]
 EVERY = pytest.mark.parametrize("case", CASES + DENSE, ids=repr)
-GREEDY = [*[case for case in CASES if case.side != "right"][:14], DENSE[0]]
+# transformers cannot generate without an attention layer, and goes wrong behind right padding
+GREEDY = [case for case in [*CASES[:30], *DENSE[:3]]
+          if case.side != "right" and peer.FULL in case.config["text_config"]["layer_types"]]
 
 
 def test_the_cases_have_every_odd_shape():
@@ -158,7 +160,7 @@ def conversation(seed: int) -> tuple[Case, Any, Any, Turn, int, Turn, Turn]:
     return case, ours, theirs, whole, cut, turns[0], turns[1]
 
 
-@pytest.mark.parametrize("seed", [51, 52, 53, 54])
+@pytest.mark.parametrize("seed", [51, 52, 54, 57])
 @pytest.mark.parametrize("max_length", [None, 160])
 def test_a_second_turn_with_new_pictures_on_a_cache(seed, max_length):
     """As if all had been said at once, in a forward and in generate, given the new pictures or all of them."""
@@ -182,7 +184,7 @@ def test_a_second_turn_with_new_pictures_on_a_cache(seed, max_length):
 def test_conversations_take_turns_on_one_model():
     """Two conversations with images on one model, step by step, each as alone."""
     _, ours, theirs, whole, cut, first, second = conversation(55)
-    other_ids = torch.cat([whole["input_ids"][:, 5:9], first["input_ids"]], 1)
+    other_ids = torch.cat([torch.tensor([[7, 1, 40, 2]]), first["input_ids"]], 1)
     other = first | {"input_ids": other_ids}
     alone = []
     for prompt in (whole, other):

@@ -68,8 +68,8 @@ class VisionConfig(Fixed):
         check_depth(given)
         values = dict(mapping("vision_config", given))
         other = values.pop("in_chans", None)  # another name of in_channels, in some files beside it
-        if other is not None and values.setdefault("in_channels", other) != other:
-            raise ConfigError(f"vision_config.in_chans = {shown(other)} contradicts in_channels = {shown(values['in_channels'])}")
+        if other is not None and (given := values.setdefault("in_channels", other)) != other:
+            raise ConfigError(f"vision_config.in_chans = {shown(other)} contradicts in_channels = {shown(given)}")
         return cls(**check_keys("vision_config", values, field_names(cls), FIXED_VISION, INERT_VISION))
 
     def to_dict(self) -> dict[str, Any]:
