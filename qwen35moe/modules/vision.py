@@ -156,7 +156,7 @@ class Qwen3_5MoeVisionModel(nn.Module):
         x = self.patch_embed(pixel_values)
         turn = rotation(place, config.head_dim, wide_dtype(x))
         bounds = frame_bounds(grids, "cpu" if x.device.type == "meta" else x.device)
-        x = tap(self, "embed", x + self._positions(grids).to(x.dtype))
+        x = tap(self, "embed", (x + self._positions(grids)).to(x.dtype))  # one rounding: positions are float32 at least
         for block in self.blocks:
             x = block(x, bounds, turn)
         tokens = tap(self, "output", self.merger(x))
