@@ -44,7 +44,7 @@ CONFIG = {"model_type": "qwen3_5_moe", "image_token_id": IMAGE, "video_token_id"
 ROWS = (
     (3, ("image", (1, 4, 6)), 2, ("video", (3, 2, 4)), 2),
     (4,),
-    (1, ("image", (1, 2, 8)), 3, ("image", (1, 6, 2)), 1),
+    (1, ("image", (1, 4, 8)), 3, ("image", (1, 6, 2)), 1),
 )
 
 
