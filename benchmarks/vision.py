@@ -38,30 +38,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, help="blocks, for a quick look (the published tower has 27)")
     parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--prompt", choices=list(GRIDS), help="one of the two alone")
+    parser.add_argument("--only", choices=["time", "memory"], help="one of the two measurements alone")
     parser.add_argument("--growth-of", choices=["ours", "transformers"], help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     config = _config(options.depth)
     if options.growth_of:
         print(json.dumps(growth(towers(config, [options.growth_of])[options.growth_of], GRIDS[options.prompt])))
         return 0
-    contestants = towers(config, ["transformers", "ours"])
+    names = [options.prompt] if options.prompt else list(GRIDS)
     report, memory = Report("vision", rounds=options.rounds), {}
-    for name, grids in GRIDS.items():
-        if options.prompt not in (None, name):
-            continue
-        with report.case(f"tower/depth{config.depth}/{name}/bf16") as case:
-            for contestant, (found, truth) in checked(contestants, config).items():
-                case.check(contestant, found, truth, bound=0.1)
-            pixels, grid = prompt(grids, config)
-            runs = {who: _run(tower, pixels, grid) for who, tower in contestants.items()}
-            case.time(runs, baseline="transformers", warmup=options.warmup)
-        memory[name] = {who: _growth_in_a_process(who, name) for who in contestants}
-        print(f"  grows by {', '.join(f'{mib:.0f} MiB ({who})' for who, mib in memory[name].items())}", flush=True)
+    if options.only != "memory":
+        measure_time(report, config, names, options.warmup)
+    for name in names if options.only != "time" else ():
+        memory[name] = {who: _growth_in_a_process(who, name) for who in ("transformers", "ours")}
+        print(f"{name} grows by {', '.join(f'{mib:.0f} MiB ({who})' for who, mib in memory[name].items())}", flush=True)
     status = report.finish(options)
     if options.json:
-        written = json.loads(options.json.read_text()) | {"memory_growth_mib": memory}
+        written = json.loads(options.json.read_text(encoding="utf-8")) | {"memory_growth_mib": memory}
         options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return status
+
+
+def measure_time(report: Report, config: VisionConfig, names: Sequence[str], warmup: int) -> None:
+    """A case for each prompt; both towers in this process, in turns."""
+    contestants = towers(config, ["transformers", "ours"])
+    answers = checked(contestants, config)
+    for name in names:
+        with report.case(f"tower/depth{config.depth}/{name}/bf16") as case:
+            for contestant, (found, truth) in answers.items():
+                case.check(contestant, found, truth, bound=0.1)
+            pixels, grid = prompt(GRIDS[name], config)
+            runs = {who: _run(tower, pixels, grid) for who, tower in contestants.items()}
+            case.time(runs, baseline="transformers", warmup=warmup)
 
 
 def _config(depth: int | None) -> VisionConfig:
