@@ -242,6 +242,7 @@ def test_gradients_flow_checkpointed_or_not():
         x = pixels(GRIDS, model.config).requires_grad_()
         model.zero_grad()
         torch.cat(model(x, grids).pooler_output).square().mean().backward()
+        assert x.grad is not None
         return peer.gradients(model) | {"pixels": x.grad}
 
     with backends.ran() as plain:
