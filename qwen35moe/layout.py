@@ -96,7 +96,7 @@ def plan_layout(
     cache: Cache | None = None,
 ) -> TokenLayout:
     """Reads the arguments of a forward call, refuses what contradicts itself, and lays the tokens out."""
-    position_ids = _checked_positions(position_ids, batch, tokens)
+    position_ids = checked_positions(position_ids, batch, tokens)
     mask = new_mask(attention_mask, batch, tokens, cache)
     if cu_seqlens is not None:
         cu_seqlens = _checked_bounds(cu_seqlens, position_ids, batch, tokens, mask)
@@ -121,7 +121,7 @@ def plan_layout(
     return TokenLayout((batch, tokens), batch, tokens, positions, starts, lengths, None, source)
 
 
-def _checked_positions(position_ids: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+def checked_positions(position_ids: Tensor | None, batch: int, tokens: int) -> Tensor | None:
     """[B, T] or [3, B, T], one row for all expanded to every row."""
     if position_ids is None:
         return None

@@ -93,8 +93,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         with_router_logits = self._wants_router_logits(output_router_logits)
         if output_routing and not self.config.text_config.is_moe:
             raise ValueError("output_routing=True: this configuration is dense and has no routers")
-        if cache is not None and not isinstance(cache, Cache):
-            raise ValueError(f"the cache is a {type(cache).__name__}, this model needs its own: model.new_cache({batch})")
+        check_cache(cache, batch)
         layout = plan_layout(
             batch, tokens, self.device, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens,
             cache=cache,
@@ -339,6 +338,11 @@ def check_tensors(**given: object) -> None:
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}: give a tensor")
+
+
+def check_cache(cache: object, rows: int) -> None:
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"the cache is a {type(cache).__name__}, this model needs its own: model.new_cache({rows})")
 
 
 def _check_kept(keep: int | Tensor, inputs: Tensor | None) -> None:

@@ -201,12 +201,11 @@ def positions(
 def following(position_ids: Tensor, before: Tensor, *, mask: Tensor | None, bounds: Sequence[int] | None) -> Tensor:
     """[B] the position after the last one of each row (of each document, with bounds), where positions are given.
 
-    position_ids [B, T] or [3 or 4, B, T] (the last three are time, height and width), mask [B, T]. A row without a new
-    token stays at `before` [B].
+    position_ids [B, T] or [3, B, T], mask [B, T]. A row without a new token stays at `before` [B].
     """
-    largest = position_ids[-3:].amax(0) if position_ids.dim() == 3 else position_ids
+    largest = position_ids.amax(0) if position_ids.dim() == 3 else position_ids
     if mask is not None:
-        largest = largest.expand(mask.shape).masked_fill(~mask, -1)
+        largest = largest.masked_fill(~mask, -1)
     if bounds is None:
         last = largest.amax(1)
     else:

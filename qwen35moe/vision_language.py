@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qwen35moe.cache import Cache
 from qwen35moe.config import Config, ConfigError, TextConfig
-from qwen35moe.layout import new_mask
-from qwen35moe.model import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel, check_tensors
+from qwen35moe.layout import checked_positions, new_mask
+from qwen35moe.model import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel, check_cache, check_tensors
 from qwen35moe.modules.vision import Qwen3_5MoeVisionModel, VisionOutput
 from qwen35moe.multimodal import (
     IMAGE,
@@ -108,6 +108,8 @@ class Qwen3_5MoeModel(PretrainedModel):
         check_tensors(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                       inputs_embeds=inputs_embeds, cu_seqlens=cu_seqlens, **given)
         batch, tokens = self.language_model._check_inputs(input_ids, inputs_embeds)
+        check_cache(cache, batch)
+        position_ids = checked_positions(position_ids, batch, tokens)
         embedded = inputs_embeds if inputs_embeds is not None else self.language_model.embed_tokens(input_ids)
         seeing = pictures.present(IMAGE) or pictures.present(VIDEO)
         three_axes = position_ids is not None and position_ids.dim() == 3
@@ -121,6 +123,9 @@ class Qwen3_5MoeModel(PretrainedModel):
         if not (seeing or three_axes):
             return embedded, position_ids, None
         bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+        rows = batch if bounds is None else len(bounds) - 1
+        if cache is not None and cache.batch_size != rows:
+            raise ValueError(f"the cache holds {cache.batch_size} rows, the input has {rows}: make one with new_cache({rows})")
         if position_ids is None:
             before = None if cache is None else cache.next_positions.tolist()
             return embedded, *positions(types, pictures, self.merge, mask=mask, before=before, bounds=bounds)

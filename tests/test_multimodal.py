@@ -343,6 +343,12 @@ def test_what_contradicts_itself_is_refused():
         cache = model().new_cache(1)
         model()(torch.tensor([[1, 2, 3, 4, 5, 6]]), cache=cache)
         model().generate(**inputs, cache=cache, max_new_tokens=1)
+    with refuse(ValueError, match="the cache is a dict, this model needs its own"):
+        model()(**inputs, cache={})
+    with refuse(ValueError, match="the cache holds 2 rows, the input has 1"):
+        model()(**inputs, cache=model().new_cache(2))
+    with refuse(ValueError, match="position_ids .* do not fit the input"):
+        model()(**inputs, position_ids=torch.zeros(3, 1, 4, dtype=torch.long), cache=model().new_cache(1))
     with refuse(ConfigError, match="needs a vision_config; for text alone take the ...ForCausalLM class"):
         Qwen3_5MoeForConditionalGeneration(config().text_only())
     with refuse(ConfigError, match="is for dense configurations"):
