@@ -66,7 +66,7 @@ class Cache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.seen = 0  # positions of the caller's attention_mask so far, padding included
         self.rope_delta: Tensor | None = None  # [B]: how far positions run ahead of slots
-        self._seen_pictures: Tensor | None = None  # lengths when rope_delta was set: a rollback to before cannot know it
+        self._seen_pictures: Tensor | None = None  # lengths when rope_delta changed: a rollback to before cannot know it
         self._common: int | None = 0  # the length of every row, where the host knows it
         self._used = 0  # at least the longest row
         self._snapshots: list[weakref.ref[Snapshot]] = []
@@ -153,10 +153,17 @@ class Cache:
         old.inputs, old.memory, old.replay = new.inputs, new.memory, replay
         return old
 
+    @property
+    def next_positions(self) -> Tensor:
+        """[B]: the rotary position of each row's next token."""
+        return self.lengths if self.rope_delta is None else self.lengths + self.rope_delta
+
     def moved_on(self, positions: Tensor) -> None:
         """Takes the next position [B] of each row, where pictures have let it run away from the number of tokens."""
-        self.rope_delta = positions.to(self.lengths.device) - self.lengths
-        self._seen_pictures = self.lengths
+        new = positions.to(self.lengths.device) - self.lengths
+        old = torch.zeros_like(new) if self.rope_delta is None else self.rope_delta
+        seen = torch.zeros_like(new) if self._seen_pictures is None else self._seen_pictures
+        self.rope_delta, self._seen_pictures = new, torch.where(new != old, self.lengths, seen)
 
     # ------------------------------------------------------------------------------------------------ going back
 

@@ -21,8 +21,8 @@ _FORMAT = "qwen35moe.cache.1"
 def save_cache(cache: Cache, path: str | os.PathLike[str]) -> None:
     """Writes beside the target and moves into place, so that a killed save leaves the old file whole."""
     tensors: dict[str, Tensor] = {"lengths": cache.lengths}
-    if cache.rope_delta is not None:
-        tensors["rope_delta"] = cache.rope_delta
+    if cache.rope_delta is not None and cache._seen_pictures is not None:
+        tensors |= {"rope_delta": cache.rope_delta, "seen_pictures": cache._seen_pictures}
     for index, layer in enumerate(cache.layers):
         names = ("key", "value") if isinstance(layer, AttentionMemory) else ("inputs", "memory")
         tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in names}
@@ -59,7 +59,7 @@ def load_cache(
     )
     cache.lengths, cache.seen, cache._common = lengths, int(numbers["seen"]), numbers["common"]
     cache.rope_delta = tensors.pop("rope_delta", None)
-    cache._seen_pictures = None if cache.rope_delta is None else lengths
+    cache._seen_pictures = tensors.pop("seen_pictures", None if cache.rope_delta is None else lengths)
     cache._used = int(lengths.max())
     for index, layer in enumerate(cache.layers):
         names = ("key", "value") if isinstance(layer, AttentionMemory) else ("inputs", "memory")

@@ -96,8 +96,8 @@ def plan_layout(
     cache: Cache | None = None,
 ) -> TokenLayout:
     """Reads the arguments of a forward call, refuses what contradicts itself, and lays the tokens out."""
-    position_ids = _checked_positions(position_ids, batch, tokens)
-    mask = _new_mask(attention_mask, batch, tokens, cache)
+    position_ids = checked_positions(position_ids, batch, tokens)
+    mask = new_mask(attention_mask, batch, tokens, cache)
     if cu_seqlens is not None:
         cu_seqlens = _checked_bounds(cu_seqlens, position_ids, batch, tokens, mask)
     elif position_ids is not None and position_ids.dim() == 2 and cache is None:
@@ -121,7 +121,7 @@ def plan_layout(
     return TokenLayout((batch, tokens), batch, tokens, positions, starts, lengths, None, source)
 
 
-def _checked_positions(position_ids: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+def checked_positions(position_ids: Tensor | None, batch: int, tokens: int) -> Tensor | None:
     """[B, T] or [3, B, T], one row for all expanded to every row."""
     if position_ids is None:
         return None
@@ -139,7 +139,7 @@ def _checked_positions(position_ids: Tensor | None, batch: int, tokens: int) -> 
     return position_ids[-3:].expand(3, batch, tokens) if position_ids.dim() == 3 else position_ids.expand(batch, tokens)
 
 
-def _new_mask(mask: Tensor | None, batch: int, tokens: int, cache: Cache | None) -> Tensor | None:
+def new_mask(mask: Tensor | None, batch: int, tokens: int, cache: Cache | None) -> Tensor | None:
     """The mask of the new tokens as booleans, None when there is no padding among them."""
     if mask is None:
         return None

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from .checkpoint.headers import read_headers
 from .checkpoint.hub import folder_of
+from .checkpoint.names import canonical, part_of
 from .config import Config
 from .placement import Devices
 from .processing.text import Tokenizer
@@ -27,22 +29,32 @@ def load(
     """(model, tokenizer) of "tiny", the checkpoint bundled with the library, of a folder, or of a Hub name
     ("Qwen/...", at a revision: a commit, tag or branch).
 
-    A folder is meant where one of that name exists. The class follows config.json: mixture of experts or dense. From a
-    multimodal checkpoint this is the text model; what that leaves out is said (a warning, and model.loading_report).
-    For a model without its tokenizer use the class: Qwen3_5MoeForCausalLM.from_pretrained(folder).
+    A folder is meant where one of that name exists. The class follows config.json, mixture of experts or dense, and the
+    files: with a vision tower among them it is the multimodal one. What is left out is said (a warning, and
+    model.loading_report). For the text model of a multimodal checkpoint, or a model without its tokenizer, use the class:
+    Qwen3_5MoeForCausalLM.from_pretrained(folder).
     """
     from . import model as models
+    from . import vision_language
 
     folder = find(name, revision)
     tokenizer = Tokenizer.from_pretrained(folder)  # first: it costs little, and may fail
     config = Config.from_pretrained(folder)
-    cls = models.Qwen3_5MoeForCausalLM if config.text_config.is_moe else models.Qwen3_5ForCausalLM
+    kind = "Qwen3_5Moe" if config.text_config.is_moe else "Qwen3_5"
+    sees = config.vision_config is not None and has_tower(folder)
+    cls = getattr(vision_language, f"{kind}ForConditionalGeneration") if sees else getattr(models, f"{kind}ForCausalLM")
     model = cls.from_pretrained(folder, dtype=dtype, device=device)
     left_out = getattr(getattr(model, "loading_report", None), "left_out", None)
     if left_out:
         parts = ", ".join(f"{what} ({count} tensors)" for what, count in left_out.items())
-        log.warning("%s: loaded its text model, %s; left out: %s", folder, cls.__name__, parts)
+        log.warning("%s: loaded as %s; left out: %s", folder, cls.__name__, parts)
     return model, tokenizer
+
+
+def has_tower(folder: Path) -> bool:
+    """Whether there are tensors of a vision tower in a folder's files (config.json may speak of one that is not there)."""
+    found = map(canonical, read_headers(folder, []).tensors)
+    return any(part_of(name) == "visual" for name in found if name is not None)
 
 
 def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -90,7 +90,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         output_attentions: bool,
     ) -> tuple[ModelOutput, TokenLayout, list[Passed]]:
         """`forward`, and for the head the layout of the tokens and what the layers left."""
-        _check_tensors(
+        check_tensors(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
             cu_seqlens=cu_seqlens,
         )
@@ -98,8 +98,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         with_router_logits = self._wants_router_logits(output_router_logits)
         if output_routing and not self.config.text_config.is_moe:
             raise ValueError("output_routing=True: this configuration is dense and has no routers")
-        if cache is not None and not isinstance(cache, Cache):
-            raise ValueError(f"the cache is a {type(cache).__name__}, this model needs its own: model.new_cache({batch})")
+        check_cache(cache, batch)
         layout = plan_layout(
             batch, tokens, self.device, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens,
             cache=cache,
@@ -327,7 +326,7 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         return output
 
     def _check_labels(self, labels: Tensor, inputs: Tensor | None) -> None:
-        _check_tensors(labels=labels)
+        check_tensors(labels=labels)
         if not isinstance(inputs, Tensor):
             return  # refused with a better message below
         if labels.shape != inputs.shape[:2] or labels.is_floating_point():
@@ -356,10 +355,15 @@ def _targets(labels: Tensor, layout: TokenLayout) -> Tensor:
     return layout.restore(shift_labels(arranged, layout.cu_seqlens) - IGNORE) + IGNORE
 
 
-def _check_tensors(**given: object) -> None:
+def check_tensors(**given: object) -> None:
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}: give a tensor")
+
+
+def check_cache(cache: object, rows: int) -> None:
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"the cache is a {type(cache).__name__}, this model needs its own: model.new_cache({rows})")
 
 
 def _check_kept(keep: int | Tensor, inputs: Tensor | None) -> None:

@@ -48,8 +48,9 @@ class Pictures:
     def present(self, kind: int) -> bool:
         return self.pixels(kind) is not None or self.features(kind) is not None or self.grid_thw(kind) is not None
 
-    def check(self) -> None:
-        """ValueError where arguments contradict each other."""
+    def check(self, *, ids: bool) -> None:
+        """ValueError where arguments contradict each other; `ids` says whether they come with token ids, which need the
+        features (embeddings may hold them already, and then the grids alone give positions)."""
         unknown = set(self.mm_encoder_outputs or {}) - set(_NAMES.values())
         if unknown:
             raise ValueError(f"mm_encoder_outputs holds {sorted(unknown)}; it may hold 'image' and 'video'")
@@ -59,6 +60,8 @@ class Pictures:
                 raise ValueError(f"{given} and mm_encoder_outputs[{name!r}] are both given: one is made of the other")
             if (self.pixels(kind) is not None or self.features(kind) is not None) and self.grid_thw(kind) is None:
                 raise ValueError(f"{given} or features come without {name}_grid_thw, which says how the patches lie")
+            if ids and self.grid_thw(kind) is not None and self.pixels(kind) is None and self.features(kind) is None:
+                raise ValueError(f"{name}_grid_thw comes without {given}: nothing would be seen at its placeholders")
 
     def grids(self, kind: int, merge: int) -> Grids:
         thw = self.grid_thw(kind)
@@ -101,10 +104,10 @@ def _fresh_items(rows: Sequence[Tensor], held: Sequence[int], sizes: Sequence[in
     keep, item = [], 0
     for types, cached in zip(rows, held, strict=True):
         places, at = (types == kind).nonzero()[:, 0].tolist(), 0
-        while at < len(places):
+        while at < len(places) and item < len(sizes):
             if places[at] >= cached:
                 keep.append(item)
-            elif places[at + sizes[item] - 1] >= cached:
+            elif places[min(at + sizes[item], len(places)) - 1] >= cached:
                 raise ValueError(f"the cache ends inside {_NAMES[kind]} {item}: it holds {cached} tokens of its row")
             at, item = at + sizes[item], item + 1
     return keep
@@ -125,14 +128,12 @@ def token_types(input_ids: Tensor, config: Config) -> Tensor:
     return types
 
 
-def checked_types(given: Tensor | None, input_ids: Tensor | None, config: Config) -> Tensor | None:
-    """The types [B, T] of the new tokens: from the ids, which `given` may not contradict, or given."""
-    if input_ids is None:
-        return given
+def checked_types(given: Tensor | None, input_ids: Tensor, config: Config) -> Tensor:
+    """The types [B, T] of the new tokens, from the ids; `given` may not contradict them."""
     found = token_types(input_ids, config)
     if given is None:
         return found
-    given = given[:, -input_ids.shape[1] :]  # processors give them for the whole row, as they do the mask
+    given = given[:, -input_ids.shape[1] :].to(found.device)  # processors give them for the whole row, as they do the mask
     if given.shape != found.shape or bool((given != found).any()):
         raise ValueError(
             f"mm_token_type_ids {list(given.shape)} contradict input_ids {list(input_ids.shape)}: 1 stands for image tokens "
@@ -161,6 +162,9 @@ def check_counts(types: Tensor, pictures: Pictures, merge: int) -> None:
 def scattered(embedded: Tensor, types: Tensor, kind: int, features: Tensor) -> Tensor:
     """embedded [B, T, D] with the features [n, D] at the n placeholders of that kind, in order."""
     where = (types == kind).nonzero(as_tuple=True)
+    wanted = [where[0].shape[0], embedded.shape[-1]]
+    if list(features.shape) != wanted:
+        raise ValueError(f"the {_NAMES[kind]} features are {list(features.shape)}, the grids call for {wanted}")
     return embedded.index_put(where, features.to(embedded.device, embedded.dtype))
 
 
@@ -170,7 +174,7 @@ def positions(
 ) -> tuple[Tensor, Tensor]:
     """([3, B, T] positions of the new tokens, [B] the position after the last one of each row).
 
-    types [B, T], mask [B, T] (padding counts as nothing, its positions are 0), before: the next position of each row,
+    types [B, T], mask [B, T] (padding counts as nothing, its positions are 0), before: the first position of each row,
     bounds: where packed documents of one row begin and end; each counts for itself, as a row does.
     """
     if bounds is not None:
@@ -194,6 +198,21 @@ def positions(
     return found.to(types.device), torch.tensor(after, device=types.device)
 
 
+def following(position_ids: Tensor, before: Tensor, *, mask: Tensor | None, bounds: Sequence[int] | None) -> Tensor:
+    """[B] the position after the last one of each row (of each document, with bounds), where positions are given.
+
+    position_ids [B, T] or [3, B, T], mask [B, T]. A row without a new token stays at `before` [B].
+    """
+    largest = position_ids.amax(0) if position_ids.dim() == 3 else position_ids
+    if mask is not None:
+        largest = largest.masked_fill(~mask, -1)
+    if bounds is None:
+        last = largest.amax(1)
+    else:
+        last = torch.stack([F.pad(largest[0, start:end], (1, 0), value=-1).amax() for start, end in pairwise(bounds)])
+    return torch.where(last < 0, before, last + 1)
+
+
 def _pieces(grids: Grids, merge: int) -> Iterator[tuple[int, int, int]]:
     """What is placed at once, in tokens (t, h, w): images, and the single frames of videos."""
     for t, h, w in grids:
@@ -211,7 +230,10 @@ def _row(types: list[int], items: dict[int, Iterator[tuple[int, int, int]]], at:
             continue
         t, h, w = next(items[types[i]])
         if len(set(types[i : i + t * h * w])) > 1 or i + t * h * w > len(types):
-            raise ValueError(f"a picture of {t * h * w} tokens does not fit the placeholders at token {i} of its row")
+            raise ValueError(
+                f"the next {_NAMES[types[i]]} (or frame) makes {t * h * w} tokens ({t} x {h} x {w}) and does not fit the "
+                f"placeholders from token {i} of its row: are the pictures in the order of their rows?"
+            )
         grid = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
         parts.append(at + torch.stack(grid).flatten(1))
         at, i = at + max(h, w), i + t * h * w

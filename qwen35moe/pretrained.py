@@ -200,12 +200,15 @@ class PretrainedModel(nn.Module):
         if gates not in ("ordinary", "transformers"):
             raise ValueError(f"gates={gates!r} is neither 'ordinary' nor 'transformers'")
         generator = torch.Generator().manual_seed(seed)
-        std = self.config.text_config.initializer_range
+        std = 0.0
 
         def normal(parameter: Tensor) -> None:
             parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
 
-        for module in self.modules():
+        vision, text = self.config.vision_config, self.config.text_config
+        for name, module in self.named_modules():
+            tower = vision is not None and "visual" in name.split(".")
+            std = vision.initializer_range if vision is not None and tower else text.initializer_range
             if isinstance(module, nn.Linear | nn.Embedding | Router):
                 normal(module.weight)
                 if isinstance(module, nn.Linear) and module.bias is not None:

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from qwen35moe.cache import Cache
 from qwen35moe.config import Config, ConfigError, TextConfig
-from qwen35moe.model import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel
+from qwen35moe.layout import checked_positions, new_mask
+from qwen35moe.model import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel, check_cache, check_tensors
 from qwen35moe.modules.vision import Qwen3_5MoeVisionModel, VisionOutput
 from qwen35moe.multimodal import (
     IMAGE,
+    TEXT,
     VIDEO,
     Pictures,
     as_features,
     check_counts,
     checked_types,
+    following,
     positions,
     scattered,
     token_types,
@@ -60,56 +63,112 @@ class Qwen3_5MoeModel(PretrainedModel):
             return None
         return as_features(self.visual(pixels.to(self.visual.device), grid_thw))
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        routing: Routing | Tensor | Decision | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ModelOutput:
+        """Hidden states; arguments as in `Qwen3_5MoeForConditionalGeneration.forward`."""
+        pictures = Pictures(
+            pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids, mm_encoder_outputs
+        )
+        embedded, places, after = self.embed(
+            input_ids, inputs_embeds, position_ids, attention_mask, cache, cu_seqlens, pictures
+        )
+        output = self.language_model(
+            None, attention_mask, places, embedded, cache, cu_seqlens, routing,
+            output_router_logits, output_routing, output_hidden_states, output_attentions,
+        )
+        if cache is not None and after is not None:
+            cache.moved_on(after)
+        return output
+
     def embed(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor | None,
         attention_mask: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None, pictures: Pictures,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(embeddings [B, T, D] with the pictures in them, positions [3, B, T] or None for plain text, and the position
-        that follows in each row [B], where positions are)."""
+        """(embeddings [B, T, D] with the pictures in them; positions, None for those of plain text; and the position
+        that follows in each row [B], where it may not be the number of tokens)."""
+        given = {name: value for name, value in vars(pictures).items() if name != "mm_encoder_outputs"}
+        check_tensors(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                      inputs_embeds=inputs_embeds, cu_seqlens=cu_seqlens, **given)
         batch, tokens = self.language_model._check_inputs(input_ids, inputs_embeds)
+        check_cache(cache, batch)
+        position_ids = checked_positions(position_ids, batch, tokens)
         embedded = inputs_embeds if inputs_embeds is not None else self.language_model.embed_tokens(input_ids)
         seeing = pictures.present(IMAGE) or pictures.present(VIDEO)
-        step = tokens == 1 and embedded.device.type != "cpu"  # looking for placeholders would wait for the device
-        if not seeing and (input_ids is None or step or torch.compiler.is_compiling()):
+        three_axes = position_ids is not None and position_ids.dim() == 3
+        # A single token is one that was just chosen; if it is a placeholder, then as a word like others.
+        forgotten = input_ids is not None and tokens > 1 and not torch.compiler.is_compiling()
+        if not (seeing or forgotten or (three_axes and cache is not None)):
             return embedded, position_ids, None
-        pictures.check()
+        mask = new_mask(attention_mask, batch, tokens, cache)
+        if seeing or forgotten:
+            embedded, types = self._seen(input_ids, embedded, position_ids, mask, pictures)
+        if not (seeing or three_axes):
+            return embedded, position_ids, None
+        bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+        rows = batch if bounds is None else len(bounds) - 1
+        if cache is not None and cache.batch_size != rows:
+            raise ValueError(f"the cache holds {cache.batch_size} rows, the input has {rows}: make one with new_cache({rows})")
+        if position_ids is None:
+            before = None if cache is None else cache.next_positions.tolist()
+            return embedded, *positions(types, pictures, self.merge, mask=mask, before=before, bounds=bounds)
+        after = None if cache is None else following(position_ids, cache.next_positions, mask=mask, bounds=bounds)
+        return embedded, position_ids, after
+
+    def _seen(
+        self, input_ids: Tensor | None, embedded: Tensor, position_ids: Tensor | None, mask: Tensor | None, pictures: Pictures
+    ) -> tuple[Tensor, Tensor]:
+        """The embeddings with the features in their places, and the types [B, T] of the tokens, padding being text."""
+        pictures.check(ids=input_ids is not None)
         types = self._types(input_ids, embedded, pictures, position_ids)
+        if mask is not None:
+            types = types.masked_fill(~mask, TEXT)
         check_counts(types, pictures, self.merge)
-        if not seeing:
-            return embedded, position_ids, None
         for kind in (IMAGE, VIDEO):
             features = self.features(pictures, kind)
             if features is not None:
                 embedded = scattered(embedded, types, kind, features)
-        mask = None if attention_mask is None else attention_mask[:, -tokens:]
-        if position_ids is not None:
-            last = position_ids[-3:] if position_ids.dim() == 3 else position_ids[None]
-            last = last.expand(-1, batch, -1) if mask is None else last.masked_fill(mask == 0, -1)
-            return embedded, position_ids, last.amax((0, 2)) + 1
-        bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-        before = None
-        if cache is not None:
-            moved = 0 if cache.rope_delta is None else cache.rope_delta.to(cache.lengths.device)
-            before = (cache.lengths + moved).tolist()
-        return embedded, *positions(types, pictures, self.merge, mask=mask, before=before, bounds=bounds)
+        return embedded, types
 
     def _types(
         self, input_ids: Tensor | None, embedded: Tensor, pictures: Pictures, position_ids: Tensor | None
     ) -> Tensor:
-        types = checked_types(pictures.mm_token_type_ids, input_ids, self.config)
-        if types is not None:
-            return types
+        given, tokens = pictures.mm_token_type_ids, embedded.shape[1]
+        if input_ids is not None:
+            return checked_types(given, input_ids, self.config)
+        if given is not None:
+            given = given[:, -tokens:]  # of the whole row, as with the mask, or of the new tokens
+            if given.shape != embedded.shape[:2]:
+                raise ValueError(f"mm_token_type_ids {list(given.shape)} do not fit inputs_embeds {list(embedded.shape)}")
+            return given.to(embedded.device)
         if position_ids is None:
             raise ValueError(
                 "inputs_embeds with images or videos: give mm_token_type_ids (0 text, 1 image, 2 video) as well, or input_ids "
                 "instead: without them nobody can say where the pictures lie, nor the positions of what follows"
             )
         # With positions given, places are enough: those whose embedding is a placeholder's.
-        table, found = self.language_model.embed_tokens.weight, torch.zeros(embedded.shape[:2], dtype=torch.long)
-        found = found.to(embedded.device)
+        table = self.language_model.embed_tokens.weight
+        found = torch.zeros(embedded.shape[:2], dtype=torch.long, device=embedded.device)
         for kind, token in ((IMAGE, self.config.image_token_id), (VIDEO, self.config.video_token_id)):
-            if token is not None:
-                found = found.masked_fill((embedded == table[token].to(embedded.dtype)).all(-1), kind)
+            if 0 <= token < table.shape[0]:
+                found = found.masked_fill((embedded == table[token].to(embedded)).all(-1), kind)
         return found
 
 
@@ -196,23 +255,25 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
 
     def generate(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Prompt and continuation [B, T + new]; takes a processor's output whole. Options: see `qwen35moe.generation`."""
-        return super().generate(input_ids, attention_mask, **_with_pictures(options))
+        return super().generate(input_ids, attention_mask, **self._with_pictures(input_ids, options))
 
     def stream(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """The new tokens [B], step by step. Options as in `generate`."""
-        return super().stream(input_ids, attention_mask, **_with_pictures(options))
+        return super().stream(input_ids, attention_mask, **self._with_pictures(input_ids, options))
 
     def see(self, pictures: Pictures, rows: list[Tensor], held: tuple[int, ...]) -> dict[str, Any]:
         """The vision arguments of a prefill whose cache holds the first `held` tokens of each of the `rows` of ids."""
-        pictures.check()
+        pictures.check(ids=True)
         types = [token_types(row, self.config).cpu() for row in rows]
         left = pictures.after_cached(types, held, self.model.merge)
         return {name: value for name, value in vars(left).items() if value is not None}
 
-
-def _with_pictures(options: dict[str, Any]) -> dict[str, Any]:
-    given = {name: options.pop(name) for name in Pictures.__dataclass_fields__ if name in options}
-    return {**options, "pictures": Pictures(**given)} if given else options
+    def _with_pictures(self, input_ids: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of `generate` with the vision arguments among them as one."""
+        given = Pictures(**{name: options.pop(name) for name in Pictures.__dataclass_fields__ if name in options})
+        if given.mm_token_type_ids is not None and isinstance(input_ids, Tensor) and input_ids.dim() == 2:
+            checked_types(given.mm_token_type_ids, input_ids, self.config)
+        return {**options, "pictures": given} if any(value is not None for value in vars(given).values()) else options
 
 
 class Qwen3_5Model(Qwen3_5MoeModel):

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwen35moe
-from qwen35moe import backends, loading
+from qwen35moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeVisionModel, backends, loading
 from qwen35moe.cli import demo, inspect, main
 from qwen35moe.config import Config, VisionConfig
 from qwen35moe.generation import stream_text
@@ -79,25 +79,31 @@ def test_load_dense(tmp_path: Path) -> None:
     assert type(loaded).__name__ == "Qwen3_5ForCausalLM"
 
 
-def test_what_a_multimodal_checkpoint_loses_is_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The same text model inside a multimodal checkpoint, with a tensor of a vision tower and two of an MTP head."""
+def test_load_of_a_multimodal_checkpoint(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same text model inside a multimodal checkpoint, with two tensors of an MTP head: with its tower it is the
+    multimodal class, without (config.json speaks of one all the same) the text model; what is left out is said."""
     text = Config.from_pretrained(folder).text_config
     vision = VisionConfig(out_hidden_size=text.hidden_size, depth=1, hidden_size=32, num_heads=2, intermediate_size=24)
-    config = Config(text_config=text, vision_config=vision)
+    config = Config(text_config=text, vision_config=vision, tie_word_embeddings=text.tie_word_embeddings)
     tensors = load_file(folder / "model.safetensors")
     tensors = {name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()}
-    extra = ("model.visual.patch_embed.proj.bias", "mtp.fc.weight", "mtp.norm.weight")
-    save_file(tensors | {name: torch.zeros(3) for name in extra}, tmp_path / "model.safetensors")
+    tensors |= {name: torch.zeros(3) for name in ("mtp.fc.weight", "mtp.norm.weight")}
+    tower = {f"model.visual.{name}": value for name, value in Qwen3_5MoeVisionModel(vision).state_dict().items()}
+    same, _ = loading.load(folder)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     shutil.copy(folder / "tokenizer.json", tmp_path)
-    with caplog.at_level(logging.WARNING):
-        model, tokenizer = loading.load(tmp_path)
-    assert type(model).__name__ == "Qwen3_5MoeForCausalLM"
-    assert "left out:" in caplog.text and "model.visual.* (1 tensors)" in caplog.text
-    assert "mtp.* (2 tensors)" in caplog.text
-    same, _ = loading.load(folder)
-    ids = tokenizer.encode("In the beginning")
-    assert torch.equal(model.generate(ids, eos_token_id=[]), same.generate(ids, eos_token_id=[]))
+    for stored, name in ((tensors, "Qwen3_5MoeForCausalLM"), (tensors | tower, "Qwen3_5MoeForConditionalGeneration")):
+        save_file(stored, tmp_path / "model.safetensors")
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            model, tokenizer = loading.load(tmp_path)
+        assert type(model).__name__ == name
+        assert f"as {name}; left out: mtp.* (2 tensors)" in caplog.text
+        ids = tokenizer.encode("In the beginning")
+        assert torch.equal(model.generate(ids, eos_token_id=[]), same.generate(ids, eos_token_id=[]))
+    alone = Qwen3_5MoeForCausalLM.from_pretrained(tmp_path)  # the text model of the multimodal checkpoint
+    assert alone.loading_report.left_out["model.visual.*"] == len(tower)
+    assert torch.equal(alone.generate(ids, eos_token_id=[]), same.generate(ids, eos_token_id=[]))
 
 
 def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

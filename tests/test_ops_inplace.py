@@ -18,6 +18,7 @@ from qwen35moe.ops import delta_rule_chunks
 from qwen35moe.ops.convolution import direct_short_convolution, inplace_short_convolution
 from qwen35moe.ops.delta_rule import inplace_gated_delta_rule, recurrent_gated_delta_rule
 from qwen35moe.ops.norm import gated_rms_norm, inplace_gated_rms_norm, inplace_rms_norm, rms_norm
+from qwen35moe.ops.rope import inplace_rotary, rotary
 from tests.test_ops_delta_rule import BETAS, GATES
 
 CUTS = [1, 3, 4, 63, 64, 65, 129]
@@ -57,6 +58,18 @@ def test_norms(shape, dtype, bound):
     compare(inplace_rms_norm, rms_norm, (x, weight), {"eps": 1e-6}, bound)
     compare(inplace_gated_rms_norm, gated_rms_norm, (x, gate, weight), {"eps": 1e-6}, bound)
     assert inplace_rms_norm(x, weight, eps=1e-6).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float64, EXACT), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("tokens", CUTS)
+def test_rotary(tokens, dtype, bound, monkeypatch):
+    monkeypatch.setattr("qwen35moe.ops.rope._BLOCK", 2 * 16 * 5 * 8)  # blocks of 16 tokens
+    query, key = draw(2, tokens, 5, 12, dtype=dtype), draw(2, tokens, 3, 12, seed=1, dtype=dtype)
+    table = torch.promote_types(torch.float32, dtype)
+    angle = 6 * draw(1, tokens, 4, seed=2)
+    compare(inplace_rotary, rotary, (query, key, angle.cos().to(table), angle.sin().to(table)), {}, bound)
+    turned, _ = inplace_rotary(query, key, angle.cos().to(table), angle.sin().to(table))
+    assert turned.transpose(1, 2).is_contiguous() and turned.dtype == dtype
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])

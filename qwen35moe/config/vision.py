@@ -8,7 +8,20 @@ from math import prod
 from typing import Any
 
 from . import parameters
-from .checks import MAX_LAYERS, ConfigError, Fixed, checked, divides, field_names, limit, mapping, number, one_of, whole
+from .checks import (
+    MAX_LAYERS,
+    ConfigError,
+    Fixed,
+    checked,
+    divides,
+    field_names,
+    limit,
+    mapping,
+    number,
+    one_of,
+    shown,
+    whole,
+)
 from .keys import FIXED_VISION, INERT_VISION, MOE, check_depth, check_keys, family
 
 
@@ -53,7 +66,10 @@ class VisionConfig(Fixed):
     def from_dict(cls, given: Mapping[str, Any]) -> VisionConfig:
         """From the `vision_config` object of a file. ConfigError names what is wrong."""
         check_depth(given)
-        values = mapping("vision_config", given)
+        values = dict(mapping("vision_config", given))
+        other = values.pop("in_chans", None)  # another name of in_channels, in some files beside it
+        if other is not None and (given := values.setdefault("in_channels", other)) != other:
+            raise ConfigError(f"vision_config.in_chans = {shown(other)} contradicts in_channels = {shown(given)}")
         return cls(**check_keys("vision_config", values, field_names(cls), FIXED_VISION, INERT_VISION))
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,9 +7,8 @@ Bai et al. 2025, "Qwen3-VL Technical Report". No deepstack: its list is empty in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +156,7 @@ class Qwen3_5MoeVisionModel(nn.Module):
         x = self.patch_embed(pixel_values)
         turn = rotation(place, config.head_dim, wide_dtype(x))
         bounds = frame_bounds(grids, "cpu" if x.device.type == "meta" else x.device)
-        x = tap(self, "embed", x + self._positions(grids).to(x.dtype))
+        x = tap(self, "embed", (x + self._positions(grids)).to(x.dtype))  # one rounding: positions are float32 at least
         for block in self.blocks:
             x = block(x, bounds, turn)
         tokens = tap(self, "output", self.merger(x))
@@ -177,7 +176,7 @@ class Qwen3_5MoeVisionModel(nn.Module):
             raise ValueError(f"there are {pixels.shape[0]} patches, the grids {grids[:4]} ... describe {patches}")
 
 
-def init_vision(module: nn.Module, normal: Any) -> None:
+def init_vision(module: nn.Module, normal: Callable[[Tensor], None]) -> None:
     """Draws what only the tower has: `normal` for matrices, identity for norms."""
     if isinstance(module, nn.LayerNorm):
         module.weight.fill_(1)

@@ -104,8 +104,46 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
 
 
+_BLOCK = 1 << 17  # numbers turned at once: with what they are made of they stay in cache
+_FEW = 64  # tokens: below, the definition's temporaries are no larger
+
+
+def inplace_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotary` without a backward, a block of tokens at a time in memory of its own. What is returned lies head after head
+    in memory, as attention reads it."""
+    return _turn_by_blocks(query, cos, sin), _turn_by_blocks(key, cos, sin)
+
+
+def _turn_by_blocks(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (batch, tokens, heads, width), half = x.shape, cos.shape[-1]
+    dtype = wide_dtype(x)
+    cos, sin = (part[:, :, None].to(dtype).expand(batch, -1, -1, -1) for part in (cos, sin))
+    out = torch.empty(batch, heads, tokens, width, dtype=x.dtype, device=x.device).transpose(1, 2)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    step = max(1, _BLOCK // (batch * heads * 2 * half))
+    wide, turned = torch.empty(2, batch, min(step, tokens), heads, 2 * half, dtype=dtype, device=x.device)
+    for start in range(0, tokens, step):
+        here = slice(start, min(start + step, tokens))
+        count = here.stop - start
+        c, s = cos[:, here], sin[:, here]
+        a, b = wide[:, :count].copy_(x[:, here, :, : 2 * half]).chunk(2, dim=-1)
+        first, second = turned[:, :count].chunk(2, dim=-1)
+        torch.mul(a, c, out=first).addcmul_(b, s, value=-1)
+        torch.mul(b, c, out=second).addcmul_(a, s)
+        out[:, here, :, : 2 * half] = turned[:, :count]
+    return out
+
+
+def _cannot_be_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    if query.device.type != "cpu":
+        return f"query is on {query.device}, not on a CPU"
+    if torch.compiler.is_compiling():
+        return "a graph is being compiled"
+    return f"{query.shape[1]} tokens are few" if query.shape[1] < _FEW else None
+
+
 def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
-    for batch, tokens, heads, groups, width, pairs in ((2, 5, 6, 3, 16, 4), (1, 3, 2, 1, 12, 6)):
+    for batch, tokens, heads, groups, width, pairs in ((2, 5, 6, 3, 16, 4), (1, 3, 2, 1, 12, 6), (2, 70, 2, 1, 12, 5)):
         query = torch.randn(batch, tokens, heads, width, generator=generator, dtype=torch.float64)
         key = torch.randn(batch, tokens, groups, width, generator=generator, dtype=torch.float64)
         angle = 6.3 * torch.rand(batch, tokens, pairs, generator=generator, dtype=torch.float64)
@@ -115,5 +153,6 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
         ), {}
 
 
+backends.register("rotary", "inplace", inplace_rotary, _cannot_be_in_place, differentiable=False)
 backends.register("rotary", "torch", rotary)
 backends.add_cases("rotary", rotary, _cases)

@@ -22,8 +22,9 @@ THETA = 10_000.0  # base of the tower's rotation, in every published model
 
 def as_grids(grid_thw: Tensor, merge: int, what: str = "grid_thw") -> list[tuple[int, int, int]]:
     """A processor's tensor [items, 3] as triples. ValueError unless every side is positive and divides by `merge`."""
-    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
-        raise ValueError(f"{what} is integers [items, 3] (frames, rows, columns of patches), got {list(grid_thw.shape)}")
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.shape[0] < 1 or grid_thw.is_floating_point():
+        given = f"{list(grid_thw.shape)} {grid_thw.dtype}"
+        raise ValueError(f"{what} is integers [items, 3] (frames, rows, columns of patches), one item at least; got {given}")
     grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
     for t, h, w in grids:
         if min(t, h, w) < 1 or h % merge or w % merge:

@@ -331,13 +331,15 @@ def _places(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[str, Entry]]:
 
 
 def _roots(paths: set[str]) -> list[str]:
-    """Where in the catalogue a model begins: "" for a text model, "layers.N" for a bare decoder layer, and so on."""
+    """Where in the catalogue a model begins: "" for a text model, "layers.N" for a bare decoder layer, and so on: where
+    most of its modules are found."""
     parents = sorted({entry.parent for entry in CATALOGUE}, key=len)
-    for root in parents:
-        below = {parent[len(root) :].lstrip(".") for parent in parents if parent != root and parent.startswith(root)}
-        if below & paths:
-            return [root]
-    return [root for root in parents if root.count(".") > 1]
+    found = {
+        root: len({parent[len(root) :].lstrip(".") for parent in parents if parent != root and parent.startswith(root)} & paths)
+        for root in parents
+    }
+    best = max(parents, key=lambda root: found[root])  # the first of several, the shortest
+    return [best] if found[best] else [root for root in parents if root.count(".") > 1 and root.startswith("layers")]
 
 
 def _targets(model: nn.Module, patterns: Sequence[str]) -> dict[tuple[nn.Module, str], tuple[str, Entry]]:

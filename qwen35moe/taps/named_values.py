@@ -7,6 +7,8 @@ for a layer number. The letters of the shapes are those of the whole project:
     K key width    V value width  C = 2*G*K + H*V           E experts       S slots (experts per token)
     F expert width N = B*T        R = N*S rows, those of one expert after those of the one before
 
+and in the vision tower, below `visual`, of its own sizes: P patches of all pictures, J tokens made of them, D, H, K there.
+
 In the equations x is the normalised input of a mixer or feed-forward block and h the residual stream.
 
 An alias is the name of the same value in another implementation's source: a module of transformers (its output) or a
@@ -247,9 +249,32 @@ _MLP: tuple[_Row, ...] = (
 )
 
 
+_VISUAL: tuple[_Row, ...] = (
+    ("embed", "P D", "x = W_patch pixels + b + where the patch lies", "", "visual.blocks.0 (input)", "", ""),
+    ("output", "J D", "W_2 gelu(W_1 [norm(x) of m x m patches]), of the decoder's width", "visual.blocks.N.output",
+     "visual.merger", "", ""),
+)
+_VISUAL_BLOCK: tuple[_Row, ...] = (
+    ("output", "P D", "x' + mlp.output, with x' = x + attn.output", "attn.output mlp.output", "visual.blocks.N", "", ""),
+)
+_VISUAL_ATTN: tuple[_Row, ...] = (
+    ("query", "P H K", "rotary(W_q norm1(x)), by row and column", "visual.embed visual.blocks.N.output",
+     "query_states (after apply_rotary_pos_emb_vision)", "", ""),
+    ("key", "P H K", "rotary(W_k norm1(x)), by row and column", "visual.embed visual.blocks.N.output",
+     "key_states (after apply_rotary_pos_emb_vision)", "", ""),
+    ("value", "P H K", "W_v norm1(x)", "visual.embed visual.blocks.N.output", "value_states", "", ""),
+    ("output", "P D", "W_o softmax(query key^T / sqrt(K)) value, within the frame", "query key value",
+     "visual.blocks.N.attn", "", ""),
+)
+_VISUAL_MLP: tuple[_Row, ...] = (
+    ("output", "P D", "W_2 gelu(W_1 norm2(x'))", "visual.blocks.N.attn.output", "visual.blocks.N.mlp", "", ""),
+)
+
+
 def _entries(parent: str, rows: tuple[_Row, ...], needs: str | None = None) -> Iterator[Entry]:
     def full(name: str) -> str:
-        return f"{parent}.{name}" if parent and "." not in name and name != "embed" else name
+        own = parent and (parent == "visual" or name != "embed") and not name.startswith(("layers.", "visual."))
+        return f"{parent}.{name}" if own else name
 
     for leaf, shape, equation, inputs, *names in rows:
         aliases = {library: name for library, name in zip(_LIBRARIES, names, strict=True) if name}
@@ -263,4 +288,8 @@ CATALOGUE: tuple[Entry, ...] = (
     *_entries("layers.N.self_attn", _SELF_ATTN),
     *_entries("layers.N.mlp", _MOE, needs="experts"),
     *_entries("layers.N.mlp", _MLP),
+    *_entries("visual", _VISUAL),
+    *_entries("visual.blocks.N", _VISUAL_BLOCK),
+    *_entries("visual.blocks.N.attn", _VISUAL_ATTN),
+    *_entries("visual.blocks.N.mlp", _VISUAL_MLP),
 )
