@@ -31,11 +31,12 @@ from qwen35moe.ops.attention_map import writers as writers
 from qwen35moe.ops.delta_rule_chunks import chunked_forward, plan
 from qwen35moe.ops.delta_rule_gradient import chunked_operator
 from qwen35moe.ops.norm import l2_norm
-from qwen35moe.ops.precision import widen
+from qwen35moe.ops.precision import widen, without_autocast
 
 CHUNK = 32  # smaller chunks save C^2 work, larger ones launches: 32 is fastest on CPUs
 
 
+@without_autocast
 def recurrent_gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
@@ -98,6 +99,7 @@ def inplace_gated_delta_rule(
     return chunked_forward(plan(key, value, cu_seqlens, CHUNK), query, key, value, decay, beta, state, rows)
 
 
+@without_autocast
 def _one_token(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:

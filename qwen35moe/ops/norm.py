@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen35moe import backends
-from qwen35moe.ops.precision import wide_dtype
+from qwen35moe.ops.precision import wide_dtype, without_autocast
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -44,6 +44,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Te
 _BLOCK = 1 << 18  # numbers in the rows that are worked on at once: 1 MB in float32 stays in cache
 
 
+@without_autocast
 def inplace_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """`rms_norm` without a backward, a block of rows at a time in memory of its own. On a CPU the definition's time is
     mostly that of fresh pages: each of its temporaries is as large as x in float32."""
@@ -63,6 +64,7 @@ class _GatedInPlace(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gate, weight)
         ctx.eps = eps
@@ -75,6 +77,7 @@ class _GatedInPlace(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, gate, weight = ctx.saved_tensors
         dtype = wide_dtype(x, gate)
