@@ -49,7 +49,7 @@ def inplace_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """`rms_norm` without a backward, a block of rows at a time in memory of its own. On a CPU the definition's time is
     mostly that of fresh pages: each of its temporaries is as large as x in float32."""
     factor = 1.0 + weight.to(wide_dtype(x))
-    return _by_blocks(lambda rows: _normalised(rows, eps).mul_(factor), x)
+    return _by_blocks(lambda rows: normalised(rows, eps).mul_(factor), x)
 
 
 def inplace_gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -71,7 +71,7 @@ class _GatedInPlace(torch.autograd.Function):
         factor = weight.to(wide_dtype(x, gate))
 
         def norm(rows: Tensor, gates: Tensor) -> Tensor:
-            return _normalised(rows, eps).mul_(factor).mul_(F.silu(gates, inplace=True))
+            return normalised(rows, eps).mul_(factor).mul_(F.silu(gates, inplace=True))
 
         return _by_blocks(norm, x, gate)
 
@@ -109,9 +109,10 @@ def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return out.view(tensors[0].shape)
 
 
-def _normalised(rows: Tensor, eps: float) -> Tensor:
+def normalised(rows: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, written over x."""
     squares = torch.linalg.vecdot(rows, rows)
-    return rows.mul_(squares.div_(rows.shape[-1]).add_(eps).rsqrt_()[:, None])
+    return rows.mul_(squares.div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None])
 
 
 def _cannot_be_in_place(x: Tensor, *args: Tensor, eps: float) -> str | None:
