@@ -109,7 +109,7 @@ def _one_token(
 
 
 def one_token(qk: Tensor, v: Tensor, kept: Tensor, beta: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition's step, with one reading of the memory for both questions: S'^T q = e^decay S^T q + (k . q) write.
+    """The definition's step, with one reading of the memory for both questions: S'^T q = (e^decay S)^T q + (k . q) write.
 
     qk [B, 2, G, K]: the query above the key, as given; v [B, H, V]; kept = e^decay and beta [B, H]; before [B, H, K, V];
     one dtype, float32 at least. Returns the output [B, H, V] and the memory after the token.
@@ -117,13 +117,12 @@ def one_token(qk: Tensor, v: Tensor, kept: Tensor, beta: Tensor, before: Tensor)
     batch, heads, width, out = before.shape
     rows, groups = batch * heads, qk.shape[2]
     unit = l2_norm(qk).transpose(1, 2)[:, :, None].expand(-1, -1, heads // groups, -1, -1).reshape(rows, 2, width)
-    kept = kept.reshape(rows, 1, 1)
-    by_query, by_key = torch.bmm(unit, before.reshape(rows, width, out)).mul_(kept).chunk(2, dim=1)
+    memory = before.reshape(rows, width, out) * kept.reshape(rows, 1, 1)
+    by_query, by_key = torch.bmm(unit, memory).chunk(2, dim=1)
     write = torch.sub(v.reshape(rows, 1, out), by_key).mul_(beta.reshape(rows, 1, 1))
     query, key = unit.chunk(2, dim=1)
     answer = by_query.addcmul_(torch.linalg.vecdot(query, key)[..., None], write).mul_(width**-0.5)
-    memory = (before.reshape(rows, width, out) * kept).baddbmm_(key.mT, write)
-    return answer.reshape(batch, heads, out), memory.view(before.shape)
+    return answer.reshape(batch, heads, out), memory.baddbmm_(key.mT, write).view(before.shape)
 
 
 def _cannot_be_in_place(query: Tensor, *args: Tensor, **options: Tensor | None) -> str | None:
