@@ -134,7 +134,7 @@ def in_front() -> Any:
     """The kernel in front of the definition, as on a GPU."""
     found = entry(OPERATION, "triton")
     options: dict[str, Any] = {"skips": found.skips, "differentiable": False}
-    backends.register(OPERATION, "fused", found.fn, found.objection, before="torch", **options)
+    backends.register(OPERATION, "fused", found.fn, found.objection, before="inplace", **options)
     yield
     backends.unregister(OPERATION, "fused")
 

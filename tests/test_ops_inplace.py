@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from qwen35moe import backends
 from qwen35moe.ops import delta_rule_chunks
 from qwen35moe.ops.convolution import direct_short_convolution, inplace_short_convolution
+from qwen35moe.ops.delta_net_step import delta_net_step, inplace_delta_net_step
 from qwen35moe.ops.delta_rule import inplace_gated_delta_rule, recurrent_gated_delta_rule
 from qwen35moe.ops.norm import gated_rms_norm, inplace_gated_rms_norm, inplace_rms_norm, rms_norm
 from qwen35moe.ops.rope import inplace_rotary, rotary
+from tests import peer
+from tests.peer import FULL, LINEAR, odd_shape
 from tests.test_ops_delta_rule import BETAS, GATES
 
 CUTS = [1, 3, 4, 63, 64, 65, 129]
@@ -111,6 +114,52 @@ def test_rule_at_every_length_and_without_a_state(tokens, monkeypatch):
     for keys in (args[1], torch.zeros_like(args[1]), args[1][:, :1].expand_as(args[1])):
         options = {"decay": decay, "beta": beta}
         compare(inplace_gated_delta_rule, recurrent_gated_delta_rule, (args[0], keys, args[2]), options, 1e-11)
+
+
+@pytest.mark.parametrize("gates", ["ordinary", "transformers", "hard"])
+@pytest.mark.parametrize("batch,groups,heads,taps", [(3, 2, 6, 4), (1, 5, 5, 2)])
+def test_one_token_of_a_layer(batch, groups, heads, taps, gates):
+    """Also where the queries and keys are zero, and with the transposed inputs that a prefill leaves behind."""
+    width, out = 8, 12
+    channels = 2 * groups * width + heads * out
+    A_log, dt_bias = (x.double() for x in peer._gates(torch.Size([heads]), peer.generator(5), gates))
+    args = [draw(batch, channels), draw(batch, heads, out, seed=1), draw(batch, heads, seed=2), draw(batch, heads, seed=3)]
+    floats = {
+        "inputs": draw(batch, taps - 1, channels, seed=4).mT, "memory": draw(batch, heads, width, out, seed=5),
+        "conv_weight": draw(channels, taps, seed=6), "A_log": A_log, "dt_bias": dt_bias, "norm_weight": draw(out, seed=7),
+    }
+    silent = args[0].clone()
+    silent[:, : 2 * groups * width] = 0
+    for dtype, bound in ((torch.float64, EXACT), (torch.float32, 4e-6), (torch.bfloat16, 8e-3)):
+        wide = torch.promote_types(torch.float32, dtype)
+        same = {"inputs", "conv_weight"}
+        options: dict[str, Any] = {name: x.to(dtype if name in same else wide) for name, x in floats.items()}
+        options |= {"groups": groups, "eps": 1e-6}
+        for qkv in (args[0], silent):
+            given = tuple(x.to(dtype) for x in (qkv, *args[1:]))
+            compare(inplace_delta_net_step, delta_net_step, given, options, bound)
+            found = inplace_delta_net_step(*given, **options)
+            assert [x.dtype for x in found] == [dtype, dtype, wide]
+
+
+@torch.no_grad()
+def test_a_model_decodes_through_it_and_snapshots_stay():
+    case = odd_shape(7, layer_types=[LINEAR, FULL, LINEAR], num_hidden_layers=3)
+    model = peer.ours(case)
+    peer.draw(model, 0)
+    ids = case.ids(2, 8)
+    for max_length in (None, 9):
+        cache = model.new_cache(2, max_length)
+        model(ids[:, :6], cache=cache)
+        point = cache.snapshot()
+        with backends.ran() as ran:
+            first = torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in (6, 7)], dim=1)
+        assert ran.counts["delta_net_step", "inplace"] == 4 and "gated_delta_rule" not in {c.operation for c in ran.calls}
+        cache.restore(point)
+        with backends.use(delta_net_step="torch"), backends.ran() as ran:
+            second = torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in (6, 7)], dim=1)
+        assert ran.counts["gated_delta_rule", "inplace"] == 4 and "delta_net_step" not in {c.operation for c in ran.calls}
+        assert (first - second).abs().max() <= 1e-5 * second.abs().max()
 
 
 def test_they_run_without_gradients_and_step_aside_with_them():

@@ -107,6 +107,6 @@ def _shapes(
 def register(register: Callable[..., None]) -> None:
     """Enter the table in front of the definition, which composes the other operations."""
     register(
-        "delta_net_step", "triton", delta_net_step, objection, before=runtime.place("torch"),
+        "delta_net_step", "triton", delta_net_step, objection, before=runtime.place("inplace"),
         missing=runtime.missing(), skips=SKIPS, differentiable=False,
     )  # fmt: skip

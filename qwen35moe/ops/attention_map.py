@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen35moe.ops.norm import l2_norm
-from qwen35moe.ops.precision import wide_dtype, widen
+from qwen35moe.ops.precision import wide_dtype, widen, without_autocast
 
 
+@without_autocast
 def attention_map(
     query: Tensor, key: Tensor, *, decay: Tensor, beta: Tensor, cu_seqlens: Tensor | None = None
 ) -> Tensor:
@@ -45,6 +46,7 @@ def attention_map(
     return _corrected(asked, k, between, beta).masked_fill(between == 0, 0)
 
 
+@without_autocast
 def writers(key: Tensor, *, decay: Tensor, beta: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """p [B, H, T, K]: with it, token j's share of the memory after the last token of its row or document is p_j (x) v_j.
 

@@ -5,7 +5,8 @@
     S' = exp(decay) S + k (x) beta (v - exp(decay) S^T k);  y = rms_norm(S'^T q / sqrt(K)) w silu(gate)
 
 The definition below composes the other operations. The layer itself does so too, unless a fused implementation takes
-one token of every row: what a fused step saves is launches, of which plain PyTorch has the same number.
+one token of every row: a kernel of one launch, or on a CPU the plain PyTorch form, which saves what dispatching costs and
+what the blocks of the forms for many tokens would.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from qwen35moe import backends
 from qwen35moe.ops.convolution import short_convolution
-from qwen35moe.ops.delta_rule import recurrent_gated_delta_rule
-from qwen35moe.ops.norm import gated_rms_norm
-from qwen35moe.ops.precision import wide_dtype
+from qwen35moe.ops.delta_rule import one_token, recurrent_gated_delta_rule
+from qwen35moe.ops.norm import gated_rms_norm, normalised
+from qwen35moe.ops.precision import wide_dtype, without_autocast
 
 
 def delta_net_step(
@@ -44,6 +45,32 @@ def delta_net_step(
     return gated_rms_norm(core[:, 0], gate, norm_weight, eps=eps), inputs, memory
 
 
+@without_autocast
+def inplace_delta_net_step(
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, inputs: Tensor, memory: Tensor, conv_weight: Tensor,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without a backward, rounded once at the end; arithmetic in place, but never on what was given: a snapshot
+    may share the memory."""
+    heads, width, out = memory.shape[1:]
+    dtype = wide_dtype(qkv, A_log)
+    window = torch.cat([inputs.mT.to(qkv.dtype), qkv[:, None]], dim=1)  # [B, W, C]
+    mixed = F.silu((window.to(dtype) * conv_weight.T.to(dtype)).sum(1), inplace=True)
+    query_key, value = mixed.split([2 * groups * width, heads * out], dim=-1)
+    kept = F.softplus(a.to(dtype) + dt_bias.to(dtype)).mul_(A_log.to(dtype).exp()).neg_().exp_()
+    qk, v = query_key.unflatten(-1, (2, groups, width)), value.unflatten(-1, (heads, out))
+    core, memory = one_token(qk, v, kept, b.to(dtype).sigmoid(), memory.to(dtype))
+    normed = normalised(core, eps).mul_(norm_weight.to(dtype)).mul_(F.silu(gate.to(dtype)))
+    return normed.to(qkv.dtype), window[:, 1:].mT, memory
+
+
+def _cannot_be_in_place(qkv: Tensor, *args: Tensor, **options: Tensor | float) -> str | None:
+    if qkv.device.type != "cpu":
+        return f"qkv is on {qkv.device}, not on a CPU"
+    return "a graph is being compiled" if torch.compiler.is_compiling() else None
+
+
+SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")  # the named values that a fused step never forms
 _COMPOSED = ("short_convolution", "gated_delta_rule", "gated_rms_norm")
 
 
@@ -75,5 +102,8 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
         }
 
 
+backends.register(
+    "delta_net_step", "inplace", inplace_delta_net_step, _cannot_be_in_place, skips=SKIPS, differentiable=False
+)
 backends.register("delta_net_step", "torch", delta_net_step)
 backends.add_cases("delta_net_step", delta_net_step, _cases)

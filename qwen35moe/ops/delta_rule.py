@@ -31,11 +31,12 @@ from qwen35moe.ops.attention_map import writers as writers
 from qwen35moe.ops.delta_rule_chunks import chunked_forward, plan
 from qwen35moe.ops.delta_rule_gradient import chunked_operator
 from qwen35moe.ops.norm import l2_norm
-from qwen35moe.ops.precision import widen
+from qwen35moe.ops.precision import widen, without_autocast
 
 CHUNK = 32  # smaller chunks save C^2 work, larger ones launches: 32 is fastest on CPUs
 
 
+@without_autocast
 def recurrent_gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
@@ -98,21 +99,30 @@ def inplace_gated_delta_rule(
     return chunked_forward(plan(key, value, cu_seqlens, CHUNK), query, key, value, decay, beta, state, rows)
 
 
+@without_autocast
 def _one_token(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The definition's step, with one reading of the memory for both questions: S'^T q = e^decay S^T q + (k . q) write."""
     q, k, v, decay, beta = widen(query, key, value, decay, beta)
-    (batch, _, heads, out), width = v.shape, q.shape[-1]
-    rows, repeats = batch * heads, heads // k.shape[2]
-    asked = l2_norm(torch.stack([q, k], dim=3)).repeat_interleave(repeats, dim=2).view(rows, 2, width)
-    before, kept = _initial(state, q, v).reshape(rows, width, out), decay.exp().view(rows, 1, 1)
-    by_query, by_key = (asked @ before).mul_(kept).chunk(2, dim=1)
-    write = (v.reshape(rows, 1, out) - by_key).mul_(beta.reshape(rows, 1, 1))
-    query, key = asked.chunk(2, dim=1)
-    answer = torch.addcmul(by_query, query @ key.mT, write).mul_(width**-0.5)
-    memory = (before * kept).baddbmm_(key.mT, write)
-    return answer.view(value.shape).to(value.dtype), memory.view(batch, heads, width, out)
+    answer, memory = one_token(torch.cat([q, k], dim=1), v[:, 0], decay[:, 0].exp(), beta[:, 0], _initial(state, q, v))
+    return answer[:, None].to(value.dtype), memory
+
+
+def one_token(qk: Tensor, v: Tensor, kept: Tensor, beta: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition's step, with one reading of the memory for both questions: S'^T q = (e^decay S)^T q + (k . q) write.
+
+    qk [B, 2, G, K]: the query above the key, as given; v [B, H, V]; kept = e^decay and beta [B, H]; before [B, H, K, V];
+    one dtype, float32 at least. Returns the output [B, H, V] and the memory after the token.
+    """
+    batch, heads, width, out = before.shape
+    rows, groups = batch * heads, qk.shape[2]
+    unit = l2_norm(qk).transpose(1, 2)[:, :, None].expand(-1, -1, heads // groups, -1, -1).reshape(rows, 2, width)
+    memory = before.reshape(rows, width, out) * kept.reshape(rows, 1, 1)
+    by_query, by_key = torch.bmm(unit, memory).chunk(2, dim=1)
+    write = torch.sub(v.reshape(rows, 1, out), by_key).mul_(beta.reshape(rows, 1, 1))
+    query, key = unit.chunk(2, dim=1)
+    answer = by_query.addcmul_(torch.linalg.vecdot(query, key)[..., None], write).mul_(width**-0.5)
+    return answer.reshape(batch, heads, out), memory.baddbmm_(key.mT, write).view(before.shape)
 
 
 def _cannot_be_in_place(query: Tensor, *args: Tensor, **options: Tensor | None) -> str | None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from qwen35moe.ops.precision import wide_dtype
+from qwen35moe.ops.precision import wide_dtype, without_autocast
 from qwen35moe.ops.triangular import by_blocks, by_substitution
 
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of the memories of a block's chunks, were they all kept
@@ -250,6 +250,7 @@ def one_after_another(states: Tensor, out: int) -> Tensor:
     return rearrange(states, "b g k (r v) -> b (g r) k v", v=out).contiguous()
 
 
+@without_autocast
 def chunked_forward(
     plan: Plan, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None, rows: int,
     boundaries: Tensor | None = None,

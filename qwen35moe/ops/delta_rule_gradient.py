@@ -40,9 +40,10 @@ from qwen35moe.ops.delta_rule_chunks import (
     side_by_side,
     sizes,
 )
-from qwen35moe.ops.precision import wide_dtype
+from qwen35moe.ops.precision import wide_dtype, without_autocast
 
 
+@without_autocast
 def chunked_backward(
     d_output: Tensor | None, d_memory: Tensor | None, boundaries: Tensor, query: Tensor, key: Tensor, value: Tensor,
     decay: Tensor, beta: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, chunk: int,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen35moe import backends
-from qwen35moe.ops.precision import wide_dtype
+from qwen35moe.ops.precision import wide_dtype, without_autocast
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -44,11 +44,12 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Te
 _BLOCK = 1 << 18  # numbers in the rows that are worked on at once: 1 MB in float32 stays in cache
 
 
+@without_autocast
 def inplace_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """`rms_norm` without a backward, a block of rows at a time in memory of its own. On a CPU the definition's time is
     mostly that of fresh pages: each of its temporaries is as large as x in float32."""
     factor = 1.0 + weight.to(wide_dtype(x))
-    return _by_blocks(lambda rows: _normalised(rows, eps).mul_(factor), x)
+    return _by_blocks(lambda rows: normalised(rows, eps).mul_(factor), x)
 
 
 def inplace_gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -63,18 +64,20 @@ class _GatedInPlace(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gate, weight)
         ctx.eps = eps
         factor = weight.to(wide_dtype(x, gate))
 
         def norm(rows: Tensor, gates: Tensor) -> Tensor:
-            return _normalised(rows, eps).mul_(factor).mul_(F.silu(gates, inplace=True))
+            return normalised(rows, eps).mul_(factor).mul_(F.silu(gates, inplace=True))
 
         return _by_blocks(norm, x, gate)
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, gate, weight = ctx.saved_tensors
         dtype = wide_dtype(x, gate)
@@ -106,9 +109,10 @@ def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return out.view(tensors[0].shape)
 
 
-def _normalised(rows: Tensor, eps: float) -> Tensor:
+def normalised(rows: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, written over x."""
     squares = torch.linalg.vecdot(rows, rows)
-    return rows.mul_(squares.div_(rows.shape[-1]).add_(eps).rsqrt_()[:, None])
+    return rows.mul_(squares.div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None])
 
 
 def _cannot_be_in_place(x: Tensor, *args: Tensor, eps: float) -> str | None:

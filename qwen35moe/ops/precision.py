@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -13,6 +17,24 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
         if tensor.is_floating_point():
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def without_autocast(function: Function) -> Function:
+    """The same with autocast off inside. Autocast is for the projections: it would round the products of an operation that
+    has widened its inputs to bfloat16 again, and even a sum of squares (`vecdot`), though not those written in place."""
+
+    @functools.wraps(function)
+    def exact(*args: Any, **options: Any) -> Any:
+        kind = next(x.device.type for x in args if isinstance(x, Tensor))
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return function(*args, **options)
+        with torch.autocast(kind, enabled=False):
+            return function(*args, **options)
+
+    return exact  # pyright: ignore[reportReturnType]
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
