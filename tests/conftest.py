@@ -20,6 +20,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be known before Triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # `make test` runs one process per core: more than one thread in each would only take turns.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

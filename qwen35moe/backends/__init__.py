@@ -24,7 +24,7 @@ verification.py judges.
 from __future__ import annotations
 
 from .calls import Call, Ran
-from .choice import checked_choices, checkpoint, checkpoint_contexts, resolve, run, unregister, use
+from .choice import checked_choices, checkpoint, checkpoint_contexts, choice_of, resolve, run, unregister, use
 from .description import describe
 from .table import ALIASES, OPERATIONS, Implementation, add_cases, cases, implementations, register
 from .verification import Report, verify
@@ -41,6 +41,7 @@ __all__ = [
     "checked_choices",
     "checkpoint",
     "checkpoint_contexts",
+    "choice_of",
     "describe",
     "implementations",
     "ran",

@@ -4,8 +4,8 @@
     decay = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b)
     S' = exp(decay) S + k (x) beta (v - exp(decay) S^T k);  y = rms_norm(S'^T q / sqrt(K)) w silu(gate)
 
-The definition below composes the other operations. The layer itself does so too, unless a fused implementation is
-registered in front of this one: what a fused step saves is launches, of which plain PyTorch has the same number.
+The definition below composes the other operations. The layer itself does so too, unless a fused implementation takes
+one token of every row: what a fused step saves is launches, of which plain PyTorch has the same number.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen35moe import backends
 from qwen35moe.ops.convolution import short_convolution
@@ -42,6 +42,21 @@ def delta_net_step(
         decay=decay[:, None], beta=b.to(dtype).sigmoid()[:, None], state=memory,
     )
     return gated_rms_norm(core[:, 0], gate, norm_weight, eps=eps), inputs, memory
+
+
+_COMPOSED = ("short_convolution", "gated_delta_rule", "gated_rms_norm")
+
+
+def fused_step_may_run(caller: nn.Module) -> bool:
+    """Whether anything but the definition could run `caller`'s step: something registered in front of it that can run
+    on this machine, or chosen by name. Choosing a form of an operation that a fused step contains rules it out."""
+    choice = backends.choice_of("delta_net_step", caller)
+    if choice is not None:
+        return choice != "torch"
+    if torch.is_grad_enabled() or any(backends.choice_of(operation, caller) for operation in _COMPOSED):
+        return False
+    names = [entry.name for entry in backends.implementations("delta_net_step") if not entry.missing]
+    return names[0] != "torch"
 
 
 def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:

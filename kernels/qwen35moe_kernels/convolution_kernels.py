@@ -1,0 +1,218 @@
+"""Triton kernels of the short causal convolution and its SiLU; `convolution.py` launches them.
+
+One program owns BT tokens of one row times BC channels. A token's inputs are its row's, or, where the row or document
+began less than W - 1 tokens ago, those of the state, which is handed over as [rows or documents, W - 1, C] (so is its
+gradient `dafter`; what leaves is [..., C, W - 1]): channels side by side, as in x, so that both are read in one layout.
+Everything is summed in float32. Offsets are 64 bits wide: at 8,192 channels 2^31 numbers are 262,144 tokens.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# Inside a kernel Python stands for Triton: its `static_range` is no iterable, its constexprs are numbers.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _place(t, row, T, lengths, document, bounds, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr):
+    """Of tokens t [BT] of a row: whose they are, their place there, its length, and whether they exist."""
+    exists = (t >= 0) & (t < T)
+    owner = t * 0 + row
+    place = t
+    length = t * 0 + T
+    if PACKED:
+        owner = tl.load(document + t, mask=exists, other=0).to(tl.int64)
+        start = tl.load(bounds + owner, mask=exists, other=0).to(tl.int64)
+        length = tl.load(bounds + owner + 1, mask=exists, other=0).to(tl.int64) - start
+        place = t - start
+    if HAS_LENGTHS:
+        length = t * 0 + tl.load(lengths + row).to(tl.int64)
+        exists = exists & (t < length)
+    return owner, place, length, exists
+
+
+@triton.jit
+def _input(
+    x, state, t, owner, place, exists, c, in_c, back: tl.constexpr, x_start, x_token, C,
+    W: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
+    """The input `back` tokens before t, float32 [BT, BC]: of the row, else of the state, else zero."""
+    inside = (exists & (place >= back))[:, None] & in_c[None, :]
+    value = tl.load(x + x_start + (t - back)[:, None] * x_token + c[None, :], mask=inside, other=0.0)
+    if HAS_STATE:
+        before = (exists & (place < back))[:, None] & in_c[None, :]
+        slot = owner * (W - 1) + place + (W - 1 - back)
+        old = tl.load(state + slot[:, None] * C + c[None, :], mask=before, other=0.0).to(x.dtype.element_ty)
+        value = tl.where(before, old, value)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _sum(
+    x, weight, state, t, owner, place, exists, c, in_c, x_start, x_token, C, W: tl.constexpr, HAS_STATE: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """sum_w weight[:, w] * input_{t - W + 1 + w}, float32 [BT, BC]."""
+    total = tl.zeros([BT, BC], dtype=tl.float32)
+    for w in tl.static_range(W):
+        tap = tl.load(weight + c * W + w, mask=in_c, other=0.0).to(tl.float32)
+        total += tap[None, :] * _input(x, state, t, owner, place, exists, c, in_c, W - 1 - w, x_start, x_token, C, W, HAS_STATE)
+    return total
+
+
+@triton.jit(do_not_specialize=["T"])
+def forward_kernel(
+    x, weight, state, lengths, document, bounds, y, T, C, x_row, x_token,
+    W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """y [B, T, C]; zero past a row's length."""
+    row = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
+    in_c = c < C
+    owner, place, _, exists = _place(t, row, T, lengths, document, bounds, HAS_LENGTHS, PACKED)
+    total = _sum(x, weight, state, t, owner, place, exists, c, in_c, row * x_row, x_token, C, W, HAS_STATE, BT, BC)
+    out = total / (1.0 + tl.exp(-total))
+    at = (row * T + t)[:, None] * C + c[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=(t < T)[:, None] & in_c[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def last_inputs_kernel(
+    x, state, lengths, bounds, after, T, C, x_row, x_token,
+    W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """after [rows or documents, C, W - 1]: the last inputs of each, those of the state where it was shorter."""
+    owner = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
+    in_c = c < C
+    start = owner * 0
+    length = start + T
+    begin = owner * x_row
+    if PACKED:
+        start = tl.load(bounds + owner).to(tl.int64)
+        length = tl.load(bounds + owner + 1).to(tl.int64) - start
+        begin = owner * 0
+    if HAS_LENGTHS:
+        length = tl.load(lengths + owner).to(tl.int64)
+    for slot in tl.static_range(W - 1):
+        place = length - (W - 1) + slot
+        value = tl.load(x + begin + (start + place) * x_token + c, mask=in_c & (place >= 0), other=0.0)
+        if HAS_STATE:
+            before = in_c & (place < 0)
+            old = tl.load(state + (owner * (W - 1) + place + (W - 1)) * C + c, mask=before, other=0.0).to(x.dtype.element_ty)
+            value = tl.where(before, old, value)
+        tl.store(after + (owner * C + c) * (W - 1) + slot, value.to(after.dtype.element_ty), mask=in_c)
+
+
+@triton.jit
+def step_kernel(x, weight, state, y, after, C, x_row, W: tl.constexpr, HAS_STATE: tl.constexpr, BC: tl.constexpr):
+    """One token of each row: y [B, C], and the state [B, C, W - 1], here as the caller has it, moved on by it."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
+    in_c = c < C
+    new = tl.load(x + row * x_row + c, mask=in_c, other=0.0)
+    total = tl.load(weight + c * W + (W - 1), mask=in_c, other=0.0).to(tl.float32) * new.to(tl.float32)
+    at = (row * C + c) * (W - 1)
+    for w in tl.static_range(W - 1):
+        old = tl.zeros([BC], dtype=x.dtype.element_ty)
+        if HAS_STATE:
+            old = tl.load(state + at + w, mask=in_c, other=0.0).to(x.dtype.element_ty)
+        total += tl.load(weight + c * W + w, mask=in_c, other=0.0).to(tl.float32) * old.to(tl.float32)
+        if w > 0:
+            tl.store(after + at + (w - 1), old, mask=in_c)
+    if W > 1:
+        tl.store(after + at + (W - 2), new, mask=in_c)
+    tl.store(y + row * C + c, (total / (1.0 + tl.exp(-total))).to(y.dtype.element_ty), mask=in_c)
+
+
+@triton.jit
+def _slope(
+    dy, x, weight, state, t, owner, place, exists, c, in_c, row, T, x_start, x_token, C, W: tl.constexpr,
+    HAS_STATE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the sum at tokens t, before SiLU: dy silu'(sum), float32 [BT, BC], zero where there is no token."""
+    total = _sum(x, weight, state, t, owner, place, exists, c, in_c, x_start, x_token, C, W, HAS_STATE, BT, BC)
+    mask = exists[:, None] & in_c[None, :]
+    grad = tl.load(dy + (row * T + t)[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = 1.0 / (1.0 + tl.exp(-total))
+    return grad * gate * (1.0 + total * (1.0 - gate))
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_kernel(
+    dy, dafter, x, weight, state, lengths, document, bounds, dx, dweight, T, C, x_row, x_token,
+    W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """dx [B, T, C], and this program's share of the weight's gradient, dweight [programs of a channel block, W, C].
+
+    An input reaches the W tokens from its own on, so their slopes are computed here again rather than stored: the
+    taps of a block lie in the first-level cache, a float32 copy of all slopes would not.
+    """
+    row = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
+    in_c = c < C
+    start = row * x_row
+    owner, place, length, exists = _place(t, row, T, lengths, document, bounds, HAS_LENGTHS, PACKED)
+    slope = _slope(dy, x, weight, state, t, owner, place, exists, c, in_c, row, T, start, x_token, C, W, HAS_STATE, BT, BC)
+    tap = tl.load(weight + c * W + (W - 1), mask=in_c, other=0.0).to(tl.float32)
+    grad = slope * tap[None, :]
+    share = (row * tl.num_programs(0) + tl.program_id(0)) * W * C
+    for w in tl.static_range(W):
+        value = _input(x, state, t, owner, place, exists, c, in_c, W - 1 - w, start, x_token, C, W, HAS_STATE)
+        tl.store(dweight + share + w * C + c, tl.sum(slope * value, axis=0), mask=in_c)
+    for ahead in tl.static_range(1, W):
+        later = t + ahead
+        owner2, place2, _, exists2 = _place(later, row, T, lengths, document, bounds, HAS_LENGTHS, PACKED)
+        reached = exists2 & (place2 >= ahead)  # else it belongs to the next document
+        slope = _slope(
+            dy, x, weight, state, later, owner2, place2, reached, c, in_c, row, T, start, x_token, C, W, HAS_STATE, BT, BC
+        )
+        tap = tl.load(weight + c * W + (W - 1 - ahead), mask=in_c, other=0.0).to(tl.float32)
+        grad += slope * tap[None, :]
+    if W > 1:  # the last inputs are an output too
+        slot = place - (length - (W - 1))
+        kept = (exists & (slot >= 0))[:, None] & in_c[None, :]
+        at = (owner * (W - 1) + slot)[:, None] * C + c[None, :]
+        grad += tl.load(dafter + at, mask=kept, other=0.0).to(tl.float32)
+    at = (row * T + t)[:, None] * C + c[None, :]
+    tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=(t < T)[:, None] & in_c[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def state_gradient_kernel(
+    dy, dafter, x, weight, state, lengths, document, bounds, dstate, T, C, x_row, x_token,
+    W: tl.constexpr, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """dstate [rows or documents, C, W - 1]: slot s reaches tokens 0 ... s, and leaves as slot s - length when it can."""
+    owner = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
+    in_c = c < C
+    row = owner
+    first = owner * 0
+    length = first + T
+    if PACKED:
+        row = owner * 0
+        first = tl.load(bounds + owner).to(tl.int64)
+        length = tl.load(bounds + owner + 1).to(tl.int64) - first
+    if HAS_LENGTHS:
+        length = tl.load(lengths + owner).to(tl.int64)
+    for slot in tl.static_range(W - 1):
+        grad = tl.zeros([1, BC], dtype=tl.float32)
+        for step in tl.static_range(slot + 1):
+            place = tl.arange(0, 1).to(tl.int64) + step
+            slope = _slope(
+                dy, x, weight, state, first + place, owner + place * 0, place, place < length, c, in_c, row, T,
+                row * x_row, x_token, C, W, True, 1, BC,
+            )  # fmt: skip
+            tap = tl.load(weight + c * W + (slot - step), mask=in_c, other=0.0).to(tl.float32)
+            grad += slope * tap[None, :]
+        left = in_c & (slot >= length)
+        at = (owner * (W - 1) + slot - length) * C + c
+        grad += tl.load(dafter + at, mask=left, other=0.0).to(tl.float32)[None, :]
+        at = (owner * C + c) * (W - 1)
+        tl.store(dstate + at[None, :] + slot, grad.to(dstate.dtype.element_ty), mask=in_c[None, :])

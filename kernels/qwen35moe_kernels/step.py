@@ -1,0 +1,112 @@
+"""One token of Gated DeltaNet in one launch or two: convolution, gates, l2 norm, rule and gated norm. See README.md.
+
+    m = silu(sum_w W_conv[:, w] x_{t - W + 1 + w});  q, k, v = m
+    decay = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b)
+    S' = exp(decay) S + k (x) beta (v - exp(decay) S^T k);  y = rms_norm(S'^T q / sqrt(K)) w silu(gate)
+
+Everything between qkv and y stays in float32, which is more than the composed operations keep in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qwen35moe_kernels import runtime
+from qwen35moe_kernels.gated_norm import normed
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = 1 << 15  # numbers of a head's memory that one program holds in registers
+# With so few heads one launch is all that counts. With more, what counts is how much of the memory is under way at once:
+# a program of a whole head fills a multiprocessor and waits alone, of programs of 32 columns several run side by side.
+_FEW, _COLUMNS = 264, 32
+# What it computes on the way and cannot show: names of GatedDeltaNet's values.
+SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")
+
+
+def objection(
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, inputs: Tensor, memory: Tensor, conv_weight: Tensor,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+) -> str | None:  # fmt: skip
+    """Why this kernel cannot run this call, or None."""
+    width, out = memory.shape[2:]
+    size = runtime.power_of_two(width) * runtime.power_of_two(out)
+    if size > _LARGEST:
+        return f"memory has {width} x {out} numbers a head, one program holds {_LARGEST}"
+    if memory.dtype != torch.float32:
+        return f"memory is {str(memory.dtype).removeprefix('torch.')}, not float32"
+    if memory.shape[1] > 65535:
+        return f"memory has {memory.shape[1]} heads, a grid holds 65535"
+    floats = {
+        "qkv": qkv, "gate": gate, "a": a, "b": b, "inputs": inputs, "conv_weight": conv_weight, "A_log": A_log,
+        "dt_bias": dt_bias, "norm_weight": norm_weight,
+    }  # fmt: skip
+    return runtime.device_objection(memory=memory, **floats) or runtime.dtype_objection(*_FLOATS, **floats)
+
+
+def delta_net_step(
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, inputs: Tensor, memory: Tensor, conv_weight: Tensor,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The normed output [B, H, V] in qkv's dtype, and inputs [B, C, W-1] and memory [B, H, K, V] after the token."""
+    tensors = (qkv, gate, a, b, inputs, memory, conv_weight, A_log, dt_bias, norm_weight)
+    run = _operation if torch.compiler.is_compiling() else _forward
+    return run(*tensors, groups, eps)
+
+
+def _forward(
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, inputs: Tensor, memory: Tensor, conv_weight: Tensor, A_log: Tensor,
+    dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kernel = runtime.kernels("step_kernels").step_kernel
+
+    (rows, channels), taps = qkv.shape, conv_weight.shape[-1]
+    heads, width, out = memory.shape[1:]
+    columns = runtime.power_of_two(out)
+    if rows * heads > _FEW:
+        columns = min(columns, _COLUMNS)
+    whole, block = columns >= out, {"BK": runtime.power_of_two(width), "BV": columns}
+    y = torch.empty(rows, heads, out, dtype=qkv.dtype if whole else torch.float32, device=qkv.device)
+    inputs_after = torch.empty(rows, channels, taps - 1, dtype=qkv.dtype, device=qkv.device)
+    memory_after = torch.empty(memory.shape, dtype=memory.dtype, device=memory.device)
+    tensors = (qkv, gate, a, b, inputs, memory, conv_weight, A_log, dt_bias, norm_weight)
+    with runtime.on_device_of(qkv):
+        kernel[(rows, heads, runtime.parts(out, columns))](
+            *(tensor.contiguous() for tensor in tensors), y, inputs_after, memory_after, eps, G=groups, H=heads, K=width,
+            V=out, W=taps, **block, WHOLE=whole, num_warps=_warps(block["BK"] * columns),
+        )  # fmt: skip
+    if not whole:
+        y = normed(y, gate, norm_weight, eps, qkv.dtype)
+    return y, inputs_after, memory_after
+
+
+def _warps(numbers: int) -> int:
+    """At most 64 of the memory's numbers a thread, 32 where several programs share a multiprocessor."""
+    return 16 if numbers > 1 << 14 else min(8, max(1, numbers // 1024))
+
+
+_operation = torch.library.custom_op(
+    "qwen35moe_kernels::delta_net_step", _forward, mutates_args=(),
+    schema="(Tensor qkv, Tensor gate, Tensor a, Tensor b, Tensor inputs, Tensor memory, Tensor conv_weight, "
+    "Tensor A_log, Tensor dt_bias, Tensor norm_weight, int groups, float eps) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_operation.register_fake
+def _shapes(
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, inputs: Tensor, memory: Tensor, conv_weight: Tensor, A_log: Tensor,
+    dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, heads, _, out = memory.shape
+    y, after = qkv.new_empty(rows, heads, out), qkv.new_empty(*qkv.shape, conv_weight.shape[-1] - 1)
+    return y, after, memory.new_empty(memory.shape)
+
+
+def register(register: Callable[..., None]) -> None:
+    """Enter the table in front of the definition, which composes the other operations."""
+    register(
+        "delta_net_step", "triton", delta_net_step, objection, before=runtime.place("torch"),
+        missing=runtime.missing(), skips=SKIPS, differentiable=False,
+    )  # fmt: skip
