@@ -177,7 +177,7 @@ class TestForcedChoice:
         caller.__dict__["backend_choices"] = {"rms_norm": "auto"}
         with backends.use(rms_norm="fast"):
             assert run(arguments, caller) == 1.0
-        caller.__dict__["backend_choices"] = {"experts": "torch"}
+        caller.__dict__["backend_choices"] = {"experts": "sorted"}
         with backends.use(rms_norm="fast"):
             assert run(arguments, caller) == 2.0
 

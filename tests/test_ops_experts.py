@@ -1,4 +1,7 @@
-"""Router and experts: by hand, both forms against each other, every load from balanced to all-to-one."""
+"""Router and experts: by hand, the forms against each other, every load from balanced to all-to-one.
+
+The many random cases, what a form may not do, and the choice between forms are in test_ops_experts_forms.py.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.experts import chosen_weights, loop_experts, router, sorted_experts
+from qwen35moe.ops.experts import chosen_weights, gathered_experts, loop_experts, router, sorted_experts, watched_experts
 from tests.peer import assert_close, generator
 
-FORMS = {"loop": loop_experts, "sorted": sorted_experts}
+FORMS = {"loop": loop_experts, "sorted": sorted_experts, "gathered": gathered_experts, "watched": watched_experts}
 D, E, FF, N = 12, 6, 5, 17
 
 
@@ -110,18 +113,31 @@ def test_the_sum_by_hand(form):
         assert_close(found[n], expected, 1e-13)
 
 
+def size_of_dw(values: Any, cotangent: Tensor) -> float:
+    """The largest |dy| |y_slot|: dw is their product summed over D, and may cancel to any smaller number."""
+    hidden, gate_up, down, indices, _ = (x.detach().double() if x.is_floating_point() else x for x in values)
+    pairs, slots = indices.reshape(-1, 1), indices.shape[1]
+    ones = torch.ones(pairs.shape, dtype=torch.float64)
+    out = loop_experts(hidden.repeat_interleave(slots, dim=0), gate_up, down, pairs, ones)
+    sizes = cotangent.double().repeat_interleave(slots, dim=0).norm(dim=-1) * out.norm(dim=-1)
+    return sizes.max().item() if sizes.numel() else 1.0
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 4, 63, 64, 65, 129])
 @pytest.mark.parametrize("top_k,load", [(1, "random"), (2, "random"), (E, "random"), (3, "all to one"),
                                         (2, "empty experts")])
-def test_the_two_forms_agree_on_values_and_gradients(tokens, top_k, load):
-    results = []
+def test_the_forms_agree_on_values_and_gradients(tokens, top_k, load):
+    results, cotangent = [], draw(tokens, D, seed=4).float()
     for form in FORMS.values():
         hidden, gate_up, down, indices, weights = problem(tokens, top_k, load)
         leaves = [tensor.requires_grad_() for tensor in (hidden, gate_up, down, weights)]
         out = form(hidden, gate_up, down, indices, weights)
-        results.append([out, *torch.autograd.grad(out, leaves, draw(tokens, D, seed=4).float())])
-    for loop, other in zip(*results, strict=True):
-        assert_close(other, loop, 1e-6)
+        results.append([out, *torch.autograd.grad(out, leaves, cotangent)])
+    size = size_of_dw(problem(tokens, top_k, load), cotangent)
+    for result in results[1:]:
+        for loop, other in zip(results[0][:-1], result[:-1], strict=True):
+            assert_close(other, loop, 1e-6)
+        assert (result[-1] - results[0][-1]).abs().max() <= 1e-6 * size
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -57,7 +57,7 @@ def resolve(operation: str, *args: Any, caller: Any = None, **kwargs: Any) -> Im
     return _choose(operation, args, kwargs, caller)[0]
 
 
-_Refusals = Sequence[tuple[Implementation, str]]
+_Refusals = Sequence[tuple[Implementation, str, bool]]  # who was passed over, why, and whether it could have run
 
 
 def _choose(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> tuple[Implementation, _Refusals]:
@@ -75,10 +75,14 @@ def _choose(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) ->
     refused = []
     for entry in TABLE[operation]:
         reason = entry.refusal(args, kwargs, caller) if entry.conditional else None
-        if reason is None:
+        slower = entry.passed_over(args, kwargs) if reason is None else None
+        if reason is None and slower is None:
             return entry, refused
-        refused.append((entry, reason))
-    reasons = "; ".join(f"{entry.name}: {reason}" for entry, reason in refused) or "none is registered"
+        refused.append((entry, reason or slower or "", reason is None))
+    for entry, _, could in refused:
+        if could:
+            return entry, ()  # nothing faster can run
+    reasons = "; ".join(f"{entry.name}: {reason}" for entry, reason, _ in refused) or "none is registered"
     raise ValueError(f"no implementation can run {operation}: {reasons}")
 
 
@@ -101,15 +105,17 @@ def _note(entry: Implementation, refused: _Refusals, args: tuple, kwargs: dict[s
         for recording in tuple(RECORDING):
             recording.calls.append(call)
     news = []
-    for other, reason in refused:
+    for other, reason, could in refused:
         REFUSED[operation, other.name] = reason
-        if not other.missing and not other.own and (operation, other.name) not in _said:
+        if not could and not other.missing and not other.own and (operation, other.name) not in _said:
             news.append(other)
     if not news and operation in _said:
         return
     _said.add(operation)
     _said.update((operation, other.name) for other in news)
-    why = "; ".join(f"{other.name} was refused: {reason}" for other, reason in refused)
+    why = "; ".join(
+        f"{other.name} was {'passed over' if could else 'refused'}: {reason}" for other, reason, could in refused
+    )
     level = logging.WARNING if news else logging.INFO
     log.log(level, "%s runs on %r%s", operation, entry.name, f" ({why})" if why else "")
 
@@ -126,7 +132,7 @@ def checked_choices(choices: Mapping[str, str]) -> dict[str, str]:
 
 
 class use(AbstractContextManager["use"]):
-    """Choose implementations by name: `use(experts="torch", delta_rule="auto")`.
+    """Choose implementations by name: `use(experts="sorted", delta_rule="auto")`.
 
     As a statement it sets the process default; as a context manager the choices hold inside the block and the former
     ones return at its end. Process-wide either way: other threads see them too.

@@ -24,15 +24,20 @@ def describe(operation: str | None = None, *args: Any, caller: Any = None, **kwa
 
 def _given(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> Iterator[tuple[str, str]]:
     choice = choice_of(operation, caller)
-    used = False
-    for entry in implementations(operation):
-        reason = entry.refusal(args, kwargs, caller)
-        mine = choice == entry.name or (choice is None and reason is None and not used)
-        used = used or mine
-        if reason:
+    entries = implementations(operation)
+    reasons = {entry.name: entry.refusal(args, kwargs, caller) for entry in entries}
+    able = [entry for entry in entries if reasons[entry.name] is None]
+    first = next((entry for entry in able if entry.passed_over(args, kwargs) is None), able[0] if able else None)
+    chosen = choice or (first.name if first else None)
+    for entry in entries:
+        mine = entry.name == chosen
+        if reason := reasons[entry.name]:
             yield entry.name, f"cannot run these arguments: {reason}" + (" (and is chosen)" if mine else "")
+        elif mine:
+            yield entry.name, "runs these arguments"
         else:
-            yield entry.name, "runs these arguments" if mine else "could run these arguments"
+            slower = entry.passed_over(args, kwargs)
+            yield entry.name, "could run these arguments" + (f", more slowly: {slower}" if slower else "")
 
 
 def _seen(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> Iterator[tuple[str, str]]:
@@ -48,7 +53,7 @@ def _seen(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> I
         elif entry is last:
             yield entry.name, "ran in the last call"
         elif reason := REFUSED.get((operation, entry.name)):
-            yield entry.name, f"refused: {reason}"
+            yield entry.name, f"{'passed over' if entry.slower else 'refused'}: {reason}"
         elif sure is not None and entries.index(entry) > entries.index(sure):
             yield entry.name, f"only when chosen: {sure.name} comes first and runs anything"
         else:

@@ -40,7 +40,8 @@ Objection = Callable[..., "str | None"]
 @dataclass(frozen=True)
 class Implementation:
     """One way to run an operation. `skips` are the tap names that it computes internally and cannot show; `missing` is
-    why it cannot run on this machine at all, whatever the inputs ("triton is not installed")."""
+    why it cannot run on this machine at all, whatever the inputs ("triton is not installed"); `slower` says why a later
+    one is faster on these inputs."""
 
     operation: str
     name: str
@@ -49,10 +50,11 @@ class Implementation:
     skips: tuple[str, ...] = ()
     differentiable: bool = True
     missing: str | None = None
+    slower: Objection | None = None
     conditional: bool = field(init=False, default=False)  # whether anything at all could stand against a call
 
     def __post_init__(self) -> None:
-        conditional = bool(self.objection or self.skips or self.missing or not self.differentiable)
+        conditional = bool(self.objection or self.skips or self.missing or self.slower or not self.differentiable)
         object.__setattr__(self, "conditional", conditional)
 
     @property
@@ -73,6 +75,10 @@ class Implementation:
             if any(tensor.requires_grad for tensor in tensors(args, kwargs)):
                 return "it has no backward and an input requires a gradient"
         return None
+
+    def passed_over(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        """Why "auto" leaves this call to a later implementation although this one could run it, or None."""
+        return self.slower(*args, **kwargs) if self.slower is not None else None
 
 
 TABLE: dict[str, list[Implementation]] = {operation: [] for operation in OPERATIONS}
@@ -97,13 +103,15 @@ def register(
     skips: Sequence[str] = (),
     differentiable: bool = True,
     missing: str | None = None,
+    slower: Objection | None = None,
 ) -> None:
     """Add an implementation: last in the order of preference, or in front of the one named by `before`.
 
     objection(*args, **kwargs) -> None | reason gets exactly the call's arguments. skips: tap names that it goes around;
     it steps aside while somebody listens to one of them. differentiable=False: it steps aside when an input requires a
     gradient. missing: a reason why it cannot run on this machine whatever the inputs (fn may then be None): it is
-    listed by `describe`, and its refusal is no warning.
+    listed by `describe`, and its refusal is no warning. slower(*args, **kwargs) -> None | reason: why a later one is
+    faster on these inputs; "auto" heeds it, a forced choice does not.
     """
     operation = operation_name(operation)
     if not name or name == AUTO:
@@ -114,7 +122,7 @@ def register(
     entries = TABLE[operation]
     if any(entry.name == name for entry in entries):
         raise ValueError(f"{operation} already has an implementation {name!r}: take another name, or unregister it")
-    entry = Implementation(operation, name, fn, objection, tuple(skips), differentiable, missing)
+    entry = Implementation(operation, name, fn, objection, tuple(skips), differentiable, missing, slower)
     entries.insert(len(entries) if before is None else entries.index(find(operation, before)), entry)
 
 

@@ -4,12 +4,23 @@
     y = sum over chosen e of w_e * down_e (silu(gate_e x) * up_e x)
 
 Shazeer et al. 2017. Expert weights are grouped: gate_up [E, 2F, D] (gate rows first), down [E, D, F].
+
+Every form takes hidden [N, D], gate_up, down, indices [N, S] and weights [N, S] and returns [N, D] in hidden's dtype:
+
+    loop       the definition
+    sorted     pairs sorted by expert, a product per expert hit, streamed (sorted_experts.py): CPUs
+    grouped    pairs sorted by expert, torch's grouped_mm, nothing read on the host: GPUs
+    gathered   a copy of the chosen weights for every token, one batched product: very few pairs
+    watched    shows the values inside
+
+"auto" chooses by `_gathering_is_slower` and its neighbours below, where the measurements stand. A token's experts are
+added in the order of their numbers (loop, watched, sorted above 32 MB of expert outputs) or of its slots (the others),
+always the same for the same arguments; on a GPU, loop and watched need torch.use_deterministic_algorithms(True) for that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +28,9 @@ from torch import Tensor
 
 from qwen35moe import backends
 from qwen35moe.ops.precision import wide_dtype
+from qwen35moe.ops.sorted_experts import sorted_experts
 
 Watch = Callable[[str, Tensor], Tensor]  # shown a value by name, returns what is to be used in its place
-
-_FEW_ROWS = 64  # on CPUs with AMX, up to here weight @ rows.T streams a bfloat16 weight faster than rows @ weight.T
-_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
 
 
 def router(hidden: Tensor, weight: Tensor, *, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,35 +76,6 @@ def loop_experts(
     return total.to(hidden.dtype)
 
 
-def sorted_experts(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Watch | None = None
-) -> Tensor:
-    """The same with the (token, slot) pairs sorted by expert, so that each expert hit sees its rows once.
-
-    Arguments and result as in the definition. The weights of a layer are split into its experts once: indexing them
-    one by one would make the backward fill a whole zero gradient per expert.
-    """
-    dtype, slots = wide_dtype(hidden), indices.shape[1]
-    if hidden.shape[0] == 1:  # nothing to sort
-        outs = [one_expert(hidden, gate_up[expert], down[expert]) for expert in indices[0].tolist()]
-        return (weights.to(dtype) @ torch.cat(outs).to(dtype)).to(hidden.dtype)
-    flat = indices.reshape(-1)
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
-    scales = weights.reshape(-1)[order].to(dtype)[:, None]
-    total = torch.zeros_like(hidden, dtype=dtype)
-    gate_ups, downs = gate_up.unbind(0), down.unbind(0)
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            pairs = slice(start, start + count)
-            rows = order[pairs] // slots
-            out = one_expert(hidden.index_select(0, rows), gate_ups[expert], downs[expert])
-            total = total.index_add_(0, rows, out.to(dtype).mul(scales[pairs]))
-            start += count
-    return total.to(hidden.dtype)
-
-
 def grouped_experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Watch | None = None
 ) -> Tensor:
@@ -109,8 +89,22 @@ def grouped_experts(
     ends = torch.searchsorted(flat[order], torch.arange(experts, device=flat.device), right=True).to(torch.int32)
     gate, up = F.grouped_mm(hidden[order // slots], gate_up.mT, offs=ends).chunk(2, dim=-1)
     out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
-    scaled = out.to(dtype) * weights.reshape(-1)[order].to(dtype)[:, None]
-    return torch.zeros_like(hidden, dtype=dtype).index_add(0, order // slots, scaled).to(hidden.dtype)
+    by_slot = out[order.argsort()].view(*indices.shape, hidden.shape[1])  # gathered and summed, not scattered: no atomics
+    return (by_slot.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(hidden.dtype)
+
+
+def gathered_experts(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Watch | None = None
+) -> Tensor:
+    """The same with a copy of the chosen experts' weights for every pair, [N S, 2F, D] and [N S, D, F]: nothing to sort.
+
+    Arguments and result as in the definition.
+    """
+    dtype, flat = wide_dtype(hidden), indices.reshape(-1)
+    rows = hidden.repeat_interleave(indices.shape[1], dim=0)[..., None]
+    gate, up = torch.bmm(gate_up[flat], rows).chunk(2, dim=1)
+    out = torch.bmm(down[flat], F.silu(gate) * up).view(*indices.shape, hidden.shape[1])
+    return (out.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(hidden.dtype)
 
 
 def _cannot_group(
@@ -120,58 +114,14 @@ def _cannot_group(
         return _UNSEEN
     if hidden.dtype not in (torch.float32, torch.bfloat16):
         return f"grouped_mm takes float32 and bfloat16, hidden is {hidden.dtype}"
+    if torch.compiler.is_compiling() and hidden.dtype != torch.bfloat16:
+        return f"compiled, grouped_mm takes bfloat16 alone, hidden is {hidden.dtype}"
+    if hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        return "grouped_mm needs a GPU of compute capability 8.0"
     widths = hidden.shape[-1], down.shape[-1]
     if any(width * hidden.element_size() % 16 for width in widths):
         return f"grouped_mm needs rows of whole 16 bytes, the widths are {widths[0]} and {widths[1]} of {hidden.dtype}"
     return None
-
-
-@torch.library.custom_op("qwen35moe::experts", mutates_args=())
-def _opaque(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """`sorted_experts` as one operation that torch.compile does not look into: inside, rows are counted on the host."""
-    return sorted_experts(hidden, gate_up, down, indices, weights)
-
-
-@_opaque.register_fake
-def _opaque_shape(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    return torch.empty_like(hidden)
-
-
-@torch.library.custom_op("qwen35moe::experts_backward", mutates_args=())
-def _opaque_backward(
-    grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (hidden, gate_up, down, weights)]
-        out = sorted_experts(inputs[0], inputs[1], inputs[2], indices, inputs[3])
-        grads = torch.autograd.grad(out, inputs, grad)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), grads[3].contiguous()
-
-
-@_opaque_backward.register_fake
-def _opaque_backward_shape(
-    grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(hidden), torch.empty_like(gate_up), torch.empty_like(down), torch.empty_like(weights)
-
-
-def _opaque_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _opaque_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, gate_up, down, weights = _opaque_backward(grad, *ctx.saved_tensors)
-    return hidden, gate_up, down, None, weights
-
-
-_opaque.register_autograd(_opaque_gradient, setup_context=_opaque_setup)
-
-
-def opaque_experts(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Watch | None = None
-) -> Tensor:
-    """`sorted_experts` for a graph that is being compiled. Arguments and result as in the definition."""
-    return _opaque(hidden, gate_up, down, indices, weights)
 
 
 _UNSEEN = "somebody listens to expert_in, expert_act or expert_out, which it never forms whole"
@@ -179,18 +129,6 @@ _UNSEEN = "somebody listens to expert_in, expert_act or expert_out, which it nev
 
 def _shows_nothing(*args: Tensor, watch: Watch | None = None) -> str | None:
     return None if watch is None else _UNSEEN
-
-
-def _cannot_be_opaque(*args: Tensor, watch: Watch | None = None) -> str | None:
-    if watch is None and not torch.compiler.is_compiling():
-        return "nothing is being compiled, and it would only add a call"
-    return _shows_nothing(*args, watch=watch)
-
-
-def _cannot_sort(*args: Tensor, watch: Watch | None = None) -> str | None:
-    if torch.compiler.is_compiling():
-        return "it counts rows on the host, where a compiled graph breaks"
-    return _shows_nothing(*args, watch=watch)
 
 
 def _unchanged(name: str, value: Tensor) -> Tensor:
@@ -220,22 +158,25 @@ def watched_experts(
     return torch.zeros_like(hidden, dtype=dtype).index_add(0, order // slots, scaled).to(hidden.dtype)
 
 
-def one_expert(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """down (silu(gate rows) * up rows) for rows [n, D] of one expert, gate_up [2F, D], down [D, F]."""
-    gate, up = project(rows, gate_up).chunk(2, dim=-1)
-    return project(F.silu(gate) * up, down)
+# Which form "auto" takes. CPU: measured on 2 cores of Zen 4 (AVX-512 bf16), docs/moe_benchmark.md. CUDA: derived from bytes.
+_COPIED = 1 << 20  # CPU: bytes of chosen weights up to which copying them costs less than a product per expert
+_FEW_PAIRS = 32  # CUDA: copies move three times the bytes of distinct experts, but in 3 launches instead of some 15
 
 
-def project(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows @ weight.T, in the order that reads a bfloat16 weight fastest on this CPU: [n, D], [F, D] -> [n, F].
+def _gathering_is_slower(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, *_: Tensor, **__: object
+) -> str | None:
+    pairs = indices.numel()
+    if hidden.device.type != "cpu":
+        return None if pairs <= _FEW_PAIRS else f"{pairs} pairs: above {_FEW_PAIRS} it copies too much"
+    copied = pairs * (gate_up[0].numel() + down[0].numel()) * hidden.element_size()
+    return None if copied <= _COPIED else f"it would copy {copied} bytes of weights, above {_COPIED}"
 
-    With AMX one row takes 23-26 GB/s by mv against 17-21 by F.linear; without (AVX-512 alone), F.linear is the fastest.
-    """
-    if not _AMX or rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or rows.shape[0] > _FEW_ROWS:
-        return F.linear(rows, weight)
-    if rows.shape[0] == 1:
-        return torch.mv(weight, rows[0])[None]
-    return (weight @ rows.T).T
+
+def _grouping_is_slower(hidden: Tensor, *_: Tensor, **__: object) -> str | None:
+    if hidden.device.type == "cpu":
+        return "on a CPU it touches fresh memory for every pair: 0.7 of the speed of sorted at 8192 tokens"
+    return None
 
 
 def _router_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
@@ -260,9 +201,9 @@ def _expert_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -
 
 backends.register("router", "torch", router)
 backends.add_cases("router", router, _router_cases)
-backends.register("experts", "torch", sorted_experts, _cannot_sort)
-backends.register("experts", "opaque", opaque_experts, _cannot_be_opaque)
-backends.register("experts", "grouped", grouped_experts, _cannot_group)
+backends.register("experts", "gathered", gathered_experts, _shows_nothing, slower=_gathering_is_slower)
+backends.register("experts", "grouped", grouped_experts, _cannot_group, slower=_grouping_is_slower)
+backends.register("experts", "sorted", sorted_experts, _shows_nothing)
 backends.register("experts", "loop", loop_experts, _shows_nothing)
 backends.register("experts", "watched", watched_experts)
 backends.add_cases("experts", loop_experts, _expert_cases)

@@ -1,0 +1,98 @@
+"""Two results of one benchmark, case by case: the ratio of times with an interval; exit status 1 if B is slower.
+
+    python -m benchmarks compare A.json B.json [--tolerance 0.02] [--relative] [--only NAME]
+
+Per case and contestant that both files have: the median of B over the median of A, and the 95 % interval of that ratio
+over resampled runs (bootstrap). Slower means that the whole interval lies above 1 + tolerance. A contestant that is wrong
+in B and was timed in A counts as slower. --relative divides by the baseline of the same file, for two machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_DRAWS = 2000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs=2, type=Path, metavar="FILE")
+    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--relative", metavar="NAME", help="divide by this contestant of the same case")
+    parser.add_argument("--only", help="contestants, with commas")
+    options = parser.parse_args(None if argv is None else list(argv))
+    first, second = (read(file) for file in options.files)
+    for key in ("schema", "benchmark"):
+        if first.get(key) != second.get(key):
+            parser.error(f"the files' {key} differ: {first.get(key)!r} and {second.get(key)!r}")
+    wanted = options.only.split(",") if options.only else None
+    slower, compared = 0, 0
+    for id, name, a, b in pairs(first, second, options.relative):
+        if wanted is not None and name not in wanted:
+            continue
+        compared += 1
+        if isinstance(b, str):
+            slower += 1
+            print(f"{id}  {name:<26} no speed in {options.files[1].name}: {b}")
+            continue
+        ratio, low, high = interval(a, b)
+        verdict = "SLOWER" if low > 1 + options.tolerance else "faster" if high < 1 - options.tolerance else "same"
+        slower += verdict == "SLOWER"
+        print(f"{id}  {name:<26} {ratio:6.3f}x  [{low:.3f}, {high:.3f}]  {verdict}")
+    print(f"{compared} compared, {slower} slower")
+    if not compared:
+        print("the files have no case and contestant in common")
+    return int(bool(slower) or not compared)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A report; ValueError where it is none."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not isinstance(found.get("cases"), list):
+        raise ValueError(f"{file} is no report of a benchmark: it has no list of cases")
+    return found
+
+
+def pairs(
+    first: Mapping[str, Any], second: Mapping[str, Any], relative: str | None
+) -> Iterator[tuple[str, str, list[float], list[float] | str]]:
+    """(case, contestant, runs in the first, runs in the second or why there are none)."""
+    later = {case["id"]: case["contestants"] for case in second["cases"]}
+    for case in first["cases"]:
+        others = later.get(case["id"], {})
+        for name, one in case["contestants"].items():
+            other = others.get(name)
+            if other is None or not one.get("min_s") or other.get("skipped"):
+                continue
+            if not other.get("min_s"):
+                yield case["id"], name, [], other.get("wrong") or "it did not run"
+                continue
+            yield case["id"], name, _runs(one, case["contestants"], relative), _runs(other, others, relative)
+
+
+def _runs(one: Mapping[str, Any], others: Mapping[str, Any], relative: str | None) -> list[float]:
+    """Seconds of each run; of a file that keeps no single runs, the median alone, which has no interval."""
+    runs = one.get("seconds") or [one["median_s"]]
+    if relative is None:
+        return runs
+    base = others.get(relative, {}).get("median_s")
+    if not base:
+        raise ValueError(f"--relative {relative}: a case has no time of it; it has {', '.join(others)}")
+    return [seconds / base for seconds in runs]
+
+
+def interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """Median of b over median of a, and the 95 % interval over resampled runs."""
+    draw = random.Random(0)
+    ratios = sorted(
+        statistics.median(draw.choices(b, k=len(b))) / statistics.median(draw.choices(a, k=len(a))) for _ in range(_DRAWS)
+    )
+    return statistics.median(b) / statistics.median(a), ratios[int(0.025 * _DRAWS)], ratios[int(0.975 * _DRAWS)]

@@ -1,0 +1,161 @@
+"""Mixture-of-experts dispatch: every form and kernel at the published shapes, gated, beside transformers' three.
+
+    python -m benchmarks moe --preset 35b-a3b --tokens 1,64,2048 --json out.json --plot out.png
+    python -m benchmarks moe --targets                      # what was asked for, measured, verdict
+    python -m benchmarks moe --impl my.module:experts       # your kernel: gated, then timed beside the others
+    python -m benchmarks moe --trace routing.safetensors    # recorded routing; the bundled checkpoint's shape by default
+    python -m benchmarks moe --device cuda --tokens 1,8,64,512,4096,8192,16384,32768 --train both
+    python -m benchmarks compare A.json B.json  ·  python -m benchmarks rerun A.json
+
+docs/moe_benchmark.md says how to read what it prints. A contestant whose result differs from the definition in float64 by
+more than its dtype explains has no speed, and the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import arguments
+from benchmarks.machine import environment, header
+from benchmarks.moe import output, roofline, targets
+from benchmarks.moe.cases import BUNDLED, DTYPES, SKEWS, TOKENS, Case, shapes
+from benchmarks.moe.contestants import AUTO, contestants
+from benchmarks.moe.measure import measure
+
+SCHEMA = 1  # of the JSON file; a change of meaning or of a key raises it
+OUTPUTS = ("--json", "--plot", "--markdown", "--append")  # where results go: no part of what is measured
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    options = parser.parse_args(given)
+    cases = list(chosen(options, parser))
+    found = {"schema": SCHEMA, "benchmark": "moe", "environment": environment(), "arguments": kept(given)}
+    print(header(found["environment"]))
+    report = {**found, **run(cases, options)}
+    if options.append and options.json and options.json.exists():
+        report = merged(json.loads(options.json.read_text(encoding="utf-8")), report)
+    if options.targets:
+        print("\n" + targets.table(report))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text(output.markdown(report), encoding="utf-8")
+    if options.plot:
+        output.plot(report, options.plot)
+    return int(any(one.get("wrong") for row in report["cases"] for one in row["contestants"].values()))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = arguments(__doc__)
+    parser.prog = "python -m benchmarks moe"
+    parser.add_argument("--preset", help="shapes, with commas, or all; default 35b-a3b, with --trace the bundled checkpoint")
+    parser.add_argument("--tokens", help=f"with commas; default 1,8,64,512,2048; {TOKENS[0]} ... {TOKENS[-1]}")
+    parser.add_argument("--skew", default="uniform", help=f"how tokens fall on experts: {', '.join(SKEWS)} (hot-k: any k)")
+    parser.add_argument("--trace", help="a Routing file (qwen35moe routing DIR --text F --out FILE) instead of a skew")
+    parser.add_argument("--layer", type=int, default=0, help="of the trace")
+    parser.add_argument("--dtype", default="bf16", help=f"with commas: {', '.join(DTYPES)}")
+    parser.add_argument("--train", choices=("no", "yes", "both"), default="no", help="forward + backward")
+    parser.add_argument("--weights", choices=("cold", "warm"), default="cold", help="warm: the same weights every time")
+    parser.add_argument("--cache", type=float, help="MB that cold weights exceed; default 4 times the last-level cache")
+    parser.add_argument("--only", help="contestants, with commas, by their names or the first word of them")
+    parser.add_argument("--impl", action="append", default=[], help="[NAME=]package.module:function, any number of times")
+    parser.add_argument("--stages", action="store_true", help="also time each stage of the sorted form by itself")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
+    parser.add_argument("--seconds", type=float, default=10.0, help="a case's rounds stop (3 at least) about here")
+    parser.add_argument("--memory-limit", type=float, default=0.6, help="of free memory that a case's weights may take")
+    parser.add_argument("--targets", action="store_true", help="the cases of the must-show table, and the table")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--append", action="store_true", help="keep the other cases of the --json file")
+    return parser
+
+
+def chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[Case]:
+    """The cases that the options ask for."""
+    presets = (options.preset or (BUNDLED if options.trace else "35b-a3b")).split(",")
+    presets = list(shapes()) if presets == ["all"] else presets
+    if unknown := [name for name in presets if name not in shapes()]:
+        parser.error(f"no preset {unknown[0]!r} with experts; there are {', '.join(shapes())}, all")
+    tokens = [int(n) for n in (options.tokens or "1,8,64,512,2048").split(",")]
+    directions = {"no": (False,), "yes": (True,), "both": (False, True)}[options.train]
+    if options.targets:
+        train = None if options.train in ("no", "both") and not options.tokens else options.train == "yes"
+        presets = presets if options.preset else list(targets.PRESETS)
+        return targets.cases(presets, tokens if options.tokens else None, train)
+    if unknown := [name for name in options.dtype.split(",") if name not in DTYPES]:
+        parser.error(f"no dtype {unknown[0]!r}; there are {', '.join(DTYPES)}")
+    cold = options.weights == "cold"
+    skews = [""] if options.trace else options.skew.split(",")
+    return [
+        Case(preset, n, skew, dtype, train, cold, trace=options.trace, layer=options.layer)
+        for preset in presets for dtype in options.dtype.split(",") for train in directions for skew in skews for n in tokens
+    ]
+
+
+def kept(given: list[str]) -> list[str]:
+    """The arguments without those that say where results go: `rerun` gives its own."""
+    found, skip = [], False
+    for word in given:
+        name = word.split("=")[0]
+        if not skip and name not in OUTPUTS:
+            found.append(word)
+        skip = not skip and name in OUTPUTS and "=" not in word and name != "--append"
+    return found
+
+
+def run(cases: Iterable[Case], options: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print the cases; {"roofline", "cases"} of the report."""
+    forms = contestants(options.device, options.impl)
+    if options.targets and not options.only:
+        forms = {name: form for name, form in forms.items() if name == AUTO or name.startswith("transformers ")}
+    elif options.only:
+        wanted = options.only.split(",")
+        forms = {name: form for name, form in forms.items() if name in wanted or name.split()[0] in wanted}
+    roofs: dict[str, dict[str, float]] = {}
+    rows = []
+    cache_bytes = int(4 * roofline.last_level_cache() if options.cache is None else options.cache * 1e6)
+    for case in cases:
+        room = free_memory(options.device) * options.memory_limit
+        needed = max(case.weight_bytes * (2 if case.train else 1), cache_bytes if case.cold else 0)
+        if needed > room:
+            print(f"{case.id}: left out, weights take {needed / 1e9:.1f} GB of {room / 1e9:.1f} GB allowed (--memory-limit)")
+            continue
+        roof = roofs.setdefault(case.dtype, {}) or roofline.measured(options.device, case.dtype)
+        roofs[case.dtype] = roof
+        row = measure(
+            case, forms, roof, device=options.device, rounds=options.rounds, seconds=options.seconds,
+            cache_bytes=cache_bytes, with_stages=options.stages, memory=options.memory,
+        )
+        row["roof_s"] = roofline.limit(row, roof)
+        rows.append(row)
+        print("\n".join(output.lines(row)), flush=True)
+    return {"roofline": next(iter(roofs.values()), {}), "rooflines": roofs, "cases": rows}
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new report with the cases of an old one that it does not have, if both are of one machine and schema."""
+    for key in ("schema", "environment"):
+        if old.get(key) != new[key]:
+            raise ValueError(f"--append: the file's {key} differs ({old.get(key)!r}, now {new[key]!r}): write another file")
+    ids = {row["id"] for row in new["cases"]}
+    return {**new, "cases": [row for row in old["cases"] if row["id"] not in ids] + new["cases"]}
+
+
+def free_memory(device: str) -> float:
+    """Bytes."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return float(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

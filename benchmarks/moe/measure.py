@@ -1,0 +1,174 @@
+"""Measuring one case: the gate, the times in turns, the peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Timing, interleave, relative_error
+from benchmarks.moe.cases import DTYPES, Case, rotation
+from benchmarks.moe.contestants import PRODUCTS, Form, objections, products
+from benchmarks.moe.roofline import asked, limit
+from benchmarks.moe.stages import stages
+from qwen35moe.backends.verification import BOUNDS
+from qwen35moe.ops.experts import loop_experts
+
+_CHECKED = 6  # tokens, and experts, whose result is compared with float64
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def measure(
+    case: Case, forms: Mapping[str, Form | str], roof: Mapping[str, float], *, device: str = "cpu", rounds: int = 9,
+    seconds: float = 10.0, cache_bytes: int = 256 << 20, with_stages: bool = False, memory: bool = True,
+) -> dict[str, Any]:
+    """One case as it stands in the JSON file. A contestant that is wrong has no speed.
+
+    Each contestant runs `rounds` times in turns, less often (3 at least) where that would take more than `seconds`.
+    """
+    following, copies = rotation(case, device, cache_bytes)
+    inputs = following()
+    wants = asked(case, inputs[3])
+    rows: dict[str, dict[str, Any]] = {name: {"skipped": form} for name, form in forms.items() if isinstance(form, str)}
+    judge = Judge(case, inputs)
+    running: dict[str, Callable[[], object]] = {}
+    for name, form in forms.items():
+        if isinstance(form, str):
+            continue
+        reason = objections(name, form, inputs)
+        rows[name] = {"skipped": reason} if reason else judge(form)
+        if not reason and rows[name]["wrong"] is None:
+            running[name] = lambda form=form: run(form, following(), case.train)
+    if not case.train:
+        running[PRODUCTS] = lambda: run(products, following(), False)
+    trial = interleave(running, rounds=1, warmup=0, device=device)
+    fits = int(seconds / max(sum(timing.min for timing in trial.values()), 1e-9))
+    timings = interleave(running, rounds=max(3, min(rounds, fits)), warmup=0, device=device)
+    grads = 2 * case.weight_bytes if case.train else 0
+    for name, timing in timings.items():
+        row = rows.setdefault(name, {"error": None, "wrong": None})
+        row.update(_speed(timing, wants, limit(dict(wants), dict(roof))))
+        if memory and name != PRODUCTS:
+            row["peak_bytes"] = peak(running[name], device) - grads // 2
+    result = {"id": case.id, "case": vars(case), **wants, "weight_copies": copies, "contestants": rows}
+    if with_stages:
+        result["stages"] = stages(*(x.detach() for x in inputs))
+    return result
+
+
+def run(form: Form, inputs: Arguments, train: bool) -> object:
+    """One call; in training also the gradients of hidden, both weights and the routing weights, for a fixed cotangent."""
+    with torch.set_grad_enabled(train):
+        out = form(*inputs)
+        if not train:
+            return out
+        leaves = [x for x in inputs if x.requires_grad]
+        return torch.autograd.grad(out, leaves, inputs[0].detach())
+
+
+def _speed(timing: Timing, wants: Mapping[str, float], roof: float) -> dict[str, Any]:
+    return {
+        "min_s": timing.min, "median_s": timing.median, "runs": len(timing.seconds), "seconds": list(timing.seconds),
+        "tflops": wants["flops"] / timing.min / 1e12, "gbps": wants["bytes"] / timing.min / 1e9,
+        "of_roofline": roof / timing.min,
+    }
+
+
+class Judge:
+    """The gate: some tokens' results and gradients, and some experts' gradients, against the definition in float64.
+
+    A token's result and the gradients of its own row depend on that token alone, an expert's gradient on the tokens
+    that chose it, so that parts of a large case can be checked in full.
+    """
+
+    def __init__(self, case: Case, inputs: Arguments) -> None:
+        self.case, self.inputs = case, inputs
+        hidden, gate_up, down, indices, weights = (x.detach() for x in inputs)
+        self.tokens = torch.linspace(0, case.tokens - 1, min(_CHECKED, case.tokens), device=indices.device).long()
+        load = torch.bincount(indices.reshape(-1), minlength=gate_up.shape[0])
+        order = load.argsort()
+        self.experts = sorted({int(order[0]), int(order[-1]), int(order[len(order) // 2])})
+        self.expected = self._by_token(hidden, gate_up, down, indices, weights)
+
+    def _by_token(self, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> list[Tensor]:
+        """y of the checked tokens; in training also their dx and dw, for the cotangent x. Only their experts are widened."""
+        chosen = indices[self.tokens]
+        hit, places = chosen.unique(return_inverse=True)
+        leaves = [hidden[self.tokens].double().requires_grad_(), weights[self.tokens].double().requires_grad_()]
+        out = loop_experts(leaves[0], gate_up[hit].double(), down[hit].double(), places, leaves[1])
+        if not self.case.train:
+            return [out.detach()]
+        return [out.detach(), *torch.autograd.grad(out, leaves, leaves[0].detach())]
+
+    def _of_expert(self, expert: int) -> list[Tensor]:
+        """dW_gate_up and dW_down of one expert, for the cotangent x."""
+        hidden, gate_up, down, indices, weights = (x.detach() for x in self.inputs)
+        token, slot = (indices == expert).nonzero(as_tuple=True)
+        leaves = [gate_up[expert : expert + 1].double().requires_grad_(), down[expert : expert + 1].double().requires_grad_()]
+        if not token.numel():
+            return [torch.zeros_like(leaf[0]) for leaf in leaves]
+        x, none = hidden[token].double(), torch.zeros(len(token), 1, dtype=torch.long, device=token.device)
+        out = loop_experts(x, leaves[0], leaves[1], none, weights[token, slot, None].double())
+        return [grad[0] for grad in torch.autograd.grad(out, leaves, x)]
+
+    def __call__(self, form: Form) -> dict[str, Any]:
+        """{"error": worst relative error, "wrong": None or why it gets no speed}."""
+        bounds = BOUNDS[DTYPES[self.case.dtype]]
+        try:
+            with torch.set_grad_enabled(self.case.train):
+                out = form(*self.inputs)
+                if out.shape != self.inputs[0].shape:
+                    raise ValueError(f"it returned {list(out.shape)}, the contract says {list(self.inputs[0].shape)}")
+                grads = torch.autograd.grad(out, self._leaves(), self.inputs[0].detach()) if self.case.train else ()
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as failure:
+            return {"error": None, "wrong": f"{type(failure).__name__}: {str(failure).splitlines()[0]}"}
+        errors = [relative_error(out[self.tokens], self.expected[0])]
+        if self.case.train:
+            pairs = [(grads[0][self.tokens], self.expected[1]), (grads[3][self.tokens], self.expected[2])]
+            for expert in self.experts:
+                pairs += zip((grads[1][expert], grads[2][expert]), self._of_expert(expert), strict=True)
+            errors += [_error(found, expected) for found, expected in pairs]
+        worst = max([errors[0] / bounds[0], *(error / bounds[1] for error in errors[1:])])
+        wrong = None if worst <= 1 else f"relative errors {_list(errors)}, bounds {bounds[0]:.0e} and {bounds[1]:.0e}"
+        return {"error": max(errors), "wrong": wrong}
+
+    def _leaves(self) -> list[Tensor]:
+        return [x for x in self.inputs if x.requires_grad]
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Relative error; where nothing is expected, anything found is infinitely wrong."""
+    if not expected.any():
+        return float("inf") if found.any() else 0.0
+    return relative_error(found, expected)
+
+
+def _list(errors: list[float]) -> str:
+    return ", ".join(f"{error:.1e}" for error in errors)
+
+
+def peak(function: Callable[[], object], device: str) -> int:
+    """Bytes that one run has allocated at its highest, beyond what was there before: torch's allocator, both devices.
+
+    On a CPU from the profiler's record of every allocation, so that neither the heap's reserve nor the system's pages
+    enter; scratch memory inside the matrix library is not seen.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = function()
+        del kept
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = function()
+        del kept
+    now = highest = 0
+    for event in recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            highest = max(highest, now)
+    return highest

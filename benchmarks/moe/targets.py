@@ -1,0 +1,69 @@
+"""What the forms were asked to reach, beside what was measured: `python -m benchmarks moe --targets`.
+
+The ratios were set on a 2-core machine with AMX, and are to the best of transformers' three forms in the same process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from benchmarks.moe.cases import Case
+from benchmarks.moe.contestants import AUTO, PRODUCTS, TRANSFORMERS
+
+PRESETS = ("35b-a3b", "moe-4.54b")
+FORWARD = {1: (1.5, 1.5), 8: (1.15, 1.3), 64: (1.05, 1.1), 512: (1.0, 1.1), 2048: (1.3, 1.05), 8192: (1.5, 1.1)}
+TRAIN = {2048: (2.3, 1.3)}
+MEMORY = {2048: (1 / 8, 1 / 4)}  # of transformers' peak beyond weights and their gradients
+
+
+def cases(presets: Iterable[str] = PRESETS, tokens: Iterable[int] | None = None, train: bool | None = None) -> list[Case]:
+    """The cases behind the table, or some of them."""
+    kinds = [kind for kind in (False, True) if train in (None, kind)]
+    return [
+        Case(preset, n, train=kind)
+        for preset in presets for kind in kinds for n in (TRAIN if kind else FORWARD)
+        if preset in PRESETS and (tokens is None or n in tokens)
+    ]
+
+
+def best(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """transformers' fastest form of a measured case."""
+    found = [(f"transformers {kind}", row["contestants"].get(f"transformers {kind}", {})) for kind in TRANSFORMERS]
+    timed = [(name, found) for name, found in found if found.get("min_s")]
+    return min(timed, key=lambda pair: pair[1]["min_s"]) if timed else None
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: case, transformers' best, ours, ratio, target, verdict, and the bound that the products alone set."""
+    lines = ["| case | transformers' best, ms | ours, ms | ratio | asked for | verdict | products alone allow |"]
+    lines.append("|" + "---|" * 7)
+    for row in report["cases"]:
+        case, theirs, ours = row["case"], best(row), row["contestants"].get(AUTO, {})
+        goals = (TRAIN if case["train"] else FORWARD).get(case["tokens"])
+        if case["preset"] not in PRESETS or goals is None or theirs is None or not ours.get("min_s"):
+            continue
+        goal, ratio = goals[PRESETS.index(case["preset"])], theirs[1]["min_s"] / ours["min_s"]
+        alone = row["contestants"].get(PRODUCTS, {}).get("min_s")
+        limit = f"{theirs[1]['min_s'] / alone:.2f}x" if alone else ""
+        name = f"{case['preset']}, {case['tokens']} tokens" + (", forward + backward" if case["train"] else "")
+        times = f"{theirs[1]['min_s'] * 1e3:.2f} ({theirs[0][13:]}) | {ours['min_s'] * 1e3:.2f} | {ratio:.2f}x"
+        lines.append(f"| {name} | {times} | >= {goal}x | {verdict(ratio >= goal)} | {limit} |")
+        if case["train"]:
+            lines.append(_memory(row, case, goals=MEMORY[case["tokens"]]))
+    return "\n".join(lines)
+
+
+def _memory(row: Mapping[str, Any], case: Mapping[str, Any], goals: tuple[float, float]) -> str:
+    peaks = {name: found["peak_bytes"] for name, found in row["contestants"].items() if found.get("peak_bytes")}
+    fast = best(row)
+    ours, theirs = peaks[AUTO], peaks[fast[0]] if fast else 0
+    goal = goals[PRESETS.index(case["preset"])]
+    return (
+        f"| {case['preset']}, peak memory of it, MB | {theirs / 1e6:.0f} | {ours / 1e6:.0f} | {ours / theirs:.3f} | "
+        f"<= {goal} | {verdict(ours <= goal * theirs)} | |"
+    )
+
+
+def verdict(reached: bool) -> str:
+    return "reached" if reached else "missed"
