@@ -78,7 +78,7 @@ def test_half_precisions(dtype: torch.dtype) -> None:
     close((*tensors, weights.float()), dtype)
 
 
-@pytest.mark.parametrize("size", [(1, 3, 7, 10, 6), (3, 2, 9, 33, 20), (1, 4, 3, 16, 9)], ids=str)
+@pytest.mark.parametrize("size", [(1, 3, 7, 10, 6), (3, 2, 12, 33, 20), (2, 4, 16, 17, 9)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_pairs_without_a_sort(size: tuple[int, ...], dtype: torch.dtype, monkeypatch, calls) -> None:
     from qwen35moe_kernels import experts
@@ -98,14 +98,12 @@ def test_which_pairs_are_few(monkeypatch: pytest.MonkeyPatch, calls) -> None:
     from qwen35moe_kernels import experts
 
     monkeypatch.setattr(experts, "_FEW", 64)
-    cases = [((8, 8, 256), True), ((9, 8, 256), False), ((1, 2, 3), True), ((2, 2, 3), False), ((1, 70, 80), False)]
+    cases = [((8, 8, 256), True), ((9, 8, 200), False), ((1, 2, 3), True), ((2, 2, 3), False), ((1, 70, 80), False)]
     for (tokens, slots, number), expected in cases:
         args = problem(tokens, slots, number, 2, 1)
         with calls(experts, "_few") as few, calls(experts, "_many") as many, torch.no_grad():
-            monkeypatch.setattr(experts, "_many", lambda *args: (args[0], args[0], args[0]))
             backends.run(OPERATION, *args)
-        assert few.count == expected
-    assert many.count == 0
+        assert (few.count, many.count) == (expected, not expected)
     args = problem(1, 2, 3, 2, 1)
     with calls(experts, "_few") as few:
         gradients(lambda hidden: backends.run(OPERATION, hidden, *args[1:]), args[0])

@@ -11,6 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qwen35moe_kernels import runtime
+
+# The interpreter takes neither the product of bfloat16 for what it is nor `range` to a number that is no constexpr.
+INTERPRETED = tl.constexpr(runtime.interpreted())
+
 
 @triton.jit(do_not_specialize=["P", "T"])
 def schedule_kernel(order, ends, place, tiles, P, T, E: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, B: tl.constexpr):
@@ -25,17 +30,23 @@ def schedule_kernel(order, ends, place, tiles, P, T, E: tl.constexpr, BM: tl.con
     own = tl.sum(tl.where(every == expert, needed, 0), axis=0)
     first = tl.sum(tl.where(every == expert, start, 0), axis=0)
     block = tl.arange(0, B)
-    for i in range(0, own, B):
-        at = i + block
+    done = 0
+    while done < own:
+        at = done + block
         tl.store(tiles + before + at, expert + at * 0, mask=at < own)
         tl.store(tiles + T + before + at, first + at * BM, mask=at < own)
+        done += B
     if expert == 0:
-        for i in range(tl.sum(needed, axis=0), T, B):
-            tl.store(tiles + i + block, -1 + block * 0, mask=i + block < T)
-    for i in range(expert * B, P, E * B):
-        row = i + block
+        unused = tl.sum(needed, axis=0)
+        while unused < T:
+            tl.store(tiles + unused + block, -1 + block * 0, mask=unused + block < T)
+            unused += B
+    done = expert * B
+    while done < P:
+        row = done + block
         pair = tl.load(order + row, mask=row < P, other=0)
         tl.store(place + pair, row, mask=row < P)
+        done += E * B
 
 
 @triton.jit
@@ -46,6 +57,16 @@ def _load(at, inside, EVEN: tl.constexpr):
     else:
         value = tl.load(at, mask=inside, other=0.0)
     return value
+
+
+@triton.jit
+def _dot(a, b, total):
+    """total + a b, summed in float32."""
+    if INTERPRETED:
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    else:
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -83,9 +104,9 @@ def up_kernel(
         of_weight = in_k[:, None] & (n < F)[None, :]
         left = _load(left_at + start, in_k[None, :], D % BK == 0)
         weight = _load(gate_at + start, of_weight, D % BK == 0 and F % BN == 0)
-        gate = tl.dot(left, weight, gate, input_precision="ieee")
+        gate = _dot(left, weight, gate)
         weight = _load(gate_at + (F * D + start), of_weight, D % BK == 0 and F % BN == 0)
-        up = tl.dot(left, weight, up, input_precision="ieee")
+        up = _dot(left, weight, up)
     mask = inside[:, None] & (n < F)[None, :]
     if KEEP:
         at = pre + row[:, None] * (2 * F) + n[None, :]
@@ -116,7 +137,7 @@ def product_kernel(
         in_k = k < K - start
         value = _load(left_at + start, in_k[None, :], K % BK == 0)
         matrix = _load(weight_at + start * w_k, in_k[:, None] & (n < N)[None, :], K % BK == 0 and N % BN == 0)
-        total = tl.dot(value, matrix, total, input_precision="ieee")
+        total = _dot(value, matrix, total)
     mask = inside[:, None] & (n < N)[None, :]
     tl.store(out + row[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=mask)
 
@@ -165,20 +186,39 @@ def act_gradient_kernel(
         in_k = k < D - start
         left = _load(left_at + start, in_k[None, :], D % BK == 0)
         matrix = _load(weight_at + start * F, in_k[:, None] & (n < F)[None, :], D % BK == 0 and F % BN == 0)
-        grad = tl.dot(left, matrix, grad, input_precision="ieee")
+        grad = _dot(left, matrix, grad)
     mask = inside[:, None] & (n < F)[None, :]
     at = row[:, None] * (2 * F) + n[None, :]
-    gate = tl.load(pre + at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(pre + at + F, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weights + pair).to(tl.float32)[:, None]
+    even: tl.constexpr = F % BN == 0
+    gate = _load(pre + at, mask, even).to(tl.float32)
     open_ = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * open_
+    slope = open_ * (1.0 + gate - silu)
+    up = _load(pre + at + F, mask, even).to(tl.float32)
+    weight = tl.load(weights + pair).to(tl.float32)[:, None]
+    tl.store(scaled + row[:, None] * F + n[None, :], (weight * silu * up).to(scaled.dtype.element_ty), mask=mask)
     share = tl.program_id(0) % blocks * P.to(tl.int64) + pair
     tl.store(shares + share, tl.sum(grad * silu * up, axis=1), mask=inside)
-    tl.store(scaled + row[:, None] * F + n[None, :], (weight * silu * up).to(scaled.dtype.element_ty), mask=mask)
     grad *= weight
-    tl.store(dpre + at, (grad * up * open_ * (1.0 + gate - silu)).to(dpre.dtype.element_ty), mask=mask)
+    tl.store(dpre + at, (grad * up * slope).to(dpre.dtype.element_ty), mask=mask)
     tl.store(dpre + at + F, (grad * silu).to(dpre.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _outer(
+    total, left, right, order, start, stop, m, n, M: tl.constexpr, N: tl.constexpr, S: tl.constexpr, LEFT: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """total [BM, BN] plus left^T right of BK rows from `start`."""
+    row = start + tl.arange(0, BK)
+    inside = row < stop
+    token = tl.load(order + row, mask=inside, other=0).to(tl.int64) // S
+    row = row.to(tl.int64)
+    of_left = token if LEFT else row
+    of_right = row if LEFT else token
+    a = tl.load(left + of_left[:, None] * M + m[None, :], mask=inside[:, None] & (m < M)[None, :], other=0.0)
+    b = tl.load(right + of_right[:, None] * N + n[None, :], mask=inside[:, None] & (n < N)[None, :], other=0.0)
+    return _dot(tl.trans(a), b, total)
 
 
 @triton.jit
@@ -197,20 +237,15 @@ def weight_gradient_kernel(
     m = block // columns * BM + tl.arange(0, BM)
     n = block % columns * BN + tl.arange(0, BN)
     stop = tl.load(ends + expert)
-    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     total = tl.zeros([BM, BN], dtype=tl.float32)
-    for start in range(first, stop, BK):
-        row = start + tl.arange(0, BK)
-        inside = row < stop
-        token = tl.load(order + row, mask=inside, other=0).to(tl.int64) // S
-        row = row.to(tl.int64)
-        of_left = token if LEFT else row
-        of_right = row if LEFT else token
-        in_m = inside[:, None] & (m < M)[None, :]
-        in_n = inside[:, None] & (n < N)[None, :]
-        a = tl.load(left + of_left[:, None] * M + m[None, :], mask=in_m, other=0.0)
-        b = tl.load(right + of_right[:, None] * N + n[None, :], mask=in_n, other=0.0)
-        total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
+    if INTERPRETED:
+        while start < stop:
+            total = _outer(total, left, right, order, start, stop, m, n, M, N, S, LEFT, BK)
+            start += BK
+    else:  # compiled, only `range` is loaded ahead
+        for row in range(start, stop, BK):
+            total = _outer(total, left, right, order, row, stop, m, n, M, N, S, LEFT, BK)
     at = expert.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
