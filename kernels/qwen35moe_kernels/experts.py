@@ -57,9 +57,9 @@ class Tiles:
 
 # (pairs per expert up to which, tiles). Reasoned from shared memory and registers of a Hopper GPU, not tuned.
 _HALF = (
-    (16, Tiles(Tile(16, 64, 128, 4, 4), Tile(16, 128, 128, 4, 4), Tile(16, 128, 128, 4, 3), Tile(128, 128, 16, 8, 4))),
-    (64, Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 8, 4), Tile(128, 128, 32, 8, 4))),
-    (None, Tiles(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(128, 256, 64, 8, 3))),
+    (16, Tiles(Tile(16, 64, 128, 4, 4), Tile(16, 128, 128, 4, 4), Tile(16, 128, 128, 4, 3), Tile(128, 128, 16, 8, 7))),
+    (64, Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 8, 4), Tile(128, 128, 32, 8, 7))),
+    (None, Tiles(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(128, 256, 64, 8, 5))),
 )
 _SINGLE = (
     (16, Tiles(Tile(16, 32, 32, 4, 3), Tile(16, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3), Tile(64, 64, 16, 4, 3))),
