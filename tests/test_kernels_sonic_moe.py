@@ -150,7 +150,7 @@ def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert said(hidden, gate_up, down, indices, weights) == "a graph is being compiled, which sonic-moe refuses"
-    for capability, words in (((8, 0), "is made for compute capability 9.0"), ((10, 3), "can be silently wrong (its issue 63)")):
+    for capability, words in (((8, 0), "made for compute capability 9.0"), ((10, 3), "can be silently wrong (its issue 63)")):
         monkeypatch.setattr("qwen35moe_kernels.runtime.capability", lambda tensor, found=capability: found)
         assert words in said(hidden, gate_up, down, indices, weights)
     monkeypatch.setattr("qwen35moe_kernels.runtime.capability", lambda tensor: (9, 0))

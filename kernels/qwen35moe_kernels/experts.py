@@ -96,9 +96,7 @@ def objection(
     return None
 
 
-def experts(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None
-) -> Tensor:
+def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None) -> Tensor:
     """y [N, D]; see the top of this file."""
     keep = runtime.needs_gradient(hidden, gate_up, down, weights)
     run = _operation if keep or torch.compiler.is_compiling() else _forward
@@ -206,9 +204,7 @@ def _few(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights
     y = torch.empty_like(hidden)
     sizes = {"D": width, "F": inner, "S": slots}
     columns, depth = (min(a, runtime.power_of_two(b)) for a, b in zip(_FEW_UP, (inner, width), strict=True))
-    kernels.few_up_kernel[(pairs, runtime.parts(inner, columns))](
-        hidden, gate_up, indices, act, **sizes, BN=columns, BK=depth
-    )
+    kernels.few_up_kernel[(pairs, runtime.parts(inner, columns))](hidden, gate_up, indices, act, **sizes, BN=columns, BK=depth)
     columns, depth = (min(a, runtime.power_of_two(b)) for a, b in zip(_FEW_DOWN, (width, inner), strict=True))
     kernels.few_down_kernel[(len(hidden), runtime.parts(width, columns))](
         act, down, indices, weights, y, **sizes, BN=columns, BK=depth
@@ -258,9 +254,7 @@ def _weight_gradient(tiles: Tiles, plan: _Schedule, left: Tensor, right: Tensor,
     options = tile.options(n, tile.depth) | {"BM": min(tile.rows, max(16, runtime.power_of_two(m)))}
     out = left.new_empty(number, m, n)
     blocks = runtime.parts(m, options["BM"]) * runtime.parts(n, options["BN"])
-    kernel[(number * blocks,)](
-        left, right, plan.order, plan.ends, out, M=m, N=n, S=slots, LEFT=of_tokens == "left", **options
-    )
+    kernel[(number * blocks,)](left, right, plan.order, plan.ends, out, M=m, N=n, S=slots, LEFT=of_tokens == "left", **options)
     return out
 
 

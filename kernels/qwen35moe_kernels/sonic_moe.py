@@ -74,9 +74,7 @@ def slower(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, *_: T
     return f"{pairs} pairs for {experts} experts: below {_PAIRS} each, reading the weights is what takes the time"
 
 
-def experts(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None
-) -> Tensor:
+def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None) -> Tensor:
     """y [N, D]; the contract of `experts`. The weights are taken in float32, as sonic-moe does itself."""
     from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
     from sonicmoe.functional import moe_general_routing_inputs  # pyright: ignore[reportMissingImports]
