@@ -12,7 +12,7 @@ from qwen35moe.backends import OPERATIONS, table
 ON_A_CPU = {
     "rms_norm": ("inplace", "torch"),
     "gated_rms_norm": ("inplace", "inplace"),
-    "rotary": ("torch", "torch"),
+    "rotary": ("torch", "torch"),  # its form in place is for more than 64 tokens
     "attention": ("torch", "torch"),
     "vision_attention": ("torch", "torch"),
     "short_convolution": ("inplace", "inplace"),
