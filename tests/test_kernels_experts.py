@@ -115,7 +115,7 @@ def test_which_pairs_are_few(monkeypatch: pytest.MonkeyPatch, calls) -> None:
 
 def test_no_tokens() -> None:
     args = problem(0, 2, 3, 5, 2)
-    assert backends.run(OPERATION, *args).shape == (0, 5)
+    close(args)
     leaves = [args[0], args[1], args[2], args[4]]
     grads = gradients(lambda *x: backends.run(OPERATION, *x[:3], args[3], x[3]), *leaves)
     assert all(torch.equal(grad, torch.zeros_like(leaf)) for grad, leaf in zip(grads, leaves, strict=True))
@@ -338,6 +338,17 @@ def test_at_the_sizes_of_35b(tokens: int, load: str, dtype: torch.dtype) -> None
             found = backends.run(OPERATION, *args)
         exact = loop_experts(*(x.double() if x.is_floating_point() else x for x in args))
         assert (found - exact).abs().max() <= bound * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 3, 5, 2), (2, 9, 33, 20), (3, 4, 128, 48), (8, 64, 96, 160), (4, 4, 40, 24)], ids=str)
+def test_100_random_cases_of_odd_sizes(shape: tuple[int, ...]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        tokens = int(torch.randint(0, 200, (1,), generator=rng)) // int(torch.randint(1, 20, (1,), generator=rng))
+        load = ("random", "all to one", "empty", "repeated")[int(torch.randint(0, 4, (1,), generator=rng))]
+        for dtype in (torch.float32, torch.bfloat16):
+            close(problem(tokens, *shape, load=load, dtype=dtype), dtype)
 
 
 @pytest.mark.gpu
