@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint.hub import folder_of
 from .config import Config
-from .placement import Devices
-from .processing.text import Tokenizer
+
+if TYPE_CHECKING:  # `find` is used where torch is not
+    import torch
+
+    from .placement import Devices
+    from .processing.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ def load(
     For a model without its tokenizer use the class: Qwen3_5MoeForCausalLM.from_pretrained(folder).
     """
     from . import model as models
+    from .processing.text import Tokenizer
 
     folder = find(name, revision)
     tokenizer = Tokenizer.from_pretrained(folder)  # first: it costs little, and may fail
