@@ -1,13 +1,15 @@
-"""Loading a checkpoint into bfloat16 on a CPU, beside transformers: seconds, anonymous memory, and one layer alone.
+"""Loading a checkpoint in bfloat16, beside transformers: seconds, bytes per second, anonymous memory, and one layer alone.
 
     python -m benchmarks.synthetic /somewhere/4b --layout per_expert     # 9 GB, outside the repository
-    python -m benchmarks loading --checkpoint /somewhere/4b [--json out.json]
+    python -m benchmarks loading --checkpoint /somewhere/4b [--device cuda] [--json out.json]
 
 Each measurement is a process of its own, sides in turns, all weight files in the page cache. "load" is from_pretrained;
-"load and touch" ends when every page of the weights was read once, since a load that maps files has not read them. The
-answer: both sides' parameters must have the same digests (sums of all bits, and samples); A_log and its like rounded to
-bfloat16 first, as transformers stores them. "layer" is one layer with weights="copy" beside reading as many bytes from the same
-files into fresh memory. Memory is the most RssAnon of the load above what it was before, against the experts' bytes.
+"load and touch" ends when every page of the weights was read once, since a load that maps files has not read them;
+"copied" is ours with weights="copy". With --device cuda all sides end with the weights there (transformers loads them as it
+does without a device and moves them). The answer: all sides' parameters must have the same digests (sums of all bits,
+and samples; first round); A_log and its like rounded to bfloat16 first, as transformers stores them. "layer" is one layer
+with weights="copy" beside reading as many bytes from the same files into fresh memory (--layer -1: not measured). Memory is
+the most RssAnon of the load above what it was before, against the experts' bytes; on a GPU that is what buffers take.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from benchmarks.text_4b.memory import Watch, usage, warm, weight_files
 from benchmarks.text_4b.sides import side
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDES = ("transformers", "ours")
+SIDES = ("transformers", "ours", "copied")
 FASTER = 4  # per-expert files: ours against transformers
 ROOM = 0.3e9  # anonymous bytes beyond the experts'
 
@@ -40,41 +42,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, rounds=2)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--layer", type=int, default=3, help="the layer that is loaded alone")
+    parser.add_argument("--digest", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=(*TASKS,), help=argparse.SUPPRESS)
     options = parser.parse_args(None if argv is None else list(argv))
     if options.worker:
         print(json.dumps(TASKS[options.worker](options)), flush=True)
         return 0
-    report = Report("loading", rounds=options.rounds)
+    report = Report("loading", rounds=options.rounds)  # timed by the workers, each in its own process
     files, experts = weight_files(options.checkpoint), expert_bytes(options.checkpoint)
     layout = "per_expert" if experts["per_expert"] else "grouped"
+    place = "" if options.device == "cpu" else "/gpu"
     total = sum(experts.values()) / 1e9
     print(f"{layout}: experts {total:.2f} GB, {warm(files):.0%} of the files in the page cache", flush=True)
     runs = in_turns(options, SIDES)
     for name in ("load", "load_and_touch"):
-        with report.case(f"loading/{layout}/{name}/bf16") as case:
+        with report.case(f"loading/{layout}{place}/{name}/bf16") as case:
             compare(case, runs, name)
-    layers = in_turns(options, ("read", "layer"))
-    with report.case(f"loading/{layout}/one_layer/bf16") as case:
-        case.baseline = "read"
-        case.timings.update({name: Timing(tuple(run["load"] for run in found)) for name, found in layers.items()})
+    layers = in_turns(options, ("read", "layer")) if options.layer >= 0 else {}
+    if layers:
+        with report.case(f"loading/{layout}/one_layer/bf16") as case:
+            case.baseline = "read"
+            case.timings.update({name: Timing(tuple(run["load"] for run in found)) for name, found in layers.items()})
     memory = {name: max(run["anonymous"] for run in found) for name, found in runs.items()}
     for name, most in memory.items():
         print(f"  {name:<24} anonymous memory {most / 1e9:6.2f} GB, {(most - experts['per_expert']) / 1e9:+.2f} beside the "
               f"experts that are stacked (ours: at most {ROOM / 1e9})")  # fmt: skip
-    status = report.finish(options)
-    if options.json:
-        extra = {"anonymous": memory, "experts": experts, "layer_bytes": layers["layer"][0]["nbytes"]}
-        options.json.write_text(json.dumps({**report.as_dict(), **extra}, indent=1) + "\n", encoding="utf-8")
-    return status
+    report.extra = {"anonymous": memory, "experts": experts}
+    if layers:
+        report.extra["layer_bytes"] = layers["layer"][0]["nbytes"]
+    return report.finish(options)
 
 
 def compare(case: Case, runs: dict[str, list[dict[str, Any]]], name: str) -> None:
     """Times of the sides whose weights agree."""
-    digests = {side: {run["digest"] for run in found} for side, found in runs.items()}
+    digests = {side: {run["digest"] for run in found if run["digest"]} for side, found in runs.items()}
     case.baseline = "transformers"
-    if len(set.union(*digests.values())) > 1:
-        case.wrong["ours"] = "its weights have other digests than transformers'"
+    for contestant, found in runs.items():
+        if digests[contestant] != digests["transformers"] or len(digests[contestant]) != 1:
+            case.wrong[contestant] = "its weights have other digests than transformers'"
+        case.figures[contestant] = {"GB/s": found[0]["nbytes"] / min(run[name] for run in found) / 1e9}
     right = {side: found for side, found in runs.items() if side not in case.wrong}
     case.timings.update({side: Timing(tuple(run[name] for run in found)) for side, found in right.items()})
 
@@ -85,7 +91,8 @@ def in_turns(options: argparse.Namespace, tasks: Sequence[str]) -> dict[str, lis
     for number in range(options.rounds):
         for task in tasks if number % 2 == 0 else tasks[::-1]:
             command = [sys.executable, "-m", "benchmarks.loading", "--worker", task]
-            command += ["--checkpoint", str(options.checkpoint), "--layer", str(options.layer)]
+            command += ["--checkpoint", str(options.checkpoint), "--layer", str(options.layer), "--device", options.device]
+            command += ["--digest"] if number == 0 else []
             warm(weight_files(options.checkpoint))  # each time: a system may give cached pages away within seconds
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
@@ -96,16 +103,33 @@ def in_turns(options: argparse.Namespace, tasks: Sequence[str]) -> dict[str, lis
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
     """from_pretrained, then a first look at all weights."""
-    runner = side(options.worker)
+    runner = side("transformers" if options.worker == "transformers" else "ours")
+    if options.device != "cpu":
+        torch.zeros(1, device=options.device)  # the device's own start
     base, watch = usage()["RssAnon"], Watch()
     start = time.perf_counter()
-    runner.load(options.checkpoint)
+    if options.worker == "transformers":
+        runner.load(options.checkpoint)
+        model = runner.model.to(options.device)
+    else:
+        how = "copy" if options.worker == "copied" else "map"
+        model = runner.cls.from_pretrained(options.checkpoint, weights=how, device=options.device)
+    wait(options.device)
     loaded = time.perf_counter()
-    for parameter in runner.model.parameters():
+    for parameter in model.parameters():
         parameter.detach().view(-1).view(torch.uint8)[::4096].sum()
+    wait(options.device)
     touched = time.perf_counter()
     anonymous = watch.stop() - base
-    return {"load": loaded - start, "load_and_touch": touched - start, "anonymous": anonymous, "digest": digest(runner.model)}
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    times = {"load": loaded - start, "load_and_touch": touched - start}
+    return {**times, "anonymous": anonymous, "nbytes": nbytes, "digest": digest(model) if options.digest else None}
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was told."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
 
 
 def digest(model: nn.Module) -> str:
@@ -113,7 +137,9 @@ def digest(model: nn.Module) -> str:
     total = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         flat = value.detach().to(torch.bfloat16).contiguous().view(-1).view(torch.int16)
-        total.update(f"{name} {list(value.shape)} {int(flat.sum(dtype=torch.int64))}".encode())
+        whole = flat.numel() // 4 * 4
+        bits = int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())  # modulo 2^64
+        total.update(f"{name} {list(value.shape)} {bits}".encode())
         total.update(bytes(_bytes(flat[:: 1 + flat.numel() // 1009])))
     return total.hexdigest()
 
@@ -137,7 +163,8 @@ def read(options: argparse.Namespace) -> dict[str, Any]:
     from concurrent.futures import ThreadPoolExecutor
 
     from qwen35moe import Qwen3_5MoeForCausalLM
-    from qwen35moe.checkpoint.memory import CHUNK, _read_exactly, new_memory
+    from qwen35moe.checkpoint.memory import new_memory, read_exactly
+    from qwen35moe.checkpoint.transfer import CHUNK
 
     sizes = Qwen3_5MoeForCausalLM.from_pretrained(options.checkpoint, layers=[options.layer], device="meta")
     nbytes = sum(parameter.nbytes for parameter in sizes.parameters())
@@ -153,7 +180,7 @@ def read(options: argparse.Namespace) -> dict[str, Any]:
     def fetch(job: tuple[Path, int, int, int]) -> None:
         file, at, count, begin = job
         descriptor = os.open(file, os.O_RDONLY)
-        _read_exactly(descriptor, target.data_ptr() + at, count, begin)
+        read_exactly(descriptor, target.data_ptr() + at, count, begin)
         os.close(descriptor)
 
     with ThreadPoolExecutor(2) as pool:
@@ -174,7 +201,7 @@ def expert_bytes(folder: Path) -> dict[str, int]:
     return found
 
 
-TASKS = {"transformers": load, "ours": load, "layer": layer, "read": read}
+TASKS = {"transformers": load, "ours": load, "copied": load, "layer": layer, "read": read}
 
 
 if __name__ == "__main__":

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint.headers import read_headers
 from .checkpoint.hub import folder_of
 from .checkpoint.names import canonical, part_of
 from .config import Config
-from .placement import Devices
-from .processing.text import Tokenizer
+
+if TYPE_CHECKING:  # `find` is used where torch is not
+    import torch
+
+    from .placement import Devices
+    from .processing.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ def load(
     """
     from . import model as models
     from . import vision_language
+    from .processing.text import Tokenizer
 
     folder = find(name, revision)
     tokenizer = Tokenizer.from_pretrained(folder)  # first: it costs little, and may fail

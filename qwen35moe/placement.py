@@ -71,7 +71,7 @@ def placement(model: nn.Module, devices: Devices, itemsize: int | None = None) -
     """
     where = chosen_devices(devices)
     sizes = _bytes_by_layer(model, itemsize)
-    free = [torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None for device in where]
+    free = [_free(device) if device.type == "cuda" else None for device in where]
     known = [room for room in free if room is not None]
     shares = known if len(known) == len(where) else [1] * len(where)
     layers = tuple(where[index] for index in _split(sizes, shares))
@@ -84,6 +84,12 @@ def placement(model: nn.Module, devices: Devices, itemsize: int | None = None) -
             )
     tied = any("lm_head" in name for name, _ in model.named_parameters()) is False
     return Placement(layers, layers[0] if tied else layers[-1])
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that can be had: what the system calls free, and what torch keeps for reuse."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _bytes_by_layer(model: nn.Module, itemsize: int | None) -> list[int]:

@@ -22,7 +22,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen35moe.checkpoint import CheckpointError, headers, names, read, read_headers
+from qwen35moe.checkpoint import CheckpointError, fill, headers, names, read_headers
 from qwen35moe.checkpoint.problems import MAX_ROWS, nearest
 from qwen35moe.config import ConfigError
 from qwen35moe.model import Qwen3_5MoeForCausalLM
@@ -47,7 +47,7 @@ def small() -> tuple[Case, Tensors]:
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may be mapped, allocated or read for weights."""
     for name in ("map_file", "new_memory", "read_into", "view_of"):
-        monkeypatch.setattr(read, name, lambda *_, **__: pytest.fail("memory was taken"))
+        monkeypatch.setattr(fill, name, lambda *_, **__: pytest.fail("memory was taken"))
 
 
 def rewrite(file: Path, change: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen35moe.checkpoint import CheckpointError, block_fp8, memory, read
+from qwen35moe.checkpoint import CheckpointError, block_fp8, blocks, fill, read, transfer
 from qwen35moe.config import Config
 from qwen35moe.model import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 from tests import peer
@@ -128,7 +128,7 @@ def test_the_text_class_is_tied_as_text_config_says(top: bool | None, inner: boo
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 127), (300, 257), (3, 130, 140)])
 def test_the_definition_is_the_product_per_block(shape: tuple[int, ...]) -> None:
     values, scale = random_fp8(shape, peer.generator(3))
-    assert scale.shape == block_fp8.scale_shape(shape)
+    assert scale.shape == blocks.scale_shape(shape)
     expected = block_by_block(values, scale)
     assert torch.equal(block_fp8.dequantise(values, scale).double(), expected)
     if len(shape) == 2:
@@ -145,12 +145,12 @@ def test_every_code_is_widened_to_its_value() -> None:
     assert block_fp8.widened(numbers[:0]).shape == (0,)
 
 
-@pytest.mark.parametrize("chunk", [1, 128 * 200 + 1, 2**21])
+@pytest.mark.parametrize("chunk", [1000, 128 * 200 + 1, 2**21])
 @pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.float16, torch.float64])
 def test_fp8_is_rounded_once_into_any_dtype_in_pieces_of_any_size(
     dtype: Any, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "FP8_CHUNK", chunk)
+    monkeypatch.setattr(transfer, "TILE", chunk)
     folder, expected = publish(tmp_path, LAYOUTS[FP8], shards=1)
     stored = load_file(folder / "model.safetensors")
     model = MODEL.from_pretrained(folder, dtype=dtype)
@@ -195,7 +195,7 @@ def test_a_scale_that_is_wrong(how: str, tmp_path: Path, monkeypatch: pytest.Mon
     name, value, message = SCALES[how]
     folder = changed(publish(tmp_path, LAYOUTS[FP8], shards=1)[0], name, value)
     for function in ("map_file", "new_memory", "read_into", "view_of"):
-        monkeypatch.setattr(read, function, lambda *_, **__: pytest.fail("memory was taken"))
+        monkeypatch.setattr(fill, function, lambda *_, **__: pytest.fail("memory was taken"))
     with pytest.raises(CheckpointError, match=message) as caught:
         MODEL.from_pretrained(folder)
     assert len(caught.value.problems) == (2 if how == "alone" else 1)
@@ -237,10 +237,10 @@ def test_fp8_without_a_word_in_the_configuration_and_bf16_in_spite_of_one(tmp_pa
 def test_fp8_is_read_in_bounded_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No staging buffer grows with the tensor, and each product is written to the parameter's own memory."""
     largest: list[int] = []
-    original = memory._product
-    monkeypatch.setattr(memory, "FP8_CHUNK", 128 * 200)
-    monkeypatch.setattr(memory, "_product", lambda piece, values, scale: largest.append(values.numel()) or original(
-        piece, values, scale))  # fmt: skip
+    original = transfer.dequantise_rows
+    monkeypatch.setattr(transfer, "TILE", 128 * 200)
+    monkeypatch.setattr(transfer, "dequantise_rows", lambda values, scale: largest.append(values.numel()) or original(
+        values, scale))  # fmt: skip
     folder, _ = publish(tmp_path, LAYOUTS["FP8, experts grouped"])
     MODEL.from_pretrained(folder)
     assert max(largest) == 128 * 200 and len(largest) > 60

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwen35moe import taps
-from qwen35moe.checkpoint import CheckpointError, headers, memory, read
+from qwen35moe.checkpoint import CheckpointError, fill, headers, transfer
 from qwen35moe.checkpoint.selection import runs
 from qwen35moe.config import Config
 from qwen35moe.model import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel
@@ -128,9 +128,9 @@ class Bytes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: dict[str, set[tuple[int, int]]] = {}
-        view, exactly, ahead = read.view_of, memory._read_exactly, read.ReadAhead
+        view, exactly, ahead = fill.view_of, transfer.read_exactly, fill.ReadAhead
         open_maps: dict[int, str] = {}
-        real_map = read.map_file
+        real_map = fill.map_file
 
         def map_file(file: Path) -> Any:
             mapped = real_map(file)
@@ -156,10 +156,10 @@ class Bytes:
 
         self.kept: list[Any] = []
         read_ahead.possible = ahead.possible  # type: ignore[attr-defined]
-        monkeypatch.setattr(read, "map_file", map_file)
-        monkeypatch.setattr(read, "view_of", view_of)
-        monkeypatch.setattr(memory, "_read_exactly", read_exactly)
-        monkeypatch.setattr(read, "ReadAhead", read_ahead)
+        monkeypatch.setattr(fill, "map_file", map_file)
+        monkeypatch.setattr(fill, "view_of", view_of)
+        monkeypatch.setattr(transfer, "read_exactly", read_exactly)
+        monkeypatch.setattr(fill, "ReadAhead", read_ahead)
 
     @property
     def total(self) -> int:
@@ -250,7 +250,7 @@ def test_a_layer_of_full_size_maps_its_own_bytes(tmp_path: Path, counted: Bytes,
         file.truncate(8 + len(text) + at)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert at == 71_903_655_008
-    monkeypatch.setattr(read, "available_memory", lambda: 0)  # no reading ahead
+    monkeypatch.setattr(fill, "available_memory", lambda: 0)  # no reading ahead
     model = MODEL.from_pretrained(tmp_path, layers=[3])
     layer = sum(parameter.nbytes for parameter in model.model.layers.parameters())
     assert 1.6e9 < layer < 1.8e9 and model.loading_report.copied == model.loading_report.stacked == 0

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe.checkpoint import CheckpointError, load_model, memory, read
+from qwen35moe.checkpoint import CheckpointError, fill, load_model, memory, read, transfer
 from qwen35moe.config import Config, ConfigError
 from qwen35moe.model import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel
 from tests import peer
@@ -312,7 +312,7 @@ def test_data_at_any_byte_is_right(spaces: int, how: str, bf16: tuple[Case, Tens
 
 @pytest.mark.parametrize("chunk", [64, 1000, 2**25])
 def test_reading_in_pieces_of_any_size(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CHUNK", chunk)
+    monkeypatch.setattr(transfer, "CHUNK", chunk)
     monkeypatch.setattr(memory, "_HUGE", 0)  # all memory from huge pages
     tensors = weights(case())
     folder = write(tmp_path, per_expert(tensors), case().text)
@@ -324,9 +324,9 @@ def test_a_file_that_shrinks_while_it_is_read(bf16: tuple[Case, Tensors], tmp_pa
     of, tensors = bf16
     file = write(tmp_path, tensors, of.text) / "model.safetensors"
     target = torch.empty(100)
-    job = memory.Copy(file, file.stat().st_size - 40, torch.float32, target)
+    job = transfer.Copy(file, file.stat().st_size - 40, torch.float32, target)
     with pytest.raises(OSError, match="ended 360 bytes early"):
-        memory.read_into([job], torch.device("cpu"))
+        transfer.read_into([job])
 
 
 def test_the_meta_device_checks_and_reads_nothing(bf16: tuple[Case, Tensors], tmp_path: Path) -> None:
@@ -351,10 +351,10 @@ def test_a_gpu_gets_the_same_weights(how: str, dtype: str, bf16: tuple[Case, Ten
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the page counts of /proc")
-@pytest.mark.parametrize("layout", ["grouped, mapped", "per expert", "per expert, FP8"])
+@pytest.mark.parametrize("layout", ["grouped, mapped", "per expert, mapped", "per expert, copied", "per expert, FP8"])
 def test_memory_is_taken_once(layout: str, tmp_path: Path) -> None:
-    """A child process loads 96 MiB of experts: mapped ones take no memory of their own, stacked ones exactly theirs;
-    block-FP8 needs buffers of a fixed size beside that.
+    """A child process loads 48 MiB of experts: mapped ones take no memory of their own, a page for each piece where they
+    are put together, stacked ones exactly theirs; block-FP8 needs buffers of a fixed size beside that.
 
     Peak anonymous memory, so that page cache and code do not count.
     """
@@ -376,13 +376,13 @@ def test_memory_is_taken_once(layout: str, tmp_path: Path) -> None:
             samples = iter(lambda: loading.wait(0.002), True)
             watch = threading.Thread(target=lambda: [seen.append(_anonymous()) for _ in samples])
             watch.start()
-            model = MODEL.from_pretrained(folder)
+            model = MODEL.from_pretrained(folder, weights="copy" if layout.endswith("copied") else "map")
             loading.set()
             watch.join()
             grown = max(*seen, _anonymous()) - start
             experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
-            limit = {"grouped, mapped": 8e6, "per expert": experts + 8e6}.get(layout, experts + 150e6)  # two staging buffers
-            floor = experts if layout == "per expert" else 0
+            limit = 8e6 if layout.endswith("mapped") else experts + (64e6 if layout.endswith("FP8") else 16e6)
+            floor = 0 if layout.endswith("mapped") else experts
             os._exit(0 if floor <= grown <= limit and experts == 8 * 3 * 512 * 2048 * 2 else 1)
         finally:
             os._exit(2)
@@ -483,7 +483,7 @@ def test_what_does_not_fit_into_memory_is_not_read_ahead(
     bf16: tuple[Case, Tensors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of, tensors = bf16
-    monkeypatch.setattr(read, "available_memory", lambda: 1000)
+    monkeypatch.setattr(fill, "available_memory", lambda: 1000)
     model = MODEL.from_pretrained(write(tmp_path, tensors, of.text))
     assert model.loading_report.read_ahead is None
     assert_weights(model, tensors)
@@ -583,7 +583,7 @@ def test_nothing_is_allocated_before_a_checkpoint_is_known_to_fit(
     of, tensors = bf16
     folder = write(tmp_path, tensors | {"model.strange": torch.ones(1)}, of.text)
     for name in ("map_file", "new_memory", "read_into", "view_of"):
-        monkeypatch.setattr(read, name, lambda *_, **__: pytest.fail("memory was taken"))
+        monkeypatch.setattr(fill, name, lambda *_, **__: pytest.fail("memory was taken"))
     assert problems_of(folder) == {("unexpected", "model.strange")}
 
 

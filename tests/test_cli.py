@@ -139,6 +139,17 @@ def test_generate_streams_text_and_says_how_fast(folder: Path, capsys: pytest.Ca
     assert "tokens/s" in out.err and f"prompt of {len(tokenizer.encode('In the'))} tokens" in out.err
 
 
+def test_generate_on_several_devices(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """--device takes a list and "auto"; where no GPU is seen, both end on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    texts = set()
+    for device in ("cpu", "cpu,cpu", "auto"):
+        assert main(["generate", str(folder), "--prompt", "In the", "--max-new-tokens", "3", "--device", device]) == 0
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
+    assert "nowhere" in fails(capsys, "generate", str(folder), "--prompt", "a", "--device", "cpu,nowhere")
+
+
 def test_generate_samples_by_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def text(*more: str) -> str:
         command = ["generate", str(folder), "--prompt", "In the", "--max-new-tokens", "12", *more]

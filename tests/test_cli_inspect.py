@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,14 @@ def write_headers(path: Path, config: Config, found: list[TensorShape], shards: 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def test_headers_are_read_without_torch(tmp_path: Path) -> None:
+    """Importing it takes longer than everything else that `inspect` does."""
+    write_tiny(tmp_path, tiny_config(), QWEN35)
+    program = f"import sys; from qwen35moe.cli import main; main(['inspect', {str(tmp_path)!r}]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    assert "tensors" in done.stdout and done.stdout.splitlines()[-1] == "False"
 
 
 def test_a_published_fp8_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from qwen35moe.modules.unfused import UnfusedExperts
 
 from . import names
-from .block_fp8 import CODE, SCALE, scale_shape
-from .headers import FLOATS, Header, StoredTensor
+from .blocks import CODE, SCALE, scale_shape
+from .dtypes import FLOATS
+from .headers import Header, StoredTensor
 from .problems import Problem, nearest
 from .selection import Selection, runs
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 128
-CODE, VALUES = "F8_E4M3", torch.float8_e4m3fn
-SCALE = "_scale_inv"  # after the name of the weight
+from .blocks import BLOCK
+
+VALUES = torch.float8_e4m3fn  # a weight's numbers, which files call blocks.CODE
 
 
 def dequantise(values: Tensor, scale: Tensor) -> Tensor:
@@ -50,8 +50,3 @@ def widened(values: Tensor) -> Tensor:
         return values.float()
     moved = codes.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)  # the sign stands in bits 15 and 14
     return moved.view(torch.float16).float().mul_(256)
-
-
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the factors of a weight [..., R, C]."""
-    return (*shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))

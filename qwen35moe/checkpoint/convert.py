@@ -23,9 +23,11 @@ from torch import Tensor
 from qwen35moe.config import Config
 
 from . import names
-from .block_fp8 import BLOCK, SCALE, dequantise, scale_shape
+from .block_fp8 import dequantise
+from .blocks import BLOCK, SCALE, scale_shape
+from .dtypes import FLOATS
 from .folder import CONFIG, config_file
-from .headers import FLOATS, INDEX, Header, StoredTensor, locate, read_headers
+from .headers import INDEX, Header, StoredTensor, locate, read_headers
 from .problems import CheckpointError, Problem
 from .published import check_experts
 from .write import Entry, bytes_of, json_bytes, write_checkpoint

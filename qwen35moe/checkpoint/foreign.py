@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from qwen35moe.config import Config
 
-from .block_fp8 import BLOCK, SCALE
-from .headers import FLOATS, Header
+from .blocks import BLOCK, SCALE
+from .dtypes import FLOATS
+from .headers import Header
 from .problems import CheckpointError, shown
 
 # The last part of a name that no unquantised or block-FP8 checkpoint has -> who writes it.

@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from .problems import CheckpointError, Problem, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,8 +29,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 MAX_TENSORS = 500_000  # of a whole checkpoint; the largest published one has 189,042
 SAVE_ID = "save_id"  # in the metadata of what this library writes: see folder.py
 
-# What a parameter may be stored in. The other dtypes of the format are known (their sizes are checked) but not read.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of all dtypes of the format; the sizes of tensors are checked by them. dtypes.py has those that are read.
 _BITS = {"C64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
          "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
          "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "F64": 64, "F32": 32, "F16": 16, "BF16": 16}  # fmt: skip

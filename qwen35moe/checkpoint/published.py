@@ -20,7 +20,7 @@ from typing import Any
 from qwen35moe.config import Config
 from qwen35moe.config.parameters import TensorShape
 
-from .block_fp8 import BLOCK, SCALE, scale_shape
+from .blocks import BLOCK, SCALE, scale_shape
 from .problems import CheckpointError
 
 MAX_EXPERTS = 1_000_000  # of all layers, where each has tensors of its own

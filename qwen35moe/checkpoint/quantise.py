@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .block_fp8 import BLOCK, scale_shape
+from .blocks import BLOCK, scale_shape
 
 LARGEST = 448.0  # of float8_e4m3fn; what lies beyond becomes NaN in a conversion, not infinity
 

@@ -15,7 +15,7 @@ import math
 import os
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qwen35moe.config import Config
+from qwen35moe.placement import Devices, Placement, placement
 
 from . import names
-from .assemble import Match, Plan, Read, Slot, match, slots_of
-from .block_fp8 import VALUES
+from .assemble import Plan, Slot, match, slots_of
+from .dtypes import FLOATS
+from .fill import fill
 from .folder import CONFIG, GENERATION_CONFIG, config_file
 from .foreign import refuse_foreign
-from .headers import FLOATS, INDEX, SINGLE, Header, StoredTensor, locate, parse_object, read_headers
+from .headers import INDEX, SINGLE, Header, StoredTensor, locate, parse_object, read_headers
 from .hub import folder_of
-from .memory import Copy, ReadAhead, available_memory, map_file, new_memory, read_into, read_scales, view_of
 from .problems import CheckpointError, Problem
 from .report import LoadingReport
 from .selection import MTP, PARTS, Experts, Selection
+from .transfer import read_scales
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def load_model(
     path: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype | None = "auto",
-    device: str | torch.device = "cpu",
+    device: Devices = "cpu",
     config: Config | None = None,
     weights: str = "map",
     dtype_policy: str = "native",
@@ -72,7 +74,8 @@ def load_model(
 
     path may be a name on the Hub (owner/name) as well, revision a commit, tag or branch of it; see `hub.py`.
     dtype: "auto" is the dtype most of the stored weights have (block-FP8 aside); islands (A_log, ...) stay float32.
-    device: a CPU, a GPU, or "meta", which checks the checkpoint and reads nothing.
+    device: a CPU, a GPU, or "meta", which checks the checkpoint and reads nothing; "auto" (every GPU, or the CPU) or a
+        list lays whole layers out over several, see `placement.py`, and every parameter is read straight onto its own.
     config: instead of config.json, for instance with another rope; always of the whole checkpoint.
     weights: "map" uses the files themselves as memory on a CPU (copy on write, they are never written to), "copy" reads
         them into memory of its own: for a disk that goes away, or files that another program overwrites in place.
@@ -90,7 +93,7 @@ def load_model(
     names a number or part that the checkpoint or the class does not have.
     """
     _check_choices(weights=(weights, ("map", "copy")), dtype_policy=(dtype_policy, ("native", "transformers")))
-    wanted, target = _dtype(dtype), _device(device)
+    wanted = _dtype(dtype)
     selection = Selection.of(layers, experts, parts)
     problems: list[Problem] = []
     wants = None if selection.is_everything else selection.wants
@@ -109,23 +112,24 @@ def load_model(
     matched = match(slots, header, problems, selection)
     _check_copies(matched.copies, problems)
     generation = _generation_config(header.folder, problems)
-    scales = [] if problems or target.type == "meta" else _scales(matched.plans, problems)
-    if problems:
+    where = scales = None
+    chosen = wanted or _stored_dtype(matched.plans)
+    if not problems:
+        where = placement(model, device, chosen.itemsize)
+        scales = _scales((plan for plan in matched.plans if where.of(plan.slot.name).type != "meta"), problems)
+    if where is None or scales is None or problems:
         raise CheckpointError(f"{path} does not fit {cls.__name__}:", problems)
 
-    chosen = wanted or _stored_dtype(matched.plans)
     report = LoadingReport(Path(path), chosen, len(header.files), left_out=matched.left_out)
     _note_dtype(config, chosen, wanted, report)
-    if target.type == "meta":
-        for slot in slots:
-            _install(slot, slot.parameter.to(slot.dtype_in(chosen)))
-    else:
-        _fill(matched, iter(scales), chosen, target, weights, dtype_policy, report)
+    fill(matched.plans, iter(scales), chosen, where, weights, dtype_policy, report)
+    if len({*where.layers, where.head}) > 1:
+        model.adopt_placement(where)
     for plan in matched.plans:
         _remember_dtype(plan)
     if selection.layers is not None:
         _number_layers(model, selection.layers)
-    _finish(model, generation, report)
+    _finish(model, generation, report, where)
     if _stamp(header.folder) != before:
         raise CheckpointError(f"{path} was replaced by another checkpoint while it was loaded: load it again")
     return model
@@ -201,12 +205,6 @@ def _stamp(folder: Path) -> list[tuple[int, ...] | None]:
         except OSError:
             found.append(None)
     return found
-
-
-def _device(device: str | torch.device) -> torch.device:
-    """With its index: the threads that read have a current device of their own."""
-    found = torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
 def _scales(plans: Iterable[Plan], problems: list[Problem]) -> list[Tensor]:
@@ -288,58 +286,6 @@ def _generation_config(folder: Path, problems: list[Problem]) -> dict[str, Any] 
         return parse_object(f.read(MAX_SETTINGS_BYTES), file.name, problems)
 
 
-def _fill(
-    matched: Match, scales: Iterator[Tensor], dtype: torch.dtype, device: torch.device, weights: str, policy: str,
-    report: LoadingReport,
-) -> None:
-    """Give every parameter its memory, and the model the parameters. `scales`: of the block-FP8 reads, in order."""
-    mappings: dict[Path, Any] = {}
-    copies: list[Copy] = []
-    used: list[StoredTensor] = []
-    for plan in matched.plans:
-        slot, kind = plan.slot, plan.slot.dtype_in(dtype)
-        through = dtype if policy == "transformers" and slot.is_island and kind != dtype else None
-        report.nbytes += slot.parameter.numel() * kind.itemsize
-        source = plan.whole
-        if device.type == "cpu" and weights == "map" and source is not None and _is_as_needed(source, kind, through):
-            mapped = mappings.get(source.file) or mappings.setdefault(source.file, map_file(source.file))
-            _install(slot, view_of(mapped, source.offset, slot.shape, kind))
-            report.mapped += 1
-            report.unaligned += source.offset % 64 != 0
-            used.append(source)
-            continue
-        value = new_memory(slot.shape, kind, device)
-        flat = value.view(-1)
-        for read in plan.reads:
-            part = flat[read.at : read.at + read.tensor.numel]
-            copies.append(_copy_of(read, part, through, None if read.scale is None else next(scales)))
-        _install(slot, value)
-        report.count(plan, kind)
-    read_into(sorted(copies, key=lambda copy: (copy.file, copy.offset)), device)
-    report.read_ahead = _read_ahead(used)
-
-
-def _copy_of(read: Read, target: Tensor, through: torch.dtype | None, scale: Tensor | None) -> Copy:
-    tensor = read.tensor
-    if scale is None:
-        return Copy(tensor.file, tensor.offset, FLOATS[tensor.dtype], target, through)
-    return Copy(tensor.file, tensor.offset, VALUES, target, None, scale, tensor.shape[-1], tensor.name)
-
-
-def _is_as_needed(tensor: StoredTensor, dtype: torch.dtype, through: torch.dtype | None) -> bool:
-    """Whether the bytes on disk can serve as the parameter's memory.
-
-    A header whose length is no multiple of the element size puts every tensor at an address that no element may have.
-    """
-    return FLOATS[tensor.dtype] == dtype and through is None and tensor.offset % dtype.itemsize == 0
-
-
-def _install(slot: Slot, value: Tensor) -> None:
-    parameter = nn.Parameter(value, requires_grad=slot.parameter.requires_grad)
-    for module, leaf in slot.places:
-        module._parameters[leaf] = parameter
-
-
 def _remember_dtype(plan: Plan) -> None:
     """The owner of an island writes it back as it was stored, where that loses nothing."""
     if plan.slot.is_island:
@@ -347,27 +293,16 @@ def _remember_dtype(plan: Plan) -> None:
         owner.stored_dtypes[plan.slot.places[0][1]] = FLOATS[plan.reads[0].tensor.dtype]
 
 
-def _read_ahead(used: list[StoredTensor]) -> ReadAhead | None:
-    """Start fetching the mapped weights in the order of the model, which is the order in which a forward needs them.
-
-    The embedding is first although a prompt reads few of its rows: fetching these one by one behind everything else that
-    is requested takes longer than the whole (512 rows: 1.9 s against 1.0 s).
-    """
-    total = sum(tensor.nbytes for tensor in used)
-    if not used or not ReadAhead.possible() or total > 0.8 * available_memory():
-        return None  # what does not fit would push out what was fetched before
-    return ReadAhead([(t.file, t.offset, t.offset + t.nbytes) for t in used if t.nbytes]).start()
-
-
-def _finish(model: Any, generation: dict[str, Any] | None, report: LoadingReport) -> None:
+def _finish(model: Any, generation: dict[str, Any] | None, report: LoadingReport, where: Placement) -> None:
     model.eval()
     model.loading_report = report
     if report.read_ahead is not None:
         weakref.finalize(model, report.read_ahead.stop)
     if generation is not None:
         model.generation_config = generation
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left and report.nbytes:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta and where.of(name).type != "meta"]
+    if left:
         raise AssertionError(f"{type(model).__name__} was left with meta tensors: {left[:5]}")
     if report.left_out or report.converted or report.notes:
         log.info("%s", report)

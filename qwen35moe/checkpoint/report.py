@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .assemble import Plan
-from .headers import FLOATS
+from .dtypes import FLOATS
 from .memory import ReadAhead
 
 
@@ -22,6 +23,7 @@ class LoadingReport:
     files: int = 0
     nbytes: int = 0  # of all parameters, as they are in memory
     mapped: int = 0  # parameters whose memory is the file
+    spliced: int = 0  # of these, put together from pieces of files
     copied: int = 0  # parameters that were read into memory
     stacked: int = 0  # parameters put together from several tensors, or from rows of one
     dequantised: int = 0  # stored tensors that were block-FP8
@@ -38,13 +40,20 @@ class LoadingReport:
         dtype = str(self.dtype).removeprefix("torch.")
         lines = [
             f"{self.path}: {self.nbytes / 1e6:,.1f} MB of {dtype} from {self.files} file(s)",
-            f"parameters: {self.mapped} mapped, {self.copied} copied, {self.stacked} stacked from parts",
+            f"parameters: {self.mapped} mapped, {self.spliced} of them in pieces; {self.copied} copied, {self.stacked} stacked "
+            "from parts",
         ]
         if self.dequantised:
             lines.append(f"dequantised: {self.dequantised} tensors of block-FP8")
         lines += [f"converted: {how} ({count} parameters)" for how, count in self.converted.items()]
         lines += [f"left out: {what} ({count} tensors), no part of this model" for what, count in self.left_out.items()]
         return "\n".join([*lines, *self.notes])
+
+    def count_mapped(self, plan: Plan, value: Tensor) -> None:
+        """A parameter whose memory is its files'."""
+        self.mapped += 1
+        self.spliced += len(plan.reads) > 1
+        self.unaligned += value.data_ptr() % 64 != 0
 
     def count(self, plan: Plan, dtype: torch.dtype) -> None:
         """A parameter that was read into memory of its own, as `dtype`."""

@@ -36,7 +36,7 @@ from torch import Tensor
 from qwen35moe.config import Config, ConfigError, VisionConfig
 
 from . import names
-from .block_fp8 import SCALE
+from .blocks import SCALE
 from .published import QWEN35, Layout, quantization_config, tensors
 from .quantise import quantise
 from .write import Entry, bytes_of, json_bytes, write_checkpoint

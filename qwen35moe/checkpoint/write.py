@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from . import names
 from .assemble import Slot, slots_of
-from .block_fp8 import SCALE
+from .blocks import SCALE
+from .dtypes import FLOATS
 from .folder import GENERATION_CONFIG, replacing
-from .headers import FLOATS, SAVE_ID
+from .headers import SAVE_ID
 from .problems import CheckpointError
 
 log = logging.getLogger(__name__)

@@ -183,4 +183,10 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _add_placement(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
-    command.add_argument("--device", default="cpu", help="cpu, cuda, ... (default cpu)")
+    help = "cpu, cuda:1, ...; several (cuda:0,cuda:1), or auto for all GPUs, share the layers (default cpu)"
+    command.add_argument("--device", default="cpu", type=_devices, help=help)
+
+
+def _devices(text: str) -> str | list[str]:
+    """["cuda:0", "cuda:1"] for cuda:0,cuda:1."""
+    return text.split(",") if "," in text else text

@@ -18,7 +18,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _without_collector(function: Callable[[], Any]) -> Any:
-    """Headers become a million objects that all stay: looking for cycles among them again and again takes a third."""
+    """Headers become a million objects that all stay: looking for cycles among them again and again takes 0.15 to 0.6 s
+    of 1.1 to 1.7 s (64,196 tensors, two processor cores)."""
     was = gc.isenabled()
     gc.disable()
     try:
