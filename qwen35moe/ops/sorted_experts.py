@@ -42,7 +42,8 @@ def sorted_experts(
     if needs_grad or torch.compiler.is_compiling():
         return _experts(hidden, gate_up, down, indices, weights, needs_grad)[0]
     with torch.no_grad():
-        return _forward(hidden, gate_up, down, indices, weights)
+        form = _one_token if len(hidden) == 1 else _forward
+        return form(hidden, gate_up, down, indices, weights)
 
 
 class Block(NamedTuple):
@@ -80,6 +81,26 @@ def _blocks(hit: Sequence[tuple[int, int]]) -> Iterator[Block]:
         yield Block(slice(start, start + size), tuple(parts))
 
 
+def _one_token(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """y [1, D]: nothing to sort, and the sum over the slots is a product."""
+    chosen, (width, inner) = indices[0].tolist(), down.shape[1:]
+    _check_range(chosen, gate_up.shape[0])
+    pre, out = hidden.new_empty(len(chosen), 2 * inner), hidden.new_empty(len(chosen), width)
+    for expert, p in zip(chosen, pre.split(1), strict=False):
+        project(hidden, gate_up[expert], p)
+    gate, up = pre.chunk(2, dim=-1)
+    for expert, a, y in zip(chosen, F.silu(gate).mul_(up).split(1), out.split(1), strict=False):
+        project(a, down[expert], y)
+    dtype = wide_dtype(hidden)
+    return torch.mm(weights.to(dtype), out.to(dtype)).to(hidden.dtype)
+
+
+def _check_range(chosen: Sequence[int], experts: int) -> None:
+    for expert in chosen:
+        if not 0 <= expert < experts:
+            raise ValueError(f"the indices name expert {expert}, the experts are 0 ... {experts - 1}")
+
+
 def _forward(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, kept: Tensor | None = None
 ) -> Tensor:
@@ -107,7 +128,7 @@ def _forward(
         for expert, part in block.parts:
             project(act[part], down[expert], y[part])
         if total is not None and scaled is not None:
-            total.index_add_(0, rows[block.pairs], torch.mul(y, scales[block.pairs], out=scaled[:size]))
+            total.index_add_(0, rows[block.pairs], scaled[:size].copy_(y).mul_(scales[block.pairs]))
     if total is not None:
         return total.to(hidden.dtype)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(pairs, device=order.device)).view(tokens, slots)
@@ -130,6 +151,7 @@ def _backward(
     largest = max((block.pairs.stop - block.pairs.start for block in blocks), default=0)
     dy, x, dx = (hidden.new_empty(largest, width) for _ in range(3))
     back, act, dp = (hidden.new_empty(largest, n) for n in (inner, inner, 2 * inner))
+    wide = hidden.new_empty(largest, width, dtype=dtype) if to_hidden else total
     for block in blocks:
         size, row = block.pairs.stop - block.pairs.start, rows[block.pairs]
         torch.index_select(grad, 0, row, out=dy[:size])
@@ -146,7 +168,7 @@ def _backward(
             if to_hidden:
                 torch.mm(dp[part], gate_up[expert], out=dx[part])
         if to_hidden:
-            total.index_add_(0, row, dx[:size].to(dtype))
+            total.index_add_(0, row, wide[:size].copy_(dx[:size]))
     by_slot = torch.empty_like(by_pair).scatter_(0, order, by_pair).view(indices.shape).to(weights.dtype)
     return total.to(hidden.dtype), grads[0], grads[1], by_slot if to_weights else weights.new_empty(0)
 
