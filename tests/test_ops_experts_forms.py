@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen35moe import backends
-from qwen35moe.ops import pages
 from qwen35moe.ops import sorted_experts as sorted_module
 from qwen35moe.ops.experts import gathered_experts, grouped_experts, loop_experts, sorted_experts, watched_experts
 from tests.peer import assert_close, generator
@@ -110,26 +109,6 @@ def test_sorted_is_the_same_however_its_work_is_cut(block: int, piece: int, kept
     with mock.patch.multiple(sorted_module, **cuts):
         for found, truth in zip(results(sorted_experts, values), expected, strict=True):
             assert_close(found, truth, 1e-13)
-
-
-def test_large_pages_are_advised_within_the_tensor_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-
-    class Library:
-        def madvise(self, start: Any, size: Any, advice: int) -> None:
-            asked.append((start.value, size.value))
-
-    monkeypatch.setattr(pages.ctypes, "CDLL", lambda name: Library())
-    monkeypatch.setattr(pages.sys, "platform", "linux")
-    monkeypatch.setattr(pages.mmap, "MADV_HUGEPAGE", 14, raising=False)
-    large, small = torch.empty(33 << 20, dtype=torch.uint8), torch.empty(1 << 20, dtype=torch.uint8)
-    assert pages.in_large_pages(large) is large and pages.in_large_pages(small) is small
-    ((start, size),) = asked
-    assert start % (2 << 20) == 0 and size % (2 << 20) == 0 and size >= 30 << 20
-    assert large.data_ptr() <= start and start + size <= large.data_ptr() + large.nbytes
-    monkeypatch.setattr(pages.sys, "platform", "darwin")
-    pages.in_large_pages(large)
-    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 65])

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.pages import in_large_pages
 from qwen35moe.ops.precision import wide_dtype
 
 _BLOCK = 256  # rows of several experts worked on between two passes over a buffer: a few MB, which the cache holds
@@ -114,8 +113,8 @@ def _forward(
     rows, scales = order // slots, weights.reshape(-1)[order].to(dtype)[:, None]
     x, act = hidden.new_empty(largest, width), hidden.new_empty(largest, inner)
     pre = hidden.new_empty(largest, 2 * inner) if kept is None else kept
-    out = in_large_pages(hidden.new_empty(pairs if whole else largest, width))
-    total = None if whole else in_large_pages(hidden.new_empty(tokens, width, dtype=dtype)).zero_()
+    out = hidden.new_empty(pairs if whole else largest, width)
+    total = None if whole else hidden.new_zeros(tokens, width, dtype=dtype)
     scaled = None if whole else hidden.new_empty(largest, width, dtype=dtype)
     for block in blocks:
         size = block.pairs.stop - block.pairs.start
@@ -161,12 +160,9 @@ def _backward(
     order, blocks = sort_pairs(indices, gate_up.shape[0])
     rows, scales = order // slots, weights.reshape(-1)[order].to(dtype)[:, None]
     to_hidden, to_gate_up, to_down, to_weights = wanted
-    grads = [
-        in_large_pages(torch.empty_like(x)) if want else x.new_empty(0)
-        for x, want in zip((gate_up, down), wanted[1:3], strict=True)
-    ]
+    grads = [torch.empty_like(x) if want else x.new_empty(0) for x, want in zip((gate_up, down), wanted[1:3], strict=True)]
     whole = to_hidden and _keeps_all(hidden, slots)
-    every = in_large_pages(hidden.new_empty(order.numel(), width)) if whole else None  # dx of all pairs
+    every = hidden.new_empty(order.numel(), width) if whole else None  # dx of all pairs
     total = hidden.new_zeros(hidden.shape if to_hidden and not whole else 0, dtype=dtype)
     by_pair = weights.new_zeros(order.numel(), dtype=dtype)
     _zero_unhit(grads, blocks, gate_up.shape[0])
@@ -243,7 +239,7 @@ def _experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, P); P is empty unless kept for a backward."""
-    pre = in_large_pages(hidden.new_empty(indices.numel() if keep else 0, gate_up.shape[1]))
+    pre = hidden.new_empty(indices.numel() if keep else 0, gate_up.shape[1])
     return _forward(hidden, gate_up, down, indices, weights, pre if keep else None), pre
 
 
