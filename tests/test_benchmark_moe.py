@@ -17,7 +17,7 @@ from benchmarks import common
 from benchmarks.__main__ import main
 from benchmarks.moe import kept, make_parser, merged, output, roofline, targets
 from benchmarks.moe.cases import Case, rotation, scores, shapes
-from benchmarks.moe.contestants import ADAPTERS, contestants, objections
+from benchmarks.moe.contestants import ADAPTERS, PRODUCTS, contestants, objections
 from benchmarks.moe.measure import Judge, measure, peak
 from benchmarks.moe.roofline import asked, limit
 from qwen35moe.ops.experts import loop_experts
@@ -134,7 +134,7 @@ def test_every_contestant_that_can_run_is_right_and_has_a_peak() -> None:
         found = row["contestants"]
         assert all(one.get("wrong") is None for one in found.values()), found
         timed = {name for name, one in found.items() if one.get("min_s")}
-        assert {"ours", "ours sorted", "ours loop", "transformers eager", "transformers grouped_mm"} <= timed
+        assert {"ours", "ours sorted", "ours loop", "transformers eager", "transformers grouped_mm", PRODUCTS} <= timed
         assert set(ADAPTERS) <= {name for name, one in found.items() if one.get("skipped")}
         assert set(row) >= {"id", "flops", "bytes", "distinct_experts", "weight_copies"}
     few = measure(Case("tiny", 9), {"ours sorted": forms["ours sorted"]}, ROOF, **quick)

@@ -55,16 +55,28 @@ def objections(name: str, form: Form, arguments: tuple[Tensor, ...]) -> str | No
 
 
 def products(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """The matrix products of the case and nothing else, on any rows: how much of a form's time could not be saved."""
+    """The matrix products of the case and nothing else, on any rows: how much of a form's time could not be saved.
+
+    Where the weights ask for gradients also the four of the backward, in a second turn over the experts. The weights'
+    gradients lie in fresh memory, as in every form: whoever makes them has to touch it.
+    """
     counts = torch.bincount(indices.reshape(-1), minlength=gate_up.shape[0]).tolist()
     largest, inner = max(counts), down.shape[-1]
     rows = hidden[:1].expand(largest, -1).contiguous()
     act = rows[:, :1].expand(-1, inner).contiguous()
     up, out = rows.new_empty(largest, 2 * inner), torch.empty_like(rows)
-    for expert, count in enumerate(counts):
-        if count:
-            torch.mm(rows[:count], gate_up[expert].t(), out=up[:count])
-            torch.mm(act[:count], down[expert].t(), out=out[:count])
+    hit = [(expert, count) for expert, count in enumerate(counts) if count]
+    for expert, n in hit:
+        torch.mm(rows[:n], gate_up[expert].t(), out=up[:n])
+        torch.mm(act[:n], down[expert].t(), out=out[:n])
+    if not gate_up.requires_grad:
+        return out
+    to_gate_up, to_down = torch.empty_like(gate_up), torch.empty_like(down)
+    for expert, n in hit:
+        torch.mm(rows[:n], down[expert], out=act[:n])
+        torch.mm(rows[:n].t(), act[:n], out=to_down[expert])
+        torch.mm(up[:n].t(), rows[:n], out=to_gate_up[expert])
+        torch.mm(up[:n], gate_up[expert], out=out[:n])
     return out
 
 

@@ -41,8 +41,7 @@ def measure(
         rows[name] = {"skipped": reason} if reason else judge(form)
         if not reason and rows[name]["wrong"] is None:
             running[name] = lambda form=form: run(form, following(), case.train)
-    if not case.train:
-        running[PRODUCTS] = lambda: run(products, following(), False)
+    running[PRODUCTS] = lambda: run(products, following(), False)
     trial = interleave(running, rounds=1, warmup=0, device=device)
     fits = int(seconds / max(sum(timing.min for timing in trial.values()), 1e-9))
     timings = interleave(running, rounds=max(3, min(rounds, fits)), warmup=0, device=device)

@@ -23,7 +23,7 @@ from qwen35moe.ops.precision import wide_dtype
 
 _BLOCK = 256  # rows of several experts worked on between two passes over a buffer: a few MB, which the cache holds
 _PIECE = 1024  # rows of one expert at once: shorter pieces make slower products, longer ones touch more fresh memory
-_KEPT = 32 << 20  # bytes of expert outputs up to which they are kept whole and summed in one pass: 0.3 ms instead of
+_KEPT = 32 << 20  # bytes of all pairs' rows up to which they are kept and summed in one pass: 0.3 ms instead of
 #                   6 for 512 tokens, S = 8, D = 2048 (2 cores of Zen 4); above, fresh memory would cost more than that
 _FEW_ROWS = 64  # on CPUs with AMX, up to here weight @ rows.T streams a bfloat16 weight faster than rows @ weight.T
 _AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
@@ -42,7 +42,8 @@ def sorted_experts(
     if needs_grad or torch.compiler.is_compiling():
         return _experts(hidden, gate_up, down, indices, weights, needs_grad)[0]
     with torch.no_grad():
-        return _forward(hidden, gate_up, down, indices, weights)
+        form = _one_token if len(hidden) == 1 else _forward
+        return form(hidden, gate_up, down, indices, weights)
 
 
 class Block(NamedTuple):
@@ -80,6 +81,26 @@ def _blocks(hit: Sequence[tuple[int, int]]) -> Iterator[Block]:
         yield Block(slice(start, start + size), tuple(parts))
 
 
+def _one_token(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """y [1, D]: nothing to sort, and the sum over the slots is a product."""
+    chosen, (width, inner) = indices[0].tolist(), down.shape[1:]
+    _check_range(chosen, gate_up.shape[0])
+    pre, out = hidden.new_empty(len(chosen), 2 * inner), hidden.new_empty(len(chosen), width)
+    for expert, p in zip(chosen, pre.split(1), strict=False):
+        project(hidden, gate_up[expert], p)
+    gate, up = pre.chunk(2, dim=-1)
+    for expert, a, y in zip(chosen, F.silu(gate).mul_(up).split(1), out.split(1), strict=False):
+        project(a, down[expert], y)
+    dtype = wide_dtype(hidden)
+    return torch.mm(weights.to(dtype), out.to(dtype)).to(hidden.dtype)
+
+
+def _check_range(chosen: Sequence[int], experts: int) -> None:
+    for expert in chosen:
+        if not 0 <= expert < experts:
+            raise ValueError(f"the indices name expert {expert}, the experts are 0 ... {experts - 1}")
+
+
 def _forward(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, kept: Tensor | None = None
 ) -> Tensor:
@@ -88,7 +109,7 @@ def _forward(
     order, blocks = sort_pairs(indices, gate_up.shape[0], split=True)
     dtype, pairs = wide_dtype(hidden), order.numel()
     largest = max((block.pairs.stop - block.pairs.start for block in blocks), default=0)
-    whole = pairs * width * hidden.element_size() <= _KEPT and weights.dtype == hidden.dtype
+    whole = _keeps_all(hidden, slots) and weights.dtype == hidden.dtype
     rows, scales = order // slots, weights.reshape(-1)[order].to(dtype)[:, None]
     x, act = hidden.new_empty(largest, width), hidden.new_empty(largest, inner)
     pre = hidden.new_empty(largest, 2 * inner) if kept is None else kept
@@ -107,11 +128,27 @@ def _forward(
         for expert, part in block.parts:
             project(act[part], down[expert], y[part])
         if total is not None and scaled is not None:
-            total.index_add_(0, rows[block.pairs], torch.mul(y, scales[block.pairs], out=scaled[:size]))
+            total.index_add_(0, rows[block.pairs], scaled[:size].copy_(y).mul_(scales[block.pairs]))
     if total is not None:
         return total.to(hidden.dtype)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(pairs, device=order.device)).view(tokens, slots)
-    return F.embedding_bag(places, out, mode="sum", per_sample_weights=weights) if pairs else hidden.new_zeros(tokens, width)
+    return _summed(order, out, weights)
+
+
+def _keeps_all(hidden: Tensor, slots: int) -> bool:
+    """Whether the rows of all pairs are kept and summed in one pass, not added block by block to a wide sum [N, D].
+
+    They are where they take no more memory than that sum (two slots of bfloat16), or little.
+    """
+    kept = slots * hidden.element_size()
+    return kept <= wide_dtype(hidden).itemsize or kept * hidden.numel() <= _KEPT
+
+
+def _summed(order: Tensor, out: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of each token's rows [N, D], summed in float32, from the rows of all pairs [N S, D], sorted."""
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view(weights.shape)
+    if not len(order):
+        return out.new_zeros(len(weights), out.shape[1])
+    return F.embedding_bag(places, out, mode="sum", per_sample_weights=weights)
 
 
 def _backward(
@@ -124,31 +161,39 @@ def _backward(
     rows, scales = order // slots, weights.reshape(-1)[order].to(dtype)[:, None]
     to_hidden, to_gate_up, to_down, to_weights = wanted
     grads = [torch.empty_like(x) if want else x.new_empty(0) for x, want in zip((gate_up, down), wanted[1:3], strict=True)]
-    total = hidden.new_zeros(hidden.shape, dtype=dtype) if to_hidden else hidden.new_empty(0)
+    whole = to_hidden and _keeps_all(hidden, slots)
+    every = hidden.new_empty(order.numel(), width) if whole else None  # dx of all pairs
+    total = hidden.new_zeros(hidden.shape if to_hidden and not whole else 0, dtype=dtype)
     by_pair = weights.new_zeros(order.numel(), dtype=dtype)
     _zero_unhit(grads, blocks, gate_up.shape[0])
     largest = max((block.pairs.stop - block.pairs.start for block in blocks), default=0)
-    dy, x, dx = (hidden.new_empty(largest, width) for _ in range(3))
+    shared = hidden.new_empty(largest, width)  # dy until it has been used, then x, then dx
     back, act, dp = (hidden.new_empty(largest, n) for n in (inner, inner, 2 * inner))
+    wide = hidden.new_empty(min(_BLOCK, largest) if total.numel() else 0, width, dtype=dtype)
     for block in blocks:
-        size, row = block.pairs.stop - block.pairs.start, rows[block.pairs]
-        torch.index_select(grad, 0, row, out=dy[:size])
+        size, row, scale, p = block.pairs.stop - block.pairs.start, rows[block.pairs], scales[block.pairs], pre[block.pairs]
+        some, pieces = shared[:size], [slice(n, min(n + _BLOCK, size)) for n in range(0, size, _BLOCK)]
+        torch.index_select(grad, 0, row, out=some)
         for expert, part in block.parts:
-            torch.mm(dy[part], down[expert], out=back[part])
-        by_pair[block.pairs] = _swiglu_backward(pre[block.pairs], back[:size], scales[block.pairs], act[:size], dp[:size])
+            torch.mm(some[part], down[expert], out=back[part])
+        for n in pieces:
+            by_pair[block.pairs][n] = _swiglu_backward(p[n], back[n], scale[n], act[n], dp[n])
+        if to_down:
+            for expert, part in block.parts:
+                torch.mm(some[part].t(), act[part], out=grads[1][expert])
         if to_gate_up:
-            torch.index_select(hidden, 0, row, out=x[:size])
-        for expert, part in block.parts:
-            if to_down:
-                torch.mm(dy[part].t(), act[part], out=grads[1][expert])
-            if to_gate_up:
-                torch.mm(dp[part].t(), x[part], out=grads[0][expert])
-            if to_hidden:
-                torch.mm(dp[part], gate_up[expert], out=dx[part])
+            torch.index_select(hidden, 0, row, out=some)
+            for expert, part in block.parts:
+                torch.mm(dp[part].t(), some[part], out=grads[0][expert])
         if to_hidden:
-            total.index_add_(0, row, dx[:size].to(dtype))
+            dx = some if every is None else every[block.pairs]
+            for expert, part in block.parts:
+                torch.mm(dp[part], gate_up[expert], out=dx[part])
+            for n in pieces if every is None else ():
+                total.index_add_(0, row[n], wide[: n.stop - n.start].copy_(dx[n]))
     by_slot = torch.empty_like(by_pair).scatter_(0, order, by_pair).view(indices.shape).to(weights.dtype)
-    return total.to(hidden.dtype), grads[0], grads[1], by_slot if to_weights else weights.new_empty(0)
+    to_x = total.to(hidden.dtype) if every is None else _summed(order, every, hidden.new_ones(indices.shape))
+    return to_x, grads[0], grads[1], by_slot if to_weights else weights.new_empty(0)
 
 
 def _zero_unhit(grads: Sequence[Tensor], blocks: Sequence[Block], experts: int) -> None:
