@@ -83,10 +83,9 @@ class ImageProcessor:
             for each in pool.map(lambda numbered: self._one(*numbered, settings), enumerate(given)):
                 found.append(each)
                 bar.update()
-        return {
-            "pixel_values": values_of([[patches] * settings.temporal_patch_size for patches, _ in found], settings, fused=False),
-            "image_grid_thw": torch.tensor([(1, *grid) for _, grid in found]),
-        }
+        still = [[patches] * settings.temporal_patch_size for patches, _ in found]
+        grids = torch.tensor([(1, *grid) for _, grid in found])
+        return {"pixel_values": values_of(still, settings, fused=False), "image_grid_thw": grids}
 
     def _one(self, number: int, image: Any, settings: PixelSettings) -> tuple[Tensor, tuple[int, int]]:
         """(patches [n, 3, p, p] of bytes, (rows, columns) of patches)."""

@@ -65,7 +65,7 @@ class PixelSettings:
             if not all(isinstance(each, (int, float)) and 0 < each < math.inf for each in numbers):
                 raise ValueError(f"{name} must be positive, got {value!r}")
         if len(self.image_mean) != 3 or len(self.image_std) != 3:
-            raise ValueError(f"image_mean {self.image_mean} and image_std {self.image_std} have one value for each of 3 channels")
+            raise ValueError(f"image_mean {self.image_mean} and image_std {self.image_std} must have 3 values, for 3 channels")
         if not all(isinstance(each, (int, float)) and abs(each) < math.inf for each in self.image_mean):
             raise ValueError(f"image_mean must hold numbers, got {self.image_mean!r}")
         if self.min_pixels > self.max_pixels:

@@ -62,7 +62,7 @@ class VideoProcessor:
         """Settings from video_preprocessor_config.json (or processor_config.json). ValueError where there is neither."""
         settings = read_settings(Path(folder), "video")
         if settings is None:
-            raise ValueError(f"{folder} holds no video_preprocessor_config.json: this checkpoint does not say how it sees videos")
+            raise ValueError(f"{folder} holds no video_preprocessor_config.json: it does not say how videos are seen")
         return cls(settings)
 
     def __call__(self, videos: Any, **changes: Any) -> tuple[dict[str, Tensor], list[Sampled]]:
@@ -155,7 +155,8 @@ class _Resizer:
                 self.size = fitted_size(height, width, self.settings, max(self.count, self.settings.temporal_patch_size))
             check_divides(*self.size, self.settings)
             if self.count * self.size[0] * self.size[1] > 4 * MAX_PIXELS:
-                raise ValueError(f"{self.count} frames of {self.size[0]} x {self.size[1]} pixels: take fewer (fps=, max_frames=)")
+                height, width = self.size
+                raise ValueError(f"{self.count} frames of {height} x {width} pixels: take fewer (fps=, max_frames=)")
         elif tuple(frame.shape) != self.shape:
             raise ValueError(f"its frames change size, from {list(self.shape)} to {list(frame.shape)}")
         if tuple(frame.shape[:2]) == self.size:
