@@ -28,6 +28,14 @@ from .video import Sampled, VideoProcessor
 
 Pieces = list[tuple[bool, str]]  # (is a control token, text) in turn
 
+# As tokenizer_config.json calls them, and what they are where it does not.
+_VISION_TOKENS = (
+    ("image_token", "<|image_pad|>"),
+    ("video_token", "<|video_pad|>"),
+    ("vision_bos_token", "<|vision_start|>"),
+    ("vision_eos_token", "<|vision_end|>"),
+)
+
 
 class Processor:
     """What Hugging Face's Qwen3VLProcessor does, by the same names, from the files of one folder: tokenizer.json,
@@ -43,11 +51,7 @@ class Processor:
         self.tokenizer, self.template = tokenizer, template
         self.image_processor, self.video_processor = image_processor, video_processor
         self.variables = dict(variables or {})
-        names = {"image": "<|image_pad|>", "video": "<|video_pad|>", "start": "<|vision_start|>", "end": "<|vision_end|>"}
-        self._image, self._video, self._start, self._end = (
-            self.variables.get(key, name)
-            for key, name in zip(("image_token", "video_token", "vision_bos_token", "vision_eos_token"), names.values(), strict=True)
-        )
+        self._image, self._video, self._start, self._end = (self.variables.get(key, token) for key, token in _VISION_TOKENS)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> Processor:
@@ -104,6 +108,17 @@ class Processor:
             raise ValueError("no text was given")
         marks, tokens = Marks.absent_from(*rows), list(self.tokenizer.added_tokens) if special else []
         return self._inputs([marks.split(each, tokens) for each in rows], images, videos, padding, padding_side, progress)
+
+    def before(
+        self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), *, special: bool = False,
+        progress: bool = False,
+    ) -> dict[str, Tensor]:
+        """The inputs of pictures followed by a text that goes on, without a chat. special: as for `Tokenizer.encode`."""
+        shown = [[(True, self._start), (True, each), (True, self._end)]
+                 for each in [self._image] * len(images) + [self._video] * len(videos)]  # fmt: skip
+        tokens = list(self.tokenizer.added_tokens) if special else []
+        pieces = [part for each in shown for part in each] + Marks.absent_from(text).split(text, tokens)
+        return self._inputs([pieces], list(images) or None, list(videos) or None, True, "left", progress)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, add_generation_prompt: bool = False, **variables: Any
@@ -172,11 +187,13 @@ class Processor:
             found, sampled = processor(videos)
             pictures |= found
             spans[self._video] = iter([self._span(each, processor.settings.merge_size) for each in sampled])
-        filled = [
-            [part for control, piece in row for part in (next(spans[piece]) if control and piece in spans else [(control, piece)])]
-            for row in rows
-        ]
-        inputs: dict[str, Tensor] = self.tokenizer.pad([self._ids(row) for row in filled], padding=padding, padding_side=padding_side)
+
+        def filled(row: Pieces) -> Pieces:
+            parts = (next(spans[text]) if control and text in spans else [(control, text)] for control, text in row)
+            return [each for part in parts for each in part]
+
+        ids = [self._ids(filled(row)) for row in rows]
+        inputs = self.tokenizer.pad(ids, padding=padding, padding_side=padding_side)
         ids, types = inputs["input_ids"], torch.zeros_like(inputs["input_ids"])
         for kind, token in ((1, self._image), (2, self._video)):
             if token in self.tokenizer.added_tokens:
@@ -283,6 +300,7 @@ def _template_source(folder: Path) -> str | None:
 def _named_tokens(folder: Path) -> dict[str, str]:
     """eos_token, pad_token, image_token, ... of tokenizer_config.json: templates may use them."""
     values = _json(folder / "tokenizer_config.json")
-    values = {**values, **(values.get("extra_special_tokens") or {})} if isinstance(values.get("extra_special_tokens"), dict) else values
+    more = values.get("extra_special_tokens")
+    values = {**values, **(more if isinstance(more, dict) else {})}
     texts = {name: each.get("content") if isinstance(each, dict) else each for name, each in values.items()}
     return {name: each for name, each in texts.items() if name.endswith("_token") and isinstance(each, str)}
