@@ -105,17 +105,15 @@ def run(options: argparse.Namespace) -> None:
     from ..loading import find, load
     from ..processing import Processor
 
-    folder = find(options.folder)
-    processor = Processor.from_pretrained(folder)
+    shaping = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+    if options.greedy and any(value is not None for value in shaping.values()):
+        raise ValueError("--greedy takes the most likely token: temperature, top-k, top-p, min-p and seed have no say in it")
+    shaping |= {"do_sample": not options.greedy, "max_new_tokens": options.max_new_tokens}
+    processor = Processor.from_pretrained(find(options.folder))
     if processor.template is None:
         raise ValueError(f"{options.folder} has no chat template (chat_template.jinja): use `qwen35moe generate`")
     model, _ = load(options.folder, dtype=options.dtype, device=options.device)
     variables: dict[str, Any] = {} if options.thinking is None else {"enable_thinking": options.thinking}
-    shaping = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
-    sampling = not options.greedy
-    if options.greedy and any(value is not None for value in shaping.values()):
-        raise ValueError("--greedy takes the most likely token: temperature, top-k, top-p, min-p and seed have no say in it")
-    shaping |= {"do_sample": sampling, "max_new_tokens": options.max_new_tokens}
 
     def begin() -> Conversation:
         return Conversation(model, processor, system=options.system, variables=variables, **shaping)
@@ -145,11 +143,11 @@ def _talk(begin: Callable[[], Conversation], pictures: list[tuple[str, Any]]) ->
         elif line.strip():
             try:
                 _write(conversation.say(line.strip(), pictures))
+                if asks:
+                    print(f"({conversation.clock.summary(conversation.prompt_tokens)})", file=sys.stderr)
             except ValueError as error:
                 _complain(str(error), asks)
             pictures = []
-            if asks:
-                print(f"({conversation.clock.summary(conversation.prompt_tokens)})", file=sys.stderr)
 
 
 def _complain(text: str, asks: bool) -> None:
