@@ -1,4 +1,4 @@
-"""`qwen35moe generate | inspect | convert | tiny | routing | backends | demo`: the library from the command line.
+"""`qwen35moe generate | chat | inspect | convert | tiny | routing | backends | demo`: the library from the command line.
 
 Errors are one line on stderr and exit status 2; --debug shows where they come from. Imports stand inside the
 commands, so that --help answers at once.
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwen35moe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
+    _add_chat(commands)
     _add_inspect(commands)
     _add_routing(commands)
     _add_convert(commands)
@@ -80,14 +81,25 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     command = _command(commands, "generate", "generate", "Continue a prompt. Greedy, unless an option of sampling is given.")
     command.add_argument("folder", help="a checkpoint: a folder, a Hub name, or tiny")
     command.add_argument("--prompt", required=True, help="the text to continue; - reads it from standard input")
+    _add_pictures(command, "put it before the prompt")
     command.add_argument("--special", action="store_true", help="let <|...|> in the prompt be control tokens")
     command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most N tokens (default 128)")
-    command.add_argument("--temperature", type=float, metavar="T", help="sample, with logits divided by T")
-    command.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
-    command.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens of mass P")
-    command.add_argument("--min-p", type=float, metavar="P", help="sample from tokens at least P times as likely as the first")
-    command.add_argument("--seed", type=int, help="the same seed gives the same text (implies sampling)")
+    _add_sampling(command)
     command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    _add_placement(command)
+
+
+def _add_chat(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, "chat", "chat", "Talk with a model; a line is a message. /image PATH shows it a picture.")
+    command.add_argument("folder", help="a checkpoint with a chat template: a folder or a Hub name")
+    command.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    _add_pictures(command, "show it with the first message")
+    thinking = command.add_mutually_exclusive_group()
+    thinking.add_argument("--think", dest="thinking", action="store_true", default=None, help="reason before the answer")
+    thinking.add_argument("--no-think", dest="thinking", action="store_false", help="answer at once")
+    command.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="at most N tokens (default 4096)")
+    command.add_argument("--greedy", action="store_true", help="the most likely token each time (default: sample)")
+    _add_sampling(command)
     _add_placement(command)
 
 
@@ -179,6 +191,19 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--max-new-tokens", type=int, default=120, metavar="N", help="at most N tokens (default 120)")
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     _add_placement(command)
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--temperature", type=float, metavar="T", help="sample, with logits divided by T")
+    command.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    command.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens of mass P")
+    command.add_argument("--min-p", type=float, metavar="P", help="sample from tokens at least P times as likely as the first")
+    command.add_argument("--seed", type=int, help="the same seed gives the same text (implies sampling)")
+
+
+def _add_pictures(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--image", action="append", metavar="FILE", help=f"an image: {what}; may be given several times")
+    command.add_argument("--video", action="append", metavar="FILE", help=f"a video: {what}; may be given several times")
 
 
 def _add_placement(command: argparse.ArgumentParser) -> None:

@@ -60,8 +60,9 @@ def run(options: argparse.Namespace) -> None:
     from ..loading import load
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    given = seen(options, prompt) if options.image or options.video else {}  # before the model: files may be missing
     model, tokenizer = load(options.folder, dtype=options.dtype, device=options.device)
-    ids = tokenizer.encode(prompt, special=options.special)
+    ids = given.pop("input_ids")[0].tolist() if given else tokenizer.encode(prompt, special=options.special)
     shaping = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
     clock = write_stream(
         model,
@@ -71,6 +72,29 @@ def run(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         do_sample=any(value is not None for value in shaping.values()),
         **shaping,
+        **shown(model, given),
     )
     print()
     print(clock.summary(len(ids)), file=sys.stderr)
+
+
+def seen(options: argparse.Namespace, prompt: str) -> dict[str, Any]:
+    """The inputs for a prompt with pictures before it."""
+    from ..loading import find
+    from ..processing import Processor
+
+    processor = Processor.from_pretrained(find(options.folder))
+    images, videos = options.image or [], options.video or []
+    given = processor.before(prompt, images, videos, special=options.special, progress=True)
+    return {name: value for name, value in given.items() if name not in ("attention_mask", "mm_token_type_ids")}
+
+
+def shown(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The pictures of a processor's output as the option of `stream`."""
+    from ..multimodal import Pictures
+
+    if not given:
+        return {}
+    if not hasattr(model, "see"):
+        raise ValueError(f"{type(model).__name__} has no vision tower: images and videos need a multimodal checkpoint")
+    return {"pictures": Pictures(**given)}

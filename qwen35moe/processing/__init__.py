@@ -1,7 +1,12 @@
-"""Text, and later images and video, to and from what the model takes. Needs the extras [text], [vision], [video]."""
+"""Text, chat, images and video, to and from what the model takes. Needs the extras [text], [vision], [video]."""
 
 from __future__ import annotations
 
+from .images import ImageProcessor
+from .processor import Processor
+from .reply import Reply, ToolCall
+from .template import ChatTemplate
 from .text import Tokenizer
+from .video import Video, VideoProcessor
 
-__all__ = ["Tokenizer"]
+__all__ = ["ChatTemplate", "ImageProcessor", "Processor", "Reply", "Tokenizer", "ToolCall", "Video", "VideoProcessor"]

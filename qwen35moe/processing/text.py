@@ -35,7 +35,8 @@ class Tokenizer:
         inputs = tokenizer(["one", "two and more"])                    # {"input_ids", "attention_mask"}: [2, T],
         left-padded text = tokenizer.decode(ids)
 
-    vocab_size: the number of tokens, added ones included (an embedding may have more rows, as padding). eos_token_ids,
+    vocab_size: the number of tokens, added ones included (an embedding may have more rows, as padding). added_tokens: the
+    control tokens and their ids, of which special_tokens are those that decode() can leave out. eos_token_ids,
     pad_token_id: from generation_config.json, else config.json, else tokenizer_config.json.
     """
 
@@ -47,6 +48,12 @@ class Tokenizer:
             added = described.get("added_tokens") or []
             self._special = frozenset(int(token["id"]) for token in added if token.get("special"))
             self._added = frozenset(int(token["id"]) for token in added)
+            self.added_tokens: dict[str, int] = {token["content"]: int(token["id"]) for token in added}
+            self.special_tokens = frozenset(token["content"] for token in added if token.get("special"))
+            # Tokens that take blanks beside them with them: whoever cuts a text at its control tokens must know.
+            self.greedy_tokens = frozenset(
+                token["content"] for token in added if any(token.get(each) for each in ("lstrip", "rstrip", "single_word"))
+            )
             # The library can leave special tokens in a text alone, but not added tokens like <think> that are marked
             # as ordinary. Here all of them are marked special; which ones decode() leaves out is kept above.
             for token in added:
@@ -158,6 +165,10 @@ class Tokenizer:
             return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt' or None, got {return_tensors!r}")
+        return self.pad(rows, padding=padding, padding_side=padding_side)
+
+    def pad(self, rows: Sequence[Sequence[int]], *, padding: bool = True, padding_side: str = "left") -> dict[str, Tensor]:
+        """{"input_ids", "attention_mask"} [B, T] of rows of ids; padding=False refuses rows of different lengths."""
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         shortest, width = min(map(len, rows)), max(map(len, rows))

@@ -1,0 +1,244 @@
+"""processing/images.py: pixel values beside transformers' Pillow-based processor, every kind of image, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen35moe.processing import ImageProcessor
+from qwen35moe.processing.images import as_rgb
+from qwen35moe.processing.pixels import MAX_PIXELS, PixelSettings, fitted_size, into_patches, read_settings, value_table
+from tests.conftest import count_calls
+
+Image = pytest.importorskip("PIL.Image")
+PUBLISHED = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "temporal_patch_size": 2,
+             "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+ODD = {"size": {"shortest_edge": 5000, "longest_edge": 40_000}, "patch_size": 7, "temporal_patch_size": 3, "merge_size": 3,
+       "image_mean": [0.48, 0.45, 0.40], "image_std": [0.26, 0.27, 0.28]}  # fmt: skip
+
+
+def noise(height: int, width: int, mode: str = "RGB") -> Any:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    data = torch.randint(0, 256, (height * width * channels,), dtype=torch.uint8)
+    return Image.frombytes(mode, (width, height), bytes(data.tolist()))
+
+
+def theirs(settings: dict[str, Any]) -> Any:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return Qwen2VLImageProcessorPil(**settings)
+
+
+def ours(settings: dict[str, Any]) -> ImageProcessor:
+    return ImageProcessor(PixelSettings().with_values(settings, "test"))
+
+
+@pytest.mark.parametrize("settings", [PUBLISHED, ODD], ids=["published", "odd"])
+def test_pixel_values_are_transformers_bit_for_bit(settings: dict[str, Any]) -> None:
+    images = [noise(h, w) for h, w in [(31, 37), (300, 113), (64, 64), (257, 511), (5, 90), (21, 42), (640, 33)]]
+    images += [noise(45, 67, mode) for mode in ("L", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "P", "1", "RGBX")]
+    palette = noise(50, 70).convert("P", palette=Image.Palette.ADAPTIVE, colors=17)
+    palette.info["transparency"] = 3
+    expected = theirs(settings)([*images, palette], return_tensors="pt")
+    found = ours(settings)([*images, palette])
+    assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
+    assert found["image_grid_thw"].dtype == torch.int64 and found["pixel_values"].dtype == torch.float32
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("off", [{"do_rescale": False}, {"do_normalize": False}, {"do_resize": False}, {"max_pixels": 9000}])
+def test_switches_and_arrays_are_transformers_too(off: dict[str, Any]) -> None:
+    array = torch.randint(0, 256, (42, 63, 3), dtype=torch.uint8)
+    given = [array.numpy(), array.permute(2, 0, 1), array.numpy()[..., 0]]
+    settings = ODD | off
+    if "max_pixels" in off:
+        settings = settings | {"size": {"shortest_edge": 5000, "longest_edge": 9000}}
+        settings.pop("max_pixels")
+    expected = theirs(settings)([each if i < 2 else Image.fromarray(each) for i, each in enumerate(given)], return_tensors="pt")
+    assert torch.equal(ours(ODD | off)(given)["pixel_values"], expected["pixel_values"])
+
+
+def test_the_order_of_patches_is_the_definition() -> None:
+    settings = PixelSettings().with_values(ODD | {"do_resize": False}, "test")
+    picture = torch.randint(0, 256, (42, 63, 3), dtype=torch.uint8)
+    rows = into_patches(picture, settings)
+    m, p, at = 3, 7, 0
+    for group_row in range(42 // 21):
+        for group_column in range(63 // 21):
+            for row in range(m):
+                for column in range(m):
+                    y, x = (group_row * m + row) * p, (group_column * m + column) * p
+                    assert torch.equal(rows[at], picture[y : y + p, x : x + p].permute(2, 0, 1))
+                    at += 1
+    values = ImageProcessor(settings)(picture)["pixel_values"]
+    exact = (rows.double() / 255 - torch.tensor(ODD["image_mean"]).view(3, 1, 1)) / torch.tensor(ODD["image_std"]).view(3, 1, 1)
+    expected = exact[:, :, None].expand(-1, -1, 3, -1, -1).reshape(len(rows), -1)
+    torch.testing.assert_close(values.double(), expected, rtol=0, atol=5e-7)
+    assert value_table(settings, fused=True).sub(value_table(settings, fused=False)).abs().max() < 5e-7
+
+
+@pytest.mark.parametrize("frames", [None, 2, 5, 60])
+def test_sizes_are_transformers(frames: int | None) -> None:
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as still
+
+    settings = PixelSettings(min_pixels=4000, max_pixels=900_000, patch_size=7, merge_size=3)
+    for height in (1, 9, 20, 31, 32, 33, 170, 1000, 3001):
+        for width in (10, 21, 47, 48, 100, 1999):
+            if max(height, width) / min(height, width) > 200:
+                continue
+            if frames is None:
+                expected = still.smart_resize(height, width, 21, 4000, 900_000)
+            else:
+                expected = their_video_size(frames, height, width)
+            assert fitted_size(height, width, settings, frames) == tuple(expected), (height, width)
+
+
+def their_video_size(frames: int, height: int, width: int) -> tuple[int, int]:
+    """transformers' rule for videos; its module cannot be imported without torchvision, the function's source can be run."""
+    import ast
+    import importlib.util
+    import math
+
+    file = Path(importlib.util.find_spec("transformers").origin).parent / "models/qwen3_vl/video_processing_qwen3_vl.py"
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    function = next(each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == "smart_resize")
+    space: dict[str, Any] = {"math": math}
+    exec(compile(ast.Module([function], []), str(file), "exec"), space)
+    return space["smart_resize"](frames, height, width, temporal_factor=2, factor=21, min_pixels=4000, max_pixels=900_000)
+
+
+# -------------------------------------------------------------------------------------------------------- kinds of images
+
+
+def encoded(image: Any, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def test_sixteen_bits_floats_and_deep_arrays_are_the_same_picture(tmp_path: Path) -> None:
+    """Pillow's own conversion of 16 bits cuts everything above 255 off to white; here 65535 is white."""
+    deep = torch.randint(0, 65_536, (40, 52)).to(torch.int32)
+    eight = ((deep.double() / 257).round()).to(torch.uint8)
+    png = Image.frombytes("I;16", (52, 40), deep.to(torch.uint16).numpy().tobytes())
+    png.save(tmp_path / "deep.png")
+    expected = ours(ODD)(eight)["pixel_values"]
+    same = [tmp_path / "deep.png", png, deep.to(torch.uint16), deep.to(torch.uint16).numpy(), Image.fromarray(deep.numpy())]
+    same += [eight.float() / 255, Image.fromarray((eight.float() / 255).numpy()), eight[None], eight[..., None]]
+    for image in same:
+        assert torch.equal(ours(ODD)(image)["pixel_values"], expected)
+
+
+def test_orientation_is_obeyed(tmp_path: Path) -> None:
+    picture = noise(30, 50)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a telephone held upright: turn by 90 degrees clockwise
+    turned = as_rgb(encoded(picture, "PNG", exif=exif))
+    assert turned.size == (30, 50)
+    assert turned.tobytes() == picture.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+def test_files_bytes_and_nested_lists(tmp_path: Path) -> None:
+    picture = noise(40, 60)
+    expected = ours(ODD)(picture)["pixel_values"]
+    for kind in ("PNG", "BMP", "TIFF", "PPM"):
+        file = tmp_path / f"a.{kind}"
+        file.write_bytes(encoded(picture, kind))
+        found = ours(ODD)([[file, str(file)], [file.read_bytes()]])
+        assert torch.equal(found["pixel_values"], expected.repeat(3, 1)), kind
+    animated = encoded(picture, "GIF", save_all=True, append_images=[noise(40, 60)])
+    assert torch.equal(ours(ODD)(animated)["pixel_values"], ours(ODD)(encoded(picture, "GIF"))["pixel_values"])
+
+
+def test_images_are_worked_on_side_by_side_and_keep_their_order() -> None:
+    images = [torch.full((42, 42, 3), shade, dtype=torch.uint8) for shade in range(40)]
+    with count_calls(ImageProcessor, "_one") as done:
+        values = ours(ODD | {"do_normalize": False})(images, progress=True)["pixel_values"]
+    assert done.count == 40
+    assert (values.view(40, -1)[:, 0] * 255).round().tolist() == list(range(40))
+
+
+# ---------------------------------------------------------------------------------------------------------------- refused
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (png_header(60_000, 60_000), "cannot be read"),
+        (png_header(MAX_PIXELS // 1024 + 1, 1024), f"1024 x {MAX_PIXELS // 1024 + 1} pixels"),
+        (png_header(0, 5), "cannot be read"),
+        (b"", "cannot be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),  # Pillow would start Ghostscript
+        (torch.zeros(3, 0, 7), "0 x 7 pixels"),
+        (torch.zeros(401, 2, dtype=torch.uint8), "more than 200 times as long as wide"),
+        (torch.zeros(3, 9, 3), r"got \[3, 9, 3\]"),
+        (torch.zeros(2, 9, 9), r"got \[2, 9, 9\]"),
+        (torch.full((9, 9), 200.0), "floating pixels lie in 0..1, got 200..200"),
+        (torch.full((9, 9), float("nan")), "floating pixels lie in 0..1"),
+        (torch.zeros(9, 9, dtype=torch.int64), "got torch.int64"),
+        (7, "got int"),
+        ("no/such.png", "no such file"),
+        ("https://somewhere/cat.png", "addresses are not fetched"),
+    ],
+)
+def test_what_is_refused(image: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s)image 1.*{words}"):
+        ours(ODD)([torch.zeros(9, 9), image])
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_costs_no_memory() -> None:
+    """Refused from the header: nothing of the size it claims is ever allocated."""
+    with count_calls(Image.Image, "load") as loads, pytest.raises(ValueError, match="pixels"):
+        as_rgb(png_header(MAX_PIXELS // 1024 + 1, 1024))
+    assert loads.count == 0
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"patch_size": 0}, "patch_size must be"),
+        ({"resample": 2}, "resample 2"),
+        ({"do_center_crop": True}, "do_center_crop"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "image_std must be positive"),
+        ({"image_mean": [0.5]}, "3 values"),
+        ({"size": {"height": 3}}, "size must hold"),
+        ({"size": {"shortest_edge": 9, "longest_edge": 8}}, "min_pixels 9"),
+        ({"cap_pixels_per_frame": True}, "cap_pixels_per_frame"),
+        ({"merge_size": "2"}, "merge_size must be"),
+    ],
+)
+def test_settings_that_mean_something_else_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PUBLISHED | changes))
+    with pytest.raises(ValueError, match=words):
+        ImageProcessor.from_pretrained(tmp_path)
+
+
+def test_where_settings_come_from(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no preprocessor_config.json"):
+        ImageProcessor.from_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PUBLISHED | {"image_processor_type": "x"}))
+    published = read_settings(tmp_path, "image")
+    assert published == PixelSettings()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": ODD, "processor_class": "y"}))
+    assert read_settings(tmp_path, "image").patch_size == 7
+    assert read_settings(tmp_path, "video") is None
+    (tmp_path / "preprocessor_config.json").write_text("[]")
+    (tmp_path / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match="must hold an object, got list"):
+        read_settings(tmp_path, "image")
