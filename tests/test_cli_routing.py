@@ -103,7 +103,7 @@ def test_the_report_separates_flips_from_arithmetic(text: Path, tmp_path: Path, 
     assert single["free"]["max"] < 1e-5 and single["flips"]["share"] == 0
     assert 1e-3 < half["experts and weights replayed"]["max"] < 0.1
     forms = {(row["dtype"], row["form"]): row for row in report["forms"]}
-    assert forms["float32", "loop"]["free"] == 0 and forms["float32", "torch"]["replayed"] < 1e-5
+    assert forms["float32", "loop"]["free"] == 0 and forms["float32", "sorted"]["replayed"] < 1e-5
     text_now = page.read_text()
     assert text_now.startswith("before\n") and text_now.endswith("after\n") and "old" not in text_now
     assert text_now.count("| bfloat16 |") >= 4 and str(tmp_path) not in text_now

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 Image = pytest.importorskip("PIL.Image")
+PngInfo = pytest.importorskip("PIL.PngImagePlugin").PngInfo
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("PNG", "JPEG", "GIF", "WEBP", "MP4")
 EXAMPLES = 150  # of each kind; about 4 s in all
@@ -31,7 +33,10 @@ def sound_files() -> dict[str, bytes]:
     files = {}
     for kind in KINDS[:-1]:
         stream = io.BytesIO()
-        options = {} if kind == "GIF" else {"exif": exif()}
+        options: dict[str, Any] = {} if kind == "GIF" else {"exif": exif()}
+        if kind == "PNG":  # its pixels are protected twice: damage is refused there, so there is also a text to damage
+            options["pnginfo"] = PngInfo()
+            options["pnginfo"].add_text("Comment", "a text that nobody needs " * 300)
         Image.frombytes("RGB", (52, 36), bytes(data.flatten().tolist())).save(stream, kind, **options)
         files[kind] = stream.getvalue()
     from tests.test_processing_video import clip, write
