@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # `find` is used where torch is not
 log = logging.getLogger(__name__)
 
 TINY = "tiny"
-_TEXT_FILES = ("tokenizer_config.json", "chat_template.jinja")
+_TEXT_FILES = ("tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def load(

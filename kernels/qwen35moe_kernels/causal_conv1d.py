@@ -8,7 +8,9 @@ padding nor documents.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +46,7 @@ def short_convolution(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B, T, C] and the last inputs [B or documents, C, W-1]; the contract of `short_convolution`."""
-    import causal_conv1d  # pyright: ignore[reportMissingImports]
-
+    causal_conv1d: Any = importlib.import_module("causal_conv1d")
     past = weight.shape[-1] - 1
     one = x.shape[1] == 1 and lengths is None and cu_seqlens is None
     if one and not runtime.needs_gradient(x, weight, state):

@@ -7,6 +7,7 @@ and has neither a backward nor dropout. Packed documents and frames of images go
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -45,8 +46,7 @@ def attention_objection(
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, visible: Any, dropout: float = 0.0) -> Tensor:
     """query [B, T, H, K], key and value [B, S, G, K]; returns [B, T, H, K]. The contract of `attention`."""
-    import flash_attn  # pyright: ignore[reportMissingImports]
-
+    flash_attn: Any = importlib.import_module("flash_attn")
     tokens, starts = query.shape[1], visible.starts
     options = {"softmax_scale": scale, "causal": True}
     if visible.cu_seqlens is not None:
@@ -74,8 +74,7 @@ def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: T
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
     """Over sequences that lie one behind the other. The longest is read on the host: it sizes the grid."""
-    import flash_attn  # pyright: ignore[reportMissingImports]
-
+    flash_attn: Any = importlib.import_module("flash_attn")
     longest = int(cu_seqlens.diff().max())
     bounds = cu_seqlens.to(device=query.device, dtype=torch.int32)
     deterministic = torch.are_deterministic_algorithms_enabled()

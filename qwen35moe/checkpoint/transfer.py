@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,7 +176,7 @@ class _Buffer:
 
     def __init__(self) -> None:
         self.bytes = torch.empty(0, dtype=torch.uint8)
-        self.arrived: torch.cuda.Event | None = None
+        self.arrived: Any = None  # an event of the stream that copies from it
         self.products: list[tuple[Copy, tuple[Tensor, Tensor]]] = []  # of block-FP8, with their bounds
 
     def make_room(self, nbytes: int, pinned: bool) -> None:

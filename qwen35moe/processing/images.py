@@ -80,7 +80,7 @@ class ImageProcessor:
         bar = tqdm(total=len(given), unit="image", leave=False, disable=None if progress and len(given) >= _MANY else True)
         with bar, ThreadPoolExecutor(max(1, min(len(given), torch.get_num_threads()))) as pool:
             found: list[tuple[Tensor, tuple[int, int]]] = []
-            for each in pool.map(lambda numbered: self._one(*numbered, settings), enumerate(given)):
+            for each in pool.map(lambda numbered: self._one(numbered[0], numbered[1], settings), enumerate(given)):
                 found.append(each)
                 bar.update()
         still = [[patches] * settings.temporal_patch_size for patches, _ in found]

@@ -102,9 +102,11 @@ def plain(value: Any) -> Any:
     are there, and would have their methods otherwise."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind in (str, int, float):
+    if isinstance(value, str):  # of a subclass: its own __str__ is not asked
+        return str.__str__(value)
+    for kind in (int, float):
         if isinstance(value, kind):
-            return kind(value) if kind is not str else str.__str__(value)
+            return kind(value)
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, list):
