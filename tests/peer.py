@@ -371,6 +371,19 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def kept_and_recomputed(model: Any, backward: Callable[[], None]) -> list[dict[str, Tensor]]:
+    """The gradients that `backward` leaves in a model in training, first as it is, then under gradient checkpointing."""
+    found = []
+    for recompute in (False, True):
+        model.zero_grad(set_to_none=True)
+        model.train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        backward()
+        found.append(gradients(model))
+    return found
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The next-token loss by definition: labels one to the left, -100 not counted, in at least float32."""
     shifted = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))

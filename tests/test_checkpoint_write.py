@@ -215,7 +215,7 @@ def test_a_text_model_from_a_multimodal_configuration_is_saved_as_what_it_is(
 
 
 def test_a_model_with_a_vision_tower_keeps_the_nested_form(tmp_path: Path) -> None:
-    """The multimodal class comes later; what decides is the part `visual`."""
+    """What decides is the part `visual`, whatever the class."""
     text = odd_shape(11).text
     vision = {"out_hidden_size": text["hidden_size"]}
     nested = {"model_type": "qwen3_5_moe", "text_config": text, "vision_config": vision, "tie_word_embeddings": False}

@@ -235,14 +235,8 @@ def test_a_decision_in_a_model(name):
         assert bool((out.routing.indices != model(ids, output_routing=True).routing.indices).any())
     if name == "ablate":
         assert R.expert_load(out.routing)[0, 1] == 0 and R.expert_load(out.routing)[1, 2:4].sum() == 0
-    gradients = []
-    for recompute in (False, True):
-        model.zero_grad(set_to_none=True)
-        model.train()
-        if recompute:
-            model.gradient_checkpointing_enable()
-        model(ids, labels=ids, routing=DECISIONS[name]()).loss.backward()
-        gradients.append(peer.gradients(model))
+    decided = lambda: model(ids, labels=ids, routing=DECISIONS[name]()).loss.backward()  # noqa: E731
+    gradients = peer.kept_and_recomputed(model, decided)
     assert all(torch.equal(gradients[0][key], value) for key, value in gradients[1].items())
     assert all(gradients[0][f"model.layers.{layer}.mlp.gate.weight"].isfinite().all() for layer in range(2))
     assert all(gradients[0][f"model.layers.{layer}.mlp.gate.weight"].any() for layer in range(2))

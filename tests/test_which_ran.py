@@ -44,7 +44,7 @@ def model() -> Qwen3_5MoeForConditionalGeneration:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_layers_take_what_the_table_says(training: bool) -> None:
-    """Every operation of a forward with an image, by the names that `ran` saw; `delta_net_step` has no fused form here."""
+    """Every operation of a forward with an image, by the names that `ran` saw; `delta_net_step` is for cached tokens."""
     ids = torch.tensor([[1, 55, 57, 57, 56, *range(2, 40)]])
     with backends.ran() as ran, torch.set_grad_enabled(training):
         model()(
@@ -55,6 +55,17 @@ def test_the_layers_take_what_the_table_says(training: bool) -> None:
         seen.setdefault(operation, set()).add(name)
     assert seen == {operation: {names[training]} for operation, names in ON_A_CPU.items()}
     assert set(OPERATIONS) - set(seen) == {"delta_net_step"}
+
+
+def test_a_cached_token_takes_the_step_as_one_operation() -> None:
+    found = model()
+    cache = found.new_cache(1)
+    with torch.no_grad():
+        found(torch.tensor([[1, 2, 3]]), cache=cache)
+        with backends.ran() as ran:
+            found(torch.tensor([[4]]), cache=cache)
+    assert ran.counts["delta_net_step", "inplace"] == 1
+    assert not {"gated_delta_rule", "short_convolution", "gated_rms_norm"} & {operation for operation, _ in ran.counts}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
