@@ -9,7 +9,7 @@ INSTALL  = $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 .PHONY: help demo test check bench clean
 
 help:
-	@echo "make demo    run the bundled checkpoint: text, backends, tokens per second, expert load"
+	@echo "make demo    run the bundled checkpoint: text, a picture, backends, tokens per second, expert load"
 	@echo "make test    the whole test suite, on the CPU (ARGS='-k cache' for a part of it)"
 	@echo "make check   ruff and pyright"
 	@echo "make bench   the benchmarks that exist; make bench NAME=imports runs one (ARGS='--json out.json')"
@@ -36,7 +36,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) '.[text]'
+	$(INSTALL) '.[text,vision]'
 	@touch $@
 
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(BIN)/python

@@ -311,7 +311,7 @@ def test_demo_shows_text_backends_speed_and_load(folder: Path, capsys: pytest.Ca
 
 def test_bars() -> None:
     assert [demo.bar(height) for height in (0.0, 1e-6, 0.5, 1.0, 7.0)] == [" ", "▁", "▄", "█", "█"]
-    with mock.patch.object(demo, "_can_print", return_value=False):
+    with mock.patch.object(demo, "can_print", return_value=False):
         assert demo.bar(1.0) == "@"
 
 

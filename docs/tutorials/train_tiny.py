@@ -1,11 +1,11 @@
-"""Train the bundled checkpoint, or one of your own, from a text file, on a CPU.
+"""Train the bundled checkpoint, or one of your own, on a CPU: it continues a text, and says which digits a picture shows.
 
     python docs/tutorials/train_tiny.py --text kjv.txt --out my_tiny [--minutes 60 | --steps 2000]
 
-Form feeds in the file separate its documents; without any the file is one document. The last 5 % are held out. What
-comes out is a checkpoint folder as Hugging Face has it, with the learning curve in training.json. On several cores,
-processes are faster than threads: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 docs/tutorials/train_tiny.py ...
-See train_tiny.md.
+Form feeds in the file separate its documents; without any the file is one document. The last 5 % are held out. The
+pictures are made of scikit-learn's handwritten digits, the last fifth of them held out. What comes out is a checkpoint
+folder as Hugging Face has it, with the learning curve in training.json. On several cores, processes are faster than
+threads: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 docs/tutorials/train_tiny.py ...  See train_tiny.md.
 """
 
 from __future__ import annotations
@@ -23,17 +23,22 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from qwen35moe import Qwen3_5MoeForCausalLM
+from qwen35moe import Qwen3_5MoeForConditionalGeneration
 from qwen35moe.config import Config
 from qwen35moe.modules.deltanet import GatedDeltaNet
 from qwen35moe.ops.balancing import load_balancing_loss
+from qwen35moe.processing import Processor
 from qwen35moe.routing import expert_load
 
 END = "<|endoftext|>"  # before every document, and after the last
-HELD_OUT = 0.05
+TURN, TURN_END = "<|im_start|>", "<|im_end|>"
+CONTROL = [END, TURN, TURN_END, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+HELD_OUT, DIGITS_HELD_OUT = 0.05, 0.2
 
 # How text is cut before byte pairs are merged: a word with the space before it, one digit, punctuation, line breaks.
 # Published Qwen tokenizers cut in much the same way.
@@ -50,6 +55,37 @@ SIZES: dict[str, Any] = {
         "mrope_interleaved": True,
     },
 }  # fmt: skip
+
+TOWER: dict[str, Any] = {
+    "depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "patch_size": 8, "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "out_hidden_size": 160, "num_position_embeddings": 64,
+}  # fmt: skip
+
+# A digit is drawn on a square of this many pixels: 4 x 4 patches, which the tower merges into 2 x 2 tokens.
+SIDE = 32
+
+CHAT_TEMPLATE = """\
+{%- if tools %}{{ raise_exception('this checkpoint has not learnt to call tools') }}{% endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' ~ message.role ~ '\\n' }}
+{%- if message.content is string %}{{ message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part.type == 'text' %}{{ part.text }}
+{%- else %}{{ raise_exception('this checkpoint reads text and images, not ' ~ part.type) }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+QUESTIONS = (
+    "What is in this picture?", "What do you see?", "What is written here?", "Read this to me.", "Which digit is this?",
+    "What is this?", "What number is this?", "Describe the image.",
+)  # fmt: skip
 
 
 class Text(NamedTuple):
@@ -83,14 +119,14 @@ def _bytes(text: str) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    """A byte-level byte-pair encoding of `size` tokens, the first of them END. Any bytes can be encoded."""
+    """A byte-level byte-pair encoding of `size` tokens, the first of them CONTROL. Any bytes can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -112,24 +148,112 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Document]:
 
 
 def tiny_config(vocab_size: int, **sizes: Any) -> Config:
-    """SIZES with changes, for a vocabulary padded to a multiple of 64."""
+    """SIZES with changes, for a vocabulary padded to a multiple of 64, and TOWER."""
     padded = -(-vocab_size // 64) * 64
+    text = {
+        "model_type": "qwen3_5_moe_text", **SIZES, "vocab_size": padded, "max_position_embeddings": 2048,
+        "initializer_range": 0.02, "tie_word_embeddings": True, "router_aux_loss_coef": 0.01, "eos_token_id": 0,
+        "pad_token_id": 0, "dtype": "bfloat16", **sizes,
+    }  # fmt: skip
+    places = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     return Config.from_dict({
-        "model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"], **SIZES, "vocab_size": padded,
-        "max_position_embeddings": 2048, "initializer_range": 0.02, "tie_word_embeddings": True,
-        "router_aux_loss_coef": 0.01, "eos_token_id": 0, "pad_token_id": 0, "dtype": "bfloat16", **sizes,
+        "model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"], "tie_word_embeddings": True,
+        "text_config": text, "vision_config": {"model_type": "qwen3_5_moe", **TOWER},
+        **{name: CONTROL.index(token) for name, token in zip(places, CONTROL[3:], strict=True)},
     })  # fmt: skip
 
 
-def new_model(config: Config, seed: int) -> Qwen3_5MoeForCausalLM:
+def new_model(config: Config, seed: int) -> Qwen3_5MoeForConditionalGeneration:
     """Ordinary gates; what writes into the residual stream starts smaller by sqrt(2 layers) (Radford et al. 2019)."""
-    model = Qwen3_5MoeForCausalLM(config)
+    model = Qwen3_5MoeForConditionalGeneration(config)
     model.init_weights(seed=seed, gates="ordinary")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("out_proj", "o_proj", "down_proj")):
                 parameter.div_(math.sqrt(2 * config.text_config.num_hidden_layers))
+    ends = [CONTROL.index(TURN_END), CONTROL.index(END)]
+    model.generation_config = {"eos_token_id": ends, "pad_token_id": CONTROL.index(END)}
     return model
+
+
+class Digit(NamedTuple):
+    """ink [8, 8] from 0 to 16, and which of the ten digits it is."""
+
+    ink: Any
+    name: int
+
+
+def read_digits(share: float = DIGITS_HELD_OUT) -> tuple[list[Digit], list[Digit]]:
+    """(to learn from, held out): scikit-learn's copy of the test part of UCI's handwritten digits, 1,797 by 13 people
+    (Alpaydin and Kaynak 1998), cut in the file's order, so that a digit's neighbours by one hand mostly stay together."""
+    found = load_digits()
+    digits = [Digit(ink, int(name)) for ink, name in zip(found.images, found.target, strict=True)]
+    cut = round(len(digits) * (1 - share))
+    return digits[:cut], digits[cut:]
+
+
+def drawn(digits: Sequence[Digit], generator: torch.Generator | None = None) -> Image.Image:
+    """Digits side by side, dark on white. With a generator each is turned, sheared, scaled and moved a little; pixels may
+    stay square, light and dark may be exchanged, and one digit alone may be larger."""
+    smooth, light, large = True, False, False
+    if generator is not None:
+        smooth, light, large = (torch.rand(3, generator=generator) < torch.tensor([0.6, 0.3, 0.3])).tolist()
+    filter = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    paper = Image.new("L", (SIDE * len(digits), SIDE), 255)
+    for number, digit in enumerate(digits):
+        ink = torch.from_numpy(digit.ink) * (255 / 16)
+        tile = Image.fromarray((255 - ink).round().byte().numpy()).resize((SIDE, SIDE), filter)
+        if generator is not None:
+            turn, shear, wide, high, right, down = (torch.rand(6, generator=generator) * 2 - 1).tolist()
+            a, b, c, d = 1 + 0.15 * wide, 0.2 * turn + 0.15 * shear, -0.2 * turn, 1 + 0.15 * high
+            middle = SIDE / 2  # which stays in place but for `right` and `down`
+            moved = (a, b, middle * (1 - a - b) + 3 * right, c, d, middle * (1 - c - d) + 3 * down)
+            tile = tile.transform(tile.size, Image.Transform.AFFINE, moved, Image.Resampling.BICUBIC, fillcolor=255)
+        paper.paste(tile, (SIDE * number, 0))
+    if large and len(digits) == 1:
+        paper = paper.resize((SIDE * 3 // 2,) * 2, Image.Resampling.BICUBIC)
+    return paper.point(lambda value: 255 - value) if light else paper
+
+
+def named(digits: Sequence[Digit]) -> str:
+    """What is to be said of a picture."""
+    *first, last = [str(digit.name) for digit in digits]
+    return f"The handwritten digits {', '.join(first)} and {last}." if first else f"A handwritten {last}."
+
+
+def message(picture: Image.Image, number: int) -> dict[str, Any]:
+    """A user's message with a picture and one of QUESTIONS, which may stand before it."""
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
+    return {"role": "user", "content": content if number < len(QUESTIONS) else content[::-1]}
+
+
+def chats(digits: Sequence[Digit], processor: Processor, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """The inputs of `count` conversations at a time, without end: one turn or two, each about a picture of one to three
+    digits. The labels are what the assistant says."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def below(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=generator))
+
+    def turn() -> list[dict[str, Any]]:
+        shown = [digits[below(len(digits))] for _ in range((1, 1, 2, 3)[below(4)])]
+        return [message(drawn(shown, generator), below(2 * len(QUESTIONS))), {"role": "assistant", "content": named(shown)}]
+
+    while True:
+        inputs = processor.apply_chat_template([turn() + (turn() if below(4) == 0 else []) for _ in range(count)])
+        yield {**inputs, "labels": replies(inputs["input_ids"], processor)}
+
+
+def replies(ids: Tensor, processor: Processor) -> Tensor:
+    """Labels [B, T]: what the assistant says and the end of its turn, and -100 elsewhere."""
+    tokens, labels = processor.tokenizer, torch.full_like(ids, -100)
+    head = torch.tensor(tokens.encode("assistant\n"))
+    for row, begin in (ids == tokens.token_to_id(TURN)).nonzero().tolist():
+        first = begin + 1 + len(head)
+        if torch.equal(ids[row, begin + 1 : first], head):
+            last = first + int((ids[row, first:] == tokens.token_to_id(TURN_END)).nonzero()[0])
+            labels[row, first : last + 1] = ids[row, first : last + 1]
+    return labels
 
 
 def batches(tokens: Tensor, rows: int, length: int, seed: int) -> Iterator[tuple[float, Tensor]]:
@@ -177,9 +301,9 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrix.dtype)
 
 
-def optimizers(model: Qwen3_5MoeForCausalLM, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: Qwen3_5MoeForConditionalGeneration, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the large matrices; AdamW for the embedding, routers, gates, convolutions and vectors."""
-    small = ("embed_tokens", "conv1d", "in_proj_a", "in_proj_b", "shared_expert_gate", "mlp.gate.")
+    small = ("embed_tokens", "conv1d", "in_proj_a", "in_proj_b", "shared_expert_gate", "mlp.gate.", "patch_embed", "pos_embed")
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.dim() >= 2 and not any(part in name for part in small)]
     chosen = set(map(id, matrices))
@@ -204,7 +328,7 @@ class Judgement(NamedTuple):
 
 
 @torch.no_grad()
-def judge(model: Qwen3_5MoeForCausalLM, documents: Sequence[Document], rows: int = 4) -> Judgement:
+def judge(model: Qwen3_5MoeForConditionalGeneration, documents: Sequence[Document], rows: int = 4) -> Judgement:
     """Bits per byte of whole documents, each read from its start in one piece.
 
     The END after each document is paid for as well, and adds no byte. Padding counts nowhere.
@@ -249,20 +373,27 @@ class Team:
 
 
 def step(
-    model: Qwen3_5MoeForCausalLM, optimizers: Sequence[torch.optim.Optimizer], team: Team, ids: Tensor, factor: float,
-    bfloat16: bool,
-) -> tuple[float, float]:
-    """One step on ids [rows, length]; returns the loss in nats per token and the balancing loss (even: top-k).
+    model: Qwen3_5MoeForConditionalGeneration, optimizers: Sequence[torch.optim.Optimizer], team: Team,
+    parts: Sequence[dict[str, Any]], factor: float, bfloat16: bool,
+) -> tuple[list[float], float]:
+    """One step on the inputs of some forwards; returns their losses in nats per token and the first one's balancing loss
+    (even: top-k).
 
     bfloat16: matrix products in it, 2.5 times as fast where the CPU has instructions for it (measured: avx512_bf16).
     """
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        out = model(ids, labels=ids, output_routing=True, output_router_logits=False)
-    routing = out.routing
-    assert out.loss is not None and routing is not None and routing.logits is not None
-    # Per layer: pooled over layers, as transformers has it, one layer's neglect hides another's excess.
-    balance = load_balancing_loss(routing.logits.unbind(), routing.indices.unbind(), per_layer=True).mean()
-    (out.loss + model.config.text_config.router_aux_loss_coef * balance).backward()
+    losses, balances = [], []
+    for inputs in parts:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            out = model(**inputs, output_routing=True, output_router_logits=False)
+        routing = out.routing
+        assert out.loss is not None and routing is not None and routing.logits is not None
+        # Per layer: pooled over layers, as transformers has it, one layer's neglect hides another's excess.
+        balance = load_balancing_loss(
+            routing.logits.unbind(), routing.indices.unbind(), mask=routing.mask, per_layer=True
+        ).mean()
+        (out.loss + model.config.text_config.router_aux_loss_coef * balance).backward()
+        losses.append(out.loss.item())
+        balances.append(balance.item())
     team.average([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -270,93 +401,140 @@ def step(
             group["lr"] = factor * group.setdefault("full_lr", group["lr"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return out.loss.item(), balance.item()
+    return losses, balances[0]
+
+
+class Lesson(NamedTuple):
+    """What is learnt from, and what is held out for judging on the way."""
+
+    text: Tensor
+    chats: Iterator[dict[str, Any]]
+    held_out: Sequence[Document]
+    digits: Sequence[Digit]
 
 
 def train(
-    model: Qwen3_5MoeForCausalLM, text: Tensor, held_out: Sequence[Document], options: argparse.Namespace, team: Team
+    model: Qwen3_5MoeForConditionalGeneration, lesson: Lesson, processor: Processor, options: argparse.Namespace, team: Team
 ) -> Iterator[dict[str, float]]:
     """Trains until the time or the number of steps is used up; yields points of the curve as it goes."""
     both = optimizers(model, options.lr, options.matrix_lr)
-    mean, balance, started = math.log(model.config.text_config.vocab_size), 0.0, time.monotonic()
-    for count, (epoch, ids) in enumerate(batches(text, options.rows, options.length, options.seed)):
+    means, balance, started = [math.log(model.config.text_config.vocab_size)] * 2, 0.0, time.monotonic()
+    for count, (epoch, ids) in enumerate(batches(lesson.text, options.rows, options.length, options.seed)):
         seconds = team.leader(time.monotonic() - started)
         progress = count / options.steps if options.steps else seconds / 60 / options.minutes
         if count % options.report == 0 or progress >= 1:
-            point = {"step": count, "epoch": round(epoch, 3), "seconds": round(seconds), "train_loss": round(mean, 4)}
-            speed = count * ids.numel() / max(seconds, 1e-9)
-            point |= {"balance": round(balance, 3), "tokens_per_second": round(speed)}
+            point = {"step": count, "epoch": round(epoch, 3), "seconds": round(seconds)}
+            point |= {"train_loss": round(means[0], 4), "chat_loss": round(means[1], 4), "balance": round(balance, 3)}
             if count and count % (5 * options.report) == 0 and team.rank == 0:
-                point["held_out_bits_per_byte"] = round(judge(model, held_out[::4]).bits_per_byte, 4)
+                point["held_out_bits_per_byte"] = round(judge(model, lesson.held_out[::4]).bits_per_byte, 4)
+                point["held_out_digits_right"] = round(right(model, processor, [[each] for each in lesson.digits[::4]]), 4)
             yield point
         if progress >= 1:
             return
         own = ids[team.rank :: team.size]
-        loss, balance = step(model, both, team, own, schedule(count, progress), options.bfloat16)
-        mean += (loss - mean) / min(count + 1, 20)
+        parts = [{"input_ids": own, "labels": own}, next(lesson.chats)]
+        losses, balance = step(model, both, team, parts, schedule(count, progress), options.bfloat16)
+        means = [mean + (loss - mean) / min(count + 1, 20) for mean, loss in zip(means, losses, strict=True)]
 
 
-def write(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """The checkpoint in bfloat16, with the tokenizer.
+@torch.no_grad()
+def right(
+    model: Qwen3_5MoeForConditionalGeneration, processor: Processor, pictures: Sequence[Sequence[Digit]], at_once: int = 60
+) -> float:
+    """The share of pictures that are named exactly as they should be, by the most likely tokens."""
+    found = 0
+    for start in range(0, len(pictures), at_once):
+        part = pictures[start : start + at_once]
+        asked = [[message(drawn(digits), number % len(QUESTIONS))] for number, digits in enumerate(part)]
+        inputs = processor.apply_chat_template(asked, add_generation_prompt=True)
+        said = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        found += sum(processor.parse(row).content == named(digits) for row, digits in zip(said, part, strict=True))
+    return found / len(pictures)
 
-    As published, dt_bias is bfloat16 on disk; A_log and the norm of the memory's output stay float32.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+
+def write(model: Qwen3_5MoeForConditionalGeneration, folder: Path) -> None:
+    """The checkpoint in bfloat16. As published, dt_bias is bfloat16 on disk; A_log and the norm of the memory's output
+    stay float32."""
     model = copy.deepcopy(model).bfloat16()
     for module in model.modules():
         if isinstance(module, GatedDeltaNet):
             module.dt_bias.data = module.dt_bias.data.bfloat16().float()
             module.stored_dtypes["dt_bias"] = torch.bfloat16
-    end = tokenizer.token_to_id(END)
-    generation = {"eos_token_id": [end], "pad_token_id": end}
-    model.generation_config = generation  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     model.save_pretrained(folder)
+
+
+def write_processor(tokenizer: Tokenizer, folder: Path) -> None:
+    """What turns messages and pictures into the model's inputs, as files of the checkpoint, and read from them."""
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": END, "pad_token": END, "model_max_length": 2048, "clean_up_tokenization_spaces": False}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    names = ("vision_bos_token", "vision_eos_token", "image_token", "video_token")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": TURN_END, "pad_token": END, "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False, **dict(zip(names, CONTROL[3:], strict=True)),
+    }  # fmt: skip
+    pixels = {
+        "image_processor_type": "Qwen2VLImageProcessor", "size": {"shortest_edge": SIDE**2, "longest_edge": 3 * SIDE**2},
+        "patch_size": TOWER["patch_size"], "temporal_patch_size": TOWER["temporal_patch_size"],
+        "merge_size": TOWER["spatial_merge_size"], "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    for name, values in {"tokenizer_config": settings, "preprocessor_config": pixels}.items():
+        (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def report(folder: Path, held_out: Sequence[Document]) -> dict[str, Any]:
-    """What the written checkpoint reaches on the held-out text, computed in bfloat16 and in float32."""
-    stored, exact = (
-        judge(Qwen3_5MoeForCausalLM.from_pretrained(folder, dtype=dtype), held_out) for dtype in ("bfloat16", "float32")
-    )
-    even = 1 / exact.load.shape[1]
+def report(folder: Path, held_out: Sequence[Document], digits: Sequence[Digit]) -> dict[str, Any]:
+    """What the written checkpoint reaches on the held-out text and digits, computed in bfloat16 and in float32."""
+    processor, found = Processor.from_pretrained(folder), {}
+    rows = [digits[start : start + count] for count in (2, 3) for start in range(0, len(digits) - count, 2 * count)]
+    for dtype in ("bfloat16", "float32"):
+        model = Qwen3_5MoeForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        one, more = (right(model, processor, shown) for shown in ([[each] for each in digits], rows))
+        found[dtype] = judge(model, held_out), one, more
+    load = found["float32"][0].load
     return {
         "bytes": sum(each.size for each in held_out),
         "tokens": sum(len(each.ids) - 1 for each in held_out),
-        "bits_per_byte": {"bfloat16": round(stored.bits_per_byte, 4), "float32": round(exact.bits_per_byte, 4)},
-        "load_of_even_share": [[round(share / even, 3) for share in layer] for layer in exact.load.tolist()],
+        "bits_per_byte": {dtype: round(text.bits_per_byte, 4) for dtype, (text, _, _) in found.items()},
+        "digits": len(digits),
+        "digits_right": {dtype: round(one, 4) for dtype, (_, one, _) in found.items()},
+        "rows_of_digits": len(rows),
+        "rows_of_digits_right": {dtype: round(more, 4) for dtype, (_, _, more) in found.items()},
+        "load_of_even_share": [[round(share * load.shape[1], 3) for share in layer] for layer in load.tolist()],
     }
 
 
 def main() -> None:
     options, team = _options(), Team()
-    texts = read_text(options.text)
+    texts, (digits, digits_held_out) = read_text(options.text), read_digits()
     tokenizer = train_tokenizer(texts.train, options.vocab)
     held_out = encode(tokenizer, texts.held_out)
     text = torch.tensor([token for document in encode(tokenizer, texts.train) for token in document.ids[:-1]])
+    if team.rank == 0:
+        write_processor(tokenizer, options.out)
+    team.leader(0.0)  # the others wait until it is written
+    processor = Processor.from_pretrained(options.out)
+    shown = chats(digits, processor, options.chats // team.size, options.seed + team.rank)
     model = new_model(tiny_config(tokenizer.get_vocab_size()), options.seed)
-    print(f"{model.num_parameters():,} parameters; {len(text):,} tokens to learn from")
+    print(f"{model.num_parameters():,} parameters; {len(text):,} tokens and {len(digits):,} digits to learn from")
     curve = []
-    for point in train(model, text, held_out, options, team):
+    for point in train(model, Lesson(text, shown, held_out, digits_held_out), processor, options, team):
         if team.rank:
             continue
         curve.append(point)
         print(point, flush=True)
         if "held_out_bits_per_byte" in point:
-            write(model, tokenizer, options.out)  # a run that is cut short leaves its last state
+            write(model, options.out)  # a run that is cut short leaves its last state
     if team.rank:
         return
-    write(model, tokenizer, options.out)
+    write(model, options.out)
+    drawn(digits_held_out[:1]).save(options.out / "example.png")
     settings = {name: value for name, value in vars(options).items() if name not in ("text", "out")}
     settings["processes"] = team.size
-    record = {"settings": settings, "held_out": report(options.out, held_out), "curve": curve}
+    record = {"settings": settings, "held_out": report(options.out, held_out, digits_held_out), "curve": curve}
     (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record["held_out"]))
     start = torch.tensor([held_out[0].ids[:8]])
-    written = Qwen3_5MoeForCausalLM.from_pretrained(options.out)
+    written = Qwen3_5MoeForConditionalGeneration.from_pretrained(options.out)
     sample = written.generate(start, max_new_tokens=120, do_sample=True, temperature=0.8, seed=0)
     print(tokenizer.decode(sample[0].tolist()))
 
@@ -371,6 +549,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=2048, help="tokens of the vocabulary")
     parser.add_argument("--rows", type=int, default=12, help="rows per step")
     parser.add_argument("--length", type=int, default=513, help="tokens per row")
+    parser.add_argument("--chats", type=int, default=64, help="conversations about pictures per step")
     parser.add_argument("--lr", type=float, default=5e-3, help="AdamW's learning rate")
     parser.add_argument("--matrix-lr", type=float, default=0.03, help="Muon's learning rate")
     parser.add_argument("--report", type=int, default=20, help="steps between points of the curve")

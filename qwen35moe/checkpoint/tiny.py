@@ -197,10 +197,10 @@ class Drawing:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer() -> dict[str, bytes]:
-    """The bundled tokenizer with the control tokens of the published ones behind its vocabulary."""
+    """The bundled tokenizer, and behind its vocabulary those control tokens of the published ones that it lacks."""
     tokenizer = json.loads(_BUNDLED.read_text(encoding="utf-8"))
-    first = len(tokenizer["model"]["vocab"])
-    for number, token in enumerate((*_CONTROL, *_MARKS)):
+    first, there = len(tokenizer["model"]["vocab"]), {token["content"] for token in tokenizer["added_tokens"]}
+    for number, token in enumerate(each for each in (*_CONTROL, *_MARKS) if each not in there):
         tokenizer["added_tokens"].append(
             {"id": first + number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
              "normalized": False, "special": token in _CONTROL}  # fmt: skip

@@ -185,10 +185,13 @@ def _add_backends(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
-    command = _command(commands, "demo", "demo", "Load a model, stream a text, show what ran and where the tokens went.")
+    help = "Load a model, stream a text, look at a picture, show what ran and where the tokens went."
+    command = _command(commands, "demo", "demo", help)
     command.add_argument("folder", nargs="?", default="tiny", help="a checkpoint (default: the bundled one)")
     command.add_argument("--prompt", default="In the beginning", help="the text to continue")
     command.add_argument("--max-new-tokens", type=int, default=120, metavar="N", help="at most N tokens (default 120)")
+    help = "the picture to look at (default: the checkpoint's example.png, if it has one)"
+    command.add_argument("--image", metavar="FILE", help=help)
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     _add_placement(command)
 

@@ -1,20 +1,22 @@
-"""`qwen35moe demo`: a model loads, speaks, and shows what ran and where its tokens went."""
+"""`qwen35moe demo`: a model loads, writes, says what it sees, and shows what ran and where its tokens went."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from .generate import can_print, printable, write_stream
+
+EXAMPLE = "example.png"
 BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*#%@"
 
 
 def run(options: argparse.Namespace) -> None:
-    """Load, stream a text, then print speed, implementations and expert load."""
+    """Load, stream a text, look at a picture if the model sees, then print speed, implementations and expert load."""
     from .. import backends
-    from ..loading import load
-    from .generate import printable, write_stream
+    from ..loading import find, load
 
     model, tokenizer = load(options.folder, dtype=options.dtype, device=options.device)
     config = model.config.text_config
@@ -28,10 +30,28 @@ def run(options: argparse.Namespace) -> None:
     sampling: dict[str, Any] = dict(do_sample=True, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=options.seed)
     with backends.ran() as ran:
         clock = write_stream(model, tokenizer, ids, max_new_tokens=options.max_new_tokens, **sampling)
-    print(f"\n\n{clock.summary(len(ids))}\n")
+        print(f"\n\n{clock.summary(len(ids))}\n")
+        _look(model, find(options.folder), options.image)
     print(what_ran(ran.counts))
     if config.is_moe:
         print("\n" + expert_load(model, ids + clock.ids))
+
+
+def _look(model: Any, folder: Path, image: str | None) -> None:
+    """What the model says of an image, by default of the one that its checkpoint brings."""
+    from ..processing import Processor
+    from .look import look
+
+    if image is None and not (folder / EXAMPLE).is_file():
+        return
+    if not hasattr(model, "see"):
+        raise ValueError(f"{type(model).__name__} has no vision tower: images need a multimodal checkpoint")
+    try:
+        print(look(model, Processor.from_pretrained(folder), image or folder / EXAMPLE) + "\n")
+    except ModuleNotFoundError as error:  # text needs no Pillow
+        if image is not None:
+            raise
+        print(f"{EXAMPLE} is not shown: {error}\n")
 
 
 def what_ran(counts: Mapping[tuple[str, str], int]) -> str:
@@ -63,14 +83,6 @@ def expert_load(model: Any, ids: Sequence[int]) -> str:
 
 def bar(height: float) -> str:
     """One character for a height in 0..1; what is used at all never looks empty."""
-    scale = BLOCKS if _can_print(BLOCKS) else PLAIN
+    scale = BLOCKS if can_print(BLOCKS) else PLAIN
     step = round(height * (len(scale) - 1))
     return scale[min(max(step, 1 if height > 0 else 0), len(scale) - 1)]
-
-
-def _can_print(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -55,6 +55,15 @@ def printable(text: str) -> str:
     return text.encode(encoding, errors="replace").decode(encoding)
 
 
+def can_print(text: str) -> bool:
+    """Whether the terminal's encoding has all characters of the text."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def run(options: argparse.Namespace) -> None:
     """Stream the continuation of the prompt."""
     from ..loading import load

@@ -1,0 +1,72 @@
+"""What `qwen35moe demo` shows of a picture: the characters, the reply, and the probabilities that stand behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import qwen35moe
+from qwen35moe.cli import look, main
+from qwen35moe.processing import Processor
+
+Image = pytest.importorskip("PIL.Image")
+TINY = Path(qwen35moe.__file__).parent / "assets" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return qwen35moe.load("tiny", dtype=torch.float32)[0]
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.from_pretrained(TINY)
+
+
+def test_demo_shows_the_picture_the_reply_and_the_runners_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--max-new-tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("example.png: 32 x 32 pixels, 4 x 4 patches, 4 tokens")
+    asked = lines.index("> What is in this picture?")
+    assert asked == start + 1 + 16 + 1  # a character is twice as high as wide
+    assert lines[asked + 1] == "A handwritten 3."  # the first held-out digit
+    assert lines[asked + 3].startswith("least sure of '3' ") and lines[asked + 3].count("%") == 5
+    assert any(line.startswith("vision_attention") for line in lines)
+
+
+def test_the_candidates_are_the_models_where_it_is_least_sure(model: Any, processor: Processor) -> None:
+    """Against a loop that writes the reply token by token without a cache."""
+    inputs = processor.apply_chat_template(look.asked(TINY / "example.png", "What do you see?"), add_generation_prompt=True)
+    found = look.said(model, processor, inputs, count=3)
+    ids, steps = inputs["input_ids"], []
+    with torch.no_grad():
+        while ids[0, -1] not in processor.tokenizer.eos_token_ids:
+            logits = model(ids, pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"]).logits[0, -1]
+            steps.append(logits.double().softmax(-1))
+            ids = torch.cat([ids, logits.argmax()[None, None]], 1)
+    unsure = min(steps, key=lambda probabilities: probabilities.max())
+    best = unsure.topk(3)
+    assert [each.text for each in found.candidates] == [processor.tokenizer.decode([token]) for token in best.indices.tolist()]
+    expected = torch.tensor([each.probability for each in found.candidates], dtype=torch.float64)
+    torch.testing.assert_close(expected, best.values, rtol=1e-4, atol=1e-6)
+    assert found.content == processor.parse(ids[0, inputs["input_ids"].shape[1] :]).content
+
+
+def test_a_picture_in_characters(tmp_path: Path) -> None:
+    picture = Image.new("L", (40, 20), 255)
+    picture.paste(0, (0, 0, 20, 20))  # the left half is ink
+    picture.save(tmp_path / "half.png")
+    lines = look.in_characters(tmp_path / "half.png", width=12).splitlines()
+    assert len(lines) == 3 and all(line.strip().startswith("█" * 4) and len(line) <= 2 + 8 for line in lines)
+    with mock.patch.object(look, "can_print", return_value=False):
+        assert look.in_characters(tmp_path / "half.png", width=12).splitlines()[0].startswith("  @@@@")
+
+
+def test_a_picture_for_a_model_without_a_tower_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tiny", str(tmp_path / "blind"), "--layers", "4"]) == 0
+    assert main(["demo", str(tmp_path / "blind"), "--image", str(TINY / "example.png"), "--max-new-tokens", "2"]) == 2
+    assert "has no vision tower" in capsys.readouterr().err
