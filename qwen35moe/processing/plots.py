@@ -31,7 +31,8 @@ from .pixels import IMAGE_DEFAULTS, VIDEO_DEFAULTS, PixelSettings, check_divides
 _AXES = (("time", "#9ecae1", 6.0), ("height", "#e6550d", 2.8), ("width", "black", 1.0))
 _KINDS = {TEXT: ("text", "none"), IMAGE: ("image", "#fdf0dc"), VIDEO: ("video", "#e5f5e0")}
 _WIDTH = 10.0  # of a page, in inches
-_IN_LINE = 4  # pictures side by side
+_IN_LINE = 3  # pictures side by side
+_NUMBERED = 8  # rows and columns of tokens that have room for a number each
 
 
 def plot_tokens(picture: Tensor, settings: PixelSettings, axes: Any, *, places: Tensor | None = None, first: int = 0) -> None:
@@ -54,7 +55,7 @@ def plot_tokens(picture: Tensor, settings: PixelSettings, axes: Any, *, places: 
     patches = coordinates([(1, height // p, width // p)], m).unflatten(1, (-1, m * m))
     middles = (patches.double().mean(-1) + 0.5) * p  # [2, tokens], in pixels
     cells = (middles / side).long()
-    shown = cells % -(-max(rows, columns) // 16) == 0  # not every token of a large picture
+    shown = cells % -(-max(rows, columns) // _NUMBERED) == 0
     labels = cells if places is None else places[1:].cpu()
     for set_ticks, at, label, keep in zip((axes.set_yticks, axes.set_xticks), middles, labels, shown, strict=True):
         ticks = dict(zip(at[keep].tolist(), label[keep].tolist(), strict=True))
@@ -83,18 +84,20 @@ def plot_positions(places: Tensor, types: Tensor, axes: Any, *, after: int | Non
     kinds, counts = (each.tolist() for each in torch.unique_consecutive(types, return_counts=True))
     for kind, count, end in zip(kinds, counts, accumulate(counts), strict=True):
         axes.axvspan(end - count - 0.5, end - 0.5, facecolor=_KINDS[kind][1], edgecolor="none", zorder=0)
-        if count >= 0.05 * tokens:  # otherwise narrower than what would be written there
+        if count >= (0.08 if kind == TEXT else 0.12) * tokens:  # otherwise narrower than what would be written there
             middle, said = end - 0.5 - count / 2, _said(kind, places[:, end - count : end])
             axes.text(middle, 0.97, said, transform=axes.get_xaxis_transform(), fontsize=7, ha="center", va="top")
     if after is not None:
         axes.plot([tokens], [after], color="black", marker="o", fillstyle="none", linestyle="none")
         said = f"next {after}\nrope_delta\n= {after} - {tokens}\n= {after - tokens}"
-        axes.text(tokens, 0.9 * after, said, fontsize=7, ha="center", va="top")
+        axes.text(tokens, 0.9 * after, said, fontsize=7, va="top")
     top = max(1, after or 0, *places.flatten().tolist())
-    axes.set(xlim=(-0.5, 1.06 * tokens), ylim=(-0.05 * top, 1.5 * top))  # above: what is said of each part
+    axes.set(xlim=(-0.5, 1.09 * tokens), ylim=(-0.05 * top, 1.5 * top))  # above: what is said of each part
     axes.set_xlabel("slot", fontsize=8)
     axes.set_ylabel("position", fontsize=8)
     axes.tick_params(labelsize=7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -143,15 +146,14 @@ def draw_vision(
     figure = new_figure(_WIDTH, sum(heights))
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, line in zip(parts[: len(lines)], lines, strict=True):
-        every = part.subplots(1, len(line), width_ratios=[panel.tokens[1] for panel in line], squeeze=False)[0]
-        for axes, panel in zip(every, line, strict=True):
+        for axes, panel in zip(part.subplots(1, len(line), squeeze=False)[0], line, strict=True):
             plot_tokens(panel.picture, panel.settings, axes, places=panel.places, first=panel.first)
             axes.set_title(panel.title, fontsize=9)
     for row, part in enumerate(parts[len(lines) :]):
         here, end, axes = present[row], int(after[row]), part.subplots()
         plot_positions(places[:, row, here], types[row, here], axes, after=end)
         name = f"row {row}: " if len(types) > 1 else ""
-        axes.set_title(f"{name}{int(here.sum())} tokens, the next position is {end}", fontsize=9)
+        axes.set_title(f"{name}{int(here.sum())} tokens in {end} positions", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=100)
@@ -159,7 +161,8 @@ def draw_vision(
 
 def _height(tokens: list[tuple[int, int]]) -> float:
     """Inches for a line of pictures of so many rows and columns of tokens."""
-    return 0.8 + min(0.42, 0.8 * _WIDTH / sum(columns for _, columns in tokens)) * max(rows for rows, _ in tokens)
+    room = _WIDTH / len(tokens) - 0.6
+    return 0.9 + min(5.0, max(rows * min(0.45, room / columns) for rows, columns in tokens))
 
 
 def _taken(
