@@ -127,6 +127,16 @@ def test_text_alone_lies_on_one_line() -> None:
     assert "next 5\nrope_delta\n= 5 - 5\n= 0" in texts(figure.axes[0])
 
 
+def test_settings_are_needed_for_what_is_there_alone() -> None:
+    """m = 3, and the published m = 2 for the kind that the prompt does not have."""
+    inputs, _ = batch()
+    types, videos = inputs["mm_token_type_ids"], ("pixel_values_videos", "video_grid_thw")
+    still = {name: value for name, value in inputs.items() if name not in videos}
+    assert len(drawn(still | {"mm_token_type_ids": types * (types == IMAGE)}, settings=STILL).axes) == 4
+    moving = {name: inputs[name] for name in videos} | {"mm_token_type_ids": types * (types == VIDEO)}
+    assert len(drawn(moving, video_settings=MOVING).axes) == 3
+
+
 def without(inputs: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in inputs.items() if key != name}
 

@@ -137,8 +137,8 @@ def draw_vision(
     where numbers of placeholders, grids and values do not fit each other, and where there is no matplotlib.
     """
     new_figure(1, 1)  # a missing matplotlib is said before the work, not after it
-    types, present, pictures = _taken(inputs, settings, video_settings)
-    places, after = positions(types, pictures, settings.merge_size, mask=present)
+    types, present, pictures, merge = _taken(inputs, settings, video_settings)
+    places, after = positions(types, pictures, merge, mask=present)
     panels = [panel for kind, own in ((IMAGE, settings), (VIDEO, video_settings))
               for panel in _panels(kind, types, present, places, pictures, own)]  # fmt: skip
     lines = [panels[at : at + _IN_LINE] for at in range(0, len(panels), _IN_LINE)]
@@ -167,15 +167,13 @@ def _height(tokens: list[tuple[int, int]]) -> float:
 
 def _taken(
     inputs: Mapping[str, Any], settings: PixelSettings, video_settings: PixelSettings
-) -> tuple[Tensor, Tensor, Pictures]:
-    """(types [B, T], which of them are no padding [B, T], the pictures), checked as the model checks them."""
+) -> tuple[Tensor, Tensor, Pictures, int]:
+    """(types [B, T], which of them are no padding [B, T], the pictures, m), checked as the model checks them."""
     if inputs.get("mm_token_type_ids") is None:
         raise ValueError(
             f"the inputs hold {sorted(inputs)} and no mm_token_type_ids: take them from a Processor, or from "
             "qwen35moe.multimodal.token_types(input_ids, config)"
         )
-    if settings.merge_size != video_settings.merge_size:
-        raise ValueError(f"merge_size: images {settings.merge_size}, videos {video_settings.merge_size}; a model has one")
     types, mask = inputs["mm_token_type_ids"].cpu(), inputs.get("attention_mask")
     present = torch.ones_like(types, dtype=torch.bool) if mask is None else mask.cpu().bool()
     if types.dim() != 2 or present.shape != types.shape:
@@ -183,9 +181,12 @@ def _taken(
     names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
     pictures = Pictures(**{name: inputs[name].detach().cpu() for name in names if inputs.get(name) is not None})
     pictures.check(ids=True)
+    merges = [own.merge_size for kind, own in ((IMAGE, settings), (VIDEO, video_settings)) if pictures.present(kind)] or [1]
+    if len(set(merges)) > 1:
+        raise ValueError(f"merge_size: images {merges[0]}, videos {merges[1]}; a model has one")
     types = types.masked_fill(~present, TEXT)
-    check_counts(types, pictures, settings.merge_size)
-    return types, present, pictures
+    check_counts(types, pictures, merges[0])
+    return types, present, pictures, merges[0]
 
 
 def _panels(
