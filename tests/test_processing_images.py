@@ -13,8 +13,17 @@ import pytest
 import torch
 
 from qwen35moe.processing import ImageProcessor
-from qwen35moe.processing.images import as_rgb
-from qwen35moe.processing.pixels import MAX_PIXELS, PixelSettings, fitted_size, into_patches, read_settings, value_table
+from qwen35moe.processing.images import as_rgb, values_of
+from qwen35moe.processing.pixels import (
+    MAX_PIXELS,
+    PixelSettings,
+    fitted_size,
+    from_patches,
+    into_patches,
+    pictures_of,
+    read_settings,
+    value_table,
+)
 from tests.conftest import count_calls
 
 Image = pytest.importorskip("PIL.Image")
@@ -82,6 +91,33 @@ def test_the_order_of_patches_is_the_definition() -> None:
     expected = exact[:, :, None].expand(-1, -1, 3, -1, -1).reshape(len(rows), -1)
     torch.testing.assert_close(values.double(), expected, rtol=0, atol=5e-7)
     assert value_table(settings, fused=True).sub(value_table(settings, fused=False)).abs().max() < 5e-7
+
+
+@pytest.mark.parametrize("m, p", [(1, 5), (2, 3), (3, 7)])
+def test_patches_go_back_to_their_picture(m: int, p: int) -> None:
+    settings = PixelSettings(patch_size=p, merge_size=m)
+    for rows, columns in ((m, m), (2 * m, 3 * m), (5 * m, m)):
+        picture = torch.randint(0, 256, (rows * p, columns * p, 3), dtype=torch.uint8)
+        assert torch.equal(from_patches(into_patches(picture, settings), rows, columns, settings), picture)
+    with pytest.raises(ValueError, match=rf"\[{4 * m * m}, 3, {p}, {p}\], got \[{5 * m * m}, 3, {p}, {p}\]"):
+        from_patches(into_patches(picture, settings), 2 * m, 2 * m, settings)
+    if m > 1:
+        with pytest.raises(ValueError, match=f"{5 * m * m} x 1 patches, multiples of {m}"):
+            from_patches(into_patches(picture, settings), 5 * m * m, 1, settings)
+
+
+@pytest.mark.parametrize("off", [{}, {"do_rescale": False}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5}])
+@pytest.mark.parametrize("fused", [False, True])
+def test_values_go_back_to_the_bytes_they_were(off: dict[str, Any], fused: bool) -> None:
+    """All 256 bytes in all channels, in six pictures, through both ways of rounding."""
+    settings = PixelSettings().with_values(ODD | off, "test")
+    frames = torch.arange(256, dtype=torch.uint8).repeat(250)[: 6 * 42 * 63 * 3].view(6, 42, 63, 3)[:, :, :, [2, 0, 1]]
+    assert all(len(frames[..., channel].unique()) == 256 for channel in range(3))
+    patches = [into_patches(frame.contiguous(), settings) for frame in frames]
+    values = values_of([patches[:3], patches[3:]], settings, fused=fused)
+    assert torch.equal(pictures_of(values, (2, 6, 9), settings), frames)
+    with pytest.raises(ValueError, match=r"1 x 6 x 9 patches has values \[54, 441\], got \[108, 441\]"):
+        pictures_of(values, (1, 6, 9), settings)
 
 
 @pytest.mark.parametrize("frames", [None, 2, 5, 60])

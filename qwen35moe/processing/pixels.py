@@ -194,6 +194,40 @@ def into_patches(picture: Tensor, settings: PixelSettings) -> Tensor:
     return split.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, p, p)
 
 
+def from_patches(patches: Tensor, rows: int, columns: int, settings: PixelSettings) -> Tensor:
+    """The picture [rows * p, columns * p, 3] of patches [rows * columns, 3, p, p] in the tower's order, of any dtype:
+    the inverse of `into_patches`. rows and columns count patches. ValueError where that is not their number."""
+    p, m = settings.patch_size, settings.merge_size
+    if rows % m or columns % m or list(patches.shape) != [rows * columns, 3, p, p]:
+        raise ValueError(
+            f"{rows} x {columns} patches, multiples of {m}, are [{rows * columns}, 3, {p}, {p}], got {list(patches.shape)}: "
+            "these are other settings than the picture was cut with"
+        )
+    groups = patches.reshape(rows // m, columns // m, m, m, 3, p, p)
+    return groups.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * p, columns * p, 3)
+
+
+def pictures_of(values: Tensor, grid: tuple[int, int, int], settings: PixelSettings) -> Tensor:
+    """The pictures [t * T, rows * p, columns * p, 3] in bytes that became the rows of pixel_values of one item.
+
+    values [t * rows * columns, 3 * T * p * p], grid (t, rows, columns) as in image_grid_thw or video_grid_thw:
+    byte = 255 (value std + mean), rounded. What a processor made comes back bit for bit. ValueError where shapes differ.
+    """
+    t, rows, columns = grid
+    p, pictures = settings.patch_size, settings.temporal_patch_size
+    if list(values.shape) != (wanted := [t * rows * columns, 3 * pictures * p * p]):
+        raise ValueError(f"a grid of {t} x {rows} x {columns} patches has values {wanted}, got {list(values.shape)}")
+    found = values.double().view(t, rows * columns, 3, pictures, p, p)
+    if settings.do_normalize:
+        mean, std = (torch.tensor(each, dtype=torch.float64, device=values.device).view(3, 1, 1, 1)
+                     for each in (settings.image_mean, settings.image_std))  # fmt: skip
+        found = found * std + mean
+    if settings.do_rescale:
+        found = found / settings.rescale_factor
+    frames = found.round().clamp(0, 255).to(torch.uint8).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
+    return torch.stack([from_patches(patches, rows, columns, settings) for patches in frames])
+
+
 def write_values(frames: Sequence[Tensor], table: Tensor, out: Tensor) -> None:
     """The values of T frames' patches, each [patches, 3, p, p] bytes, into out [patches, 3 * T * p * p] float32."""
     patches, channels, p, _ = frames[0].shape
