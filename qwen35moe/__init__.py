@@ -21,6 +21,7 @@ _HOMES: dict[str, str | None] = {
     "Cache": "cache",
     "Routing": "routing",
     "load": "loading",
+    "load_processor": "loading",
     "Qwen3_5MoeForCausalLM": "model",
     "Qwen3_5MoeTextModel": "model",
     "Qwen3_5ForCausalLM": "model",
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "backends",
     "load",
+    "load_processor",
     "taps",
 ]
 
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from . import backends, taps
     from .cache import Cache
     from .config import Config, TextConfig, VisionConfig
-    from .loading import load
+    from .loading import load, load_processor
     from .model import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel
     from .modules.vision import Qwen3_5MoeVisionModel
     from .routing import Routing

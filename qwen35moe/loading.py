@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # `find` is used where torch is not
     import torch
 
     from .placement import Devices
+    from .processing.processor import Processor
     from .processing.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,13 @@ def load(
         parts = ", ".join(f"{what} ({count} tensors)" for what, count in left_out.items())
         log.warning("%s: loaded as %s; left out: %s", folder, cls.__name__, parts)
     return model, tokenizer
+
+
+def load_processor(name: str | os.PathLike[str], *, revision: str | None = None) -> Processor:
+    """What turns messages and pictures into the inputs of the model that `load` gives for this name, and its replies back."""
+    from .processing.processor import Processor
+
+    return Processor.from_pretrained(find(name, revision))
 
 
 def has_tower(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -63,6 +64,7 @@ TOWER: dict[str, Any] = {
 
 # A digit is drawn on a square of this many pixels: 4 x 4 patches, which the tower merges into 2 x 2 tokens.
 SIDE = 32
+EASY_STEPS = 300  # over which pictures become as different as they will be
 
 CHAT_TEMPLATE = """\
 {%- if tools %}{{ raise_exception('this checkpoint has not learnt to call tools') }}{% endif %}
@@ -192,13 +194,13 @@ def read_digits(share: float = DIGITS_HELD_OUT) -> tuple[list[Digit], list[Digit
     return digits[:cut], digits[cut:]
 
 
-def drawn(digits: Sequence[Digit], generator: torch.Generator | None = None) -> Image.Image:
-    """Digits side by side, dark on white. With a generator each is turned, sheared, scaled and moved a little; pixels may
-    stay square, light and dark may be exchanged, and one digit alone may be larger."""
-    smooth, light, large = True, False, False
+def drawn(digits: Sequence[Digit], generator: torch.Generator | None = None, level: float = 0.0) -> Image.Image:
+    """Digits side by side, dark on white. With a generator each is turned, sheared, scaled and moved a little; and the
+    more of it the higher the level (0 to 1), pixels stay square, light and dark are exchanged, one digit alone is larger."""
+    coarse, light, large = False, False, False
     if generator is not None:
-        smooth, light, large = (torch.rand(3, generator=generator) < torch.tensor([0.6, 0.3, 0.3])).tolist()
-    filter = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+        coarse, light, large = (torch.rand(3, generator=generator) < level * torch.tensor([0.4, 0.3, 0.3])).tolist()
+    filter = Image.Resampling.NEAREST if coarse else Image.Resampling.BICUBIC
     paper = Image.new("L", (SIDE * len(digits), SIDE), 255)
     for number, digit in enumerate(digits):
         ink = torch.from_numpy(digit.ink) * (255 / 16)
@@ -235,13 +237,17 @@ def chats(digits: Sequence[Digit], processor: Processor, count: int, seed: int) 
     def below(limit: int) -> int:
         return int(torch.randint(limit, (), generator=generator))
 
-    def turn() -> list[dict[str, Any]]:
+    def turn(level: float) -> list[dict[str, Any]]:
         shown = [digits[below(len(digits))] for _ in range((1, 1, 2, 3)[below(4)])]
-        return [message(drawn(shown, generator), below(2 * len(QUESTIONS))), {"role": "assistant", "content": named(shown)}]
+        picture = drawn(shown, generator, level)
+        return [message(picture, below(2 * len(QUESTIONS))), {"role": "assistant", "content": named(shown)}]
 
-    while True:
-        inputs = processor.apply_chat_template([turn() + (turn() if below(4) == 0 else []) for _ in range(count)])
-        yield {**inputs, "labels": replies(inputs["input_ids"], processor)}
+    for step in itertools.count():
+        level = min(1.0, step / EASY_STEPS)  # all at once is too much for a tower that sees nothing yet
+        talks = [turn(level) + (turn(level) if below(4) == 0 else []) for _ in range(count)]
+        inputs = processor.apply_chat_template(talks)
+        # Divided by conversations, not by tokens: most tokens of a reply are soon certain, and the digits are to count.
+        yield {**inputs, "labels": replies(inputs["input_ids"], processor), "num_items_in_batch": count}
 
 
 def replies(ids: Tensor, processor: Processor) -> Tensor:
@@ -376,8 +382,8 @@ def step(
     model: Qwen3_5MoeForConditionalGeneration, optimizers: Sequence[torch.optim.Optimizer], team: Team,
     parts: Sequence[dict[str, Any]], factor: float, bfloat16: bool,
 ) -> tuple[list[float], float]:
-    """One step on the inputs of some forwards; returns their losses in nats per token and the first one's balancing loss
-    (even: top-k).
+    """One step on the inputs of some forwards; returns their losses (in nats, per token or what they are divided by) and
+    the first one's balancing loss (even: top-k).
 
     bfloat16: matrix products in it, 2.5 times as fast where the CPU has instructions for it (measured: avx512_bf16).
     """

@@ -102,14 +102,13 @@ class Conversation:
 
 def run(options: argparse.Namespace) -> None:
     """Read messages until the input ends; write replies on standard output, all else on standard error."""
-    from ..loading import find, load
-    from ..processing import Processor
+    from ..loading import load, load_processor
 
     shaping = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
     if options.greedy and any(value is not None for value in shaping.values()):
         raise ValueError("--greedy takes the most likely token: temperature, top-k, top-p, min-p and seed have no say in it")
     shaping |= {"do_sample": not options.greedy, "max_new_tokens": options.max_new_tokens}
-    processor = Processor.from_pretrained(find(options.folder))
+    processor = load_processor(options.folder)
     if processor.template is None:
         raise ValueError(f"{options.folder} has no chat template (chat_template.jinja): use `qwen35moe generate`")
     model, _ = load(options.folder, dtype=options.dtype, device=options.device)

@@ -89,10 +89,9 @@ def run(options: argparse.Namespace) -> None:
 
 def seen(options: argparse.Namespace, prompt: str) -> dict[str, Any]:
     """The inputs for a prompt with pictures before it."""
-    from ..loading import find
-    from ..processing import Processor
+    from ..loading import load_processor
 
-    processor = Processor.from_pretrained(find(options.folder))
+    processor = load_processor(options.folder)
     images, videos = options.image or [], options.video or []
     given = processor.before(prompt, images, videos, special=options.special, progress=True)
     return {name: value for name, value in given.items() if name not in ("attention_mask", "mm_token_type_ids")}
