@@ -193,16 +193,41 @@ def test_the_recipe_runs(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest
     """Five steps on the excerpt: a checkpoint that loads, judged as recorded."""
     out = tmp_path / "out"
     flags = ["--vocab", "320", "--steps", "5", "--rows", "2", "--length", "65", "--chats", "3", "--report", "1"]
-    monkeypatch.setattr(recipe, "DIGITS_HELD_OUT", 0.02)
+    learnt, kept = recipe.read_digits()
+    monkeypatch.setattr(recipe, "read_digits", lambda: (learnt[:20], kept[:9]))
     monkeypatch.setattr("sys.argv", ["train_tiny.py", "--text", str(EXCERPT), "--out", str(out), *flags])
     recipe.main()
     model, tokenizer = qwen35moe.load(out)
-    assert model.dtype == torch.bfloat16 and tokenizer.eos_token_id == tokenizer.token_to_id(recipe.END) == 0
+    assert model.dtype == torch.bfloat16 and isinstance(model, Qwen3_5MoeForConditionalGeneration)
+    assert tokenizer.eos_token_ids == (tokenizer.token_to_id(recipe.TURN_END), 0) and tokenizer.token_to_id(recipe.END) == 0
     record = json.loads((out / "training.json").read_text(encoding="utf-8"))
     assert [point["step"] for point in record["curve"]] == [0, 1, 2, 3, 4, 5]
     held_out = recipe.read_text(EXCERPT).held_out
     found = recipe.judge(model, recipe.encode(recipe.Tokenizer.from_file(str(out / "tokenizer.json")), held_out))
     assert round(found.bits_per_byte, 4) == record["held_out"]["bits_per_byte"]["bfloat16"]
+
+
+def test_the_labels_are_what_the_assistant_says(recipe: ModuleType, processor: Processor) -> None:
+    digits = recipe.read_digits()[0]
+    shown = [digits[:1], digits[1:4]]
+    talk = [
+        each
+        for number, row in enumerate(shown)
+        for each in (recipe.message(recipe.drawn(row), number), {"role": "assistant", "content": recipe.named(row)})
+    ]
+    ids = processor.apply_chat_template([talk, talk[:2]])["input_ids"]  # the second row is padded
+    labels = recipe.replies(ids, processor)
+    kept = labels != -100
+    assert torch.equal(labels[kept], ids[kept])
+    first, second = "A handwritten 0.<|im_end|>", "The handwritten digits 1, 2 and 3.<|im_end|>"
+    assert [processor.tokenizer.decode(row[row != -100]) for row in labels] == [first + second, first]
+
+
+def test_the_example_is_the_first_held_out_digit(recipe: ModuleType) -> None:
+    from PIL import Image
+
+    picture = recipe.drawn(recipe.read_digits()[1][:1])
+    assert Image.open(TINY / "example.png").tobytes() == picture.tobytes() and picture.size == (32, 32)
 
 
 def test_a_text_splits_at_documents_or_else_at_a_line(recipe: ModuleType, tmp_path: Path) -> None:
