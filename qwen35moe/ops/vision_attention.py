@@ -46,7 +46,7 @@ def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: T
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-_BLOCK = 1 << 20  # scores formed at once: 2 MB stay in cache
+_BLOCK = 1 << 21  # scores formed at once: 4 MB stay in cache
 _FEW = 128  # patches in a frame: below, fused attention takes many frames at once
 _LARGEST = 32.0  # a score that is rounded to bfloat16; see `_cannot_round_scores`
 
@@ -59,7 +59,7 @@ def rounded_vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_se
     for start, end in pairwise(cu_seqlens.tolist()):
         if size := end - start:
             q, k, v, into = (x[start:end].transpose(0, 1) for x in (query, key, value, out))
-            k = k.mT.contiguous()
+            k, v = k.mT.contiguous(), v.contiguous()
             heads, rows = max(1, _BLOCK // size**2), min(size, max(1, _BLOCK // size))
             for h in range(0, q.shape[0], heads):
                 for row in range(0, size, rows):
@@ -94,6 +94,9 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
         yield tuple(tensors), {"cu_seqlens": torch.tensor(bounds, device=device), "scale": 0.3}
 
 
-backends.register("vision_attention", "rounded", rounded_vision_attention, _cannot_round_scores, differentiable=False, slower=_fused_is_faster)
+backends.register(
+    "vision_attention", "rounded", rounded_vision_attention, _cannot_round_scores,
+    differentiable=False, slower=_fused_is_faster,
+)  # fmt: skip
 backends.register("vision_attention", "torch", vision_attention)
 backends.add_cases("vision_attention", eager_vision_attention, _cases)
