@@ -230,7 +230,7 @@ class TestRegister:
 
     def test_every_operation_of_the_design_is_known(self) -> None:
         assert backends.OPERATIONS == (
-            *("rms_norm", "gated_rms_norm", "rotary", "attention", "vision_attention", "short_convolution"),
+            *("rms_norm", "gated_rms_norm", "rotary", "attention", "vision_attention", "gelu_linear", "short_convolution"),
             *("gated_delta_rule", "delta_net_step", "router", "experts", "linear_cross_entropy"),
         )
 

@@ -149,6 +149,22 @@ def test_generate_sees(folder: Path, model: Any, capsys: pytest.CaptureFixture[s
     assert "image 0 (no.png): there is no such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_terminal_watches_many_images(folder: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """From eight on there is a bar; a pipe and a single picture have none."""
+    seen = []
+    for terminal, count in ((True, 9), (True, 2), (False, 9)):
+        stderr = io.StringIO()
+        stderr.isatty = lambda terminal=terminal: terminal  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stderr", stderr)
+        piped(monkeypatch, "what?\n")
+        prompt = ["--prompt", "what"] if command == "generate" else ["--no-think"]
+        images = [part for _ in range(count) for part in ("--image", str(folder / "a.png"))]
+        assert main([command, str(folder), *prompt, "--max-new-tokens", "2", *images]) == 0
+        seen.append("image/s" in stderr.getvalue() and f"/{count}" in stderr.getvalue())
+    assert seen == [True, False, False]
+
+
 def test_generate_sees_videos(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("av")
     from tests.test_processing_video import clip, write

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.attention import Visibility, attention_weights, eager_attention, sdpa_attention, vision_attention
+from qwen35moe.ops.attention import Visibility, attention_weights, eager_attention, sdpa_attention
+from qwen35moe.ops.vision_attention import vision_attention
 from tests.peer import assert_close, generator
 
 FORMS = {"eager": eager_attention, "sdpa": sdpa_attention}

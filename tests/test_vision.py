@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import types
 from typing import Any
 
 import pytest
@@ -164,8 +165,9 @@ def test_the_table_is_read_by_its_corners_and_learns():
 # ------------------------------------------------------------------------------------------------------------- bfloat16
 
 
-def bf16_errors() -> list[tuple[float, float]]:
-    """Of tokens: ours and transformers' bf16 towers against our float64 one (the oracle's equal) of the same weights."""
+def bf16_errors(attention: str = "eager", form: str = "auto") -> list[tuple[float, float]]:
+    """Of tokens: ours and transformers' bf16 towers against our float64 one (the oracle's equal) of the same weights.
+    attention, form: theirs and ours."""
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling
     from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeVisionConfig
 
@@ -174,7 +176,7 @@ def bf16_errors() -> list[tuple[float, float]]:
         sizes = {"depth": 4, "hidden_size": 48, "num_heads": 2, "out_hidden_size": 31, "num_position_embeddings": 49}
         model = tower(seed, torch.bfloat16, **sizes)
         config = Qwen3_5MoeVisionConfig(**SIZES | sizes)
-        config._attn_implementation = "eager"
+        config._attn_implementation = attention
         theirs = modeling.Qwen3_5MoeVisionModel(config).eval()
         peer.to_bfloat16(theirs).load_state_dict(model.state_dict())
         x = pixels(GRIDS, model.config, seed).bfloat16()
@@ -182,7 +184,8 @@ def bf16_errors() -> list[tuple[float, float]]:
         exact.load_state_dict(model.state_dict())
         with torch.no_grad():
             truth = torch.cat(exact(x.double(), torch.tensor(GRIDS)).pooler_output)
-            mine = torch.cat(model(x, torch.tensor(GRIDS)).pooler_output)
+            with backends.use(vision_attention=form):
+                mine = torch.cat(model(x, torch.tensor(GRIDS)).pooler_output)
             other = theirs(x, grid_thw=torch.tensor(GRIDS)).pooler_output
         found.append(tuple((side.double() - truth).norm().item() / truth.norm().item() for side in (mine, other)))
     return found
@@ -190,8 +193,7 @@ def bf16_errors() -> list[tuple[float, float]]:
 
 def test_bf16_is_no_further_from_the_truth_than_transformers():
     errors = bf16_errors()
-    assert all(mine <= 1.25 * other for mine, other in errors), errors
-    assert math.prod(mine / other for mine, other in errors) <= 1, errors
+    assert all(mine <= 0.9 * other for mine, other in errors), errors  # its stream is not rounded after every sum
 
 
 # ------------------------------------------------------------------------------------------------------ attention forms
@@ -206,14 +208,25 @@ def attention_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 BOUNDS = {"one frame": [0, 900], "equal frames": [*range(0, 901, 90)], "odd frames": [0, 7, 7, 300, 301, 900]}
 
 
+def rounding_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """transformers' eager attention: softmax in float32 of scores in the dtype of the inputs."""
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import eager_attention_forward
+
+    module: Any = types.SimpleNamespace(num_key_value_groups=1, training=False)
+    return eager_attention_forward(module, q, k, v, None, scaling=scale)[0].transpose(1, 2)
+
+
 @pytest.mark.parametrize("name", BOUNDS)
 def test_every_form_of_vision_attention(name):
-    """Against the definition in float64; in bf16 no form is further from it than fused attention frame by frame."""
+    """Against the definition in float64; in bf16 no form is further from it than fused attention frame by frame, and the
+    one that rounds its scores no further than transformers' eager attention, which rounds them too."""
     bounds = torch.tensor(BOUNDS[name], dtype=torch.int32)
     truth = backends.run("vision_attention", *attention_inputs(torch.float64), cu_seqlens=bounds, scale=0.3)
     frames = [[x[a:b].transpose(0, 1)[None] for x in attention_inputs(torch.bfloat16)]
               for a, b in zip(BOUNDS[name], BOUNDS[name][1:], strict=False) if b > a]
     plain = torch.cat([F.scaled_dot_product_attention(*x, scale=0.3)[0].transpose(0, 1) for x in frames])
+    eager = torch.cat([rounding_attention(*x, 0.3)[0].transpose(0, 1) for x in frames])
+    limits = {"rounded": (eager.double() - truth).norm()}
     limit = (plain.double() - truth).norm()
     for form in [entry.name for entry in backends.implementations("vision_attention") if not entry.missing]:
         with torch.no_grad(), backends.use(vision_attention=form):
@@ -226,7 +239,65 @@ def test_every_form_of_vision_attention(name):
                     continue
                 assert_close(found, truth, bound, form)
             found = run(*attention_inputs(torch.bfloat16))
-            assert found.dtype == torch.bfloat16 and (found.double() - truth).norm() <= 1.25 * limit, form
+            assert found.dtype == torch.bfloat16 and (found.double() - truth).norm() <= limits.get(form, 1.25 * limit), form
+
+
+def test_scores_are_rounded_where_that_is_fast_and_they_are_small(monkeypatch):
+    q, k, v = attention_inputs(torch.bfloat16)
+    bounds = {"all": torch.tensor([0, 900]), "few": torch.tensor([*range(0, 901, 90)])}
+    run = functools.partial(backends.run, "vision_attention", scale=0.3)
+
+    def took(query: Tensor, frames: str = "all") -> str:
+        with torch.no_grad(), backends.ran() as ran:
+            run(query, k, v, cu_seqlens=bounds[frames])
+        return ran.calls[0].name
+
+    for known, name in (((), "torch"), (("avx512_bf16", "amx_bf16"), "torch"), (("avx512_bf16",), "rounded")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: dict.fromkeys(known, True), raising=False)
+        assert took(q) == name
+    assert took(10 * q) == took(q * math.nan) == took(q, "few") == "torch"
+    refused = {"may reach [0-9]{3}, which": 10 * q, "no backward": q.clone().requires_grad_(), "float32 on cpu": q.float()}
+    for message, query in refused.items():
+        with backends.use(vision_attention="rounded"), pytest.raises(ValueError, match=message):
+            run(query, k, v, cu_seqlens=bounds["all"])
+
+
+def test_a_wide_stream_makes_up_for_rounded_scores():
+    """With scores rounded to bf16 our tower is still nearer to the truth than transformers' with fused attention."""
+    errors = bf16_errors("sdpa", form="rounded")
+    assert all(mine <= 0.9 * other for mine, other in errors), errors  # its stream is not rounded after every sum
+
+
+# ----------------------------------------------------------------------------------------------------- gelu in the product
+
+
+def test_gelu_with_its_product_rounds_once_and_is_left_out_where_the_call_is_heard():
+    form = next(entry for entry in backends.implementations("gelu_linear") if entry.name == "onednn")
+    if form.missing:
+        pytest.skip(form.missing)
+    assert backends.verify("gelu_linear", dtypes=(torch.bfloat16,), device="cpu").ok
+    rng = peer.generator(3)
+    x, weight, bias = ((0.5 * torch.randn(shape, generator=rng)).bfloat16() for shape in ((90, 40), (70, 40), (70,)))
+    for approximate in ("tanh", "none"):
+        truth = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate=approximate)
+        errors = {}
+        for name in ("onednn", "torch"):
+            with torch.no_grad(), backends.use(gelu_linear=name):
+                found = backends.run("gelu_linear", x, weight, bias, approximate=approximate)
+            errors[name] = (found.double() - truth).norm().item()
+        assert errors["onednn"] < 0.8 * errors["torch"]
+    model, heard = tower(0, torch.bfloat16), []
+    image, grid = pixels(GRIDS, model.config), torch.tensor(GRIDS)
+    with torch.no_grad(), backends.ran() as ran:
+        model(image, grid)
+    assert ran.counts["gelu_linear", "onednn"] == 3  # two blocks and the merger
+    model.blocks[1].mlp.linear_fc1.register_forward_hook(lambda module, args, output: heard.append(output.shape))
+    with torch.no_grad(), backends.ran() as ran:
+        model(image, grid)
+    assert ran.counts["gelu_linear", "onednn"] == 2 and heard == [torch.Size([144, 29])]
+    with backends.ran() as ran:
+        model(image, grid)
+    assert set(ran.counts) & {("gelu_linear", "onednn"), ("gelu_linear", "torch")} == {("gelu_linear", "torch")}
 
 
 # ----------------------------------------------------------------------------------------------- what others touch it by

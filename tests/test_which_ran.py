@@ -15,6 +15,7 @@ ON_A_CPU = {
     "rotary": ("torch", "torch"),  # its form in place is for more than 64 tokens
     "attention": ("torch", "torch"),
     "vision_attention": ("torch", "torch"),
+    "gelu_linear": ("torch", "torch"),
     "short_convolution": ("inplace", "inplace"),
     "gated_delta_rule": ("inplace", "torch"),
     "router": ("torch", "torch"),

@@ -15,6 +15,7 @@ from qwen35moe.layer_memory import DeltaNetMemory
 from qwen35moe.layout import TokenLayout
 from qwen35moe.modules.islands import Float32Island
 from qwen35moe.modules.norm import GatedRMSNorm
+from qwen35moe.modules.plain import called_plainly
 from qwen35moe.ops.attention import weighted_values
 from qwen35moe.ops.attention_map import attention_map
 from qwen35moe.ops.delta_net_step import fused_step_may_run
@@ -35,12 +36,6 @@ class ShortConvolution(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         options = {"state": state, "lengths": lengths, "cu_seqlens": cu_seqlens}
         return backends.run("short_convolution", x, self.weight.squeeze(1), **options, caller=self)
-
-
-def _called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether nothing hangs on a module's call, so that its weight may be read without one: no hook, no other forward."""
-    own = type(module).forward is kind.forward and "forward" not in module.__dict__
-    return own and not module._forward_hooks and not module._forward_pre_hooks
 
 
 class GatedDeltaNet(Float32Island):
@@ -111,7 +106,7 @@ class GatedDeltaNet(Float32Island):
         go around, and nothing that acts when the convolution or the norm is called."""
         if layout.tokens != 1 or layout.lengths is not None or layout.cu_seqlens is not None:
             return False
-        whole = _called_plainly(self.conv1d, ShortConvolution) and _called_plainly(self.norm, GatedRMSNorm)
+        whole = called_plainly(self.conv1d, ShortConvolution) and called_plainly(self.norm, GatedRMSNorm)
         return whole and fused_step_may_run(self)
 
     def _step(

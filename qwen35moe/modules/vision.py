@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from qwen35moe import backends
 from qwen35moe.config import Config, VisionConfig
-from qwen35moe.ops.precision import wide_dtype
+from qwen35moe.modules.plain import called_plainly
+from qwen35moe.ops.precision import wide_dtype, widen
 from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, resampled, rotation, tokens_of
 from qwen35moe.taps import tap
 
@@ -56,6 +57,15 @@ class _Projection(nn.Module):
         return F.linear(pixels.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
+class VisionNorm(nn.LayerNorm):
+    """(x - mean) / sqrt(var + eps) w + b over the width, of a stream in float32 at least; returns the weights' dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] to the same."""
+        dtype, (weight, bias) = self.weight.dtype, widen(self.weight, self.bias)
+        return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps).to(dtype)
+
+
 class VisionAttention(nn.Module):
     """W_o softmax(q k^T / sqrt(head_dim)) v within each frame, q and k turned by their row and column."""
 
@@ -84,16 +94,25 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [patches, width] to the same."""
-        return tap(self, "output", self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh")))
+        return tap(self, "output", self.linear_fc2(_gelu(self, x, "tanh")))
+
+
+def _gelu(caller: VisionMLP | PatchMerger, x: Tensor, approximate: str) -> Tensor:
+    """gelu(W_1 x), as one operation unless somebody hears the call of W_1 or has replaced it."""
+    linear = caller.linear_fc1
+    if called_plainly(linear, nn.Linear):
+        return backends.run("gelu_linear", x, linear.weight, linear.bias, approximate=approximate, caller=caller)
+    return F.gelu(linear(x), approximate=approximate)
 
 
 class VisionBlock(nn.Module):
-    """x' = x + attention(norm(x));  y = x' + mlp(norm(x'))."""
+    """x' = x + attention(norm(x));  y = x' + mlp(norm(x')). The stream x is float32 at least: rounded to bfloat16 after each
+    of 54 sums it would hold half of a bf16 tower's error."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=EPS)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=EPS)
+        self.norm1 = VisionNorm(config.hidden_size, eps=EPS)
+        self.norm2 = VisionNorm(config.hidden_size, eps=EPS)
         self.attn = VisionAttention(config)
         self.mlp = VisionMLP(config)
         self.gradient_checkpointing = False
@@ -115,13 +134,13 @@ class PatchMerger(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.merged = config.hidden_size * config.spatial_merge_size**2
-        self.norm = nn.LayerNorm(config.hidden_size, eps=EPS)
+        self.norm = VisionNorm(config.hidden_size, eps=EPS)
         self.linear_fc1 = nn.Linear(self.merged, self.merged)
         self.linear_fc2 = nn.Linear(self.merged, config.out_hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[patches, width] to [tokens, D]."""
-        return self.linear_fc2(F.gelu(self.linear_fc1(self.norm(x).view(-1, self.merged))))
+        return self.linear_fc2(_gelu(self, self.norm(x).view(-1, self.merged), "none"))
 
 
 class Qwen3_5MoeVisionModel(nn.Module):
@@ -156,11 +175,11 @@ class Qwen3_5MoeVisionModel(nn.Module):
         x = self.patch_embed(pixel_values)
         turn = rotation(place, config.head_dim, wide_dtype(x))
         bounds = frame_bounds(grids, "cpu" if x.device.type == "meta" else x.device)
-        x = tap(self, "embed", (x + self._positions(grids)).to(x.dtype))  # one rounding: positions are float32 at least
+        x = tap(self, "embed", x + self._positions(grids))  # float32 at least, as positions are
         for block in self.blocks:
             x = block(x, bounds, turn)
         tokens = tap(self, "output", self.merger(x))
-        return VisionOutput(x, tokens.split(tokens_of(grids, merge)))
+        return VisionOutput(x.to(tokens.dtype), tokens.split(tokens_of(grids, merge)))
 
     def _positions(self, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         # The whole table through the embedding's own forward, so that hooks, adapters and offloading see it used.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -95,33 +95,6 @@ def sdpa_attention(
     return out.transpose(1, 2)
 
 
-def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query key^T) value, without order, within each frame [cu_seqlens[f], cu_seqlens[f + 1]).
-
-    query, key, value [N, H, K]; returns [N, H, K]. Neighbouring frames of one size, as those of a video, are one call.
-    """
-    if query.device.type == "cpu":  # keys and values are read over and over, and faster where a head lies together
-        key, value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (key, value))
-    outputs, start = [], 0
-    for size, frames in groupby(end - begin for begin, end in pairwise(cu_seqlens.tolist())):
-        count = len(list(frames))
-        if size == 0:
-            continue
-        here = slice(start, start := start + count * size)
-        q, k, v = (x[here].unflatten(0, (count, size)).transpose(1, 2) for x in (query, key, value))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _eager_vision(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """The definition: one softmax over all patches, in which other frames have no weight."""
-    dtype = wide_dtype(query)
-    frame = torch.bucketize(torch.arange(query.shape[0], device=query.device), cu_seqlens[1:], right=True)
-    scores = torch.einsum("nhk,mhk->hnm", query.to(dtype), key.to(dtype)) * scale
-    weights = scores.masked_fill(frame[:, None] != frame, float("-inf")).softmax(-1)
-    return torch.einsum("hnm,mhk->nhk", weights, value.to(dtype)).to(query.dtype)
-
-
 def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
     sizes = [(2, 7, 7, 6, 3, 16, 0), (2, 3, 9, 4, 2, 8, 6), (3, 1, 12, 4, 1, 24, 11), (1, 10, 10, 2, 2, 8, 0)]
     for number, (batch, tokens, slots, heads, groups, width, start) in enumerate(sizes):
@@ -133,14 +106,6 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
         yield tuple(x.to(device, dtype) for x in tensors), {"scale": width**-0.5, "visible": visible}
 
 
-def _vision_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
-    for bounds in ([0, 4, 5, 13], [0, 3, 3, 8, 13], [0, 13]):
-        tensors = [torch.randn(13, 3, 8, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(3)]
-        yield tuple(tensors), {"cu_seqlens": torch.tensor(bounds, device=device), "scale": 0.3}
-
-
 backends.register("attention", "torch", sdpa_attention, skips=("scores",))
 backends.register("attention", "eager", eager_attention)
 backends.add_cases("attention", eager_attention, _cases)
-backends.register("vision_attention", "torch", vision_attention)
-backends.add_cases("vision_attention", _eager_vision, _vision_cases)
