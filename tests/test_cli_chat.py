@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ def test_what_cannot_see_or_chat_says_so(
     monkeypatch.setattr(loading, "load", lambda *_, **__: (blind, None))
     assert main(["generate", str(folder), "--prompt", "what", "--image", str(folder / "a.png")]) == 2
     assert "has no vision tower" in capsys.readouterr().err
-    assert main(["chat", "tiny"]) == 2
+    plain = shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    assert main(["chat", str(plain)]) == 2
     assert "no chat template" in capsys.readouterr().err
     assert main(["chat", str(folder), "--greedy", "--seed", "3"]) == 2
     assert "--greedy" in capsys.readouterr().err

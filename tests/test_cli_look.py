@@ -30,11 +30,11 @@ def processor() -> Processor:
 def test_demo_shows_the_picture_the_reply_and_the_runners_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--max-new-tokens", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    start = lines.index("example.png: 32 x 32 pixels, 4 x 4 patches, 4 tokens")
+    start = lines.index("example.png: 96 x 32 pixels, 4 x 12 patches, 12 tokens")
     asked = lines.index("> What is in this picture?")
-    assert asked == start + 1 + 16 + 1  # a character is twice as high as wide
-    assert lines[asked + 1] == "A handwritten 3."  # the first held-out digit
-    assert lines[asked + 3].startswith("least sure of '3' ") and lines[asked + 3].count("%") == 5
+    assert asked == start + 1 + 11 + 1  # a third of 64, and a character is twice as high as wide
+    assert lines[asked + 1] == "The handwritten digits 7, 3 and 5."
+    assert lines[asked + 3].startswith("least sure of '7' ") and lines[asked + 3].count("%") == 5
     assert any(line.startswith("vision_attention") for line in lines)
 
 
@@ -60,10 +60,10 @@ def test_a_picture_in_characters(tmp_path: Path) -> None:
     picture = Image.new("L", (40, 20), 255)
     picture.paste(0, (0, 0, 20, 20))  # the left half is ink
     picture.save(tmp_path / "half.png")
-    lines = look.in_characters(tmp_path / "half.png", width=12).splitlines()
+    lines = look.in_characters(tmp_path / "half.png", widest=12).splitlines()
     assert len(lines) == 3 and all(line.strip().startswith("█" * 4) and len(line) <= 2 + 8 for line in lines)
     with mock.patch.object(look, "can_print", return_value=False):
-        assert look.in_characters(tmp_path / "half.png", width=12).splitlines()[0].startswith("  @@@@")
+        assert look.in_characters(tmp_path / "half.png", widest=12).splitlines()[0].startswith("  @@@@")
 
 
 def test_a_picture_for_a_model_without_a_tower_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,7 @@ TOWER: dict[str, Any] = {
 
 # A digit is drawn on a square of this many pixels: 4 x 4 patches, which the tower merges into 2 x 2 tokens.
 SIDE = 32
+EXAMPLE = slice(21, 24)  # of the held-out digits, the picture that comes with the checkpoint
 EASY_STEPS = 300  # over which pictures become as different as they will be
 
 CHAT_TEMPLATE = """\
@@ -533,7 +534,7 @@ def main() -> None:
     if team.rank:
         return
     write(model, options.out)
-    drawn(digits_held_out[:1]).save(options.out / "example.png")
+    drawn(digits_held_out[EXAMPLE]).save(options.out / "example.png")
     settings = {name: value for name, value in vars(options).items() if name not in ("text", "out")}
     settings["processes"] = team.size
     record = {"settings": settings, "held_out": report(options.out, held_out, digits_held_out), "curve": curve}

@@ -80,8 +80,7 @@ def write_tiny(
         Entry(tensor.name, tensor.shape, _TORCH[tensor.dtype], _values(tensor.name, tensor.dtype, drawn))
         for tensor in tensors(config, layout)
     ]
-    tokenizer = json.loads(_tokenizer()["tokenizer.json"])
-    if (count := len(tokenizer["model"]["vocab"]) + len(_CONTROL) + len(_MARKS)) > config.text_config.vocab_size:
+    if (count := 1 + max(_token_ids().values())) > config.text_config.vocab_size:
         raise ConfigError(f"vocab_size = {config.text_config.vocab_size} is less than the {count} tokens of the tokenizer")
     write_checkpoint(path, json_bytes(config.to_dict()), entries, limit, _tokenizer() | _generation())
     return sum(entry.nbytes for entry in entries)

@@ -33,7 +33,7 @@ def look(model: Any, processor: Any, image: str | Path, question: str = QUESTION
     size = f"{columns * settings.patch_size} x {rows * settings.patch_size} pixels"
     tokens = rows * columns // settings.merge_size**2
     reply = said(model, processor, inputs)
-    first, *others = [f"{each.text!r} {each.probability:.1%}" for each in reply.candidates]
+    first, *others = [f"{each.text!r} {each.probability:.2%}" for each in reply.candidates]
     lines = [f"{Path(image).name}: {size}, {rows} x {columns} patches, {tokens} tokens", in_characters(image), ""]
     lines += [f"> {question}", reply.content, "", f"least sure of {first}; runners-up {', '.join(others)}"]
     return printable("\n".join(lines))
@@ -63,12 +63,13 @@ def said(model: Any, processor: Any, inputs: dict[str, Any], count: int = 5, max
     return Said(processor.parse(ids[0, start:], prompt=ids[0, :start]).content, candidates)
 
 
-def in_characters(image: str | Path, width: int = 32) -> str:
+def in_characters(image: str | Path, widest: int = 64, highest: int = 16) -> str:
     """The picture on a terminal: the darker, the fuller. A character is taken to be twice as high as wide."""
     from ..processing.images import as_rgb
 
     picture = as_rgb(image).convert("L")
-    height = max(1, min(40, round(picture.height / picture.width * width / 2)))
+    width = min(widest, max(1, round(2 * highest * picture.width / picture.height)))
+    height = min(highest, max(1, round(width / 2 * picture.height / picture.width)))
     picture = picture.resize((width, height))
     scale = SHADES if can_print(SHADES) else PLAIN
     inks = [scale[min((255 - light) * len(scale) // 256, len(scale) - 1)] for light in picture.tobytes()]
