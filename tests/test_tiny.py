@@ -147,6 +147,24 @@ def test_it_says_which_held_out_digit_it_sees(
     assert share >= RIGHT and abs(share - record["held_out"]["digits_right"][dtype]) < 0.01  # other machines round otherwise
 
 
+def test_it_reads_digits_that_others_drew(recipe: ModuleType, processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As stored, 8 x 8 and light on dark; enlarged by others, smooth and coarse. The README has the shares."""
+    from PIL import Image
+
+    model, digits = Qwen3_5MoeForConditionalGeneration.from_pretrained(TINY), recipe.read_digits()[1]
+    found = {}
+    for side, light, coarse in ((8, True, False), (28, True, False), (64, False, True), (200, True, True)):
+
+        def drawn(row: Any, side: int = side, light: bool = light, coarse: bool = coarse) -> Any:
+            ink = (torch.from_numpy(row[0].ink) * 255 / 16).byte()
+            picture = Image.fromarray((ink if light else 255 - ink).numpy())
+            return picture.resize((side, side), Image.Resampling.NEAREST if coarse else Image.Resampling.BICUBIC)
+
+        monkeypatch.setattr(recipe, "drawn", drawn)
+        found[side] = recipe.right(model, processor, [[each] for each in digits])
+    assert min(found.values()) >= 0.9, found
+
+
 def test_it_looks_at_the_picture(recipe: ModuleType, tiny: Any, processor: Processor) -> None:
     """With the pictures exchanged the answers are exchanged: they come from nowhere else."""
     model, digits = tiny[0], recipe.read_digits()[1]
