@@ -7,6 +7,7 @@ that were held out come from scikit-learn.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ import torch
 
 import qwen35moe
 from qwen35moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeForConditionalGeneration
+from qwen35moe.cli import main
 from qwen35moe.processing import Processor, Tokenizer
 
 TINY = Path(qwen35moe.__file__).parent / "assets" / "tiny"
@@ -185,6 +187,19 @@ def test_rows_of_digits_are_read_and_a_second_turn_sees_its_own_picture(
     assert record["held_out"]["rows_of_digits_right"]["float32"] >= 0.85
     digits = recipe.read_digits()[1]
     assert recipe.right(tiny[0], processor, [digits[start : start + 3] for start in range(0, 60, 3)]) >= 0.75
+
+
+def test_a_conversation_on_the_command_line(
+    recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two turns, each about a picture file of its own."""
+    digits = recipe.read_digits()[1]
+    for name, row in (("one", digits[:1]), ("three", digits[4:7])):
+        recipe.drawn(row).save(tmp_path / f"{name}.png")
+    turns = f"/image {tmp_path / 'one.png'}\nWhat do you see?\n/image {tmp_path / 'three.png'}\nRead this to me.\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(turns))
+    assert main(["chat", "tiny", "--greedy"]) == 0
+    assert capsys.readouterr().out.splitlines() == [recipe.named(digits[:1]), recipe.named(digits[4:7])]
 
 
 def test_transformers_sees_the_same(recipe: ModuleType, tiny: Any, theirs: Any, processor: Processor) -> None:
