@@ -48,23 +48,32 @@ def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: T
 
 _BLOCK = 1 << 21  # scores formed at once: 4 MB stay in cache
 _FEW = 128  # patches in a frame: below, fused attention takes many frames at once
-_LARGEST = 32.0  # a score that is rounded to bfloat16; see `_cannot_round_scores`
+_SAMPLED = 8  # every so many keys are looked at for the largest score of a row
+_LARGEST = 256.0  # a score; beyond, a largest one that the sample missed could be rounded by more than 1
 
 
 def rounded_vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> Tensor:
     """The same without a backward, some heads or rows at a time, its scores rounded to the dtype of the inputs as an eager
-    attention's are: both products are then bfloat16's own, at twice the speed of float32's."""
+    attention's are: both products are then bfloat16's own, at twice the speed of float32's.
+
+    What is rounded is q k^T - m. The softmax takes no notice of a number m of the row's own, but where m is near the largest
+    score, those that matter are small and lose little. m is the largest of a sample, rounded; as another feature of q, with
+    1 in k, it goes through the product's float32 sums.
+    """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     memory = query.new_empty(_BLOCK)
     for start, end in pairwise(cu_seqlens.tolist()):
         if size := end - start:
             q, k, v, into = (x[start:end].transpose(0, 1) for x in (query, key, value, out))
-            k, v = k.mT.contiguous(), v.contiguous()
+            sample = k[:, ::_SAMPLED].mT.contiguous()
+            k, v = torch.cat([k, torch.ones_like(k[..., :1])], -1).mT.contiguous(), v.contiguous()
             heads, rows = max(1, _BLOCK // size**2), min(size, max(1, _BLOCK // size))
             for h in range(0, q.shape[0], heads):
                 for row in range(0, size, rows):
                     some = q[h : h + heads, row : row + rows]
                     scores = memory[: some.shape[0] * some.shape[1] * size].view(*some.shape[:2], size)
+                    near_largest = (some @ sample[h : h + heads]).amax(-1, keepdim=True)
+                    some = torch.cat([some, -near_largest], -1)
                     torch.baddbmm(scores, some, k[h : h + heads], beta=0, alpha=scale, out=scores)
                     torch.softmax(scores, -1, out=scores)
                     into[h : h + heads, row : row + rows] = scores @ v[h : h + heads]
