@@ -219,14 +219,14 @@ def rounding_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 @pytest.mark.parametrize("name", BOUNDS)
 def test_every_form_of_vision_attention(name):
     """Against the definition in float64; in bf16 no form is further from it than fused attention frame by frame, and the
-    one that rounds its scores at half the distance of transformers' eager attention, which rounds them too."""
+    one that rounds its scores at three quarters of the distance of transformers' eager attention, which rounds them too."""
     bounds = torch.tensor(BOUNDS[name], dtype=torch.int32)
     truth = backends.run("vision_attention", *attention_inputs(torch.float64), cu_seqlens=bounds, scale=0.3)
     frames = [[x[a:b].transpose(0, 1)[None] for x in attention_inputs(torch.bfloat16)]
               for a, b in zip(BOUNDS[name], BOUNDS[name][1:], strict=False) if b > a]
     plain = torch.cat([F.scaled_dot_product_attention(*x, scale=0.3)[0].transpose(0, 1) for x in frames])
     eager = torch.cat([rounding_attention(*x, 0.3)[0].transpose(0, 1) for x in frames])
-    limits = {"rounded": 0.5 * (eager.double() - truth).norm()}
+    limits = {"rounded": 0.75 * (eager.double() - truth).norm()}
     limit = (plain.double() - truth).norm()
     for form in [entry.name for entry in backends.implementations("vision_attention") if not entry.missing]:
         with torch.no_grad(), backends.use(vision_attention=form):
