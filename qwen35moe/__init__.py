@@ -22,15 +22,15 @@ _HOMES: dict[str, str | None] = {
     "Routing": "routing",
     "load": "loading",
     "load_processor": "loading",
-    "Qwen3_5MoeForCausalLM": "model",
-    "Qwen3_5MoeTextModel": "model",
-    "Qwen3_5ForCausalLM": "model",
-    "Qwen3_5TextModel": "model",
+    "Qwen3_5MoeForCausalLM": "models.text",
+    "Qwen3_5MoeTextModel": "models.text",
+    "Qwen3_5ForCausalLM": "models.text",
+    "Qwen3_5TextModel": "models.text",
     "Qwen3_5MoeVisionModel": "modules.vision",
-    "Qwen3_5MoeModel": "vision_language",
-    "Qwen3_5MoeForConditionalGeneration": "vision_language",
-    "Qwen3_5Model": "vision_language",
-    "Qwen3_5ForConditionalGeneration": "vision_language",
+    "Qwen3_5MoeModel": "models.vision_language",
+    "Qwen3_5MoeForConditionalGeneration": "models.vision_language",
+    "Qwen3_5Model": "models.vision_language",
+    "Qwen3_5ForConditionalGeneration": "models.vision_language",
     "backends": None,
     "taps": None,
 }
@@ -62,15 +62,15 @@ if TYPE_CHECKING:
     from .cache import Cache
     from .config import Config, TextConfig, VisionConfig
     from .loading import load, load_processor
-    from .model import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel
-    from .modules.vision import Qwen3_5MoeVisionModel
-    from .routing import Routing
-    from .vision_language import (
+    from .models.text import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel
+    from .models.vision_language import (
         Qwen3_5ForConditionalGeneration,
         Qwen3_5Model,
         Qwen3_5MoeForConditionalGeneration,
         Qwen3_5MoeModel,
     )
+    from .modules.vision import Qwen3_5MoeVisionModel
+    from .routing import Routing
 else:  # unseen by type checkers, which would take any misspelt name for an Any
 
     def __getattr__(name: str) -> Any:

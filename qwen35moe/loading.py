@@ -15,7 +15,7 @@ from .config import Config
 if TYPE_CHECKING:  # `find` is used where torch is not
     import torch
 
-    from .placement import Devices
+    from .models.device_map import Devices
     from .processing.processor import Processor
     from .processing.text import Tokenizer
 
@@ -37,8 +37,7 @@ def load(
     model.loading_report). For the text model of a multimodal checkpoint, or a model without its tokenizer, use the class:
     Qwen3_5MoeForCausalLM.from_pretrained(folder).
     """
-    from . import model as models
-    from . import vision_language
+    from .models import text, vision_language
     from .processing.text import Tokenizer
 
     folder = find(name, revision)
@@ -46,7 +45,7 @@ def load(
     config = Config.from_pretrained(folder)
     kind = "Qwen3_5Moe" if config.text_config.is_moe else "Qwen3_5"
     sees = config.vision_config is not None and has_tower(folder)
-    cls = getattr(vision_language, f"{kind}ForConditionalGeneration") if sees else getattr(models, f"{kind}ForCausalLM")
+    cls = getattr(vision_language, f"{kind}ForConditionalGeneration") if sees else getattr(text, f"{kind}ForCausalLM")
     model = cls.from_pretrained(folder, dtype=dtype, device=device)
     left_out = getattr(getattr(model, "loading_report", None), "left_out", None)
     if left_out:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from benchmarks.delta import peers
 from benchmarks.delta.situations import DTYPES, FULL_SIZE, Answer, Contestant, Race, Situation, Sizes
 from qwen35moe import Config, backends
-from qwen35moe.layer_memory import DeltaNetMemory
-from qwen35moe.layout import TokenLayout, plan_layout
-from qwen35moe.model import Qwen3_5MoeTextModel
+from qwen35moe.cache.layout import TokenLayout
+from qwen35moe.cache.states import DeltaNetState
+from qwen35moe.models.inputs import plan_layout
+from qwen35moe.models.text import Qwen3_5MoeTextModel
 
 PROMPT = 8  # tokens that a layer has seen before the cached one
 # The forms that the suite holds to the definitions in float64; the definition of the rule itself takes minutes here.
@@ -82,7 +83,7 @@ class _Chain:
         self.layout = plan_layout(token.shape[0], 1, token.device)
         before = plan_layout(token.shape[0], prompt.shape[1], token.device)
         with torch.inference_mode():
-            self.memories: list[DeltaNetMemory] = [layer(prompt, before)[1] for layer in layers]
+            self.memories: list[DeltaNetState] = [layer(prompt, before)[1] for layer in layers]
 
     def __call__(self) -> Answer:
         outputs = []

@@ -39,7 +39,7 @@ def contestants(device: str, extra: list[str]) -> dict[str, Form | str]:
     return found
 
 
-def objections(name: str, form: Form, arguments: tuple[Tensor, ...]) -> str | None:
+def reasons(name: str, form: Form, arguments: tuple[Tensor, ...]) -> str | None:
     """Why a contestant takes no part in a case, or None."""
     pairs, expert = arguments[3].numel(), arguments[1][0].numel() + arguments[2][0].numel()
     copied = pairs * expert * arguments[1].element_size()

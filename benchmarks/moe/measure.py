@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.common import Timing, interleave, relative_error
 from benchmarks.moe.cases import DTYPES, Case, rotation
-from benchmarks.moe.contestants import PRODUCTS, Form, objections, products
+from benchmarks.moe.contestants import PRODUCTS, Form, products, reasons
 from benchmarks.moe.roofline import asked, limit
 from benchmarks.moe.stages import stages
 from qwen35moe.backends.verification import BOUNDS
@@ -37,7 +37,7 @@ def measure(
     for name, form in forms.items():
         if isinstance(form, str):
             continue
-        reason = objections(name, form, inputs)
+        reason = reasons(name, form, inputs)
         rows[name] = {"skipped": reason} if reason else judge(form)
         if not reason and rows[name]["wrong"] is None:
             running[name] = lambda form=form: run(form, following(), case.train)

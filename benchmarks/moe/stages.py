@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.ops.cpu.sorted_experts import project
 from qwen35moe.ops.experts import router
-from qwen35moe.ops.sorted_experts import project
 
 STAGES: tuple[str, ...] = ("route", "sort", "gather", "up", "activation", "down", "combine")
 

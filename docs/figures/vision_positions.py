@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen35moe import Config
-from qwen35moe.multimodal import token_types
+from qwen35moe.models.vision_inputs import token_types
 from qwen35moe.processing import ImageProcessor
 from qwen35moe.processing.plots import draw_vision
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from qwen35moe import Qwen3_5MoeForConditionalGeneration
 from qwen35moe.config import Config
-from qwen35moe.modules.deltanet import GatedDeltaNet
+from qwen35moe.modules.gated_deltanet import GatedDeltaNet
 from qwen35moe.ops.balancing import load_balancing_loss
 from qwen35moe.processing import Processor
 from qwen35moe.routing import expert_load

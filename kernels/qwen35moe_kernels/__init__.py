@@ -1,7 +1,7 @@
 """Fast paths for qwen35moe: own Triton kernels, and adapters to causal_conv1d, flash_attn, fla and sonic-moe.
 
 This package never imports qwen35moe. `qwen35moe.backends` imports it on first use and hands it its `register`, through
-which every fast path enters the table of implementations with an objection: a function of the call's arguments that
+which every fast path enters the table of implementations with an unsupported: a function of the call's arguments that
 returns None or the reason why the path cannot run them. A path that cannot run on this machine is registered too, with
 `missing="..."` saying why, and `backends.describe()` then tells the user what could be had.
 """

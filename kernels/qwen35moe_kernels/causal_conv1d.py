@@ -22,7 +22,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _READ_BEHIND = 256  # numbers behind seq_idx that its forward may read where T does not fill its last chunk (their PR 117)
 
 
-def objection(
+def unsupported(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> str | None:  # fmt: skip
@@ -36,7 +36,7 @@ def objection(
         return "state: causal_conv1d cannot start packed documents (cu_seqlens) from given inputs"
     if torch.compiler.is_compiling():
         return "a graph is being compiled, and causal_conv1d is no library operation"
-    return runtime.cuda_objection(x=x, weight=weight, state=state, lengths=lengths) or runtime.dtype_objection(
+    return runtime.unsupported_cuda(x=x, weight=weight, state=state, lengths=lengths) or runtime.unsupported_dtype(
         *_FLOATS, x=x, weight=weight
     )
 
@@ -93,4 +93,4 @@ def register(register: Callable[..., None]) -> None:
     """Enter the table in front of all others: where it is installed it was built for this machine."""
     missing = runtime.package_missing("causal_conv1d", "pip install causal-conv1d")
     before = "triton" if runtime.place("inplace") else "inplace"
-    register("short_convolution", "causal_conv1d", short_convolution, objection, before=before, missing=missing)
+    register("short_convolution", "causal_conv1d", short_convolution, unsupported, before=before, missing=missing)

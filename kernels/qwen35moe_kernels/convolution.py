@@ -20,7 +20,7 @@ _TOKENS, _TOKENS_BACKWARD, _CHANNELS, _WARPS = 32, 16, 128, 8  # a program's blo
 _TAPS = 8  # the loops over taps are unrolled, quadratically many in the backward
 
 
-def objection(
+def unsupported(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> str | None:  # fmt: skip
@@ -29,7 +29,7 @@ def objection(
         return f"weight has {weight.shape[-1]} taps, the kernels take up to {_TAPS}"
     if x.shape[0] > 65535:
         return f"x has {x.shape[0]} rows, a grid holds 65535"
-    return runtime.device_objection(x=x, weight=weight, state=state, lengths=lengths) or runtime.dtype_objection(
+    return runtime.unsupported_device(x=x, weight=weight, state=state, lengths=lengths) or runtime.unsupported_dtype(
         *_FLOATS, x=x, weight=weight, state=state
     )
 
@@ -191,4 +191,4 @@ _operation.register_autograd(_differentiate, setup_context=_save)
 def register(register: Callable[..., None]) -> None:
     """Enter the table in front of the PyTorch forms."""
     missing, place = runtime.missing(), runtime.place("inplace")
-    register("short_convolution", "triton", short_convolution, objection, before=place, missing=missing)
+    register("short_convolution", "triton", short_convolution, unsupported, before=place, missing=missing)

@@ -234,15 +234,15 @@ def gated_delta_rule(
     return output, final
 
 
-def objection(
+def unsupported(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> str | None:
     """Why these inputs cannot be run, or None. cu_seqlens may lie on the host: it is then copied."""
     floats = {"query": query, "key": key, "value": value, "decay": decay, "beta": beta, "state": state}
-    if reason := runtime.device_objection(**floats):
+    if reason := runtime.unsupported_device(**floats):
         return reason
-    if reason := runtime.dtype_objection(*_DTYPES, **floats):
+    if reason := runtime.unsupported_dtype(*_DTYPES, **floats):
         return reason
     if not query.dtype == key.dtype == value.dtype:
         return f"query is {query.dtype}, key {key.dtype} and value {value.dtype}: it multiplies one dtype"
@@ -257,6 +257,6 @@ def register(register: Callable[..., None]) -> None:
     """Before the PyTorch forms; under the interpreter, where it would be slower than any, behind them."""
     missing = runtime.missing()
     register(
-        "gated_delta_rule", "triton", None if missing else gated_delta_rule, objection,
+        "gated_delta_rule", "triton", None if missing else gated_delta_rule, unsupported,
         before=runtime.place("inplace"), missing=missing,
     )  # fmt: skip

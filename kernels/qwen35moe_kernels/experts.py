@@ -74,15 +74,15 @@ def _tiles(dtype: torch.dtype, pairs: int, experts: int) -> Tiles:
     return next(tiles for most, tiles in table if most is None or pairs <= most * experts)
 
 
-def objection(
+def unsupported(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None
 ) -> str | None:
     """Why these kernels cannot run this call, or None."""
     if watch is not None:
         return "somebody listens to expert_in, expert_act or expert_out, which it never forms whole"
     experts = {"gate_up": gate_up, "down": down}
-    reason = runtime.device_objection(hidden=hidden, **experts, indices=indices, weights=weights)
-    if reason := reason or runtime.dtype_objection(*_FLOATS, hidden=hidden, weights=weights):
+    reason = runtime.unsupported_device(hidden=hidden, **experts, indices=indices, weights=weights)
+    if reason := reason or runtime.unsupported_dtype(*_FLOATS, hidden=hidden, weights=weights):
         return reason
     for name, tensor in experts.items():
         if tensor.dtype != hidden.dtype:
@@ -303,4 +303,4 @@ _operation.register_autograd(_differentiate, setup_context=_save)
 
 def register(register: Callable[..., None]) -> None:
     """Enter the table in front of the PyTorch forms."""
-    register("experts", "triton", experts, objection, before=runtime.place("gathered"), missing=runtime.missing())
+    register("experts", "triton", experts, unsupported, before=runtime.place("gathered"), missing=runtime.missing())

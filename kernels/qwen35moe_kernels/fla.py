@@ -90,7 +90,7 @@ def _wrong_gradients(query: Tensor, value: Tensor) -> str | None:
     )
 
 
-def objection(
+def unsupported(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> str | None:  # fmt: skip
@@ -98,13 +98,13 @@ def objection(
     if torch.compiler.is_compiling():
         return "a graph is being compiled, and fla is no library operation"
     floats = {"query": query, "key": key, "value": value, "decay": decay, "beta": beta, "state": state}
-    if reason := runtime.cuda_objection(**floats):
+    if reason := runtime.unsupported_cuda(**floats):
         return reason
     gradient = runtime.needs_gradient(*floats.values())
     one = _one_token(query, cu_seqlens, gradient)
-    if reason := runtime.dtype_objection(*_HALF, *((torch.float32,) if one else ()), query=query, key=key, value=value):
+    if reason := runtime.unsupported_dtype(*_HALF, *((torch.float32,) if one else ()), query=query, key=key, value=value):
         return reason if query.dtype != torch.float32 else f"{reason}: fla multiplies float32 in TF32, to three digits"
-    if reason := runtime.dtype_objection(*_HALF, torch.float32, decay=decay, beta=beta, state=state):
+    if reason := runtime.unsupported_dtype(*_HALF, torch.float32, decay=decay, beta=beta, state=state):
         return reason
     if not query.dtype == key.dtype == value.dtype:
         return f"query is {query.dtype}, key {key.dtype} and value {value.dtype}: fla takes one dtype"
@@ -140,5 +140,5 @@ def register(register: Callable[..., None]) -> None:
     before = "triton" if runtime.place("inplace") else "inplace"
     reason = missing()
     register(
-        "gated_delta_rule", "fla", None if reason else gated_delta_rule, objection, before=before, missing=reason
+        "gated_delta_rule", "fla", None if reason else gated_delta_rule, unsupported, before=before, missing=reason
     )  # fmt: skip

@@ -21,7 +21,7 @@ _FLOATS = (torch.float16, torch.bfloat16)
 _WIDEST, _OLDEST = 256, (2, 6)
 
 
-def attention_objection(
+def attention_unsupported(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, visible: Any, dropout: float = 0.0
 ) -> str | None:
     """Why flash-attn cannot run this call, or None. visible: `starts` (an int, or [B]) and `cu_seqlens`."""
@@ -62,7 +62,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, visibl
     return flash_attn.flash_attn_func(query, key, value, dropout_p=dropout, deterministic=deterministic, **options)
 
 
-def vision_objection(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> str | None:
+def vision_unsupported(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> str | None:
     """Why flash-attn cannot run this call, or None."""
     return _common(query, key, value, cu_seqlens) or _backward_objection(query, key, value, 0.0)
 
@@ -99,9 +99,9 @@ def _common(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
         return f"query is {query.dtype}, key {key.dtype}, value {value.dtype}: flash_attn takes one dtype"
     tensors = {"query": query, "key": key, "value": value}
     return (
-        runtime.dtype_objection(*_FLOATS, **tensors)
-        or runtime.cuda_objection(**tensors)
-        or runtime.capability_objection("flash_attn", query, (8, 0))
+        runtime.unsupported_dtype(*_FLOATS, **tensors)
+        or runtime.unsupported_cuda(**tensors)
+        or runtime.unsupported_capability("flash_attn", query, (8, 0))
     )
 
 
@@ -130,5 +130,5 @@ def register(register: Callable[..., None]) -> None:
     """Enter the table in front of torch's scaled_dot_product_attention."""
     missing = _missing()
     options = {"before": "torch", "missing": missing}
-    register("attention", "flash_attn", attention, attention_objection, skips=("scores",), **options)
-    register("vision_attention", "flash_attn", vision_attention, vision_objection, **options)
+    register("attention", "flash_attn", attention, attention_unsupported, skips=("scores",), **options)
+    register("vision_attention", "flash_attn", vision_attention, vision_unsupported, **options)

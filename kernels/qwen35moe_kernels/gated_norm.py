@@ -19,13 +19,13 @@ _WIDEST = 8192
 _PROGRAMS = 1024  # of the backward, at most: each walks over its rows and leaves one sum for the weight
 
 
-def objection(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> str | None:
+def unsupported(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> str | None:
     """Why these kernels cannot run this call, or None."""
     if x.shape[-1] > _WIDEST:
         return f"x has rows of {x.shape[-1]}, one program holds {_WIDEST}"
     if x.shape != gate.shape:
         return f"gate {list(gate.shape)} is to be broadcast over x {list(x.shape)}"
-    return runtime.device_objection(x=x, gate=gate, weight=weight) or runtime.dtype_objection(
+    return runtime.unsupported_device(x=x, gate=gate, weight=weight) or runtime.unsupported_dtype(
         *_FLOATS, x=x, gate=gate, weight=weight
     )
 
@@ -110,4 +110,4 @@ _operation.register_autograd(_differentiate, setup_context=_save)
 def register(register: Callable[..., None]) -> None:
     """Enter the table in front of the PyTorch forms."""
     missing, place = runtime.missing(), runtime.place("inplace")
-    register("gated_rms_norm", "triton", gated_rms_norm, objection, before=place, missing=missing)
+    register("gated_rms_norm", "triton", gated_rms_norm, unsupported, before=place, missing=missing)

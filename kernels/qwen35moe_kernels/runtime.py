@@ -66,7 +66,7 @@ def place(before: str) -> str | None:
     return None if interpreted() else before
 
 
-def device_objection(**tensors: Tensor | None) -> str | None:
+def unsupported_device(**tensors: Tensor | None) -> str | None:
     """None where every tensor can be handed to one Triton kernel, else which cannot: CUDA, or interpreted on a CPU."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     for name, device in devices.items():
@@ -75,7 +75,7 @@ def device_objection(**tensors: Tensor | None) -> str | None:
     return _one_device(devices)
 
 
-def cuda_objection(**tensors: Tensor | None) -> str | None:
+def unsupported_cuda(**tensors: Tensor | None) -> str | None:
     """The same for packages that know no interpreter."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     for name, device in devices.items():
@@ -92,7 +92,7 @@ def _one_device(devices: dict[str, torch.device]) -> str | None:
     return None
 
 
-def dtype_objection(*allowed: torch.dtype, **tensors: Tensor | None) -> str | None:
+def unsupported_dtype(*allowed: torch.dtype, **tensors: Tensor | None) -> str | None:
     """None, or which tensor is in none of the allowed dtypes."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in allowed:
@@ -131,7 +131,7 @@ def capability(tensor: Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
 
 
-def capability_objection(package: str, tensor: Tensor, least: tuple[int, int]) -> str | None:
+def unsupported_capability(package: str, tensor: Tensor, least: tuple[int, int]) -> str | None:
     """None, or that the tensor's GPU is too old for a package."""
     found = capability(tensor)
     if found is None or found >= least:

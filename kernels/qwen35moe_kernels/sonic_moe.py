@@ -21,7 +21,7 @@ _EXPERTS = 65535  # it sorts by 16 bits of the expert's number
 _PAIRS = 64  # per expert: what it publishes is training, and below that the weights' memory decides
 
 
-def objection(
+def unsupported(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None
 ) -> str | None:
     """Why sonic-moe cannot run this call, or None."""
@@ -32,7 +32,8 @@ def objection(
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
         return "deterministic algorithms are asked for, and sonic-moe chooses its tiles by measuring them"
     tensors = {"hidden": hidden, "gate_up": gate_up, "down": down}
-    reason = runtime.cuda_objection(**tensors, indices=indices, weights=weights) or runtime.dtype_objection(*_FLOATS, **tensors)
+    reason = runtime.unsupported_cuda(**tensors, indices=indices, weights=weights)
+    reason = reason or runtime.unsupported_dtype(*_FLOATS, **tensors)
     return reason or _of_sizes(hidden, gate_up, down, indices) or _of_device(hidden)
 
 
@@ -105,4 +106,4 @@ def _missing() -> str | None:
 def register(register: Callable[..., None]) -> None:
     """Enter the table in front of all others, for batches as large as those of training."""
     before = "triton" if runtime.place("gathered") else "gathered"
-    register("experts", "sonic_moe", experts, objection, before=before, missing=_missing(), slower=slower)
+    register("experts", "sonic_moe", experts, unsupported, before=before, missing=_missing(), slower=slower)

@@ -26,7 +26,7 @@ _FEW, _COLUMNS = 264, 32
 SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")
 
 
-def objection(
+def unsupported(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, inputs: Tensor, memory: Tensor, conv_weight: Tensor,
     A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> str | None:  # fmt: skip
@@ -43,7 +43,7 @@ def objection(
         "qkv": qkv, "gate": gate, "a": a, "b": b, "inputs": inputs, "conv_weight": conv_weight, "A_log": A_log,
         "dt_bias": dt_bias, "norm_weight": norm_weight,
     }  # fmt: skip
-    return runtime.device_objection(memory=memory, **floats) or runtime.dtype_objection(*_FLOATS, **floats)
+    return runtime.unsupported_device(memory=memory, **floats) or runtime.unsupported_dtype(*_FLOATS, **floats)
 
 
 def delta_net_step(
@@ -107,6 +107,6 @@ def _shapes(
 def register(register: Callable[..., None]) -> None:
     """Enter the table in front of the definition, which composes the other operations."""
     register(
-        "delta_net_step", "triton", delta_net_step, objection, before=runtime.place("inplace"),
+        "delta_net_step", "triton", delta_net_step, unsupported, before=runtime.place("inplace"),
         missing=runtime.missing(), skips=SKIPS, differentiable=False,
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
     operation -> [implementation, implementation, ...]          in order of preference
 
-Each implementation may have an objection: a function of exactly the call's arguments that returns None, or the reason
-why it cannot run them. "auto" takes the first implementation without an objection. A forced choice that cannot run
+Each implementation may have an unsupported: a function of exactly the call's arguments that returns None, or the reason
+why it cannot run them. "auto" takes the first implementation without an unsupported. A forced choice that cannot run
 raises ValueError with the reason; nothing falls back behind the caller's back.
 
     backends.use(gated_delta_rule="torch")           # process default, as a statement

@@ -1,4 +1,4 @@
-"""Choosing and running: a model's own choice, then `use`, then the first implementation without an objection.
+"""Choosing and running: a model's own choice, then `use`, then the first implementation without an unsupported.
 
 The choices are process-wide and deliberately neither thread-local nor a context variable: autograd runs backward, and
 with it the recomputation of checkpointed layers, on worker threads of its own. Only inside a recomputation do the

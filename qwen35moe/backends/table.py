@@ -35,7 +35,7 @@ OPERATIONS: tuple[str, ...] = tuple(_HOMES)
 ALIASES = {"delta_rule": "gated_delta_rule", "convolution": "short_convolution"}
 AUTO = "auto"
 
-Objection = Callable[..., "str | None"]
+Unsupported = Callable[..., "str | None"]
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Implementation:
     operation: str
     name: str
     fn: Callable[..., Any] | None
-    objection: Objection | None = None
+    unsupported: Unsupported | None = None
     skips: tuple[str, ...] = ()
     differentiable: bool = True
     missing: str | None = None
-    slower: Objection | None = None
+    slower: Unsupported | None = None
     conditional: bool = field(init=False, default=False)  # whether anything at all could stand against a call
 
     def __post_init__(self) -> None:
-        conditional = bool(self.objection or self.skips or self.missing or self.slower or not self.differentiable)
+        conditional = bool(self.unsupported or self.skips or self.missing or self.slower or not self.differentiable)
         object.__setattr__(self, "conditional", conditional)
 
     @property
@@ -65,12 +65,12 @@ class Implementation:
 
     def refusal(self, args: tuple, kwargs: dict[str, Any], caller: Any = None) -> str | None:
         """None, or the reason why this implementation cannot run this call."""
-        if self.objection is not None and (reason := self.objection(*args, **kwargs)):
+        if self.unsupported is not None and (reason := self.unsupported(*args, **kwargs)):
             return reason
         if self.missing:
             return self.missing
-        if self.skips and caller is not None and taps.listening(caller, self.skips):
-            heard = ", ".join(name for name in self.skips if taps.listening(caller, (name,)))
+        if self.skips and caller is not None and taps.tapped(caller, self.skips):
+            heard = ", ".join(name for name in self.skips if taps.tapped(caller, (name,)))
             return f"somebody listens to {heard}, which it never forms"
         if not self.differentiable and torch.is_grad_enabled():
             if any(tensor.requires_grad for tensor in tensors(args, kwargs)):
@@ -98,17 +98,17 @@ def register(
     operation: str,
     name: str,
     fn: Callable[..., Any] | None,
-    objection: Objection | None = None,
+    unsupported: Unsupported | None = None,
     *,
     before: str | None = None,
     skips: Sequence[str] = (),
     differentiable: bool = True,
     missing: str | None = None,
-    slower: Objection | None = None,
+    slower: Unsupported | None = None,
 ) -> None:
     """Add an implementation: last in the order of preference, or in front of the one named by `before`.
 
-    objection(*args, **kwargs) -> None | reason gets exactly the call's arguments. skips: tap names that it goes around;
+    unsupported(*args, **kwargs) -> None | reason gets exactly the call's arguments. skips: tap names that it goes around;
     it steps aside while somebody listens to one of them. differentiable=False: it steps aside when an input requires a
     gradient. missing: a reason why it cannot run on this machine whatever the inputs (fn may then be None): it is
     listed by `describe`, and its refusal is no warning. slower(*args, **kwargs) -> None | reason: why a later one is
@@ -123,7 +123,7 @@ def register(
     entries = TABLE[operation]
     if any(entry.name == name for entry in entries):
         raise ValueError(f"{operation} already has an implementation {name!r}: take another name, or unregister it")
-    entry = Implementation(operation, name, fn, objection, tuple(skips), differentiable, missing, slower)
+    entry = Implementation(operation, name, fn, unsupported, tuple(skips), differentiable, missing, slower)
     entries.insert(len(entries) if before is None else entries.index(find(operation, before)), entry)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qwen35moe.placement import Placement
+from qwen35moe.models.device_map import DeviceMap
 
 from .assemble import Plan, Read, Slot
 from .block_fp8 import VALUES
@@ -22,7 +22,7 @@ from .transfer import Copy, read_into
 
 
 def fill(
-    plans: Iterable[Plan], scales: Iterator[Tensor], dtype: torch.dtype, where: Placement, weights: str, policy: str,
+    plans: Iterable[Plan], scales: Iterator[Tensor], dtype: torch.dtype, where: DeviceMap, weights: str, policy: str,
     report: LoadingReport,
 ) -> None:
     """Give every parameter its memory, and the model the parameters; on the meta device they only get their dtype.

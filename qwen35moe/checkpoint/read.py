@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qwen35moe.config import Config
-from qwen35moe.placement import Devices, Placement, placement
+from qwen35moe.models.device_map import DeviceMap, Devices, placement
 
 from . import names
 from .assemble import Plan, Slot, match, slots_of
@@ -293,7 +293,7 @@ def _remember_dtype(plan: Plan) -> None:
         owner.stored_dtypes[plan.slot.places[0][1]] = FLOATS[plan.reads[0].tensor.dtype]
 
 
-def _finish(model: Any, generation: dict[str, Any] | None, report: LoadingReport, where: Placement) -> None:
+def _finish(model: Any, generation: dict[str, Any] | None, report: LoadingReport, where: DeviceMap) -> None:
     model.eval()
     model.loading_report = report
     if report.read_ahead is not None:

@@ -99,10 +99,10 @@ def seen(options: argparse.Namespace, prompt: str) -> dict[str, Any]:
 
 def shown(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The pictures of a processor's output as the option of `stream`."""
-    from ..multimodal import Pictures
+    from ..models.vision_inputs import VisualInputs
 
     if not given:
         return {}
     if not hasattr(model, "see"):
         raise ValueError(f"{type(model).__name__} has no vision tower: images and videos need a multimodal checkpoint")
-    return {"pictures": Pictures(**given)}
+    return {"pictures": VisualInputs(**given)}

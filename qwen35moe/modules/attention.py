@@ -8,12 +8,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qwen35moe import backends
+from qwen35moe.cache.layout import TokenLayout
+from qwen35moe.cache.states import KVCache
 from qwen35moe.config import TextConfig
-from qwen35moe.layer_memory import AttentionMemory
-from qwen35moe.layout import TokenLayout
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.attention import Visibility, attention_weights, weighted_values
-from qwen35moe.taps import listening, tap
+from qwen35moe.taps import tap, tapped
 
 
 class GatedAttention(nn.Module):
@@ -35,9 +35,9 @@ class GatedAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, layout: TokenLayout, rotation: tuple[Tensor, Tensor], memory: AttentionMemory | None = None,
+        self, x: Tensor, layout: TokenLayout, rotation: tuple[Tensor, Tensor], memory: KVCache | None = None,
         with_weights: bool = False,
-    ) -> tuple[Tensor, AttentionMemory | None, Tensor | None]:
+    ) -> tuple[Tensor, KVCache | None, Tensor | None]:
         """x [B, T, D], rotation: cos and sin [B, T, R/2]. Returns the output [B, T, D], the memory with the new tokens,
         and the attention weights [B, H, T, slots] when asked for."""
         query, gate = self.q_proj(x).unflatten(-1, (self.heads, 2, self.head_dim)).unbind(-2)
@@ -51,7 +51,7 @@ class GatedAttention(nn.Module):
             key, value = memory.key, memory.value
         visible = Visibility(layout.starts, layout.cu_seqlens)
         weights = None
-        if with_weights or listening(self, ("scores",)):
+        if with_weights or tapped(self, ("scores",)):
             weights = tap(self, "scores", attention_weights(query, key, scale=self.scale, visible=visible))
             dropped = nn.functional.dropout(weights, self.dropout, self.training)
             out = weighted_values(dropped, value).to(x.dtype)

@@ -14,47 +14,47 @@ import torch
 from torch import Tensor, nn
 
 from qwen35moe import backends
+from qwen35moe.cache.layout import TokenLayout
+from qwen35moe.cache.states import DeltaNetState, KVCache, LayerState
 from qwen35moe.config import TextConfig
-from qwen35moe.layer_memory import AttentionMemory, DeltaNetMemory, LayerMemory
-from qwen35moe.layout import TokenLayout
 from qwen35moe.modules.attention import GatedAttention
-from qwen35moe.modules.deltanet import GatedDeltaNet
+from qwen35moe.modules.gated_deltanet import GatedDeltaNet
 from qwen35moe.modules.moe import DenseMLP, SparseMoeBlock
 from qwen35moe.modules.norm import RMSNorm
-from qwen35moe.routing import Choice, Replay
+from qwen35moe.routing import ForcedRouting, RouterOutput
 from qwen35moe.taps import tap
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerContext:
     """What all layers of one forward share: the layout, cos and sin, and what is asked for."""
 
     layout: TokenLayout
     rotation: tuple[Tensor, Tensor]
-    replay: Replay | None = None
+    replay: ForcedRouting | None = None
     record: bool = False
     attentions: bool = False
 
-    def to(self, device: torch.device) -> Step:
+    def to(self, device: torch.device) -> LayerContext:
         """The same on another device; a replay brings its rows along layer by layer."""
         cos, sin = self.rotation
         return replace(self, layout=self.layout.to(device), rotation=(cos.to(device), sin.to(device)))
 
 
 @dataclass
-class Passed:
+class LayerOutput:
     """What a layer leaves beside its output."""
 
-    memory: LayerMemory | None = None
-    choice: Choice | None = None
+    memory: LayerState | None = None
+    choice: RouterOutput | None = None
     attention: Tensor | None = field(default=None, repr=False)
 
-    def to(self, device: torch.device) -> Passed:
+    def to(self, device: torch.device) -> LayerOutput:
         """With what is shown to the caller on another device; the memory stays beside its layer."""
         choice, attention = self.choice, self.attention
         if choice is not None:
-            choice = Choice(*(getattr(choice, name).to(device) for name in ("logits", "indices", "weights")))
-        return Passed(self.memory, choice, None if attention is None else attention.to(device))
+            choice = RouterOutput(*(getattr(choice, name).to(device) for name in ("logits", "indices", "weights")))
+        return LayerOutput(self.memory, choice, None if attention is None else attention.to(device))
 
 
 class DecoderLayer(nn.Module):
@@ -72,7 +72,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
 
-    def forward(self, hidden: Tensor, step: Step, memory: LayerMemory | None = None) -> tuple[Tensor, Passed]:
+    def forward(self, hidden: Tensor, step: LayerContext, memory: LayerState | None = None) -> tuple[Tensor, LayerOutput]:
         """hidden [B, T, D]; returns [B, T, D] and what the layer leaves beside it."""
         run = _recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else _plain
         hidden = tap(self, "input", hidden)
@@ -86,15 +86,15 @@ class DecoderLayer(nn.Module):
             hidden = hidden + run(self.mlp, normed)
         return tap(self, "output", hidden), passed
 
-    def _mix(self, hidden: Tensor, step: Step, memory: LayerMemory | None) -> tuple[Tensor, Passed]:
+    def _mix(self, hidden: Tensor, step: LayerContext, memory: LayerState | None) -> tuple[Tensor, LayerOutput]:
         normed = self.input_layernorm(hidden)
         if self.kind == "linear_attention":
-            assert memory is None or isinstance(memory, DeltaNetMemory)
+            assert memory is None or isinstance(memory, DeltaNetState)
             mixed, after, weights = self.linear_attn(normed, step.layout, memory, step.record, step.attentions)
-            return hidden + mixed, Passed(after, None, weights)
-        assert memory is None or isinstance(memory, AttentionMemory)
+            return hidden + mixed, LayerOutput(after, None, weights)
+        assert memory is None or isinstance(memory, KVCache)
         mixed, after, weights = self.self_attn(normed, step.layout, step.rotation, memory, step.attentions)
-        return hidden + mixed, Passed(after, None, weights)
+        return hidden + mixed, LayerOutput(after, None, weights)
 
 
 def _dense_width(config: TextConfig) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from qwen35moe import backends
 from qwen35moe.config import TextConfig
 from qwen35moe.ops.experts import router_choice
-from qwen35moe.routing import Choice, Replay
-from qwen35moe.taps import listening, tap
+from qwen35moe.routing import ForcedRouting, RouterOutput
+from qwen35moe.taps import tap, tapped
 
 _EXPERT_VALUES = ("expert_in", "expert_act", "expert_out")
 
@@ -82,22 +82,22 @@ class SparseMoeBlock(nn.Module):
         self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def route(self, hidden: Tensor, replay: Replay | None = None) -> Choice:
+    def route(self, hidden: Tensor, replay: ForcedRouting | None = None) -> RouterOutput:
         """What the router chooses for hidden [N, D], or what `replay` says instead."""
         logits, weights, indices = self.gate(hidden)
-        if listening(self, ("router_logits",)):
+        if tapped(self, ("router_logits",)):
             logits = tap(self, "router_logits", logits)
             indices, weights = router_choice(logits, self.gate.top_k)
         if replay is not None:
             indices, weights = replay(self.layer, logits)
-        return Choice(logits, tap(self, "indices", indices), tap(self, "weights", weights))
+        return RouterOutput(logits, tap(self, "indices", indices), tap(self, "weights", weights))
 
-    def forward(self, hidden: Tensor, choice: Choice | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, choice: RouterOutput | None = None) -> Tensor:
         """hidden [B, T, D]; returns [B, T, D]. Routes by itself when no choice is given."""
         rows = hidden.flatten(0, -2)
         if choice is None:
             choice = self.route(rows)
-        watch = partial(tap, self) if listening(self, _EXPERT_VALUES) else None
+        watch = partial(tap, self) if tapped(self, _EXPERT_VALUES) else None
         routed = tap(self, "routed", self.experts(rows, choice.indices, choice.weights, watch))
         opened = self.shared_expert_gate(rows).sigmoid()
         shared = tap(self, "shared", opened * self.shared_expert(rows))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen35moe import backends
-from qwen35moe.modules.islands import Float32Island
+from qwen35moe.modules.fp32_parameters import FP32Parameters
 
 
 class RMSNorm(nn.Module):
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class GatedRMSNorm(Float32Island):
+class GatedRMSNorm(FP32Parameters):
     """rms_norm(x) weight silu(gate), over the last axis of width `size`; the weight is stored around one.
 
     The weight stays float32: Qwen3.5 publishes it so, and rounding it to bfloat16 costs up to 2^-9 of every output

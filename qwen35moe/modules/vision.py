@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qwen35moe import backends
 from qwen35moe.config import Config, VisionConfig
-from qwen35moe.modules.plain import called_plainly
+from qwen35moe.modules.hooks import is_plain
 from qwen35moe.ops.precision import wide_dtype, widen
 from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, resampled, rotation, tokens_of
 from qwen35moe.taps import tap
@@ -100,7 +100,7 @@ class VisionMLP(nn.Module):
 def _gelu(caller: VisionMLP | PatchMerger, x: Tensor, approximate: str) -> Tensor:
     """gelu(W_1 x), as one operation unless somebody hears the call of W_1 or has replaced it."""
     linear = caller.linear_fc1
-    if called_plainly(linear, nn.Linear):
+    if is_plain(linear, nn.Linear):
         return backends.run("gelu_linear", x, linear.weight, linear.bias, approximate=approximate, caller=caller)
     return F.gelu(linear(x), approximate=approximate)
 

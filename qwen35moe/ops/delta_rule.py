@@ -28,8 +28,8 @@ from torch import Tensor
 from qwen35moe import backends
 from qwen35moe.ops.attention_map import attention_map as attention_map
 from qwen35moe.ops.attention_map import writers as writers
-from qwen35moe.ops.delta_rule_chunks import chunked_forward, plan
-from qwen35moe.ops.delta_rule_gradient import chunked_operator
+from qwen35moe.ops.cpu.delta_chunks import chunked_forward, plan
+from qwen35moe.ops.cpu.delta_gradient import chunked_operator
 from qwen35moe.ops.norm import l2_norm
 from qwen35moe.ops.precision import widen, without_autocast
 

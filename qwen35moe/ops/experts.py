@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen35moe import backends
+from qwen35moe.ops.cpu.sorted_experts import sorted_experts
 from qwen35moe.ops.precision import wide_dtype
-from qwen35moe.ops.sorted_experts import sorted_experts
 
 Watch = Callable[[str, Tensor], Tensor]  # shown a value by name, returns what is to be used in its place
 

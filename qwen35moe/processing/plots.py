@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35moe.multimodal import IMAGE, TEXT, VIDEO, Pictures, check_counts, positions
+from qwen35moe.models.vision_inputs import IMAGE, TEXT, VIDEO, VisualInputs, check_counts, positions
 from qwen35moe.ops.vision_grid import coordinates, tokens_of
 from qwen35moe.routing.plots import new_figure
 
@@ -167,19 +167,19 @@ def _height(tokens: list[tuple[int, int]]) -> float:
 
 def _taken(
     inputs: Mapping[str, Any], settings: PixelSettings, video_settings: PixelSettings
-) -> tuple[Tensor, Tensor, Pictures, int]:
+) -> tuple[Tensor, Tensor, VisualInputs, int]:
     """(types [B, T], which of them are no padding [B, T], the pictures, m), checked as the model checks them."""
     if inputs.get("mm_token_type_ids") is None:
         raise ValueError(
             f"the inputs hold {sorted(inputs)} and no mm_token_type_ids: take them from a Processor, or from "
-            "qwen35moe.multimodal.token_types(input_ids, config)"
+            "qwen35moe.models.vision_inputs.token_types(input_ids, config)"
         )
     types, mask = inputs["mm_token_type_ids"].cpu(), inputs.get("attention_mask")
     present = torch.ones_like(types, dtype=torch.bool) if mask is None else mask.cpu().bool()
     if types.dim() != 2 or present.shape != types.shape:
         raise ValueError(f"mm_token_type_ids and attention_mask are [B, T], got {list(types.shape)} and {list(present.shape)}")
     names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-    pictures = Pictures(**{name: inputs[name].detach().cpu() for name in names if inputs.get(name) is not None})
+    pictures = VisualInputs(**{name: inputs[name].detach().cpu() for name in names if inputs.get(name) is not None})
     pictures.check(ids=True)
     merges = [own.merge_size for kind, own in ((IMAGE, settings), (VIDEO, video_settings)) if pictures.present(kind)] or [1]
     if len(set(merges)) > 1:
@@ -190,7 +190,7 @@ def _taken(
 
 
 def _panels(
-    kind: int, types: Tensor, present: Tensor, places: Tensor, pictures: Pictures, settings: PixelSettings
+    kind: int, types: Tensor, present: Tensor, places: Tensor, pictures: VisualInputs, settings: PixelSettings
 ) -> Iterator[_Panel]:
     """Every image, or the first picture of every video, in the order of their rows."""
     values, grids = pictures.pixels(kind), pictures.grids(kind, settings.merge_size)

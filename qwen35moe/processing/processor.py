@@ -134,7 +134,7 @@ class Processor:
     ) -> Any:
         """The inputs of a model for a conversation, or for a list of conversations; its text with tokenize=False.
 
-        Pictures are those of the messages ({"type": "image", "image": path or picture}, "video" likewise), or images= and
+        VisualInputs are those of the messages ({"type": "image", "image": path or picture}, "video" likewise), or images= and
         videos=. variables go to the template: enable_thinking, preserve_thinking, add_vision_id, ...
 
         Strings that look like control tokens ("<|im_end|>") stay text in everything that the messages say; in an

@@ -98,7 +98,7 @@ def _tojson(
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it. Pictures and other objects become their type's name: a template asks only whether they
+    """The value as JSON has it. VisualInputs and other objects become their type's name: a template asks only whether they
     are there, and would have their methods otherwise."""
     if value is None or type(value) in (str, int, float, bool):
         return value

@@ -12,16 +12,16 @@ value.py holds the value and how it is put together, file.py its form on disk, r
 
 from __future__ import annotations
 
-from .decisions import ablate, balance, bias, force, sample
-from .replay import Decision, Replay
+from .forced import ForcedRouting, Intervention
+from .interventions import ablate, balance, bias, force, sample
 from .statistics import agreement, coactivation, dead_experts, entropy, expert_load, flips, imbalance, margins
-from .value import FREE, Choice, Routing
+from .value import FREE, RouterOutput, Routing
 
 __all__ = [
     "FREE",
-    "Choice",
-    "Decision",
-    "Replay",
+    "RouterOutput",
+    "Intervention",
+    "ForcedRouting",
     "Routing",
     "ablate",
     "agreement",

@@ -1,4 +1,4 @@
-"""Pictures of a routing: load by layer and expert, margins, co-activation. Needs matplotlib (extra `plot`).
+"""VisualInputs of a routing: load by layer and expert, margins, co-activation. Needs matplotlib (extra `plot`).
 
     draw(routing, "routing.png")                      all of them on one page
     plot_load(routing, axes)                          one, on axes of the caller's own figure

@@ -188,7 +188,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RouterOutput:
     """One layer's routing: logits [N, E], indices [N, S], weights [N, S], tokens in the layers' order."""
 
     logits: Tensor

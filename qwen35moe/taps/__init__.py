@@ -15,7 +15,7 @@ Outside, a value is known by the path of its module relative to the text model a
     with taps.patch(model, {"layers.3.mlp.routed": torch.zeros_like}):
         model(ids)
 
-Listeners belong to the modules of one model, found when listening begins. Patches are applied in the order in which
+Listeners belong to the modules of one model, found when tapped begins. Patches are applied in the order in which
 they were opened; recordings see what the model goes on with. Under gradient checkpointing `checkpoint_contexts` keeps
 the recomputation faithful: the patches that the forward saw are applied again, even when their with-block has ended,
 and nothing is recorded twice.
@@ -56,7 +56,7 @@ def tap(module: nn.Module, name: str, value: Tensor) -> Tensor:
     return _heard(module, name, value)
 
 
-def listening(module: nn.Module, names: Iterable[str]) -> bool:
+def tapped(module: nn.Module, names: Iterable[str]) -> bool:
     """Whether somebody listens to one of these values of this module (own names, as given to `tap`)."""
     if not _listeners:
         return False

@@ -1,0 +1,360 @@
+"""The routers' losses: load balancing, whole and in parts, and the z-loss."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen35moe.ops.balancing import LoadBalance, load_balancing_loss, router_z_loss, sequence_numbers
+from tests.support import peer
+from tests.support.peer import FULL, LINEAR, assert_all_close, assert_close, generator, odd_shape
+
+LAYERS, EXPERTS, SLOTS, TOKENS = 3, 7, 2, 20
+
+
+def routed(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    rng = generator(0)
+    logits = [torch.randn((TOKENS, EXPERTS), generator=rng, dtype=torch.float64).to(dtype) for _ in range(LAYERS)]
+    indices = [layer.topk(SLOTS, dim=-1).indices for layer in logits]
+    return logits, indices, (torch.rand(TOKENS, generator=rng) < 0.7).long()
+
+
+def by_hand(logits: list[Tensor], indices: list[Tensor], mask: Tensor) -> Tensor:
+    """The share of (token, layer) pairs that chose each expert times its mean probability, summed, times E."""
+    chosen, probability, pairs = torch.zeros(EXPERTS).double(), torch.zeros(EXPERTS), 0
+    for layer, picks in zip(logits, indices, strict=True):
+        for n in range(TOKENS):
+            if mask[n]:
+                pairs += 1
+                probability = probability + layer[n].softmax(-1)
+                for expert in picks[n].tolist():
+                    chosen[expert] += 1
+    return EXPERTS * (chosen / pairs * probability / pairs).sum()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_by_hand_and_per_layer(masked):
+    logits, indices, mask = routed()
+    given = mask if masked else None
+    mask = mask if masked else torch.ones(TOKENS)
+    assert_close(load_balancing_loss(logits, indices, mask=given), by_hand(logits, indices, mask), 1e-12)
+    layers = load_balancing_loss(logits, indices, mask=given, per_layer=True)
+    assert layers.shape == (LAYERS,)
+    for layer in range(LAYERS):
+        assert_close(layers[layer], by_hand(logits[layer : layer + 1], indices[layer : layer + 1], mask), 1e-12)
+
+
+def test_an_even_load_gives_the_slots_or_one():
+    logits = [torch.zeros(EXPERTS, EXPERTS)]
+    indices = [torch.stack([torch.arange(EXPERTS), (torch.arange(EXPERTS) + 1) % EXPERTS], dim=1)]
+    assert load_balancing_loss(logits, indices).item() == pytest.approx(SLOTS)
+    assert load_balancing_loss(logits, indices, normalize="top_k").item() == pytest.approx(1)
+    with pytest.raises(ValueError, match="mean.*transformers.*top_k"):
+        load_balancing_loss(logits, indices, normalize="mean")
+
+
+def test_the_indices_that_were_used_are_counted():
+    logits, indices, _ = routed()
+    replayed = [torch.zeros_like(layer) + torch.arange(SLOTS) for layer in indices]
+    used, recounted = load_balancing_loss(logits, replayed), load_balancing_loss(logits, indices)
+    assert_close(used, by_hand(logits, replayed, torch.ones(TOKENS)), 1e-12)
+    assert abs(used - recounted) > 0.05
+
+
+def test_load_balancing_gradcheck_and_dtypes():
+    logits, indices, mask = routed()
+    leaves = [layer.requires_grad_() for layer in logits]
+    assert torch.autograd.gradcheck(lambda *layers: load_balancing_loss(layers, indices, mask=mask), leaves)
+    wides = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+    for dtype, wide in wides.items():
+        logits, indices, _ = routed(dtype)
+        assert load_balancing_loss(logits, indices).dtype == wide
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_equal_to_transformers_in_float32(masked):
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import load_balancing_loss_func
+
+    logits, indices, mask = routed(torch.float32)
+    given = mask if masked else None
+    theirs = load_balancing_loss_func(tuple(logits), EXPERTS, SLOTS, given)
+    assert isinstance(theirs, Tensor)
+    assert_close(load_balancing_loss(logits, indices, mask=given), theirs, 1e-6)
+
+
+def test_logits_and_indices_of_different_layers_are_refused():
+    logits, indices, _ = routed()
+    for few, many in itertools.permutations([2, 3], 2):
+        with pytest.raises(ValueError, match=f"{few} and {many}"):
+            load_balancing_loss(logits[:few], indices[:many])
+    with pytest.raises(ValueError, match="0 and 0"):
+        load_balancing_loss([], [])
+
+
+# ---------------------------------------------------------------------------------------------------- by sequence
+
+
+def test_by_sequence_each_is_a_batch_of_its_own():
+    """The mean of the sequences' losses; micro-batches of sequences add up to it, values and gradients."""
+    logits, indices, mask = routed()
+    sequences = torch.tensor([0] * 6 + [1] * 3 + [2] * 11)
+    mask[6:9] = 0  # a sequence without a token that counts
+    leaves = [layer.requires_grad_() for layer in logits]
+    for options in ({}, {"per_layer": True}, {"normalize": "top_k"}):
+        whole = load_balancing_loss(leaves, indices, mask=mask, scope="sequence", sequences=sequences, **options)
+        apart = []
+        for number in (0, 2):
+            rows = sequences == number
+            part = [layer[rows] for layer in leaves], [layer[rows] for layer in indices]
+            apart.append(load_balancing_loss(*part, mask=mask[rows], **options))
+        assert_close(whole, torch.stack(apart).mean(0), 1e-12)
+        total = torch.zeros_like(whole)
+        for rows in (slice(0, 9), slice(9, 20)):
+            part = [layer[rows] for layer in leaves], [layer[rows] for layer in indices]
+            numbers = sequences[rows] - sequences[rows][0]
+            total = total + load_balancing_loss(
+                *part, mask=mask[rows], scope="sequence", sequences=numbers, num_sequences=2, **options
+            )
+        assert_close(total, whole, 1e-12)
+        found, expected = (torch.autograd.grad(loss.sum(), leaves, retain_graph=True) for loss in (total, whole))
+        for a, b in zip(found, expected, strict=True):
+            assert_close(a, b, 1e-12)
+    batch = load_balancing_loss(leaves, indices, mask=mask)
+    assert abs(batch - load_balancing_loss(leaves, indices, mask=mask, scope="sequence", sequences=sequences)) > 1e-3
+
+
+def test_sequence_numbers_and_scopes():
+    assert sequence_numbers((2, 3)).tolist() == [0, 0, 0, 1, 1, 1]
+    assert sequence_numbers((1, 6), torch.tensor([0, 1, 4, 6])).tolist() == [0, 1, 1, 1, 2, 2]
+    logits, indices, _ = routed()
+    with pytest.raises(ValueError, match="'global' is neither 'batch' nor 'sequence'"):
+        load_balancing_loss(logits, indices, scope="global")
+    for options in ({"scope": "sequence"}, {"sequences": torch.zeros(TOKENS)}):
+        with pytest.raises(ValueError, match="needs sequences="):
+            load_balancing_loss(logits, indices, **options)
+
+
+# ---------------------------------------------------------------------------------------------------- in parts
+
+CUTS = {"two": [13, 7], "uneven, one empty": [1, 12, 0, 7], "one": [20]}
+KINDS = [{}, {"per_layer": True}, {"normalize": "top_k"}, {"per_layer": True, "normalize": "top_k"}]
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["float64", "float32"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_shares_of_parts_add_up_to_the_whole(cuts, masked, dtype, bound):
+    """Value and gradient, and the value for the log; the mean of the parts' own losses is something else."""
+    logits, indices, mask = routed(dtype)
+    given = mask if masked else None
+    leaves = [layer.requires_grad_() for layer in logits]
+    parts = list(zip(torch.stack(leaves).split(cuts, 1), torch.stack(indices).split(cuts, 1), mask.split(cuts), strict=True))
+    for options in KINDS:
+        balance = LoadBalance(EXPERTS, **options)
+        for _, chosen, there in parts:
+            balance.count(chosen, there if masked else None)
+        shares = [balance.share(part, there if masked else None) for part, _, there in parts]
+        whole = load_balancing_loss(leaves, indices, mask=given, **options)
+        found = torch.stack(shares).sum(0)
+        assert found.dtype == whole.dtype
+        assert_close(found, whole, bound)
+        assert_close(balance.value(), whole, bound)
+        gradients = [torch.autograd.grad(loss.sum(), leaves, retain_graph=True) for loss in (found, whole)]
+        for a, b in zip(*gradients, strict=True):
+            assert_close(a, b, bound)
+    if cuts == CUTS["two"]:
+        own = [load_balancing_loss(list(p), list(c), mask=m if masked else None) for p, c, m in parts]
+        assert abs(torch.stack(own).mean() - load_balancing_loss(leaves, indices, mask=given)) > 1e-3
+
+
+def test_merged_accumulators_are_one():
+    """Ranks by hand: each counts its own part, all merge the counts, each shares its part with the merged ones."""
+    logits, indices, mask = routed()
+    whole = torch.stack(logits), torch.stack(indices)
+    parts = [(whole[0][:, rows], whole[1][:, rows], mask[rows]) for rows in (slice(0, 13), slice(13, 20))]
+    total = LoadBalance(EXPERTS)
+    total.count(parts[0][1], parts[0][2])
+    other = LoadBalance(EXPERTS)
+    other.count(parts[1][1], parts[1][2])
+    total.merge(other)
+    shares = [total.share(part, there) for part, _, there in parts]
+    assert_close(torch.stack(shares).sum(), load_balancing_loss(logits, indices, mask=mask), 1e-12)
+    smaller = LoadBalance(EXPERTS)
+    smaller.count(parts[0][1][:2])
+    with pytest.raises(ValueError, match=r"\(3, 7, 2\) and \(2, 7, 2\)"):
+        total.merge(smaller)
+
+
+def test_steps_in_the_wrong_order_are_refused():
+    logits, indices, _ = routed()
+    balance = LoadBalance(EXPERTS)
+    for step, words in ((lambda: balance.share(logits), "count"), (balance.value, "no share"), (balance.all_reduce, "count"),
+                        (lambda: balance.merge(balance), "counts on both")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            step()
+    balance.count(torch.stack(indices))
+    with pytest.raises(ValueError, match="3 experts per token after parts with 2"):
+        balance.count(torch.zeros(LAYERS, 4, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="logits of 2 layers, 3 were counted"):
+        balance.share(logits[:2])
+    balance.share(logits)
+    with pytest.raises(ValueError, match="between"):
+        balance.all_reduce()
+    with pytest.raises(ValueError, match="neither 'transformers' nor 'top_k'"):
+        LoadBalance(EXPERTS, normalize="mean")
+
+
+def _rank(rank: int, ranks: int, folder: str) -> None:
+    """One process of a data-parallel run: its part of the batch, counts from all."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    logits, indices, mask = routed()
+    rows = slice(0, 13) if rank == 0 else slice(13, 20)
+    leaves = torch.stack(logits)[:, rows].clone().requires_grad_()
+    balance = LoadBalance(EXPERTS)
+    balance.count(torch.stack(indices)[:, rows], mask[rows])
+    balance.all_reduce()
+    share = balance.share(leaves, mask[rows])
+    share.backward()
+    assert leaves.grad is not None
+    total = share.detach().clone()
+    dist.all_reduce(total)
+    torch.save((total, leaves.grad), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked, so that they need not import torch again")
+def test_data_parallel_ranks_on_gloo(tmp_path: Path):
+    from torch.multiprocessing.spawn import start_processes
+
+    start_processes(_rank, args=(2, str(tmp_path)), nprocs=2, start_method="fork")
+    logits, indices, mask = routed()
+    leaves = torch.stack(logits).requires_grad_()
+    whole = load_balancing_loss(leaves, indices, mask=mask)
+    whole.backward()
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for total, _ in found:
+        assert_close(total, whole, 1e-12)
+    assert_close(torch.cat([gradient for _, gradient in found], 1), leaves.grad, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- z-loss
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_z_loss_by_hand(masked):
+    logits, _, mask = routed()
+    mask = mask if masked else torch.ones(TOKENS, dtype=torch.long)
+    squares = [[float(row.exp().sum().log()) ** 2 for row, m in zip(layer, mask, strict=True) if m] for layer in logits]
+    layers = torch.tensor([sum(layer) / len(layer) for layer in squares], dtype=torch.float64)
+    given = mask if masked else None
+    assert_close(router_z_loss(logits, mask=given), layers.mean(), 1e-12)
+    assert_close(router_z_loss(logits, mask=given, per_layer=True), layers, 1e-12)
+    parts = [router_z_loss([layer[rows] for layer in logits], mask=mask[rows], num_tokens=mask.sum())
+             for rows in (slice(0, 13), slice(13, 20))]
+    assert_close(parts[0] + parts[1], layers.mean(), 1e-12)
+    leaves = [layer.requires_grad_() for layer in logits]
+    assert torch.autograd.gradcheck(lambda *ls: router_z_loss(ls, mask=given), leaves)
+    assert router_z_loss(routed(torch.bfloat16)[0]).dtype == torch.float32
+    assert router_z_loss([torch.full((2, 3), -50.0)]).item() == pytest.approx((-50 + torch.tensor(3.0).log().item()) ** 2)
+    with pytest.raises(ValueError, match="at least one layer"):
+        router_z_loss([])
+
+
+# ---------------------------------------------------------------------------------------------------- through a model
+
+CASE = odd_shape(
+    41, layer_types=[LINEAR, FULL, LINEAR], num_hidden_layers=3, num_experts=EXPERTS, num_experts_per_tok=SLOTS,
+    tie_word_embeddings=False,
+)
+ROWS = [CASE.ids(1, length, salt=length)[0] for length in (11, 4, 9, 6)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    model = peer.ours(CASE, dtype=torch.float64)
+    peer.draw(model, 1)
+    return model
+
+
+def batch(rows: list[Tensor]) -> dict[str, Tensor]:
+    ids, mask = peer.padded(rows, "left")
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def packed(rows: list[Tensor]) -> dict[str, Tensor]:
+    return {"input_ids": torch.cat(rows)[None], "cu_seqlens": torch.tensor([0, *itertools.accumulate(map(len, rows))])}
+
+
+WAYS: dict[str, list[dict[str, Tensor]]] = {
+    "micro-batches": [batch(ROWS[:1]), batch(ROWS[1:])],
+    "packed rows": [packed(ROWS[:3]), packed(ROWS[3:])],
+    "padded and packed": [batch(ROWS[:2]), packed(ROWS[2:])],
+}
+
+
+def losses_of(model: Any, inputs: dict[str, Tensor], balance: LoadBalance) -> Tensor:
+    out = model(**inputs, output_routing=True, logits_to_keep=1)
+    z = router_z_loss(list(out.routing.logits), mask=out.routing.mask, num_tokens=sum(map(len, ROWS)))
+    return balance.share(out.routing.logits, out.routing.mask) + 0.1 * z
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_s_loss_in_parts_is_that_of_the_whole_batch(model, way, recompute):
+    """Against one padded batch: aux_loss and z-loss, and the gradients of all parameters; counted once under gradient
+    checkpointing."""
+    model.zero_grad(set_to_none=True)
+    out = model(**batch(ROWS), output_router_logits=True, output_routing=True)
+    z = router_z_loss(out.router_logits, mask=out.routing.mask)
+    (out.aux_loss + 0.1 * z).backward()
+    expected = peer.gradients(model)
+    balance = LoadBalance(EXPERTS)
+    with torch.no_grad():
+        for inputs in WAYS[way]:
+            routing = model(**inputs, output_routing=True, logits_to_keep=1).routing
+            balance.count(routing.indices, routing.mask)
+    model.zero_grad(set_to_none=True)
+    model.train()
+    if recompute:
+        model.gradient_checkpointing_enable()
+    try:
+        for inputs in WAYS[way]:
+            losses_of(model, inputs, balance).backward()
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+    assert balance.tokens == sum(map(len, ROWS))
+    assert_close(balance.value(), out.aux_loss, 1e-10)
+    assert_all_close(peer.gradients(model), expected, 1e-8)
+    assert any(gradient.any() for gradient in expected.values())
+
+
+@torch.no_grad()
+def test_with_a_cache_and_its_full_mask(model):
+    """Pieces of a padded batch: the mask covers what the cache has seen, the loss counts the new tokens; the pieces'
+    shares make the whole."""
+    inputs = batch(ROWS)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    whole = model(**inputs, output_router_logits=True).aux_loss
+    cache, balance, parts, seen = model.new_cache(len(ROWS)), LoadBalance(EXPERTS), [], 0
+    for piece in ids.split([5, 1, 5], 1):
+        seen += piece.shape[1]
+        out = model(piece, attention_mask=mask[:, :seen], cache=cache, output_routing=True, output_router_logits=True)
+        new = mask[:, seen - piece.shape[1] : seen].flatten()
+        there = new if out.routing.mask is None else out.routing.mask
+        assert torch.equal(there.long(), new)
+        assert_close(out.aux_loss, load_balancing_loss(out.router_logits, list(out.routing.indices), mask=new), 1e-12)
+        balance.count(out.routing.indices, out.routing.mask)
+        parts.append(out.routing)
+    for routing in parts:
+        balance.share(routing.logits, routing.mask)
+    assert_close(balance.value(), whole, 1e-10)

@@ -1,0 +1,94 @@
+"""Cross entropy with and without logits in memory, and shifted labels."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen35moe.ops import losses
+from qwen35moe.ops.losses import (
+    chunked_linear_cross_entropy,
+    linear_cross_entropy,
+    shift_labels,
+)
+from tests.support.peer import assert_close, generator
+
+FORMS = {"direct": linear_cross_entropy, "chunked": chunked_linear_cross_entropy}
+WORDS, D = 31, 6
+
+
+def draw(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    rng = generator(tokens)
+    hidden = torch.randn((tokens, D), generator=rng, dtype=torch.float64).to(dtype)
+    weight = torch.randn((WORDS, D), generator=rng, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, WORDS, (tokens,), generator=rng)
+    labels[::3] = -100
+    labels[-1] = 4
+    return hidden, weight, labels
+
+
+@pytest.fixture(autouse=True)
+def small_chunks():
+    """Chunks of 4 tokens, so that the chunked form has several."""
+    with mock.patch.object(losses, "_TOKENS_AT_ONCE", 4):
+        yield
+
+
+@pytest.mark.parametrize("num_items", [None, 5, torch.tensor(7)], ids=["mean", "int", "tensor"])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 17])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_cross_entropy_by_hand(form, tokens, num_items):
+    hidden, weight, labels = draw(tokens)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = form(hidden, weight, labels, num_items=num_items)
+    logits = hidden @ weight.T
+    picked = [(logits[n].exp().sum().log() - logits[n, word]) for n, word in enumerate(labels.tolist()) if word != -100]
+    expected = torch.stack(picked).sum() / (len(picked) if num_items is None else num_items)
+    assert_close(loss, expected, 1e-13)
+    found, right = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))
+    for a, b in zip(found, right, strict=True):
+        assert_close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_gradcheck(form):
+    hidden, weight, labels = draw(5)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(lambda h, w: form(h, w, labels), leaves)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_bfloat16_logits_have_a_float32_loss(form):
+    hidden, weight, labels = draw(17, torch.bfloat16)
+    loss = form(hidden, weight, labels)
+    assert loss.dtype == torch.float32
+    assert_close(loss, F.cross_entropy((hidden @ weight.T).float(), labels), 1e-6)
+    assert form(*draw(17)).dtype == torch.float64
+
+
+def test_the_chunked_form_never_holds_all_logits():
+    """What autograd keeps between forward and backward is smaller than one row of logits per token."""
+    hidden, weight, labels = draw(64, torch.float32)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        chunked_linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    assert max(kept, default=0) < 64 * WORDS
+
+
+def test_labels_shift_by_one_and_stop_at_the_end_of_documents():
+    labels = torch.arange(10, 22)[None]
+    assert shift_labels(labels)[0].tolist() == [*range(11, 22), -100]
+    bounds = torch.tensor([0, 1, 5, 12])
+    expected = [-100, 12, 13, 14, -100, 16, 17, 18, 19, 20, 21, -100]
+    assert shift_labels(labels, bounds)[0].tolist() == expected
+    assert labels[0].tolist() == list(range(10, 22))

@@ -1,0 +1,274 @@
+"""Statistics against counting by hand, the ready-made decisions, and pictures."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen35moe import routing as R
+from qwen35moe.ops.experts import chosen_weights
+from qwen35moe.routing import Routing, plots, statistics
+from tests.support import peer
+from tests.support.peer import FULL, LINEAR, assert_close, odd_shape
+
+L, N, E, S = 3, 41, 7, 2
+
+
+def drawn(seed: int = 0, mask: bool = True) -> Routing:
+    """A skewed routing with padding and free rows, with its logits in float64."""
+    rng = peer.generator(seed)
+    logits = torch.randn(L, N, E, generator=rng, dtype=torch.float64) + torch.linspace(0, 3, E, dtype=torch.float64)
+    indices = logits.topk(S, dim=-1).indices
+    indices[1, 5:9] = R.FREE
+    there = torch.rand(N, generator=rng) < 0.8
+    return Routing(indices, logits=logits, num_experts=E, mask=there if mask else None)
+
+
+def choices(routing: Routing) -> list[list[list[int]]]:
+    """The chosen experts per layer and token that is there, free tokens left out."""
+    there = [True] * N if routing.mask is None else routing.mask.tolist()
+    rows = routing.indices.tolist()
+    return [[row for row, here in zip(layer, there, strict=True) if here and row[0] >= 0] for layer in rows]
+
+
+# ---------------------------------------------------------------------------------------------------- counted by hand
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_load_entropy_imbalance_and_dead_experts(mask):
+    routing = drawn(mask=mask)
+    load = R.expert_load(routing)
+    assert load.dtype == torch.float64 and load.shape == (L, E)
+    for layer, tokens in enumerate(choices(routing)):
+        counts = Counter(expert for row in tokens for expert in row)
+        shares = [counts[e] / sum(counts.values()) for e in range(E)]
+        assert load[layer].tolist() == pytest.approx(shares, rel=1e-14)
+        entropy = -sum(share * math.log(share) for share in shares if share)
+        assert R.entropy(routing)[layer].item() == pytest.approx(entropy, rel=1e-14)
+        assert R.imbalance(routing)[layer].item() == pytest.approx(max(shares) / (sum(shares) / E), rel=1e-14)
+        assert R.dead_experts(routing)[layer].tolist() == [share == 0 for share in shares]
+        assert R.dead_experts(routing, below=0.5)[layer].tolist() == [share <= 0.5 / E for share in shares]
+    assert bool(R.dead_experts(routing, below=0.5).any())
+
+
+@pytest.mark.parametrize("at_once", [5, 16384])
+def test_coactivation(at_once):
+    routing = drawn()
+    with mock.patch.object(statistics, "_TOKENS_AT_ONCE", at_once):
+        together = R.coactivation(routing)
+    for layer, tokens in enumerate(choices(routing)):
+        for i, j in itertools.product(range(E), repeat=2):
+            share = sum(i in row and j in row for row in tokens) / len(tokens)
+            assert together[layer, i, j].item() == pytest.approx(share, rel=1e-14)
+
+
+def test_margins():
+    routing = drawn()
+    found = R.margins(routing)
+    there = routing.mask.nonzero()[:, 0].tolist()
+    assert found.shape == (L, len(there))
+    for layer, (place, token) in itertools.product(range(L), enumerate(there)):
+        ordered = sorted(routing.logits[layer, token].tolist(), reverse=True)
+        assert found[layer, place].item() == ordered[S - 1] - ordered[S]
+    half = replace(routing, logits=routing.logits.bfloat16())
+    assert R.margins(half).dtype == torch.float32
+    every = Routing(torch.arange(E).expand(1, 2, E), logits=torch.zeros(1, 2, E), num_experts=E)
+    assert bool(R.margins(every).isinf().all())
+    with pytest.raises(ValueError, match="output_routing=True"):
+        R.margins(replace(routing, logits=None))
+
+
+def test_agreement_and_flips():
+    a, b = drawn(0), drawn(1)
+    a = replace(a, indices=a.indices.clone())
+    a.indices[2] = b.indices[2].flip(-1)  # the same sets in another order
+    there = (a.mask & b.mask & (a.indices >= 0).all(-1).all(0) & (b.indices >= 0).all(-1).all(0)).tolist()
+    common = [[set(x) & set(y) for x, y, t in zip(*rows, there, strict=True) if t]
+              for rows in zip(a.indices.tolist(), b.indices.tolist(), strict=True)]
+    expected = [sum(map(len, layer)) / (S * len(layer)) for layer in common]
+    assert R.agreement(a, b).tolist() == pytest.approx(expected, rel=1e-14)
+    assert R.flips(a, b).tolist() == [[len(c) < S for c in layer] for layer in common]
+    assert expected[2] == 1.0 and 0.1 < expected[0] < 0.9
+    with pytest.raises(ValueError, match="not of the same tokens"):
+        R.agreement(a, replace(b, indices=b.indices[:, 1:], logits=None, mask=None))
+
+
+def test_an_even_and_a_collapsed_load():
+    even = Routing(torch.stack([torch.arange(E), (torch.arange(E) + 1) % E], -1)[None], num_experts=E)
+    assert R.entropy(even).item() == pytest.approx(math.log(E)) and R.imbalance(even).item() == pytest.approx(1)
+    one = Routing(torch.zeros(1, 9, 1, dtype=torch.long), num_experts=E)
+    assert R.entropy(one).item() == 0 and R.imbalance(one).item() == E and int(R.dead_experts(one).sum()) == E - 1
+    nobody = replace(one, mask=torch.zeros(9, dtype=torch.bool))
+    assert R.expert_load(nobody).tolist() == [[0.0] * E] and R.coactivation(nobody).sum() == 0
+    for statistic in (R.expert_load, R.coactivation):
+        with pytest.raises(ValueError, match="num_experts"):
+            statistic(replace(one, num_experts=0))
+
+
+# ---------------------------------------------------------------------------------------------------- decisions
+
+TOP = 3
+
+
+def skewed(tokens: int = 200) -> Tensor:
+    return torch.randn(tokens, E, generator=peer.generator(9), dtype=torch.float64) + torch.linspace(0, 4, E).double()
+
+
+def different(indices: Tensor) -> bool:
+    return bool((indices.sort(-1).values.diff(dim=-1) > 0).all())
+
+
+def test_ablate():
+    logits = skewed()
+    for experts in ([6, 2], {1: [6, 2]}):
+        decide = R.ablate(experts, top_k=TOP)
+        indices, weights = decide(1, logits)
+        left = [e for e in range(E) if e not in (6, 2)]
+        best = logits[:, left].topk(TOP, dim=-1).indices
+        assert torch.equal(indices, torch.tensor(left)[best])
+        assert_close(weights, chosen_weights(logits, indices), 1e-14)
+    own = logits.topk(TOP, dim=-1).indices
+    assert torch.equal(R.ablate({1: [6]}, top_k=TOP)(0, logits)[0], own)
+    with pytest.raises(ValueError, match="layer 4: without 5 of 7 experts there are fewer than top_k=3"):
+        R.ablate([0, 1, 2, 3, 4], top_k=TOP)(4, logits)
+    with pytest.raises(ValueError, match="no expert 7"):
+        R.ablate([7], top_k=TOP)(0, logits)
+
+
+def test_force():
+    logits = skewed()
+    indices, weights = R.force([0, 1], top_k=TOP)(0, logits)
+    assert bool((indices[:, :2] == torch.tensor([0, 1])).all()) and different(indices)
+    assert torch.equal(indices[:, 2], 2 + logits[:, 2:].argmax(-1))
+    assert_close(weights, chosen_weights(logits, indices), 1e-14)
+    with pytest.raises(ValueError, match="4 experts cannot be forced into top_k=3"):
+        R.force([0, 1, 2, 3], top_k=TOP)(0, logits)
+
+
+def test_bias_moves_the_choice_and_not_the_weights():
+    logits = skewed()
+    push = torch.zeros(E).index_fill(0, torch.tensor([0]), 100.0)
+    indices, weights = R.bias(push, top_k=TOP)(0, logits)
+    assert bool((indices[:, 0] == 0).all())
+    assert_close(weights, chosen_weights(logits, indices), 1e-14)
+    plain = logits.topk(TOP, dim=-1).indices
+    assert torch.equal(R.bias({1: push}, top_k=TOP)(0, logits)[0], plain)
+    assert torch.equal(R.bias(torch.full((E,), 5.0), top_k=TOP)(0, logits)[0], plain)
+    with pytest.raises(ValueError, match=r"\[6\] does not fit 7"):
+        R.bias(torch.zeros(6), top_k=TOP)(0, logits)
+
+
+def test_sample_draws_without_replacement_in_proportion_to_p():
+    """First slots follow softmax(logits / T), pairs follow p_i p_j / (1 - p_i): 30,000 draws, chi-square at 1e-6."""
+    logits, temperature, draws = torch.tensor([1.0, 0.0, -1.0, 0.5]), 1.5, 30_000
+    p = (logits.double() / temperature).softmax(-1)
+    indices, weights = R.sample(top_k=2, temperature=temperature, seed=3)(0, logits.expand(draws, -1))
+    assert different(indices)
+    expected = p[:, None] * p[None] / (1 - p[:, None])
+    counts = torch.zeros(4, 4, dtype=torch.float64).index_put_(tuple(indices.T), torch.ones(draws).double(), accumulate=True)
+    cells = ~torch.eye(4, dtype=torch.bool)
+    chi = ((counts - draws * expected).square() / (draws * expected))[cells].sum()
+    assert chi < 50  # 11 degrees of freedom: exceeded with probability 6e-7
+    assert_close(weights, chosen_weights(logits.expand(draws, -1), indices), 1e-6)
+    again = R.sample(top_k=2, temperature=temperature, seed=3)
+    assert torch.equal(again(0, logits.expand(draws, -1))[0], indices)
+    assert not torch.equal(again(0, logits.expand(draws, -1))[0], indices)
+    cold = R.sample(top_k=2, temperature=1e-4)(0, skewed())[0]
+    assert torch.equal(cold, skewed().topk(2, dim=-1).indices)
+    with pytest.raises(ValueError, match="temperature=0"):
+        R.sample(top_k=2, temperature=0)
+
+
+def test_balance_evens_the_load_at_little_cost():
+    logits = skewed(700)
+    plain = Routing(logits.topk(TOP, dim=-1).indices[None], num_experts=E)
+    indices, weights = R.balance(top_k=TOP)(0, logits)
+    assert R.imbalance(plain).item() > 2 and different(indices)
+    assert R.imbalance(Routing(indices[None], num_experts=E)).item() < 1.05
+    assert_close(weights, chosen_weights(logits, indices), 1e-14)
+    even = torch.eye(E, dtype=torch.float64).repeat(3, 1) + 0.5 * torch.eye(E, dtype=torch.float64).roll(1, 1).repeat(3, 1)
+    assert torch.equal(R.balance(top_k=2)(0, even)[0], even.topk(2, dim=-1).indices)
+
+
+def test_balance_is_the_best_even_choice():
+    """Against all even assignments of 6 tokens to 3 experts, one each."""
+    for seed in range(20):
+        logits = torch.randn(6, 3, generator=peer.generator(seed), dtype=torch.float64) + torch.tensor([2.0, 0.0, 0.0])
+        scores = logits.log_softmax(-1)
+        fair = [a for a in itertools.product(range(3), repeat=6) if all(a.count(e) == 2 for e in range(3))]
+        best = max(float(scores[range(6), list(a)].sum()) for a in fair)
+        indices = R.balance(top_k=1, rounds=200)(0, logits)[0][:, 0]
+        counts = [int((indices == e).sum()) for e in range(3)]
+        found = float(scores[range(6), indices].sum())
+        # Prices find the optimum of the dual: an even choice is the best one, an uneven one no worse than it.
+        assert found >= best - 1e-9 and (counts != [2, 2, 2] or found == pytest.approx(best))
+
+
+CASE = odd_shape(31, layer_types=[LINEAR, FULL], num_hidden_layers=2, num_experts=E, num_experts_per_tok=TOP)
+DECISIONS = {
+    "ablate": lambda: R.ablate({0: [1], 1: [2, 3]}, top_k=TOP), "force": lambda: R.force([4], top_k=TOP),
+    "bias": lambda: R.bias(torch.linspace(-2, 2, E), top_k=TOP), "sample": lambda: R.sample(top_k=TOP, temperature=3.0, seed=1),
+    "balance": lambda: R.balance(top_k=TOP),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_a_decision_in_a_model(name):
+    """It is followed, and replaying what it chose is the same run; gradients reach the router, the same ones when layers
+    are recomputed."""
+    model: Any = peer.ours(CASE)
+    peer.draw(model, 2)
+    ids = CASE.ids(2, 9)
+    with torch.no_grad():
+        out = model(ids, routing=DECISIONS[name](), output_routing=True)
+        assert torch.equal(model(ids, routing=out.routing.indices_only()).logits, out.logits)
+        assert bool((out.routing.indices != model(ids, output_routing=True).routing.indices).any())
+    if name == "ablate":
+        assert R.expert_load(out.routing)[0, 1] == 0 and R.expert_load(out.routing)[1, 2:4].sum() == 0
+    decided = lambda: model(ids, labels=ids, routing=DECISIONS[name]()).loss.backward()  # noqa: E731
+    gradients = peer.kept_and_recomputed(model, decided)
+    assert all(torch.equal(gradients[0][key], value) for key, value in gradients[1].items())
+    assert all(gradients[0][f"model.layers.{layer}.mlp.gate.weight"].isfinite().all() for layer in range(2))
+    assert all(gradients[0][f"model.layers.{layer}.mlp.gate.weight"].any() for layer in range(2))
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures(tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    routing = drawn()
+    plots.draw(routing, tmp_path / "all.png", title="drawn")
+    plots.draw(replace(routing, logits=None), tmp_path / "no_margins.png")
+    plots.draw(replace(routing, logits=None), tmp_path / "given.png", margin=R.margins(routing))
+    pages = sorted(tmp_path.iterdir())
+    assert len(pages) == 3 and all(page.read_bytes().startswith(b"\x89PNG") for page in pages)
+    figure = plots.new_figure(3, 3)
+    axes = figure.add_subplot()
+    plots.plot_load(routing, axes)
+    drawn_load = torch.as_tensor(axes.images[0].get_array().data)
+    assert_close(drawn_load.double(), R.expert_load(routing) * E, 1e-12)
+    axes = figure.add_subplot()
+    plots.plot_coactivation(routing, axes, layer=2)
+    together = R.coactivation(routing)[2]
+    shown = axes.images[0].get_array()
+    chance = (S - 1) * E / (S * (E - 1))
+    assert float(shown[5, 6]) == pytest.approx(math.log2(together[5, 6] / (together[5, 5] * together[6, 6] * chance)))
+    with pytest.raises(ValueError, match="layers .*0, 1, 2.*not 9"):
+        plots.plot_coactivation(routing, axes, layer=9)
+
+
+def test_without_matplotlib_the_way_out_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"qwen35moe\[plot\]"):
+        plots.new_figure(1, 1)

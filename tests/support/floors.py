@@ -1,0 +1,117 @@
+"""The import floors of DESIGN section 1, as data, and the functions that read a file's imports.
+
+`FLOORS` runs from bottom to top, and within a floor from left to right: a file may import from every floor below its
+own, from parts of its own floor that stand further left, and from its own part (the files of a package may import each
+other).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "qwen35moe"
+
+# A part is a file or a package directly inside qwen35moe/. Some have only their place so far.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("config",),
+    ("taps", "backends", "ops"),
+    ("replay", "layer_memory", "cache", "cache_file", "layout", "routing"),
+    ("modules",),
+    ("expert_activations", "output", "placement", "pretrained", "multimodal", "model", "vision_language"),
+    ("checkpoint", "processing"),
+    ("generation", "training"),
+    ("loading",),
+    ("surgery", "parity"),
+    ("cli",),
+    ("__main__",),
+)
+
+# The only imports that may look upwards: inside a function, in these places. (file, function) -> parts it may reach.
+DOORS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("qwen35moe/models/base.py", "from_pretrained"): ("checkpoint",),
+    ("qwen35moe/models/base.py", "save_pretrained"): ("checkpoint",),
+    ("qwen35moe/models/base.py", "generate"): ("generation",),
+    ("qwen35moe/models/base.py", "stream"): ("generation",),
+}
+
+# Never imported at the top of a file of qwen35moe/: the runtime works without them.
+OPTIONAL = (
+    *("transformers", "tokenizers", "jinja2", "huggingface_hub", "matplotlib", "numpy", "PIL", "av"),
+    *("triton", "fla", "causal_conv1d", "flash_attn", "qwen35moe_kernels"),
+)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, by its absolute dotted name, and where in the file it stands."""
+
+    module: str
+    line: int
+    function: str | None  # None: executed when the file is imported
+    typing_only: bool  # under `if TYPE_CHECKING:`
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """Every import of a file, relative ones resolved; `from . import x` counts as the module x."""
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    yield from _walk(ast.parse(path.read_text(encoding="utf-8")), package, None, False)
+
+
+def _walk(node: ast.AST, package: str, function: str | None, typing_only: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(alias.name, child.lineno, function, typing_only)
+        elif isinstance(child, ast.ImportFrom):
+            for module in _from(child, package):
+                yield Import(module, child.lineno, function, typing_only)
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _walk(child, package, function or child.name, typing_only)
+        elif isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for statement in child.body:
+                yield from _walk(ast.Module([statement], []), package, function, True)
+            for statement in child.orelse:
+                yield from _walk(ast.Module([statement], []), package, function, typing_only)
+        else:
+            yield from _walk(child, package, function, typing_only)
+
+
+def _from(node: ast.ImportFrom, package: str) -> list[str]:
+    base = node.module or ""
+    if node.level:
+        parents = package.split(".")
+        parents = parents[: len(parents) - node.level + 1]
+        base = ".".join([*parents, base] if base else parents)
+    # `from package import name`: the name may be a module of that package, and then that is what is imported.
+    # From the public door every name counts: nothing below it may fetch Config by `from qwen35moe import Config`.
+    names = [f"{base}.{alias.name}" for alias in node.names]
+    return names if base == PACKAGE else [name if _is_module(name) else base for name in names]
+
+
+def _is_module(module: str) -> bool:
+    path = ROOT / module.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def part_of(module: str) -> str | None:
+    """'qwen35moe.ops.norm' -> 'ops'; 'qwen35moe' -> ''; a module of anybody else -> None."""
+    head, _, rest = module.partition(".")
+    return rest.split(".")[0] if head == PACKAGE else None
+
+
+def height(part: str) -> tuple[int, int]:
+    """(floor, place on it); a part that no floor names raises."""
+    for floor, parts in enumerate(FLOORS):
+        if part in parts:
+            return floor, parts.index(part)
+    raise ValueError(f"{PACKAGE}/{part} stands on no floor: add it to FLOORS and to docs/architecture.md")
+
+
+def files(*folders: str) -> list[Path]:
+    return sorted(
+        path for folder in folders for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts
+    )

@@ -1,0 +1,282 @@
+"""The adapters to causal_conv1d and flash-attn, against stand-ins that refuse what the packages refuse.
+
+Forward and backward against the definitions, which implementation ran, what a forced choice says, every unsupported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen35moe import backends
+from qwen35moe.ops.attention import Visibility
+from tests.support.kernel_checks import assert_close, draw, integers, refusal
+from tests.support.stand_ins import installed
+
+BF16 = torch.bfloat16
+BOUND = {"forward": 2**-7, "backward": 2**-6}
+
+
+@pytest.fixture
+def conv() -> Iterator[ModuleType]:
+    with installed("causal_conv1d", ("short_convolution",)) as module:
+        yield module
+
+
+@pytest.fixture
+def flash() -> Iterator[ModuleType]:
+    with installed("flash_attn", ("attention", "vision_attention")) as module:
+        yield module
+
+
+# ---------------------------------------------------------------------------------------------------------- causal_conv1d
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 65])
+@pytest.mark.parametrize("form", ["plain", "state", "lengths"])
+@pytest.mark.usefixtures("conv")
+def test_convolution_forward_and_backward(form: str, tokens: int, taps: int) -> None:
+    options: dict[str, Any] = {} if form == "plain" else {"state": draw(3, 16, taps - 1, seed=2)}
+    if form == "lengths":
+        options["lengths"] = integers(tokens, min(1, tokens), tokens)
+        if tokens > 1:  # past a length only the definition promises zeros
+            x, weight = draw(3, tokens, 16), draw(16, taps, seed=1)
+            with backends.use(short_convolution="causal_conv1d"):
+                y, after = backends.run("short_convolution", x, weight, **options)
+            with backends.use(short_convolution="direct"):
+                expected, last = backends.run("short_convolution", x, weight, **options)
+            assert torch.equal(after, last)
+            for row, length in enumerate(options["lengths"].tolist()):
+                assert (y[row, :length] - expected[row, :length]).abs().max() < 1e-5
+            return
+    args = draw(3, tokens, 16), draw(16, taps, seed=1)
+    assert_close("short_convolution", "causal_conv1d", args, options, torch.float32, forward=1e-6, backward=3e-6)
+
+
+@pytest.mark.parametrize("lengths", [[1, 3, 4], [63, 64, 65, 1]], ids=str)
+@pytest.mark.usefixtures("conv")
+def test_convolution_of_packed_documents(lengths: list[int]) -> None:
+    bounds = integers(0, *(sum(lengths[: i + 1]) for i in range(len(lengths))))
+    args = draw(1, sum(lengths), 16), draw(16, 4, seed=1)
+    options = {"cu_seqlens": bounds}
+    assert_close("short_convolution", "causal_conv1d", args, options, torch.float32, forward=1e-6, backward=3e-6)
+
+
+@pytest.mark.usefixtures("conv")
+def test_convolution_in_bfloat16_and_one_token_leave_the_given_state_alone() -> None:
+    args, state = (draw(2, 1, 8, dtype=BF16), draw(8, 4, seed=1, dtype=BF16)), draw(2, 8, 3, seed=2, dtype=BF16)
+    before = state.clone()
+    with backends.ran() as ran:
+        y, after = backends.run("short_convolution", *args, state=state)
+    assert ran.counts == {("short_convolution", "causal_conv1d"): 1}
+    assert torch.equal(state, before) and torch.equal(after, torch.cat([state, args[0].mT], dim=-1)[..., 1:])
+    assert_close("short_convolution", "causal_conv1d", args, {"state": state}, BF16, **BOUND)
+    with backends.use(short_convolution="direct"):
+        assert torch.equal(y, backends.run("short_convolution", *args, state=state)[0])
+
+
+def test_one_token_goes_through_update_and_more_through_fn(conv: ModuleType, calls) -> None:
+    weight = draw(8, 4)
+    with calls(conv, "causal_conv1d_update") as updates, calls(conv, "causal_conv1d_fn") as others:
+        backends.run("short_convolution", draw(2, 1, 8), weight)
+        backends.run("short_convolution", draw(2, 1, 8).requires_grad_(), weight)  # update has no backward
+        backends.run("short_convolution", draw(2, 3, 8), weight)
+    assert (updates.count, others.count) == (1, 2)
+
+
+@pytest.mark.usefixtures("conv")
+def test_convolution_objections() -> None:
+    def reason(x: Tensor, weight: Tensor, **options: Any) -> str | None:
+        return refusal("short_convolution", "causal_conv1d", x, weight, **options)
+
+    x, weight, bounds = draw(1, 6, 8), draw(8, 4), integers(0, 2, 6)
+    assert reason(x, weight) is None
+    assert reason(x, draw(8, 5)) == "weight has 5 taps, causal_conv1d takes 2 to 4"
+    assert reason(x, draw(8, 1)) == "weight has 1 taps, causal_conv1d takes 2 to 4"
+    assert reason(draw(1, 6, 12), draw(12, 4)) == "x has 12 channels, causal_conv1d takes multiples of 8"
+    assert reason(x.double(), weight) == "x is float64, not one of float32, bfloat16, float16"
+    packed = reason(x, weight, cu_seqlens=bounds, state=draw(2, 8, 3))
+    assert packed == "state: causal_conv1d cannot start packed documents (cu_seqlens) from given inputs"
+    with backends.use(short_convolution="causal_conv1d"), pytest.raises(ValueError, match="cannot run .* 5 taps"):
+        backends.run("short_convolution", x, draw(8, 5))
+    with backends.ran() as ran:  # auto goes on to the next
+        backends.run("short_convolution", x, draw(8, 5))
+    assert {name for _, name in ran.counts} != {"causal_conv1d"}
+
+
+# -------------------------------------------------------------------------------------------------------------- flash_attn
+
+
+def attention_case(batch: int, tokens: int, slots: int, starts: Any, bounds: Tensor | None = None, width: int = 16):
+    shapes = ((tokens, 6), (slots, 2), (slots, 2))
+    args = tuple(draw(batch, *shape, width, seed=i, dtype=BF16) for i, shape in enumerate(shapes))
+    return args, {"scale": width**-0.5, "visible": Visibility(starts, bounds)}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 65])
+@pytest.mark.parametrize("start,room", [(0, 0), (9, 0), (0, 5), (9, 5)])
+@pytest.mark.usefixtures("flash")
+def test_attention_forward_and_backward(tokens: int, start: int, room: int) -> None:
+    """From the first slot or after others, with and without empty slots behind."""
+    args, options = attention_case(2, tokens, start + tokens + room, start)
+    assert_close("attention", "flash_attn", args, options, BF16, **BOUND)
+
+
+@pytest.mark.usefixtures("flash")
+def test_attention_of_packed_documents_and_heads_of_256() -> None:
+    args, options = attention_case(1, 12, 12, 0, integers(0, 1, 4, 12))
+    assert_close("attention", "flash_attn", args, options, BF16, **BOUND)
+    args, options = attention_case(1, 5, 5, 0, width=256)
+    assert_close("attention", "flash_attn", args, options, BF16, **BOUND)
+
+
+def test_which_of_its_functions_runs(flash: ModuleType, calls) -> None:
+    def ran(args: tuple[Tensor, ...], options: dict[str, Any], name: str) -> dict[str, Any]:
+        with calls(flash, name) as seen, backends.ran() as record:
+            out = backends.run("attention", *args, **options)
+        assert seen.count == 1 and record.counts == {("attention", "flash_attn"): 1}
+        with backends.use(attention="eager"):
+            expected = backends.run("attention", *args, **options)
+        assert (out - expected).abs().max() <= 2**-7 * expected.abs().max()
+        return seen.arguments[0][1]
+
+    assert ran(*attention_case(2, 4, 4, 0), "flash_attn_func")["causal"] is True
+    assert ran(*attention_case(2, 1, 9, 6), "flash_attn_with_kvcache")["cache_seqlens"] == 7
+    ragged = ran(*attention_case(2, 3, 9, integers(6, 2)), "flash_attn_with_kvcache")
+    assert ragged["cache_seqlens"].tolist() == [9, 5]
+    ran(*attention_case(1, 7, 7, 0, integers(0, 3, 7)), "flash_attn_varlen_func")
+    args, options = attention_case(2, 2, 9, 6)
+    with calls(flash, "flash_attn_func") as seen:  # with a gradient not through the cache
+        backends.run("attention", args[0].requires_grad_(), *args[1:], **options)
+    assert seen.count == 1 and seen.arguments[0][0][1].shape[1] == 8
+
+
+def test_dropout_is_passed_on_and_determinism_too(flash: ModuleType, calls) -> None:
+    args, options = attention_case(2, 4, 4, 0)
+    with calls(flash, "flash_attn_func") as seen:
+        backends.run("attention", *args, **options, dropout=0.25)
+        torch.use_deterministic_algorithms(False)
+        try:
+            backends.run("attention", *args, **options)
+        finally:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+    (_, first), (_, second) = seen.arguments
+    assert (first["dropout_p"], first["deterministic"]) == (0.25, True)
+    assert (second["dropout_p"], second["deterministic"]) == (0.0, False)
+
+
+@pytest.mark.usefixtures("flash")
+def test_vision_frames() -> None:
+    args = tuple(draw(13, 3, 24, seed=i, dtype=BF16) for i in range(3))
+    options = {"cu_seqlens": integers(0, 4, 5, 13), "scale": 0.3}
+    assert_close("vision_attention", "flash_attn", args, options, BF16, **BOUND)
+    with backends.ran() as ran:
+        backends.run("vision_attention", *args, **options)
+    assert ran.counts == {("vision_attention", "flash_attn"): 1}
+    single = tuple(x.float() for x in args)
+    assert refusal("vision_attention", "flash_attn", *single, **options) == "query is float32, not one of float16, bfloat16"
+
+
+@pytest.mark.usefixtures("flash")
+def test_attention_objections() -> None:
+    def reason(case: Any, **more: Any) -> str:
+        found = refusal("attention", "flash_attn", *case[0], **(case[1] | more))
+        assert found is not None
+        return found
+
+    case = attention_case(2, 3, 9, 6)
+    args, options = case
+    assert reason((tuple(x.float() for x in args), options)) == "query is float32, not one of float16, bfloat16"
+    assert reason((args[:2] + (args[2].half(),), options)).endswith("flash_attn takes one dtype")
+    assert reason((args[:2] + (args[2][..., :8],), options)).startswith("value has heads of 8 and query of 16")
+    assert reason(attention_case(1, 3, 3, 0, width=264)) == "query has heads of 264, flash_attn takes up to 256"
+    assert reason(attention_case(1, 3, 3, 0, width=12)) == "query has heads of 12, flash_attn takes multiples of 8"
+    assert reason((args, options | {"visible": Visibility(7)})).startswith("visible.starts 7: 3 tokens from there")
+    ragged = (args, options | {"visible": Visibility(integers(6, 2))})
+    assert reason(ragged, dropout=0.1).startswith("dropout 0.1: rows that begin at different slots")
+    wanted = (args[0].clone().requires_grad_(), *args[1:]), ragged[1]
+    assert reason(wanted).startswith("visible.starts: rows that begin at different slots have no backward")
+    with backends.use(attention="flash_attn"), pytest.raises(ValueError, match="cannot run attention: visible.starts"):
+        backends.run("attention", *wanted[0], **wanted[1])
+    packed = attention_case(2, 7, 7, 0, integers(0, 3, 7))
+    assert reason(packed).startswith("visible.cu_seqlens: query [2, 7, 6, 16]")
+    assert reason((args[:1] + tuple(x[:, :, :1].expand(-1, -1, 4, -1) for x in args[1:]), options)).startswith("query has 6")
+
+
+@pytest.mark.usefixtures("flash")
+def test_verify_shows_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pitfalls E1 is about: the values are right, one gradient is not, and only a check of both shows it."""
+    healthy = sys.modules["flash_attn"].flash_attn_func
+
+    def sick(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return healthy(q, k, 1.5 * v - 0.5 * v.detach(), **options)
+
+    assert backends.verify("flash_attn", dtypes=(BF16,)).ok
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_func", sick)
+    report = backends.verify("flash_attn", dtypes=(BF16,))
+    assert not report.ok and "FAILED" in str(report)
+    assert all(row.forward <= row.bounds[0] for row in report.ran)
+
+
+# ------------------------------------------------------------------------------------------- what is missing, and what cannot
+
+
+def test_where_they_are_not_installed_they_say_how_to_get_them() -> None:
+    for operation, name, how in (
+        ("short_convolution", "causal_conv1d", "causal_conv1d is not installed: pip install causal-conv1d"),
+        ("attention", "flash_attn", "flash_attn is not installed: pip install 'flash-attn>=2.6' --no-build-isolation"),
+    ):
+        found = next(entry for entry in backends.implementations(operation) if entry.name == name)
+        if found.missing != how:
+            pytest.skip(f"{name} is installed here")
+        assert how in backends.describe(operation)
+
+
+def test_packages_without_a_gpu_an_old_one_and_flash_attn_4_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen35moe_kernels import flash_attn, runtime
+
+    monkeypatch.setattr(runtime, "installed", lambda package: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert flash_attn._missing() == "there is no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.5.8")
+    assert flash_attn._missing().startswith("flash-attn 2.5.8 is installed, 2.6 is needed")
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert flash_attn._missing().startswith("flash_attn is installed without flash-attn 2")
+
+
+def test_cpu_tensors_and_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen35moe_kernels import causal_conv1d, flash_attn, runtime
+
+    x, weight = torch.zeros(1, 3, 8), torch.zeros(8, 4)
+    assert causal_conv1d.unsupported(x, weight) == "x is on cpu, not on CUDA"
+    q = torch.zeros(1, 3, 2, 16, dtype=BF16)
+    options: dict[str, Any] = {"scale": 1.0, "visible": Visibility()}
+    assert flash_attn.attention_unsupported(q, q, q, **options) == "query is on cpu, not on CUDA"
+    monkeypatch.setattr(runtime, "unsupported_cuda", lambda **tensors: None)
+    monkeypatch.setattr(runtime, "capability", lambda tensor: (7, 5))
+    old = flash_attn.attention_unsupported(q, q, q, **options)
+    assert old == "flash_attn needs compute capability 8.0, cpu has 7.5"
+    monkeypatch.setattr(runtime, "capability", lambda tensor: (8, 9))
+    wide = torch.zeros(1, 3, 2, 256, dtype=BF16, requires_grad=True)
+    assert flash_attn.attention_unsupported(wide, wide, wide, **options) is None
+    dropped = flash_attn.attention_unsupported(wide, wide, wide, **options, dropout=0.1)
+    assert dropped == "dropout 0.1: heads of 256 have no backward with it on capability (8, 9)"
+
+
+def test_visibility_is_all_that_the_adapter_knows_of_the_library() -> None:
+    """A field more would be a mask that the adapter silently ignores."""
+    assert [field.name for field in dataclasses.fields(Visibility)] == ["starts", "cu_seqlens"]

@@ -1,0 +1,176 @@
+"""The adapter to sonic-moe, against a stand-in with its signature that refuses what the package refuses.
+
+The stand-in computes by our definition; what it cannot show is how the package computes. By the package's own
+documentation: 0.1.2, the first release with `concat_layout`.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.machinery
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen35moe import backends
+from qwen35moe.backends import table
+from qwen35moe.ops.experts import loop_experts
+from tests.support.kernel_checks import assert_close, draw, refusal
+from tests.support.stand_ins import require
+
+STREAM = 7
+BF16 = torch.bfloat16
+
+
+class ActivationType(enum.Enum):
+    SWIGLU = "swiglu"
+    GEGLU = "geglu"
+
+
+def moe_general_routing_inputs(
+    x: Tensor, router_scores: Tensor, token_indices: Tensor, expert_indices: Tensor, w1: Tensor, b1: Tensor | None,
+    w2: Tensor, b2: Tensor | None, E: int, stream_id: int, activation_type: ActivationType,
+    is_inference_mode_enabled: bool = False, concat_layout: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x [T, H], router_scores, token_indices and expert_indices [TK], w1 [2I, H, E], w2 [H, I, E]; o [T, H], and how
+    many pairs each expert has. Pairs may differ in number from token to token."""
+    require(not torch.compiler.is_compiling(), "assert not torch.compiler.is_compiling()")
+    require(b1 is None and b2 is None and activation_type == ActivationType.SWIGLU, "not needed here")
+    require(x.dtype in (torch.bfloat16, torch.float16) and x.dtype == w1.dtype == w2.dtype, "bfloat16 or float16")
+    require(router_scores.dtype == torch.float32 and x.is_contiguous(), "router_scores float32, x contiguous")
+    require(token_indices.dtype == expert_indices.dtype == torch.int32, "int32 indices")
+    require(bool((token_indices.diff() >= 0).all()), "token_indices is already SORTED ascendingly")
+    require(len(token_indices) == len(expert_indices) == len(router_scores) > 0, "one length")
+    for weight in (w1, w2):
+        require(weight.permute(2, 0, 1).is_contiguous(), "stride order (2, 0, 1)")
+        require(all(size % 8 == 0 for size in weight.shape[:2]), "16 bytes")
+    require(w1.shape == (2 * w2.shape[1], w2.shape[0], E) and w2.shape[2] == E, "w1 (2I, H, E), w2 (H, I, E)")
+    require(stream_id == STREAM, "the current stream")
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, router_scores, w1, w2))
+    require(not (wanted and is_inference_mode_enabled), "h was not kept for the backward")
+    gate_up = w1.permute(2, 0, 1)
+    if not concat_layout:  # the gate's and the other rows take turns
+        gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], dim=1)
+    rows = loop_experts(x[token_indices.long()], gate_up, w2.permute(2, 0, 1), expert_indices.long()[:, None],
+                        torch.ones_like(router_scores)[:, None])  # fmt: skip
+    out = torch.zeros_like(x, dtype=torch.float32).index_add(0, token_indices.long(), rows.float() * router_scores[:, None])
+    return out.to(x.dtype), torch.bincount(expert_indices, minlength=E).int()
+
+
+@contextmanager
+def installed(version: str = "0.1.2.post1") -> Iterator[ModuleType]:
+    """As if the package were installed and its GPU there: its adapter registers again, and takes CPU tensors."""
+    from qwen35moe_kernels import runtime, sonic_moe
+
+    modules = {name: ModuleType(name) for name in ("sonicmoe", "sonicmoe.enums", "sonicmoe.functional")}
+    modules["sonicmoe"].__spec__ = importlib.machinery.ModuleSpec("sonicmoe", None)
+    vars(modules["sonicmoe.enums"])["ActivationType"] = ActivationType
+    vars(modules["sonicmoe.functional"])["moe_general_routing_inputs"] = moe_general_routing_inputs
+    known, before = importlib.metadata.version, backends.implementations("experts")
+    with ExitStack() as stack:
+        stack.callback(lambda: table.TABLE["experts"].__setitem__(slice(None), before))
+        stack.enter_context(mock.patch.dict(sys.modules, modules))
+        stack.enter_context(
+            mock.patch.object(importlib.metadata, "version", lambda name: version if name == "sonic-moe" else known(name))
+        )
+        backends.unregister("experts", "sonic_moe")
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            sonic_moe.register(backends.register)
+        stack.enter_context(mock.patch.object(runtime, "unsupported_cuda", lambda **tensors: None))
+        stream = SimpleNamespace(cuda_stream=STREAM)
+        stack.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda device: stream))
+        yield modules["sonicmoe.functional"]
+
+
+@pytest.fixture
+def sonic() -> Iterator[ModuleType]:
+    with installed() as module:
+        yield module
+
+
+def problem(tokens: int = 9, slots: int = 2, number: int = 3, width: int = 16, inner: int = 8) -> tuple[Tensor, ...]:
+    tensors = draw(tokens, width), draw(number, 2 * inner, width, seed=1), draw(number, width, inner, seed=2)
+    indices = draw(tokens, number, seed=3).topk(slots, dim=-1).indices
+    weights = draw(tokens, slots, seed=4).softmax(-1)
+    return *(x.to(BF16) for x in tensors), indices, weights.to(BF16)
+
+
+@pytest.mark.usefixtures("sonic")
+@pytest.mark.parametrize("size", [(9, 2, 3, 16, 8), (1, 3, 5, 24, 16)], ids=str)
+def test_forward_and_backward(size: tuple[int, ...]) -> None:
+    args = problem(*size)
+    assert_close("experts", "sonic_moe", args, {}, BF16, forward=2**-6, backward=2**-5)
+    assert_close("experts", "sonic_moe", (*args[:4], args[4].float()), {}, BF16, forward=2**-6, backward=2**-5)
+    repeated = args[3].clone()
+    repeated[:, -1] = repeated[:, 0]
+    assert_close("experts", "sonic_moe", (*args[:3], repeated, args[4]), {}, BF16, forward=2**-6, backward=2**-5)
+
+
+def test_it_runs_where_every_expert_has_many_rows_and_keeps_nothing_without_a_gradient(sonic: ModuleType, calls) -> None:
+    many, few = problem(tokens=96), problem(tokens=95)
+    with backends.ran() as ran, calls(sonic, "moe_general_routing_inputs") as seen:
+        backends.run("experts", *many)
+        backends.run("experts", many[0].requires_grad_(), *many[1:])
+        backends.run("experts", *few)
+    assert [call.name for call in ran.calls] == ["sonic_moe", "sonic_moe", "gathered"]
+    assert [options["is_inference_mode_enabled"] for _, options in seen.arguments] == [True, False]
+    with backends.use(experts="sonic_moe"), backends.ran() as ran:
+        backends.run("experts", *few)
+    assert ran.counts == {("experts", "sonic_moe"): 1}
+
+
+@pytest.mark.usefixtures("sonic")
+def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, gate_up, down, indices, weights = problem()
+
+    def said(*args: Any, **options: Any) -> str | None:
+        return refusal("experts", "sonic_moe", *args, **options)
+
+    assert said(hidden, gate_up, down, indices, weights) is None
+    assert said(hidden, gate_up, down, indices, weights, watch=print).startswith("somebody listens to expert_in")
+    assert said(hidden.float(), gate_up, down, indices, weights) == "hidden is float32, not one of bfloat16, float16"
+    assert "down torch.float16, sonic-moe takes one dtype" in said(hidden, gate_up, down.half(), indices, weights)
+    assert said(hidden, gate_up.mT.contiguous().mT, down, indices, weights).startswith("gate_up is not contiguous")
+    assert said(*problem(tokens=0)) == "indices holds no pair"
+    assert said(*problem(width=20)) == "hidden has rows of 20, sonic-moe takes multiples of 8 (16 bytes)"
+    assert said(*problem(inner=12)) == "down has rows of 12, sonic-moe takes multiples of 8 (16 bytes)"
+    wide = indices.repeat(1, 2)
+    assert said(hidden, gate_up, down, wide, weights.repeat(1, 2)).startswith("indices has 4 slots for 3 experts")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: False)
+        assert said(hidden, gate_up, down, indices, weights).startswith("deterministic algorithms are asked for")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert said(hidden, gate_up, down, indices, weights) == "a graph is being compiled, which sonic-moe refuses"
+    for capability, words in (((8, 0), "made for compute capability 9.0"), ((10, 3), "can be silently wrong (its issue 63)")):
+        monkeypatch.setattr("qwen35moe_kernels.runtime.capability", lambda tensor, found=capability: found)
+        assert words in said(hidden, gate_up, down, indices, weights)
+    monkeypatch.setattr("qwen35moe_kernels.runtime.capability", lambda tensor: (9, 0))
+    assert said(hidden, gate_up, down, indices, weights) is None
+
+
+def test_what_is_missing_is_said() -> None:
+    args = problem()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"sonicmoe is not installed|hidden is on cpu, not on CUDA"):
+            with backends.use(experts="sonic_moe"):
+                backends.run("experts", *args)
+    with installed("0.1.1"):
+        assert "sonic-moe 0.1.1 is installed, 0.1.2 is needed" in refusal("experts", "sonic_moe", *args)
+
+
+@pytest.mark.gpu
+def test_the_package_itself_against_the_definition() -> None:
+    pytest.importorskip("sonicmoe", reason="sonic-moe is not installed")
+    report = backends.verify("sonic_moe", dtypes=(BF16,))
+    assert report.ok, str(report)
+    args = tuple(x.to("cuda") for x in problem(512, 4, 16, 256, 128))
+    assert_close("experts", "sonic_moe", args, {}, BF16, forward=2**-7, backward=2**-6)

@@ -1,0 +1,238 @@
+"""One token of Gated DeltaNet in one launch or two: against its definition, and in the model, where it may step in.
+
+It may where every row brings one token, nobody wants a gradient, listens to what it never forms, records segments, hangs
+on the modules that it goes around, or has chosen a form of an operation that it contains.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen35moe import backends, taps
+from tests.support import peer
+from tests.support.kernel_checks import DEVICE, DTYPES, ROUNDED, assert_close, draw, entry, refusal
+from tests.support.peer import FULL, LINEAR, generator, odd_shape
+
+pytest.importorskip("triton")
+OPERATION = "delta_net_step"
+SIZES = [(3, 2, 6, 8, 12, 4), (1, 1, 3, 5, 24, 2), (2, 3, 3, 16, 7, 1)]
+
+CASES = [*((size, torch.float32) for size in SIZES), *((SIZES[0], dtype) for dtype in DTYPES[1:])]
+
+
+def arguments(
+    batch: int, groups: int, heads: int, width: int, out: int, taps_: int, dtype: torch.dtype, gates: str = "ordinary"
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    channels = 2 * groups * width + heads * out
+    A_log, dt_bias = (x.to(DEVICE) for x in peer._gates(torch.Size([heads]), generator(5), gates))
+    args = draw(batch, channels, dtype=dtype), draw(batch, heads, out, seed=1, dtype=dtype)
+    args += draw(batch, heads, seed=2, dtype=dtype), draw(batch, heads, seed=3, dtype=dtype)
+    return args, {
+        "inputs": draw(batch, channels, taps_ - 1, seed=4, dtype=dtype), "memory": draw(batch, heads, width, out, seed=5),
+        "conv_weight": draw(channels, taps_, seed=6, dtype=dtype), "A_log": A_log, "dt_bias": dt_bias,
+        "norm_weight": 1 + 0.2 * draw(out, seed=7), "groups": groups, "eps": 1e-6,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize("size,dtype", CASES, ids=str)
+def test_against_the_definition(size: tuple[int, ...], dtype: torch.dtype, launches: int, monkeypatch, calls) -> None:
+    from qwen35moe_kernels import step
+
+    if launches == 2:
+        monkeypatch.setattr(step, "_FEW", 0)
+        monkeypatch.setattr(step, "_COLUMNS", 4)
+    args, options = arguments(*size, dtype)
+    with calls(step, "normed") as norms:
+        assert_close(OPERATION, "triton", args, options, dtype, forward=max(4e-6, ROUNDED[dtype]))
+    assert norms.count == (launches == 2 and size[4] > 4)
+
+
+@pytest.mark.parametrize("gates", ["transformers", "hard"])
+def test_at_other_gates(gates: str) -> None:
+    args, options = arguments(*SIZES[0], torch.float32, gates)
+    assert_close(OPERATION, "triton", args, options, torch.float32, forward=4e-6)
+
+
+@pytest.mark.parametrize("a", [-90.0, -17.0, -9.7, 0.0, 19.0, 90.0])
+def test_the_decay_is_right_at_every_a(a: float) -> None:
+    """softplus loses its digits at one end or the other when it is written down as it stands."""
+    args, options = arguments(*SIZES[0], torch.float32)
+    args = (*args[:2], torch.full_like(args[2], a), args[3])
+    options |= {"dt_bias": torch.zeros_like(options["dt_bias"]), "A_log": torch.zeros_like(options["A_log"])}
+    assert_close(OPERATION, "triton", args, options, torch.float32, forward=4e-6)
+
+
+def test_equal_and_zero_keys() -> None:
+    args, options = arguments(*SIZES[0], torch.float32)
+    for tensor in (args[0], options["inputs"].mT):
+        tensor[..., :32] = 0  # both queries and both keys
+    assert_close(OPERATION, "triton", args, options, torch.float32, forward=4e-6)
+
+
+def test_nothing_given_is_written_to_and_views_are_taken() -> None:
+    args, options = arguments(*SIZES[0], torch.float32)
+    before = [x.clone() for x in (*args, options["inputs"], options["memory"])]
+    with backends.use(delta_net_step="triton"), backends.ran() as ran:
+        found = backends.run(OPERATION, *args, **options)
+        turned = options | {"memory": options["memory"].mT.contiguous().mT, "inputs": options["inputs"].mT.contiguous().mT}
+        again = backends.run(OPERATION, *args, **turned)
+    assert ran.counts == {(OPERATION, "triton"): 2}
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    unchanged = (*args, options["inputs"], options["memory"])
+    assert all(torch.equal(a, b) for a, b in zip(unchanged, before, strict=True))
+
+
+def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    args, options = arguments(*SIZES[0], torch.float32)
+    assert refusal(OPERATION, "triton", *args, **options) is None
+    wide = options | {"memory": options["memory"].double()}
+    assert refusal(OPERATION, "triton", *args, **wide) == "memory is float64, not float32"
+    large = options | {"memory": torch.empty(1, 1, 256, 256, device=DEVICE)}
+    assert refusal(OPERATION, "triton", *args, **large) == "memory has 256 x 256 numbers a head, one program holds 32768"
+    double = options | {"A_log": options["A_log"].double()}
+    assert refusal(OPERATION, "triton", *args, **double).startswith("A_log is float64, not one of")
+    wanted = options | {"memory": options["memory"].clone().requires_grad_()}
+    with backends.use(delta_net_step="triton"), pytest.raises(ValueError, match="it has no backward and an input"):
+        backends.run(OPERATION, *args, **wanted)
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        assert refusal(OPERATION, "triton", *args, **options) == "memory is on cpu, not on CUDA"
+
+
+# --------------------------------------------------------------------------------------------------------------- the model
+
+CASE = odd_shape(
+    7, layer_types=[LINEAR, FULL, LINEAR], num_hidden_layers=3, num_experts=5, num_experts_per_tok=2,
+    linear_num_key_heads=2, linear_num_value_heads=6, linear_conv_kernel_dim=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    model = peer.ours(CASE)
+    peer.draw(model, 0)
+    return model.to(DEVICE)
+
+
+@torch.no_grad()
+def decoded(model: Any, *, max_length: int | None = None, record: int = 0) -> tuple[Tensor, Any]:
+    """The logits of two tokens after a prompt of six, one at a time, and the cache then."""
+    ids = CASE.ids(2, 8).to(DEVICE)
+    cache = model.new_cache(2, max_length, record=record)
+    model(ids[:, :6], cache=cache)
+    steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(6, 8)]
+    return torch.cat(steps, dim=1), cache
+
+
+@pytest.fixture
+def in_front() -> Any:
+    """The kernel in front of the definition, as on a GPU."""
+    found = entry(OPERATION, "triton")
+    options: dict[str, Any] = {"skips": found.skips, "differentiable": False}
+    backends.register(OPERATION, "fused", found.fn, found.unsupported, before="inplace", **options)
+    yield
+    backends.unregister(OPERATION, "fused")
+
+
+def steps(ran: Any) -> dict[str, int]:
+    """How often each operation of the delta-net layers ran while one token came at a time."""
+    counts: dict[str, int] = {}
+    for call in ran.calls:
+        if call.operation in (OPERATION, "short_convolution", "gated_delta_rule", "gated_rms_norm"):
+            counts[call.operation] = counts.get(call.operation, 0) + 1
+    return counts
+
+
+COMPOSED = {"short_convolution": 6, "gated_delta_rule": 6, "gated_rms_norm": 6}  # 2 layers, the prompt and 2 tokens
+FUSED = {"short_convolution": 2, "gated_delta_rule": 2, "gated_rms_norm": 2, OPERATION: 4}
+
+
+@pytest.mark.usefixtures("in_front")
+@pytest.mark.parametrize("max_length", [None, 20], ids=["growing", "static"])
+def test_the_model_decodes_through_it_and_says_so(model: Any, max_length: int | None) -> None:
+    with backends.ran() as ran:
+        found, cache = decoded(model, max_length=max_length)
+    assert steps(ran) == FUSED
+    assert {call.path for call in ran.calls if call.operation == OPERATION} == {f"layers.{i}.linear_attn" for i in (0, 2)}
+    with backends.use(delta_net_step="torch"), backends.ran() as ran:
+        expected, other = decoded(model, max_length=max_length)
+    assert steps(ran) == COMPOSED
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for layer in (0, 2):
+        for name in ("inputs", "memory"):
+            one, two = getattr(cache[layer], name), getattr(other[layer], name)
+            assert one.shape == two.shape and (one - two).abs().max() <= 1e-5 * two.abs().max()
+
+
+@pytest.mark.usefixtures("in_front")
+def test_it_steps_aside_for_everything_it_would_go_around(model: Any) -> None:
+    with backends.ran() as ran:
+        expected, _ = decoded(model)
+    assert steps(ran) == FUSED
+    layer = model.model.layers[0].linear_attn
+
+    def composed_in_layer_0(ran: Any) -> bool:
+        return {call.path for call in ran.calls if call.operation == OPERATION} == {"layers.2.linear_attn"}
+
+    with backends.ran() as ran, taps.record(model, "layers.0.linear_attn.decay") as seen:
+        found, _ = decoded(model)
+    assert composed_in_layer_0(ran) and len(seen["layers.0.linear_attn.decay"]) == 3
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    formed = [f"layers.0.linear_attn.{name}" for name in ("qkv", "gate", "normed", "memory", "output")]
+    with backends.ran() as ran, taps.record(model, formed) as seen:
+        decoded(model)
+    assert steps(ran) == FUSED
+    with backends.use(delta_net_step="torch"), taps.record(model, formed) as other:
+        decoded(model)
+    for name in formed:
+        assert len(seen[name]) == len(other[name]) == 3
+        for one, two in zip(seen[name], other[name], strict=True):
+            assert one.shape == two.shape and (one - two).abs().max() <= 1e-5 * two.abs().max()
+    for name in (layer.conv1d, layer.norm):
+        handle = name.register_forward_hook(lambda *_: None)
+        with backends.ran() as ran:
+            decoded(model)
+        handle.remove()
+        assert composed_in_layer_0(ran)
+    with backends.ran() as ran:
+        decoded(model, record=2)
+    assert OPERATION not in steps(ran)
+    with backends.use(gated_delta_rule="torch"), backends.ran() as ran:
+        decoded(model)
+    assert steps(ran) == COMPOSED
+
+
+@pytest.mark.usefixtures("in_front")
+def test_gradients_flow_through_one_cached_token(model: Any) -> None:
+    ids = CASE.ids(2, 7).to(DEVICE)
+    cache = model.new_cache(2)
+    model(ids[:, :6], cache=cache)
+    with backends.ran() as ran:
+        logits = model(ids[:, 6:], cache=cache).logits
+    assert OPERATION not in steps(ran)
+    logits.sum().backward()
+    grad = model.model.layers[0].linear_attn.in_proj_qkv.weight.grad
+    assert grad is not None and grad.abs().max() > 0
+    model.zero_grad()
+
+
+@pytest.mark.usefixtures("in_front")
+def test_one_operation_under_torch_compile() -> None:
+    args, options = arguments(*SIZES[0], torch.float32)
+
+    def call(*args: Tensor) -> tuple[Tensor, ...]:
+        return backends.run(OPERATION, *args, **options)
+
+    with torch.no_grad():
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert all(torch.equal(a, b) for a, b in zip(compiled(*args), call(*args), strict=True))
+    names = "inputs memory conv_weight A_log dt_bias norm_weight groups eps".split()
+    torch.library.opcheck(
+        torch.ops.qwen35moe_kernels.delta_net_step.default, (*args, *(options[name] for name in names)),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
