@@ -153,8 +153,8 @@ def fused_step(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> R
         random(s.batch, sizes.heads), random(s.batch, sizes.heads),
     )
     state = {
-        "inputs": random(s.batch, sizes.channels, sizes.taps - 1),
-        "memory": random(s.batch, sizes.heads, sizes.key, sizes.value, to=wide),
+        "conv_state": random(s.batch, sizes.channels, sizes.taps - 1),
+        "recurrent_state": random(s.batch, sizes.heads, sizes.key, sizes.value, to=wide),
     }
     options = {
         "conv_weight": random(sizes.channels, sizes.taps) / 2, "A_log": random(sizes.heads, to=wide),
@@ -163,14 +163,14 @@ def fused_step(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> R
     }
 
     def call(function: Callable[..., Any], state: dict[str, Tensor]) -> Answer:
-        out, inputs, memory = function(*args, **state, **options)
-        return {"out": out, "inputs": inputs, "memory": memory}
+        out, conv_state, recurrent_state = function(*args, **state, **options)
+        return {"out": out, "conv_state": conv_state, "recurrent_state": recurrent_state}
 
     def truth() -> Answer:
         with torch.no_grad():
             doubles = {n: v.double() if isinstance(v, Tensor) else v for n, v in (state | options).items()}
-            out, inputs, memory = delta_net_step(*(x.double() for x in args), **doubles)
-        return {"out": out, "inputs": inputs, "memory": memory}
+            out, conv_state, recurrent_state = delta_net_step(*(x.double() for x in args), **doubles)
+        return {"out": out, "conv_state": conv_state, "recurrent_state": recurrent_state}
 
     found: dict[str, Contestant] = {}
     refused: dict[str, str] = {}

@@ -92,5 +92,5 @@ def _last_inputs(x: Tensor, past: int, before: Tensor | None, lengths: Tensor | 
 def register(register: Callable[..., None]) -> None:
     """Enter the table in front of all others: where it is installed it was built for this machine."""
     missing = runtime.package_missing("causal_conv1d", "pip install causal-conv1d")
-    before = "triton" if runtime.place("inplace") else "inplace"
+    before = "triton" if runtime.place("cpu") else "cpu"
     register("short_convolution", "causal_conv1d", short_convolution, unsupported, before=before, missing=missing)

@@ -137,7 +137,7 @@ def gated_delta_rule(
 
 def register(register: Callable[..., None]) -> None:
     """In front of all others where it can run: what is installed was built for this machine."""
-    before = "triton" if runtime.place("inplace") else "inplace"
+    before = "triton" if runtime.place("chunked_cpu") else "chunked_cpu"
     reason = missing()
     register(
         "gated_delta_rule", "fla", None if reason else gated_delta_rule, unsupported, before=before, missing=reason

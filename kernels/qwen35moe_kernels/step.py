@@ -27,51 +27,52 @@ SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")
 
 
 def unsupported(
-    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, inputs: Tensor, memory: Tensor, conv_weight: Tensor,
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
     A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> str | None:  # fmt: skip
     """Why this kernel cannot run this call, or None."""
-    width, out = memory.shape[2:]
+    width, out = recurrent_state.shape[2:]
     size = runtime.power_of_two(width) * runtime.power_of_two(out)
     if size > _LARGEST:
-        return f"memory has {width} x {out} numbers a head, one program holds {_LARGEST}"
-    if memory.dtype != torch.float32:
-        return f"memory is {str(memory.dtype).removeprefix('torch.')}, not float32"
-    if memory.shape[1] > 65535:
-        return f"memory has {memory.shape[1]} heads, a grid holds 65535"
+        return f"recurrent_state has {width} x {out} numbers a head, one program holds {_LARGEST}"
+    if recurrent_state.dtype != torch.float32:
+        return f"recurrent_state is {str(recurrent_state.dtype).removeprefix('torch.')}, not float32"
+    if recurrent_state.shape[1] > 65535:
+        return f"recurrent_state has {recurrent_state.shape[1]} heads, a grid holds 65535"
     floats = {
-        "qkv": qkv, "gate": gate, "a": a, "b": b, "inputs": inputs, "conv_weight": conv_weight, "A_log": A_log,
+        "qkv": qkv, "gate": gate, "a": a, "b": b, "conv_state": conv_state, "conv_weight": conv_weight, "A_log": A_log,
         "dt_bias": dt_bias, "norm_weight": norm_weight,
     }  # fmt: skip
-    return runtime.unsupported_device(memory=memory, **floats) or runtime.unsupported_dtype(*_FLOATS, **floats)
+    device = runtime.unsupported_device(recurrent_state=recurrent_state, **floats)
+    return device or runtime.unsupported_dtype(*_FLOATS, **floats)
 
 
 def delta_net_step(
-    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, inputs: Tensor, memory: Tensor, conv_weight: Tensor,
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
     A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The normed output [B, H, V] in qkv's dtype, and inputs [B, C, W-1] and memory [B, H, K, V] after the token."""
-    tensors = (qkv, gate, a, b, inputs, memory, conv_weight, A_log, dt_bias, norm_weight)
+    tensors = (qkv, gate, a, b, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
     run = _operation if torch.compiler.is_compiling() else _forward
     return run(*tensors, groups, eps)
 
 
 def _forward(
-    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, inputs: Tensor, memory: Tensor, conv_weight: Tensor, A_log: Tensor,
-    dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kernel = runtime.kernels("step_kernels").step_kernel
 
     (rows, channels), taps = qkv.shape, conv_weight.shape[-1]
-    heads, width, out = memory.shape[1:]
+    heads, width, out = recurrent_state.shape[1:]
     columns = runtime.power_of_two(out)
     if rows * heads > _FEW:
         columns = min(columns, _COLUMNS)
     whole, block = columns >= out, {"BK": runtime.power_of_two(width), "BV": columns}
     y = torch.empty(rows, heads, out, dtype=qkv.dtype if whole else torch.float32, device=qkv.device)
     inputs_after = torch.empty(rows, channels, taps - 1, dtype=qkv.dtype, device=qkv.device)
-    memory_after = torch.empty(memory.shape, dtype=memory.dtype, device=memory.device)
-    tensors = (qkv, gate, a, b, inputs, memory, conv_weight, A_log, dt_bias, norm_weight)
+    memory_after = torch.empty(recurrent_state.shape, dtype=recurrent_state.dtype, device=recurrent_state.device)
+    tensors = (qkv, gate, a, b, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
     with runtime.on_device_of(qkv):
         kernel[(rows, heads, runtime.parts(out, columns))](
             *(tensor.contiguous() for tensor in tensors), y, inputs_after, memory_after, eps, G=groups, H=heads, K=width,
@@ -96,17 +97,17 @@ _operation = torch.library.custom_op(
 
 @_operation.register_fake
 def _shapes(
-    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, inputs: Tensor, memory: Tensor, conv_weight: Tensor, A_log: Tensor,
-    dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, heads, _, out = memory.shape
+    rows, heads, _, out = recurrent_state.shape
     y, after = qkv.new_empty(rows, heads, out), qkv.new_empty(*qkv.shape, conv_weight.shape[-1] - 1)
-    return y, after, memory.new_empty(memory.shape)
+    return y, after, recurrent_state.new_empty(recurrent_state.shape)
 
 
 def register(register: Callable[..., None]) -> None:
     """Enter the table in front of the definition, which composes the other operations."""
     register(
-        "delta_net_step", "triton", delta_net_step, unsupported, before=runtime.place("inplace"),
+        "delta_net_step", "triton", delta_net_step, unsupported, before=runtime.place("fused_cpu"),
         missing=runtime.missing(), skips=SKIPS, differentiable=False,
     )  # fmt: skip

@@ -24,7 +24,7 @@ def save_cache(cache: Cache, path: str | os.PathLike[str]) -> None:
     if cache.rope_delta is not None and cache._seen_pictures is not None:
         tensors |= {"rope_delta": cache.rope_delta, "seen_pictures": cache._seen_pictures}
     for index, layer in enumerate(cache.layers):
-        names = ("key", "value") if isinstance(layer, KVCache) else ("inputs", "memory")
+        names = ("key", "value") if isinstance(layer, KVCache) else ("conv_state", "recurrent_state")
         tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in names}
     numbers = {"seen": cache.seen, "max_length": cache.max_length, "record": cache.record, "common": cache._common}
     target = os.fspath(path)
@@ -52,7 +52,7 @@ def load_cache(
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     numbers = json.loads(metadata["numbers"])
     lengths = tensors.pop("lengths")
-    dtype = next((t.dtype for name, t in tensors.items() if name.endswith((".inputs", ".key"))), torch.float32)
+    dtype = next((t.dtype for name, t in tensors.items() if name.endswith((".conv_state", ".key"))), torch.float32)
     cache = Cache(
         config, lengths.shape[0], max_length=numbers["max_length"], record=numbers["record"], dtype=dtype, device=device,
         devices=devices,
@@ -62,7 +62,7 @@ def load_cache(
     cache._seen_pictures = tensors.pop("seen_pictures", None if cache.rope_delta is None else lengths)
     cache._used = int(lengths.max())
     for index, layer in enumerate(cache.layers):
-        names = ("key", "value") if isinstance(layer, KVCache) else ("inputs", "memory")
+        names = ("key", "value") if isinstance(layer, KVCache) else ("conv_state", "recurrent_state")
         found = [tensors.pop(f"layers.{index}.{name}", None) for name in names]
         for name, tensor in zip(names, found, strict=False):
             if tensor is None:

@@ -7,7 +7,7 @@ convolution's input and the rule's key, value and gates (28 KiB at 35B shapes); 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ class Segment:
 class RollbackLog:
     """A state (inputs [B, C, W-1], memory [B, H, K, V]) and the tokens since."""
 
-    inputs: Tensor
-    memory: Tensor
+    conv_state: Tensor
+    recurrent_state: Tensor
     since: Segment
 
     def available(self) -> Tensor:
@@ -53,7 +53,7 @@ class RollbackLog:
 
     def extended(self, segment: Segment, record: int) -> RollbackLog:
         """With the tokens of `segment` behind, and the base moved up to where `record` of them stay recorded."""
-        longer = RollbackLog(self.inputs, self.memory, self.since.then(segment))
+        longer = RollbackLog(self.conv_state, self.recurrent_state, self.since.then(segment))
         if longer.since.valid.shape[1] <= 2 * record + _SLACK:
             return longer
         after = longer.since.valid.flip(1).cumsum(1).amin(0)  # tokens that every row has in its last 1, 2, ... columns
@@ -61,8 +61,9 @@ class RollbackLog:
         cut = longer.since.valid.shape[1] - enough
         if cut <= 0:
             return longer
-        inputs, memory = RollbackLog(self.inputs, self.memory, longer.since.columns(0, cut)).state()
-        return RollbackLog(inputs, memory, longer.since.columns(cut))
+        before = RollbackLog(self.conv_state, self.recurrent_state, longer.since.columns(0, cut))
+        conv_state, recurrent_state = before.state()
+        return RollbackLog(conv_state, recurrent_state, longer.since.columns(cut))
 
     def state(self, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The layer's state after the first `keep` [B] of the recorded tokens; after all of them when None."""
@@ -70,21 +71,22 @@ class RollbackLog:
         if keep is not None:
             valid = valid & (valid.cumsum(1) <= keep[:, None])
         written = valid[..., None]
-        _, memory = backends.run(
+        _, recurrent_state = backends.run(
             "gated_delta_rule", since.key, since.key, since.value, decay=torch.where(written, since.decay, 0),
-            beta=torch.where(written, since.beta, 0), state=self.memory,
+            beta=torch.where(written, since.beta, 0), state=self.recurrent_state,
         )
-        past = self.inputs.shape[-1]
-        inputs = torch.cat([self.inputs.mT.to(since.qkv.dtype), since.qkv], dim=1)
+        past = self.conv_state.shape[-1]
+        conv_state = torch.cat([self.conv_state.mT.to(since.qkv.dtype), since.qkv], dim=1)
         seen = torch.cat([valid.new_ones(valid.shape[0], past), valid], dim=1)
         last = seen.to(torch.int8).argsort(dim=1, stable=True)[:, seen.shape[1] - past :]
-        return inputs.gather(1, last[..., None].expand(-1, -1, inputs.shape[-1])).mT, memory
+        return conv_state.gather(1, last[..., None].expand(-1, -1, conv_state.shape[-1])).mT, recurrent_state
 
     def kept(self, keep: Tensor) -> RollbackLog:
         """The recording itself after a rollback to the first `keep` [B] tokens."""
         since = self.since
         valid = since.valid & (since.valid.cumsum(1) <= keep[:, None])
-        return RollbackLog(self.inputs, self.memory, Segment(since.qkv, since.key, since.value, since.decay, since.beta, valid))
+        return RollbackLog(self.conv_state, self.recurrent_state, replace(since, valid=valid))
 
     def reordered(self, index: Tensor) -> RollbackLog:
-        return RollbackLog(self.inputs.index_select(0, index), self.memory.index_select(0, index), self.since.rows(index))
+        conv_state, recurrent_state = (x.index_select(0, index) for x in (self.conv_state, self.recurrent_state))
+        return RollbackLog(conv_state, recurrent_state, self.since.rows(index))

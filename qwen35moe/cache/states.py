@@ -59,8 +59,8 @@ class KVCache:
         """
         functional = torch.is_grad_enabled() and (key.requires_grad or self.keys.requires_grad or value.requires_grad)
         used = self.used + layout.tokens
-        memory = self if used <= self.keys.shape[1] and not functional else self._grown(used, functional)
-        keys, values = memory.keys, memory.values
+        state = self if used <= self.keys.shape[1] and not functional else self._grown(used, functional)
+        keys, values = state.keys, state.values
         if isinstance(layout.starts, int) and layout.lengths is None:
             slots = slice(layout.starts, layout.starts + layout.tokens)
             if functional:
@@ -99,14 +99,14 @@ def _places(layout: TokenLayout, key: Tensor) -> tuple[Tensor, Tensor, tuple[Ten
 class DeltaNetState:
     """inputs [B, C, W-1], the last the convolution has seen; memory [B, H, K, V], float32 at least.
 
-    segment: what the forward that made this state brought, when the cache records; replay: how to take it back. Fixed
+    segment: what the forward that made this state brought, when the cache records; log: how to take it back. Fixed
     tensors are written in place when a new value is assigned.
     """
 
-    inputs: Tensor
-    memory: Tensor
+    conv_state: Tensor
+    recurrent_state: Tensor
     segment: Segment | None = None
-    replay: RollbackLog | None = None
+    log: RollbackLog | None = None
     fixed: bool = False
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -132,19 +132,19 @@ def empty_state(
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return KVCache(keys, values, 0, max_length is not None)
     heads, width, out = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
-    inputs = torch.zeros(batch, config.conv_dim, config.linear_conv_kernel_dim - 1, dtype=dtype, device=device)
+    conv_state = torch.zeros(batch, config.conv_dim, config.linear_conv_kernel_dim - 1, dtype=dtype, device=device)
     wide = torch.promote_types(torch.float32, dtype)
-    memory = torch.zeros(batch, heads, width, out, dtype=wide, device=device)
-    return DeltaNetState(inputs, memory, fixed=max_length is not None)
+    recurrent_state = torch.zeros(batch, heads, width, out, dtype=wide, device=device)
+    return DeltaNetState(conv_state, recurrent_state, fixed=max_length is not None)
 
 
 def state_tensors(layer: LayerState) -> list[Tensor]:
     """Every tensor that a layer holds, its recording included."""
     if isinstance(layer, KVCache):
         return [layer.keys, layer.values]
-    found = [layer.inputs, layer.memory]
-    if layer.replay is not None:
-        found += [layer.replay.inputs, layer.replay.memory, *vars(layer.replay.since).values()]
+    found = [layer.conv_state, layer.recurrent_state]
+    if layer.log is not None:
+        found += [layer.log.conv_state, layer.log.recurrent_state, *vars(layer.log.since).values()]
     return found
 
 
@@ -152,16 +152,18 @@ def map_state(layer: LayerState, fn: Callable[[Tensor], Tensor]) -> LayerState:
     """The same with fn applied to every tensor."""
     if isinstance(layer, KVCache):
         return KVCache(fn(layer.keys), fn(layer.values), layer.used, layer.fixed)
-    replay = layer.replay
-    if replay is not None:
-        since = Segment(**{name: fn(tensor) for name, tensor in vars(replay.since).items()})
-        replay = RollbackLog(fn(replay.inputs), fn(replay.memory), since)
-    return DeltaNetState(fn(layer.inputs), fn(layer.memory), None, replay, layer.fixed)
+    log = layer.log
+    if log is not None:
+        since = Segment(**{name: fn(tensor) for name, tensor in vars(log.since).items()})
+        log = RollbackLog(fn(log.conv_state), fn(log.recurrent_state), since)
+    return DeltaNetState(fn(layer.conv_state), fn(layer.recurrent_state), None, log, layer.fixed)
 
 
 def snapshot_state(layer: LayerState, copy: bool) -> LayerState:
     """The layer's memory for a snapshot: shared, except that a static cache's matrices are copied."""
     if isinstance(layer, KVCache):
         return replace(layer)
-    inputs, memory = (layer.inputs.clone(), layer.memory.clone()) if copy else (layer.inputs, layer.memory)
-    return DeltaNetState(inputs, memory, None, layer.replay)
+    conv_state, recurrent_state = layer.conv_state, layer.recurrent_state
+    if copy:
+        conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
+    return DeltaNetState(conv_state, recurrent_state, None, layer.log)

@@ -83,7 +83,7 @@ class Cache:
     def dtype(self) -> torch.dtype:
         """Of keys, values and convolution inputs: the model's. Memories are float32 at least."""
         first = self.layers[0]
-        return first.keys.dtype if isinstance(first, KVCache) else first.inputs.dtype
+        return first.keys.dtype if isinstance(first, KVCache) else first.conv_state.dtype
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -142,15 +142,15 @@ class Cache:
             new.used = self._used
             return new
         assert isinstance(old, DeltaNetState)
-        replay = None
+        log = None
         if self.record and new.segment is not None:
-            base = old.replay
+            base = old.log
             if base is None:
-                base = RollbackLog(_kept(old.inputs, self), _kept(old.memory, self), new.segment.columns(0, 0))
-            replay = base.extended(new.segment, self.record)
+                base = RollbackLog(_kept(old.conv_state, self), _kept(old.recurrent_state, self), new.segment.columns(0, 0))
+            log = base.extended(new.segment, self.record)
         if not old.fixed:
-            return DeltaNetState(new.inputs, new.memory, None, replay)
-        old.inputs, old.memory, old.replay = new.inputs, new.memory, replay
+            return DeltaNetState(new.conv_state, new.recurrent_state, None, log)
+        old.conv_state, old.recurrent_state, old.log = new.conv_state, new.recurrent_state, log
         return old
 
     @property
@@ -186,7 +186,7 @@ class Cache:
         for index, layer in enumerate(layers):
             old = self.layers[index]
             if isinstance(layer, DeltaNetState) and isinstance(old, DeltaNetState) and old.fixed:
-                old.inputs, old.memory, old.replay = layer.inputs, layer.memory, layer.replay
+                old.conv_state, old.recurrent_state, old.log = layer.conv_state, layer.recurrent_state, layer.log
             else:
                 self.layers[index] = layer
         self.lengths, self.seen, self._used = point.lengths, point.seen, point.used
@@ -223,11 +223,11 @@ class Cache:
                 f"{self.lengths.tolist()} tokens, and the rotary offset before them is not kept. Keep a snapshot() instead"
             )
         for layer in self.layers:
-            if isinstance(layer, DeltaNetState) and layer.replay is not None:
-                replay = layer.replay
-                keep = replay.available() - count.to(replay.memory.device)
-                layer.inputs, layer.memory = replay.state(keep)
-                layer.replay = replay.kept(keep)
+            if isinstance(layer, DeltaNetState) and layer.log is not None:
+                log = layer.log
+                keep = log.available() - count.to(log.recurrent_state.device)
+                layer.conv_state, layer.recurrent_state = log.state(keep)
+                layer.log = log.kept(keep)
         self.lengths = self.lengths - count
         if isinstance(tokens, int):
             self.seen -= tokens
@@ -244,7 +244,7 @@ class Cache:
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, DeltaNetState):
                 continue
-            recorded = torch.zeros_like(count) if layer.replay is None else layer.replay.available().to(count.device)
+            recorded = torch.zeros_like(count) if layer.log is None else layer.log.available().to(count.device)
             if bool((count > recorded).any()):
                 raise ValueError(
                     f"cannot roll back {count.tolist()} tokens: layer {index} has recorded the last {recorded.tolist()}. "

@@ -122,7 +122,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
             passed.append(left)
         hidden = tap(self, "norm", self.norm(hidden))
         if cache is not None:
-            cache.commit(layout, [left.memory for left in passed if left.memory is not None])
+            cache.commit(layout, [left.state for left in passed if left.state is not None])
         if self.placement is not None:
             layout, states = step.layout, [state.to(hidden.device) for state in states]
             passed = [left.to(hidden.device) for left in passed]

@@ -45,7 +45,7 @@ class LayerContext:
 class LayerOutput:
     """What a layer leaves beside its output."""
 
-    memory: LayerState | None = None
+    state: LayerState | None = None
     choice: RouterOutput | None = None
     attention: Tensor | None = field(default=None, repr=False)
 
@@ -54,7 +54,7 @@ class LayerOutput:
         choice, attention = self.choice, self.attention
         if choice is not None:
             choice = RouterOutput(*(getattr(choice, name).to(device) for name in ("logits", "indices", "weights")))
-        return LayerOutput(self.memory, choice, None if attention is None else attention.to(device))
+        return LayerOutput(self.state, choice, None if attention is None else attention.to(device))
 
 
 class DecoderLayer(nn.Module):

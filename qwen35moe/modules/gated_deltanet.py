@@ -74,16 +74,16 @@ class GatedDeltaNet(FP32Parameters):
             ahead = self.in_proj_a(x), self.in_proj_b(x), self.in_proj_z(x)
             if stepped := self._step(qkv, *ahead, state):
                 return *stepped, None
-        before = None if state is None else state.inputs
+        before = None if state is None else state.conv_state
         mixed, inputs = self.conv1d(qkv, before, layout.lengths, layout.cu_seqlens)
         query, key, value = self._heads(tap(self, "conv", mixed))
         decay, beta = self._gates(x, layout, ahead)
-        memory = None if state is None else state.memory
+        memory = None if state is None else state.recurrent_state
         core, memory = backends.run(
             "gated_delta_rule", query, key, value, decay=decay, beta=beta, state=memory, cu_seqlens=layout.cu_seqlens,
             caller=self,
         )
-        memory = tap(self, "memory", memory)
+        memory = tap(self, "state", memory)
         weights = None
         if with_map:
             own = attention_map(query, key, decay=decay, beta=beta, cu_seqlens=layout.cu_seqlens)
@@ -116,7 +116,8 @@ class GatedDeltaNet(FP32Parameters):
         gate = z.unflatten(-1, (self.heads, self.value_width))
         args = qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0]
         options = {
-            "inputs": state.inputs, "memory": state.memory, "conv_weight": self.conv1d.weight.squeeze(1),
+            "conv_state": state.conv_state, "recurrent_state": state.recurrent_state,
+            "conv_weight": self.conv1d.weight.squeeze(1),
             "A_log": self.A_log, "dt_bias": self.dt_bias, "norm_weight": self.norm.weight, "groups": self.groups,
             "eps": self.norm.eps,
         }
@@ -124,7 +125,7 @@ class GatedDeltaNet(FP32Parameters):
             return None
         args = args[0], tap(self, "gate", gate)[:, 0], *args[2:]
         normed, inputs, memory = backends.run("delta_net_step", *args, **options, caller=self)
-        memory, normed = tap(self, "memory", memory), tap(self, "normed", normed[:, None])
+        memory, normed = tap(self, "state", memory), tap(self, "normed", normed[:, None])
         return tap(self, "output", self.out_proj(normed.flatten(2))), DeltaNetState(inputs, memory)
 
     def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

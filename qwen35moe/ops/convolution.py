@@ -206,7 +206,7 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
             yield (x, weight), {"cu_seqlens": bounds, "state": state.expand(4, -1, -1).contiguous()}
 
 
-backends.register("short_convolution", "inplace", inplace_short_convolution, _cannot_be_in_place)
+backends.register("short_convolution", "cpu", inplace_short_convolution, _cannot_be_in_place)
 backends.register("short_convolution", "torch", short_convolution)
 backends.register("short_convolution", "direct", direct_short_convolution)
 backends.add_cases("short_convolution", direct_short_convolution, _cases)

@@ -25,7 +25,7 @@ from qwen35moe.ops.precision import wide_dtype, without_autocast
 
 
 def delta_net_step(
-    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, inputs: Tensor, memory: Tensor, conv_weight: Tensor,
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
     A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normed output [B, H, V] in qkv's dtype, and the inputs [B, C, W-1] and memory [B, H, K, V] after the token.
@@ -33,35 +33,35 @@ def delta_net_step(
     qkv [B, C], gate [B, H, V], a and b [B, H], inputs [B, C, W-1], memory [B, H, K, V] float32 at least, conv_weight
     [C, W], A_log and dt_bias [H], norm_weight [V]. groups: the number of key heads G.
     """
-    heads, width, out = memory.shape[1:]
-    mixed, inputs = short_convolution(qkv[:, None], conv_weight, state=inputs)
+    heads, width, out = recurrent_state.shape[1:]
+    mixed, conv_state = short_convolution(qkv[:, None], conv_weight, state=conv_state)
     query, key, value = mixed.split([groups * width, groups * width, heads * out], dim=-1)
     dtype = wide_dtype(qkv, A_log)
     decay = -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
-    core, memory = recurrent_gated_delta_rule(
+    core, recurrent_state = recurrent_gated_delta_rule(
         query.unflatten(-1, (groups, width)), key.unflatten(-1, (groups, width)), value.unflatten(-1, (heads, out)),
-        decay=decay[:, None], beta=b.to(dtype).sigmoid()[:, None], state=memory,
+        decay=decay[:, None], beta=b.to(dtype).sigmoid()[:, None], state=recurrent_state,
     )
-    return gated_rms_norm(core[:, 0], gate, norm_weight, eps=eps), inputs, memory
+    return gated_rms_norm(core[:, 0], gate, norm_weight, eps=eps), conv_state, recurrent_state
 
 
 @without_autocast
 def inplace_delta_net_step(
-    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, inputs: Tensor, memory: Tensor, conv_weight: Tensor,
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
     A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same without a backward, rounded once at the end; arithmetic in place, but never on what was given: a snapshot
     may share the memory."""
-    heads, width, out = memory.shape[1:]
+    heads, width, out = recurrent_state.shape[1:]
     dtype = wide_dtype(qkv, A_log)
-    window = torch.cat([inputs.mT.to(qkv.dtype), qkv[:, None]], dim=1)  # [B, W, C]
+    window = torch.cat([conv_state.mT.to(qkv.dtype), qkv[:, None]], dim=1)  # [B, W, C]
     mixed = F.silu((window.to(dtype) * conv_weight.T.to(dtype)).sum(1), inplace=True)
     query_key, value = mixed.split([2 * groups * width, heads * out], dim=-1)
     kept = F.softplus(a.to(dtype) + dt_bias.to(dtype)).mul_(A_log.to(dtype).exp()).neg_().exp_()
     qk, v = query_key.unflatten(-1, (2, groups, width)), value.unflatten(-1, (heads, out))
-    core, memory = one_token(qk, v, kept, b.to(dtype).sigmoid(), memory.to(dtype))
+    core, recurrent_state = one_token(qk, v, kept, b.to(dtype).sigmoid(), recurrent_state.to(dtype))
     normed = normalised(core, eps).mul_(norm_weight.to(dtype)).mul_(F.silu(gate.to(dtype)))
-    return normed.to(qkv.dtype), window[:, 1:].mT, memory
+    return normed.to(qkv.dtype), window[:, 1:].mT, recurrent_state
 
 
 def _cannot_be_in_place(qkv: Tensor, *args: Tensor, **options: Tensor | float) -> str | None:
@@ -96,14 +96,14 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
 
         args = random(batch, channels), random(batch, heads, out), random(batch, heads), random(batch, heads)
         yield args, {
-            "inputs": random(batch, channels, taps - 1), "memory": random(batch, heads, width, out, to=wide),
+            "conv_state": random(batch, channels, taps - 1), "recurrent_state": random(batch, heads, width, out, to=wide),
             "conv_weight": random(channels, taps), "A_log": random(heads, to=wide), "dt_bias": random(heads, to=wide),
             "norm_weight": random(out, to=wide), "groups": groups, "eps": 1e-6,
         }
 
 
 backends.register(
-    "delta_net_step", "inplace", inplace_delta_net_step, _cannot_be_in_place, skips=SKIPS, differentiable=False
+    "delta_net_step", "fused_cpu", inplace_delta_net_step, _cannot_be_in_place, skips=SKIPS, differentiable=False
 )
 backends.register("delta_net_step", "torch", delta_net_step)
 backends.add_cases("delta_net_step", delta_net_step, _cases)

@@ -158,7 +158,7 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
         yield (*qk, value), options
 
 
-backends.register("gated_delta_rule", "inplace", inplace_gated_delta_rule, _cannot_be_in_place, differentiable=False)
+backends.register("gated_delta_rule", "chunked_cpu", inplace_gated_delta_rule, _cannot_be_in_place, differentiable=False)
 backends.register("gated_delta_rule", "torch", gated_delta_rule)
 backends.register("gated_delta_rule", "recurrent", recurrent_gated_delta_rule)
 backends.add_cases("gated_delta_rule", recurrent_gated_delta_rule, _cases)

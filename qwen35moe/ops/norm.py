@@ -139,9 +139,9 @@ def _gated_cases(dtype: torch.dtype, device: str, generator: torch.Generator) ->
         yield (x, gate, 1 + weight), options
 
 
-backends.register("rms_norm", "inplace", inplace_rms_norm, _cannot_be_in_place, differentiable=False)
+backends.register("rms_norm", "cpu", inplace_rms_norm, _cannot_be_in_place, differentiable=False)
 backends.register("rms_norm", "torch", rms_norm)
-backends.register("gated_rms_norm", "inplace", inplace_gated_rms_norm, _cannot_be_in_place)
+backends.register("gated_rms_norm", "cpu", inplace_gated_rms_norm, _cannot_be_in_place)
 backends.register("gated_rms_norm", "torch", gated_rms_norm)
 backends.add_cases("rms_norm", rms_norm, _rms_cases)
 backends.add_cases("gated_rms_norm", gated_rms_norm, _gated_cases)

@@ -153,6 +153,6 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
         ), {}
 
 
-backends.register("rotary", "inplace", inplace_rotary, _cannot_be_in_place, differentiable=False)
+backends.register("rotary", "cpu", inplace_rotary, _cannot_be_in_place, differentiable=False)
 backends.register("rotary", "torch", rotary)
 backends.add_cases("rotary", rotary, _cases)

@@ -104,7 +104,7 @@ def _cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Itera
 
 
 backends.register(
-    "vision_attention", "rounded", rounded_vision_attention, _cannot_round_scores,
+    "vision_attention", "bf16_scores", rounded_vision_attention, _cannot_round_scores,
     differentiable=False, slower=_fused_is_faster,
 )  # fmt: skip
 backends.register("vision_attention", "torch", vision_attention)

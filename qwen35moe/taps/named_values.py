@@ -93,7 +93,7 @@ _LINEAR_ATTN: tuple[_Row, ...] = (
     ("beta", "B T H", "sigmoid(W_b x)", "layers.N.input", "beta", "beta_sigmoid", "beta"),
     ("gate", "B T H V", "z = W_z x, before the silu", "layers.N.input", "linear_attn.in_proj_z", "z", "z"),
     (
-        "memory",
+        "state",
         "B H K V",
         "S_t = e^g_t S_(t-1) + k_t (beta_t (v_t - (e^g_t S_(t-1))^T k_t))^T after the last token, k l2-normalised",
         "query key value decay beta",

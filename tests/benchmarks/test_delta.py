@@ -70,7 +70,7 @@ def test_every_operation_is_judged_counted_and_run(situation: Situation, contest
 
 def test_what_does_not_take_part_says_why() -> None:
     case = raced(Situation("rule", 70, mode="train"))
-    assert "definition" in case.refused["ours recurrent"] and "no backward" in case.refused["ours inplace"]
+    assert "definition" in case.refused["ours recurrent"] and "no backward" in case.refused["ours chunked_cpu"]
     assert "fla" in case.refused and any("not run: " in line for line in case.lines())
 
 
@@ -168,7 +168,7 @@ def test_numerics_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     table = [row for row in table if row[0] != "form"]
     forms = {row[0] for row in table}
-    assert {"inplace", "torch", "recurrent", "transformers chunk"} <= forms
+    assert {"chunked_cpu", "torch", "recurrent", "transformers chunk"} <= forms
     in_double = {row[0] for row in table if row[1] == "float64"}
     assert in_double == {form for form in forms if not form.startswith("transformers")} - {"recurrent", "triton"}
     assert len(table) == (2 * len(forms) + len(in_double)) * len(numerics.GATES)

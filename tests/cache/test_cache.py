@@ -42,7 +42,7 @@ def filled(model: Any, length: int = 9, *, batch: int = 2, max_length: int | Non
 
 def contents(cache: Cache) -> list[Tensor]:
     return [getattr(cache[i], name).clone() for i, kind in enumerate(CASE.text["layer_types"])
-            for name in (("inputs", "memory") if kind == LINEAR else ("key", "value"))]
+            for name in (("conv_state", "recurrent_state") if kind == LINEAR else ("key", "value"))]
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
@@ -63,15 +63,15 @@ def test_layers_are_read_by_name(model, max_length):
     assert len(cache.layers) == 3 and cache.batch_size == 2 and cache.max_length == max_length
     assert cache.lengths.tolist() == [9, 9] and cache.lengths.dtype == torch.long
     channels = 2 * 2 * text["linear_key_head_dim"] + 4 * text["linear_value_head_dim"]
-    assert cache[0].inputs.shape == (2, channels, 2)
-    assert cache[0].memory.shape == (2, 4, text["linear_key_head_dim"], text["linear_value_head_dim"])
+    assert cache[0].conv_state.shape == (2, channels, 2)
+    assert cache[0].recurrent_state.shape == (2, 4, text["linear_key_head_dim"], text["linear_value_head_dim"])
     assert cache[1].key.shape == cache[1].value.shape == (2, 9, 3, text["head_dim"])
 
 
 def test_an_empty_cache_is_that_of_no_tokens(model):
     cache = model.new_cache(2)
     assert cache.lengths.tolist() == [0, 0] and cache[1].key.shape[1] == 0
-    assert (cache[0].memory == 0).all() and (cache[0].inputs == 0).all()
+    assert (cache[0].recurrent_state == 0).all() and (cache[0].conv_state == 0).all()
     ids = tokens(2, 5)
     with torch.no_grad():
         assert torch.equal(model(ids, cache=cache).logits, model(ids).logits)
@@ -113,7 +113,7 @@ def test_a_static_cache_is_never_reallocated(model, record):
 
     def places() -> list[int]:
         return [getattr(cache[i], name).data_ptr() for i, kind in enumerate(CASE.text["layer_types"])
-                for name in (("inputs", "memory") if kind == LINEAR else ("keys", "values"))]
+                for name in (("conv_state", "recurrent_state") if kind == LINEAR else ("keys", "values"))]
 
     before = places()
     ids, mask = peer.padded([tokens(1, 9)[0], tokens(1, 4)[0]], "left")
@@ -136,7 +136,7 @@ def test_a_static_cache_is_never_reallocated(model, record):
         cache.reorder([1, 0])
         assert places() == before, "reorder"
         for i, kind in enumerate(CASE.text["layer_types"]):
-            for name in ("inputs", "memory") if kind == LINEAR else ("key", "value"):
+            for name in ("conv_state", "recurrent_state") if kind == LINEAR else ("key", "value"):
                 setattr(cache[i], name, torch.zeros_like(getattr(cache[i], name)))
         assert places() == before, "assignment"
 
@@ -176,7 +176,7 @@ def test_impossible_caches_are_refused(model, options):
 def test_dtypes_follow_the_model(model):
     for dtype, wide in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         cache = copy.deepcopy(model).to(dtype).new_cache(1)
-        assert cache[1].key.dtype == cache[0].inputs.dtype == dtype and cache[0].memory.dtype == wide
+        assert cache[1].key.dtype == cache[0].conv_state.dtype == dtype and cache[0].recurrent_state.dtype == wide
 
 
 # ---------------------------------------------------------------------------------------------------- clone, snapshot
@@ -189,7 +189,7 @@ def test_a_clone_shares_nothing(model, max_length, record):
     before, twin = contents(cache), cache.clone()
     next_logits(model, twin)
     for i in (0, 2):
-        twin[i].memory.zero_()
+        twin[i].recurrent_state.zero_()
     twin[1].key.zero_()
     assert same(contents(cache), before) and cache.lengths.tolist() == [9, 9]
     other = cache.clone()
@@ -384,7 +384,7 @@ def test_layers_are_written_by_name(model, max_length):
     with torch.no_grad():
         source = model(ids, cache=model.new_cache(2)).cache
         for i, kind in enumerate(CASE.text["layer_types"]):
-            for name in ("inputs", "memory") if kind == LINEAR else ("key", "value"):
+            for name in ("conv_state", "recurrent_state") if kind == LINEAR else ("key", "value"):
                 setattr(cache[i], name, getattr(source[i], name))
         assert same(contents(cache), contents(source))
         assert torch.equal(next_logits(model, cache), next_logits(model, source))
@@ -393,7 +393,7 @@ def test_layers_are_written_by_name(model, max_length):
 
 def test_a_value_of_another_shape_is_refused(model):
     cache = filled(model)
-    for layer, name in ((0, "memory"), (0, "inputs"), (1, "key"), (1, "value")):
+    for layer, name in ((0, "recurrent_state"), (0, "conv_state"), (1, "key"), (1, "value")):
         before = getattr(cache[layer], name)
         with pytest.raises(ValueError, match=str(list(before.shape)).replace("[", r"\[").replace("]", r"\]")):
             setattr(cache[layer], name, before[:1])
@@ -434,12 +434,12 @@ def test_a_parameter_may_be_the_initial_memory(model):
     """Its gradient is that of finite differences."""
     double = copy.deepcopy(model).double()
     ids = tokens(1, 5)
-    memory = torch.nn.Parameter(0.1 * torch.randn(double.new_cache(1)[0].memory.shape, dtype=torch.float64))
+    memory = torch.nn.Parameter(0.1 * torch.randn(double.new_cache(1)[0].recurrent_state.shape, dtype=torch.float64))
     key = torch.randn(memory.shape, generator=peer.generator(1), dtype=torch.float64)
 
     def value(memory: Tensor) -> Tensor:
         cache = double.new_cache(1)
-        cache[0].memory = memory
+        cache[0].recurrent_state = memory
         return double(ids, cache=cache).logits.square().sum()
 
     value(memory).backward()
@@ -470,7 +470,7 @@ def test_a_static_cache_carries_no_gradient_and_says_so(model):
     with pytest.raises(ValueError, match="static.*no_grad"):
         model(tokens(2, 3), cache=cache)
     assert cache.lengths.tolist() == [0, 0]
-    assert (cache[0].memory == 0).all() and (cache[1].keys == 0).all()
+    assert (cache[0].recurrent_state == 0).all() and (cache[1].keys == 0).all()
 
 
 @CACHES

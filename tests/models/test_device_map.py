@@ -83,7 +83,7 @@ def test_the_cache_lies_beside_its_layers() -> None:
         model(IDS, cache=cache)
         out = model(IDS[:, :1], cache=cache)
     assert out.logits is not None and out.logits.shape == (2, 1, 61) and cache.lengths.tolist() == [8, 8]
-    assert cache[0].memory.device == CPU and cache[2].memory.device == META  # type: ignore[union-attr]
+    assert cache[0].recurrent_state.device == CPU and cache[2].recurrent_state.device == META  # type: ignore[union-attr]
     assert cache[1].keys.device == CPU and cache[3].keys.device == META  # type: ignore[union-attr]
 
 

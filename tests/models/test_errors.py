@@ -163,7 +163,7 @@ CACHED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], list[str]]] = {
 
 
 def held(cache: Any) -> list[Any]:
-    tensors = [getattr(layer, name) for layer in cache.layers for name in ("key", "value", "inputs", "memory")
+    tensors = [getattr(layer, name) for layer in cache.layers for name in ("key", "value", "conv_state", "recurrent_state")
                if hasattr(layer, name)]
     return [tensor.clone() for tensor in (*tensors, cache.lengths)]
 

@@ -42,7 +42,7 @@ def states(cache: Any, row: int | None = None) -> dict[str, Tensor]:
     """What a cache holds, by name; of one row only as many slots as it has tokens."""
     found = {}
     for i, kind in enumerate(CASE.text["layer_types"]):
-        names = ("inputs", "memory") if kind == LINEAR else ("key", "value")
+        names = ("conv_state", "recurrent_state") if kind == LINEAR else ("key", "value")
         for name in names:
             tensor = getattr(cache[i], name)
             if row is not None:
@@ -204,7 +204,7 @@ def test_a_draft_rolled_back_was_never_drafted(model, cut, max_length):
         cache.rollback(5)
         assert cache.lengths.tolist() == never.lengths.tolist()
         found, expected = states(cache), states(never)
-        memories = {name for name in found if name.endswith("memory")}
+        memories = {name for name in found if name.endswith("recurrent_state")}
         assert_all_close({n: found[n] for n in memories}, {n: expected[n] for n in memories}, BOUND)
         for name in found.keys() - memories:
             assert torch.equal(found[name], expected[name]), name

@@ -180,7 +180,7 @@ def states(case: Case, ours: Any, theirs: Any) -> tuple[dict[str, Tensor], dict[
     for i, kind in enumerate(case.text["layer_types"]):
         mine, layer = ours[i], theirs.layers[i]
         if kind == peer.LINEAR:
-            found |= {f"{i}.inputs": mine.inputs, f"{i}.memory": mine.memory}
+            found |= {f"{i}.inputs": mine.conv_state, f"{i}.memory": mine.recurrent_state}
             expected |= {f"{i}.inputs": layer.conv_states[0][..., 1:], f"{i}.memory": layer.recurrent_states[0]}
         else:
             found |= {f"{i}.key": mine.key.transpose(1, 2), f"{i}.value": mine.value.transpose(1, 2)}

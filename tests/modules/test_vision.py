@@ -226,7 +226,7 @@ def test_every_form_of_vision_attention(name):
               for a, b in zip(BOUNDS[name], BOUNDS[name][1:], strict=False) if b > a]
     plain = torch.cat([F.scaled_dot_product_attention(*x, scale=0.3)[0].transpose(0, 1) for x in frames])
     eager = torch.cat([rounding_attention(*x, 0.3)[0].transpose(0, 1) for x in frames])
-    limits = {"rounded": 0.75 * (eager.double() - truth).norm()}
+    limits = {"bf16_scores": 0.75 * (eager.double() - truth).norm()}
     limit = (plain.double() - truth).norm()
     for form in [entry.name for entry in backends.implementations("vision_attention") if not entry.missing]:
         with torch.no_grad(), backends.use(vision_attention=form):
@@ -252,13 +252,13 @@ def test_scores_are_rounded_where_that_is_fast_and_they_are_small(monkeypatch):
             run(query, k, v, cu_seqlens=bounds[frames])
         return ran.calls[0].name
 
-    for known, name in (((), "torch"), (("avx512_bf16", "amx_bf16"), "torch"), (("avx512_bf16",), "rounded")):
+    for known, name in (((), "torch"), (("avx512_bf16", "amx_bf16"), "torch"), (("avx512_bf16",), "bf16_scores")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: dict.fromkeys(known, True), raising=False)
         assert took(q) == name
     assert took(100 * q) == took(q * math.nan) == took(q, "few") == "torch"
     refused = {"may reach [0-9]{4}, which": 100 * q, "no backward": q.clone().requires_grad_(), "float32 on cpu": q.float()}
     for message, query in refused.items():
-        with backends.use(vision_attention="rounded"), pytest.raises(ValueError, match=message):
+        with backends.use(vision_attention="bf16_scores"), pytest.raises(ValueError, match=message):
             run(query, k, v, cu_seqlens=bounds["all"])
 
 
@@ -272,7 +272,7 @@ def test_rounding_scores_costs_no_more_where_they_are_large(spread, missed):
     k, v, bounds = k.bfloat16(), v.bfloat16(), torch.tensor([0, 900])
     run = functools.partial(backends.run, "vision_attention", cu_seqlens=bounds, scale=0.3)
     truth = run(q.double(), k.double(), v.double())
-    with torch.no_grad(), backends.use(vision_attention="rounded"):
+    with torch.no_grad(), backends.use(vision_attention="bf16_scores"):
         error = (run(q, k, v).double() - truth).norm() / truth.norm()
     eager = rounding_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), 0.3)[0].transpose(0, 1)
     theirs = (eager.double() - truth).norm() / truth.norm()
@@ -281,7 +281,7 @@ def test_rounding_scores_costs_no_more_where_they_are_large(spread, missed):
 
 def test_a_wide_stream_makes_up_for_rounded_scores():
     """With scores rounded to bf16 our tower is still nearer to the truth than transformers' with fused attention."""
-    errors = bf16_errors("sdpa", form="rounded")
+    errors = bf16_errors("sdpa", form="bf16_scores")
     assert all(mine <= 0.9 * other for mine, other in errors), errors  # its stream is not rounded after every sum
 
 

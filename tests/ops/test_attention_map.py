@@ -149,10 +149,10 @@ def test_a_map_for_every_layer(model: Qwen3_5MoeForCausalLM) -> None:
 def test_with_a_cache_the_map_covers_the_new_tokens_and_the_memory_answers_the_rest(model: Qwen3_5MoeForCausalLM) -> None:
     ids = torch.randint(WORDS, (2, 14))
     cache = model.new_cache(2)
-    names = ["query", "key", "value", "decay", "beta", "core", "memory"]
+    names = ["query", "key", "value", "decay", "beta", "core", "state"]
     with torch.no_grad():
         model(ids[:, :9], cache=cache)
-        before = cache[2].memory.clone()
+        before = cache[2].recurrent_state.clone()
         with taps.record(model, [LINEAR.format(2, name) for name in names]) as seen:
             out = model(ids[:, 9:], cache=cache, output_attentions=True)
     assert [list(a.shape[2:]) for a in out.attentions] == [[5, 5], [5, 14], [5, 5]]
@@ -163,7 +163,7 @@ def test_with_a_cache_the_map_covers_the_new_tokens_and_the_memory_answers_the_r
     assert rest.abs().max() > 1e-6  # the memory does answer something
     assert_close(read_through(out.attentions[2], values["value"]) + rest, values["core"], EXACT)
     shares = torch.einsum("bhjk,bjhv->bhkv", writers(values["key"], **gates), values["value"])
-    assert_close(shares + kept, values["memory"], EXACT)
+    assert_close(shares + kept, values["state"], EXACT)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

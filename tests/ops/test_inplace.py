@@ -125,14 +125,14 @@ def test_one_token_of_a_layer(batch, groups, heads, taps, gates):
     A_log, dt_bias = (x.double() for x in peer._gates(torch.Size([heads]), peer.generator(5), gates))
     args = [draw(batch, channels), draw(batch, heads, out, seed=1), draw(batch, heads, seed=2), draw(batch, heads, seed=3)]
     floats = {
-        "inputs": draw(batch, taps - 1, channels, seed=4).mT, "memory": draw(batch, heads, width, out, seed=5),
+        "conv_state": draw(batch, taps - 1, channels, seed=4).mT, "recurrent_state": draw(batch, heads, width, out, seed=5),
         "conv_weight": draw(channels, taps, seed=6), "A_log": A_log, "dt_bias": dt_bias, "norm_weight": draw(out, seed=7),
     }
     silent = args[0].clone()
     silent[:, : 2 * groups * width] = 0
     for dtype, bound in ((torch.float64, EXACT), (torch.float32, 4e-6), (torch.bfloat16, 8e-3)):
         wide = torch.promote_types(torch.float32, dtype)
-        same = {"inputs", "conv_weight"}
+        same = {"conv_state", "conv_weight"}
         options: dict[str, Any] = {name: x.to(dtype if name in same else wide) for name, x in floats.items()}
         options |= {"groups": groups, "eps": 1e-6}
         for qkv in (args[0], silent):
@@ -154,11 +154,11 @@ def test_a_model_decodes_through_it_and_snapshots_stay():
         point = cache.snapshot()
         with backends.ran() as ran:
             first = torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in (6, 7)], dim=1)
-        assert ran.counts["delta_net_step", "inplace"] == 4 and "gated_delta_rule" not in {c.operation for c in ran.calls}
+        assert ran.counts["delta_net_step", "fused_cpu"] == 4 and "gated_delta_rule" not in {c.operation for c in ran.calls}
         cache.restore(point)
         with backends.use(delta_net_step="torch"), backends.ran() as ran:
             second = torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in (6, 7)], dim=1)
-        assert ran.counts["gated_delta_rule", "inplace"] == 4 and "delta_net_step" not in {c.operation for c in ran.calls}
+        assert ran.counts["gated_delta_rule", "chunked_cpu"] == 4 and "delta_net_step" not in {c.operation for c in ran.calls}
         assert (first - second).abs().max() <= 1e-5 * second.abs().max()
 
 
@@ -168,4 +168,4 @@ def test_they_run_without_gradients_and_step_aside_with_them():
         backends.run("rms_norm", draw(2, 24, dtype=torch.float32), weight, eps=1e-6)
         with torch.no_grad():
             backends.run("rms_norm", draw(2, 24, dtype=torch.float32), weight, eps=1e-6)
-    assert [call.name for call in ran.calls] == ["torch", "inplace"]
+    assert [call.name for call in ran.calls] == ["torch", "cpu"]

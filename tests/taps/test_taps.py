@@ -30,7 +30,7 @@ class LinearAttn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         decay = tap(self, "decay", -self.A_log.exp() * self.in_proj_a(x).sigmoid())
         core = tap(self, "core", decay.exp()[..., None].expand(-1, -1, -1, V) * torch.arange(1.0, V + 1))
-        tap(self, "memory", core.sum(1)[:, :, None].expand(-1, -1, V + 1, -1))
+        tap(self, "state", core.sum(1)[:, :, None].expand(-1, -1, V + 1, -1))
         return tap(self, "output", self.out_proj(core.flatten(2)))
 
 
@@ -253,10 +253,10 @@ class TestRecord:
     def test_what_was_heard_does_not_change_later(self) -> None:
         """A static cache is one buffer, written in place at every step."""
         mixer, buffer = LinearAttn(), torch.zeros(B, H, V)
-        with taps.record(mixer, "memory") as seen:
+        with taps.record(mixer, "state") as seen:
             for step in range(3):
-                tap(mixer, "memory", buffer.fill_(step))
-        assert [value.max().item() for value in seen["memory"]] == [0, 1, 2]
+                tap(mixer, "state", buffer.fill_(step))
+        assert [value.max().item() for value in seen["state"]] == [0, 1, 2]
 
     def test_changes_nothing(self, model: CausalLM, ids: Tensor) -> None:
         without = model(ids)
@@ -326,11 +326,11 @@ class TestPositions:
     def test_values_without_a_token_axis(self, model: CausalLM, ids: Tensor) -> None:
         with taps.record(model, "layers.0.*", positions=-1) as seen:
             model(ids)
-        assert seen["layers.0.linear_attn.memory"].shape == (B, H, V + 1, V)
+        assert seen["layers.0.linear_attn.state"].shape == (B, H, V + 1, V)
         assert seen["layers.0.mlp.expert_in"].shape == (B * T * S, D)
         assert seen["layers.0.linear_attn.core"].shape == (B, 1, H, V)
-        with pytest.raises(ValueError, match=r"layers.0.linear_attn.memory \[B, H, K, V\] has no token axis"):
-            taps.record(model, "layers.0.linear_attn.memory", positions=-1)
+        with pytest.raises(ValueError, match=r"layers.0.linear_attn.state \[B, H, K, V\] has no token axis"):
+            taps.record(model, "layers.0.linear_attn.state", positions=-1)
 
     def test_outside_the_sequence(self, model: CausalLM, ids: Tensor) -> None:
         with pytest.raises(ValueError, match=r"positions=\[5\] reaches outside the 5 tokens of layers.0.output"):

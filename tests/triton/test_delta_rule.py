@@ -254,7 +254,7 @@ def test_where_it_stands_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", interpreted)
         monkeypatch.setattr(runtime, "missing", lambda: None)
         delta_rule.register(lambda operation, name, fn, unsupported, before, missing: places.append((name, before, missing)))
-    assert places == [("triton", "inplace", None), ("triton", None, None)]
+    assert places == [("triton", "chunked_cpu", None), ("triton", None, None)]
 
 
 # ---------------------------------------------------------------------------------------------------- a GPU and its compiler

@@ -64,10 +64,10 @@ def test_the_order_of_preference_and_nothing_is_imported_for_it(interpret: str) 
     assert not imported
     assert names["attention"][0] == "flash_attn"
     if interpret == "1":  # behind everything that is fast: it runs when it is asked for
-        assert names["short_convolution"] == ["causal_conv1d", "inplace", "torch", "direct", "triton"]
+        assert names["short_convolution"] == ["causal_conv1d", "cpu", "torch", "direct", "triton"]
         assert [names[each][-1] for each in ("gated_rms_norm", "delta_net_step")] == ["triton"] * 2
         return
-    assert names["short_convolution"] == ["causal_conv1d", "triton", "inplace", "torch", "direct"]
+    assert names["short_convolution"] == ["causal_conv1d", "triton", "cpu", "torch", "direct"]
     assert [names[each][0] for each in ("gated_rms_norm", "delta_net_step")] == ["triton"] * 2
     if not torch.cuda.is_available():
         assert dict(found["gated_rms_norm"])["triton"] == "there is no CUDA device"

@@ -32,7 +32,8 @@ def arguments(
     args = draw(batch, channels, dtype=dtype), draw(batch, heads, out, seed=1, dtype=dtype)
     args += draw(batch, heads, seed=2, dtype=dtype), draw(batch, heads, seed=3, dtype=dtype)
     return args, {
-        "inputs": draw(batch, channels, taps_ - 1, seed=4, dtype=dtype), "memory": draw(batch, heads, width, out, seed=5),
+        "conv_state": draw(batch, channels, taps_ - 1, seed=4, dtype=dtype),
+        "recurrent_state": draw(batch, heads, width, out, seed=5),
         "conv_weight": draw(channels, taps_, seed=6, dtype=dtype), "A_log": A_log, "dt_bias": dt_bias,
         "norm_weight": 1 + 0.2 * draw(out, seed=7), "groups": groups, "eps": 1e-6,
     }  # fmt: skip
@@ -69,34 +70,34 @@ def test_the_decay_is_right_at_every_a(a: float) -> None:
 
 def test_equal_and_zero_keys() -> None:
     args, options = arguments(*SIZES[0], torch.float32)
-    for tensor in (args[0], options["inputs"].mT):
+    for tensor in (args[0], options["conv_state"].mT):
         tensor[..., :32] = 0  # both queries and both keys
     assert_close(OPERATION, "triton", args, options, torch.float32, forward=4e-6)
 
 
 def test_nothing_given_is_written_to_and_views_are_taken() -> None:
     args, options = arguments(*SIZES[0], torch.float32)
-    before = [x.clone() for x in (*args, options["inputs"], options["memory"])]
+    before = [x.clone() for x in (*args, options["conv_state"], options["recurrent_state"])]
     with backends.use(delta_net_step="triton"), backends.ran() as ran:
         found = backends.run(OPERATION, *args, **options)
-        turned = options | {"memory": options["memory"].mT.contiguous().mT, "inputs": options["inputs"].mT.contiguous().mT}
+        turned = options | {name: options[name].mT.contiguous().mT for name in ("conv_state", "recurrent_state")}
         again = backends.run(OPERATION, *args, **turned)
     assert ran.counts == {(OPERATION, "triton"): 2}
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    unchanged = (*args, options["inputs"], options["memory"])
+    unchanged = (*args, options["conv_state"], options["recurrent_state"])
     assert all(torch.equal(a, b) for a, b in zip(unchanged, before, strict=True))
 
 
 def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     args, options = arguments(*SIZES[0], torch.float32)
     assert refusal(OPERATION, "triton", *args, **options) is None
-    wide = options | {"memory": options["memory"].double()}
+    wide = options | {"recurrent_state": options["recurrent_state"].double()}
     assert refusal(OPERATION, "triton", *args, **wide) == "memory is float64, not float32"
-    large = options | {"memory": torch.empty(1, 1, 256, 256, device=DEVICE)}
+    large = options | {"recurrent_state": torch.empty(1, 1, 256, 256, device=DEVICE)}
     assert refusal(OPERATION, "triton", *args, **large) == "memory has 256 x 256 numbers a head, one program holds 32768"
     double = options | {"A_log": options["A_log"].double()}
     assert refusal(OPERATION, "triton", *args, **double).startswith("A_log is float64, not one of")
-    wanted = options | {"memory": options["memory"].clone().requires_grad_()}
+    wanted = options | {"recurrent_state": options["recurrent_state"].clone().requires_grad_()}
     with backends.use(delta_net_step="triton"), pytest.raises(ValueError, match="it has no backward and an input"):
         backends.run(OPERATION, *args, **wanted)
     if DEVICE == "cpu":
@@ -134,7 +135,7 @@ def in_front() -> Any:
     """The kernel in front of the definition, as on a GPU."""
     found = entry(OPERATION, "triton")
     options: dict[str, Any] = {"skips": found.skips, "differentiable": False}
-    backends.register(OPERATION, "fused", found.fn, found.unsupported, before="inplace", **options)
+    backends.register(OPERATION, "fused", found.fn, found.unsupported, before="fused_cpu", **options)
     yield
     backends.unregister(OPERATION, "fused")
 
@@ -164,7 +165,7 @@ def test_the_model_decodes_through_it_and_says_so(model: Any, max_length: int | 
     assert steps(ran) == COMPOSED
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     for layer in (0, 2):
-        for name in ("inputs", "memory"):
+        for name in ("conv_state", "recurrent_state"):
             one, two = getattr(cache[layer], name), getattr(other[layer], name)
             assert one.shape == two.shape and (one - two).abs().max() <= 1e-5 * two.abs().max()
 
@@ -183,7 +184,7 @@ def test_it_steps_aside_for_everything_it_would_go_around(model: Any) -> None:
         found, _ = decoded(model)
     assert composed_in_layer_0(ran) and len(seen["layers.0.linear_attn.decay"]) == 3
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    formed = [f"layers.0.linear_attn.{name}" for name in ("qkv", "gate", "normed", "memory", "output")]
+    formed = [f"layers.0.linear_attn.{name}" for name in ("qkv", "gate", "normed", "state", "output")]
     with backends.ran() as ran, taps.record(model, formed) as seen:
         decoded(model)
     assert steps(ran) == FUSED
