@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from qwen35moe import backends, taps
-from qwen35moe.taps import tap
+from qwen35moe.taps import active, tap
 
 # Pairwise different, so that a wrong axis cannot pass.
 B, T, D, H, V, E, S, VOCABULARY = 2, 5, 12, 3, 4, 7, 6, 11
@@ -129,7 +129,7 @@ def ids() -> Tensor:
 @pytest.fixture(autouse=True)
 def nobody_listens_afterwards() -> Iterator[None]:
     yield
-    assert not taps._listeners
+    assert not active.ACTIVE
 
 
 # ----------------------------------------------------------------------------------------------------------- catalogue
@@ -264,7 +264,7 @@ class TestRecord:
             assert torch.equal(model(ids), without)
 
     def test_unknown_names_raise_with_near_ones(self, model: CausalLM) -> None:
-        with pytest.raises(ValueError, match=r"matches no named value of this CausalLM; near: .*linear_attn\.decay"):
+        with pytest.raises(ValueError, match=r"matches no named value of this CausalLM; closest: .*linear_attn\.decay"):
             taps.record(model, "layers.0.linear_attn.decays")
         with pytest.raises(ValueError, match="layers.0.linear_attn.decay"):
             taps.record(model, "layers.9.linear_attn.decay")
@@ -278,7 +278,7 @@ class TestRecord:
     def test_what_was_not_heard_says_so(self, model: CausalLM, ids: Tensor) -> None:
         with taps.record(model, "*.output") as seen:
             model(ids)
-        with pytest.raises(KeyError, match=r"layers\.0\.outputs was not heard; heard: .*layers\.0\.output"):
+        with pytest.raises(KeyError, match=r"layers\.0\.outputs was not recorded; closest recorded names: .*layers\.0\.output"):
             seen["layers.0.outputs"]
 
     def test_a_tap_outside_the_catalogue_is_the_author_s_error(self, model: CausalLM) -> None:

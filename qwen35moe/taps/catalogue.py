@@ -1,23 +1,24 @@
 """The catalogue: every value that a paper gives a letter, with its one public name, shape and equation.
 
-A name is the path of the module that computes the value, relative to the text model, and the value's own name; N stands
-for a layer number. The letters of the shapes are those of the whole project:
+A name is the path of the module that computes the value, relative to the text model, followed by the value's own name;
+N stands for a layer number. The letters of the shapes:
 
     B batch rows   T new tokens   M cached and new tokens   D model width   H value (or query) heads   G key heads
-    K key width    V value width  C = 2*G*K + H*V           E experts       S slots (experts per token)
-    F expert width N = B*T        R = N*S rows, those of one expert after those of the one before
+    K key width    V value width  C = 2*G*K + H*V           E experts       S experts per token (top-k)
+    F expert width N = B*T        R = N*S (token, expert) assignments, ordered by expert
 
-and in the vision tower, below `visual`, of its own sizes: P patches of all pictures, J tokens made of them, D, H, K there.
+and in the vision tower, below `visual`: P patches of all images and videos, J tokens made of them, and its own D, H, K.
 
 In the equations x is the normalised input of a mixer or feed-forward block and h the residual stream.
 
 An alias is the name of the same value in another implementation's source: a module of transformers (its output) or a
-variable of its forward, a node of llama.cpp's graph, a variable of vLLM. One that is missing is not known, or never
-formed there. Read in transformers 5.23.0 (models/qwen3_5_moe), llama.cpp (src/models/qwen35moe.cpp at 02ebd8f7,
-delta-net-base.cpp at 156ce1c1, build_moe_ffn and build_attn_mha of llama-graph.cpp) and vLLM (models/qwen3_next.py at
-002d6073, layers/mamba/gdn_linear_attn.py at 0218d050, fused_moe). Layouts differ: transformers puts heads before tokens
-in attention and channels before tokens in the convolution; llama.cpp writes shapes innermost first, orders the value
-heads otherwise (tiled, not grouped), and forms kq_soft_max only without flash attention.
+variable of its forward, a node of llama.cpp's graph, a variable of vLLM. Where an alias is missing, it is not known or
+that implementation does not materialise the value. Read in transformers 5.23.0 (models/qwen3_5_moe), llama.cpp
+(src/models/qwen35moe.cpp at 02ebd8f7, delta-net-base.cpp at 156ce1c1, build_moe_ffn and build_attn_mha of
+llama-graph.cpp) and vLLM (models/qwen3_next.py at 002d6073, layers/mamba/gdn_linear_attn.py at 0218d050, fused_moe).
+Layouts differ: transformers puts heads before tokens in attention and channels before tokens in the convolution;
+llama.cpp writes shapes innermost first, tiles the value heads instead of grouping them, and has kq_soft_max only without
+flash attention.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Entry:
-    """One named value. `inputs` are the names that it is computed from, `needs` an attribute its module must have."""
+    """One named value. `inputs` names the values it is computed from, `needs` an attribute that its module must have."""
 
     name: str
     shape: tuple[str, ...]
@@ -39,11 +40,12 @@ class Entry:
 
     @property
     def parent(self) -> str:
-        """Path of the module that computes it, "" for the text model itself."""
+        """Path of the module that computes the value, "" for the text model itself."""
         return self.name.rpartition(".")[0]
 
     @property
     def leaf(self) -> str:
+        """The value's own name."""
         return self.name.rpartition(".")[2]
 
 
@@ -113,7 +115,7 @@ _LINEAR_ATTN: tuple[_Row, ...] = (
     (
         "scores",
         "B H T T",
-        "A with core = A value + what is read from the memory before, see ops.attention_map",
+        "A with core = A value + the read-out of the initial state, see ops.attention_map",
         "query key decay beta",
         "",
         "",
@@ -193,7 +195,7 @@ _MOE: tuple[_Row, ...] = (
     (
         "expert_in",
         "R D",
-        "x of each (token, slot), ordered by expert",
+        "x of each (token, expert) assignment, ordered by expert",
         "layers.N.input indices",
         "current_state",
         "",
@@ -220,7 +222,7 @@ _MOE: tuple[_Row, ...] = (
     (
         "routed",
         "N D",
-        "sum_s weights[:, s] expert_out of slot s",
+        "sum_s weights[:, s] expert_out of the token's s-th expert",
         "expert_out weights",
         "mlp.experts",
         "ffn_moe_out",
@@ -247,11 +249,9 @@ _MLP: tuple[_Row, ...] = (
         "",
     ),
 )
-
-
 _VISUAL: tuple[_Row, ...] = (
-    ("embed", "P D", "x = W_patch pixels + b + where the patch lies", "", "visual.blocks.0 (input)", "", ""),
-    ("output", "J D", "W_2 gelu(W_1 [norm(x) of m x m patches]), of the decoder's width", "visual.blocks.N.output",
+    ("embed", "P D", "x = W_patch pixels + b + position embedding of the patch", "", "visual.blocks.0 (input)", "", ""),
+    ("output", "J D", "W_2 gelu(W_1 [norm(x) of m x m patches]), D of the decoder", "visual.blocks.N.output",
      "visual.merger", "", ""),
 )
 _VISUAL_BLOCK: tuple[_Row, ...] = (
@@ -293,3 +293,9 @@ CATALOGUE: tuple[Entry, ...] = (
     *_entries("visual.blocks.N.attn", _VISUAL_ATTN),
     *_entries("visual.blocks.N.mlp", _VISUAL_MLP),
 )
+LEAVES = frozenset(entry.leaf for entry in CATALOGUE)
+
+
+def catalogue() -> tuple[Entry, ...]:
+    """Every named value: name, shape, equation, the values it is computed from, its names elsewhere. N: a layer number."""
+    return CATALOGUE
