@@ -14,7 +14,7 @@ from torch import Tensor
 
 import qwen35moe
 from qwen35moe import taps
-from qwen35moe.ops.delta_rule import writers
+from qwen35moe.ops.attention_map import writers
 
 TEXT = "Paul, an apostle of Jesus Christ by the will of God, and Timotheus our brother,"
 LAYER, LONG, SHORT = 0, 1, 2  # a delta-net layer, a head of it that remembers and one that forgets

@@ -21,12 +21,12 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
 import torch
 
 from qwen35moe import taps
-from qwen35moe.taps import ACTIVE as ACTIVE_TAPS
+from qwen35moe.taps.active import ACTIVE as ACTIVE_TAPS
 
 from .record import RECORDING, note
 
@@ -94,18 +94,21 @@ class Implementation:
         return self.slower(*args, **kwargs) if self.slower is not None else None
 
 
+Passed: TypeAlias = "tuple[tuple[Implementation, str, bool], ...]"  # passed over: (entry, reason, whether it could have run)
+
+
 class Operation(Generic[P, R]):
     """A definition and its implementations. Calling it runs one of them."""
 
-    def __init__(self, definition: Callable[P, R], name: str) -> None:
+    def __init__(self, definition: Callable[P, R], name: str, composes: Sequence[str] = ()) -> None:
         self.name, self.definition = definition.__name__, definition
         self.__name__, self.__doc__, self.__module__ = self.name, definition.__doc__, definition.__module__
         self.__wrapped__ = definition  # inspect.signature and help() show the definition's
-        self.definition_name = name
+        self.definition_name, self.composes = name, tuple(composes)
         self.entries: list[Implementation] = [Implementation(self.name, name, definition)]
         self.candidates: tuple[Implementation, ...] = tuple(self.entries)  # those that can run on this machine
         self.last: Implementation | None = None  # what ran last, and what was passed over then
-        self.refused: tuple[tuple[Implementation, str, bool], ...] = ()
+        self.refused: Passed = ()
         self.reasons: dict[str, str] = {}  # why an implementation was last passed over, for describe()
 
     @overload
@@ -127,8 +130,8 @@ class Operation(Generic[P, R]):
 
     def choose(
         self, args: tuple, kwargs: dict[str, Any], caller: Any
-    ) -> tuple[Implementation, tuple[tuple[Implementation, str, bool], ...]]:
-        """The implementation for these arguments, and those passed over: (entry, reason, whether it could have run)."""
+    ) -> tuple[Implementation, Passed]:
+        """The implementation for these arguments, and those of this machine that were passed over for it."""
         if not loaded:
             prepare()  # before the candidates are read: torch.compile takes what it saw first
         if CHOICES or recomputing or (caller is not None and "backend_choices" in caller.__dict__):
@@ -138,7 +141,9 @@ class Operation(Generic[P, R]):
                 if reason := entry.refusal(args, kwargs, caller):
                     raise ValueError(f"backend={name!r} cannot run {self.name}: {reason}")
                 return entry, ()
-        refused: tuple[tuple[Implementation, str, bool], ...] = ()
+            if any(choice_of(other, caller) for other in self.composes):
+                return self.find(self.definition_name), ()
+        refused: Passed = ()
         for entry in self.candidates:
             if not entry.conditional:
                 return entry, refused
@@ -150,12 +155,24 @@ class Operation(Generic[P, R]):
         for entry, _, could in refused:
             if could:
                 return entry, ()  # nothing faster can run
-        reasons = [f"{entry.name}: {reason}" for entry, reason, _ in self.missing() + refused]
+        reasons = [f"{entry.name}: {reason}" for entry, reason, _ in self.passed_over(refused)]
         raise ValueError(f"no implementation can run {self.name}: {'; '.join(reasons) or 'none is registered'}")
 
-    def missing(self) -> tuple[tuple[Implementation, str, bool], ...]:
-        """The implementations that cannot run on this machine, with the reasons."""
-        return tuple((entry, entry.missing, False) for entry in self.entries if entry.missing)
+    def fused(self, *args: Any, caller: torch.nn.Module | None = None, **kwargs: Any) -> R | None:
+        """As a call, but None where the definition would run: for a caller that composes the definition itself."""
+        entry, refused = self.choose(args, kwargs, caller)
+        if entry.fn is self.definition:
+            return None
+        if not torch.compiler.is_compiling() and (RECORDING or entry is not self.last or refused != self.refused):
+            note(self, entry, refused, args, kwargs, caller)
+        return entry.fn(*args, **kwargs)  # type: ignore[misc]
+
+    def passed_over(self, refused: Passed, chosen: Implementation | None = None) -> Passed:
+        """`refused` with the implementations that are missing on this machine, in order of preference, up to `chosen`."""
+        known = {entry.name: (entry, reason, could) for entry, reason, could in refused}
+        before = self.entries[: self.entries.index(chosen)] if chosen in self.entries else self.entries
+        known |= {entry.name: (entry, entry.missing, False) for entry in before if entry.missing}
+        return tuple(known[entry.name] for entry in self.entries if entry.name in known)
 
     def implementation(
         self, name: str, unsupported: Unsupported | None = None, *, before: str | None = None, skips: Sequence[str] = (),
@@ -179,16 +196,17 @@ class Operation(Generic[P, R]):
             raise ValueError(
                 f"{self.name} already has an implementation {entry.name!r}: take another name, or unregister it"
             )
-        self.entries.insert(len(self.entries) if before is None else self.entries.index(self.find(before)), entry)
-        self.update()
+        place = len(self.entries) if before is None else self.entries.index(self.find(before))
+        self.assign([*self.entries[:place], entry, *self.entries[place:]])
 
     def remove(self, name: str) -> None:
         """Remove an implementation."""
-        self.entries.remove(self.find(name))
-        self.update()
+        entry = self.find(name)
+        self.assign([other for other in self.entries if other is not entry])
 
-    def update(self) -> None:
-        """Compute the candidates of this machine again, after `entries` has changed."""
+    def assign(self, entries: Sequence[Implementation]) -> None:
+        """Replace the list of implementations, and compute the candidates of this machine."""
+        self.entries = list(entries)
         self.candidates = tuple(entry for entry in self.entries if not entry.missing)
 
     def find(self, name: str) -> Implementation:
@@ -214,11 +232,15 @@ thread = threading.local()  # .choices: those of the forward that is being recom
 loaded = False  # whether the operations and the optional fast paths have registered
 
 
-def operation(name: str = "torch") -> Callable[[Callable[P, R]], Operation[P, R]]:
-    """Decorator: turn a definition into an operation. name: what the definition is called among the implementations."""
+def operation(name: str = "torch", *, composes: Sequence[str] = ()) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Decorator: turn a definition into an operation. name: what the definition is called among the implementations.
+
+    composes: the operations that it is made of. An implementation of one of them that is chosen by name rules out the fused
+    forms of this operation, which would go around that choice.
+    """
 
     def define(definition: Callable[P, R]) -> Operation[P, R]:
-        op = Operation(definition, name)
+        op = Operation(definition, name, composes)
         TABLE[op.name] = op
         return op
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from .operation import Implementation, Operation
+    from .operation import Implementation, Operation, Passed
 
 log = logging.getLogger("qwen35moe.backends")
 
@@ -62,8 +62,7 @@ class Ran:
 
 
 def note(
-    op: Operation[..., Any], entry: Implementation, refused: tuple[tuple[Implementation, str, bool], ...], args: tuple,
-    kwargs: Mapping[str, Any], caller: Any,
+    op: Operation[..., Any], entry: Implementation, refused: Passed, args: tuple, kwargs: Mapping[str, Any], caller: Any
 ) -> None:
     """Record the call, remember it for `describe`, and log each operation once and each refused fast path once."""
     op.last, op.refused = entry, refused
@@ -79,11 +78,9 @@ def note(
         return
     _logged.add(op.name)
     _logged.update((op.name, other.name) for other in unlogged)
-    before = op.entries[: op.entries.index(entry)] if entry in op.entries else []
-    passed = {other.name: (other.missing, False) for other in before if other.missing}
-    passed |= {other.name: (reason, could) for other, reason, could in refused}
     why = "; ".join(
-        f"{name} was {'passed over' if could else 'refused'}: {reason}" for name, (reason, could) in passed.items()
+        f"{other.name} was {'passed over' if could else 'refused'}: {reason}"
+        for other, reason, could in op.passed_over(refused, entry)
     )
     level = logging.WARNING if unlogged else logging.INFO
     log.log(level, "%s runs on %r%s", op.name, entry.name, f" ({why})" if why else "")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from qwen35moe import backends
+from qwen35moe import ops
 
 _SLACK = 64  # tokens kept beyond the ones asked for, so that the base moves in chunks and not at every token
 
@@ -71,8 +71,8 @@ class RollbackLog:
         if keep is not None:
             valid = valid & (valid.cumsum(1) <= keep[:, None])
         written = valid[..., None]
-        _, recurrent_state = backends.run(
-            "gated_delta_rule", since.key, since.key, since.value, decay=torch.where(written, since.decay, 0),
+        _, recurrent_state = ops.gated_delta_rule(
+            since.key, since.key, since.value, decay=torch.where(written, since.decay, 0),
             beta=torch.where(written, since.beta, 0), state=self.recurrent_state,
         )
         past = self.conv_state.shape[-1]
