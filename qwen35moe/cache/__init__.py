@@ -1,9 +1,9 @@
 """The state of a batch of conversations between forward calls.
 
-value.py     `Cache`: one value that belongs to the caller
-states.py    the state of one layer: `KVCache` or `DeltaNetState`
-rollback.py  `RollbackLog`: takes back the last tokens of a Gated DeltaNet layer, exactly
-layout.py    `TokenLayout`: how the tokens of a call are arranged for the layers
+value.py     `Cache`: the state of every layer, a value that belongs to the caller
+states.py    `KVCache`, `DeltaNetState`: the state of one layer
+rollback.py  `RollbackLog`: rolls back the last tokens of a Gated DeltaNet layer, exactly
+layout.py    `TokenLayout`: the arrangement of a call's tokens for the layers
 file.py      saving and loading
 """
 

@@ -47,7 +47,7 @@ class GatedAttention(nn.Module):
         query, key = tap(self, "query", query), tap(self, "key", key)
         value, gate = tap(self, "value", value), tap(self, "gate", gate)
         if memory is not None:
-            memory = memory.extended(key, value, layout)
+            memory = memory.append(key, value, layout)
             key, value = memory.key, memory.value
         visible = Visibility(layout.starts, layout.cu_seqlens)
         weights = None

@@ -113,7 +113,7 @@ def test_a_static_cache_is_never_reallocated(model, record):
 
     def places() -> list[int]:
         return [getattr(cache[i], name).data_ptr() for i, kind in enumerate(CASE.text["layer_types"])
-                for name in (("conv_state", "recurrent_state") if kind == LINEAR else ("keys", "values"))]
+                for name in (("conv_state", "recurrent_state") if kind == LINEAR else ("key_buffer", "value_buffer"))]
 
     before = places()
     ids, mask = peer.padded([tokens(1, 9)[0], tokens(1, 4)[0]], "left")
@@ -273,7 +273,7 @@ def test_snapshots_are_cheap_and_forgotten(model, max_length):
     cache = filled(model, max_length=max_length)
     held = cache.nbytes
     points = [cache.snapshot() for _ in range(50)]
-    keys = [layer.keys.data_ptr() for point in points for layer in point.layers if hasattr(layer, "keys")]
+    keys = [layer.key_buffer.data_ptr() for point in points for layer in point.layers if hasattr(layer, "key_buffer")]
     assert len(set(keys)) == 1 and cache.nbytes == held
     ghost = weakref.ref(points[0])
     points.clear()
@@ -325,7 +325,7 @@ def test_recording_is_bounded(model):
         sizes = []
         for t in range(240):
             model(tokens(1, 1, salt=t), cache=cache, logits_to_keep=1)
-            sizes.append(cache.nbytes - 2 * cache[1].keys.nbytes)
+            sizes.append(cache.nbytes - 2 * cache[1].key_buffer.nbytes)
     assert max(sizes[150:]) <= max(sizes[:150])
 
 
@@ -470,7 +470,7 @@ def test_a_static_cache_carries_no_gradient_and_says_so(model):
     with pytest.raises(ValueError, match="static.*no_grad"):
         model(tokens(2, 3), cache=cache)
     assert cache.lengths.tolist() == [0, 0]
-    assert (cache[0].recurrent_state == 0).all() and (cache[1].keys == 0).all()
+    assert (cache[0].recurrent_state == 0).all() and (cache[1].key_buffer == 0).all()
 
 
 @CACHES

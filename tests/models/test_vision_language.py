@@ -217,7 +217,7 @@ def test_a_rollback_over_pictures_is_refused_and_one_behind_them_is_not():
         model()(torch.tensor([[1, 2, 3]]), cache=cache)
         cache.rollback(3)
         assert_close(model()(torch.tensor([[4]]), cache=cache).logits, model()(torch.tensor([[4]]), cache=after).logits, BOUND)
-        with pytest.raises(ValueError, match="pictures were seen up to .* Keep a snapshot"):
+        with pytest.raises(ValueError, match="images or videos are among the first .* Keep a snapshot"):
             cache.rollback(2)
         text = model().new_cache(1, record=64)
         model()(**row(1), cache=text)
