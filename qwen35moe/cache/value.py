@@ -206,23 +206,9 @@ class Cache:
         Attention layers can roll back any number, Gated DeltaNet layers the last `record` tokens; more raises ValueError. A
         recurrent state is computed again from recorded inputs, so it equals the earlier one within rounding.
         """
-        count = torch.as_tensor(tokens, device=self.lengths.device)
-        if count.dim() and count.shape != self.lengths.shape:
-            raise ValueError(f"cannot roll back {list(count.shape)} rows: the cache holds {self.batch_size}")
-        count = count.expand(self.batch_size)
-        if count.is_floating_point() or bool((count < 0).any()):
-            raise ValueError(f"cannot roll back {count.tolist()} tokens: give whole numbers >= 0")
-        if bool((count > self.lengths).any()):
-            raise ValueError(f"cannot roll back {count.tolist()} tokens: the rows hold {self.lengths.tolist()}")
+        count = self._checked_count(tokens)
         if not bool(count.any()):
             return
-        self._check_recorded(count)
-        since = self._rope_delta_since
-        if since is not None and bool((self.lengths - count < since).any()):
-            raise ValueError(
-                f"cannot roll back {count.tolist()} tokens: images or videos are among the first {since.tolist()} of "
-                f"{self.lengths.tolist()} tokens, and the rotary offset before them is not kept. Keep a snapshot() instead"
-            )
         for layer in self.layers:
             if isinstance(layer, DeltaNetState) and layer.log is not None:
                 log = layer.log
@@ -241,7 +227,16 @@ class Cache:
                 layer.length = self._longest
         self._mark_rewound()
 
-    def _check_recorded(self, count: Tensor) -> None:
+    def _checked_count(self, tokens: int | Tensor) -> Tensor:
+        """[B]: how many tokens `rollback` removes from each row; ValueError where it cannot."""
+        count = torch.as_tensor(tokens, device=self.lengths.device)
+        if count.dim() and count.shape != self.lengths.shape:
+            raise ValueError(f"cannot roll back {list(count.shape)} rows: the cache holds {self.batch_size}")
+        count = count.expand(self.batch_size)
+        if count.is_floating_point() or bool((count < 0).any()):
+            raise ValueError(f"cannot roll back {count.tolist()} tokens: give whole numbers >= 0")
+        if bool((count > self.lengths).any()):
+            raise ValueError(f"cannot roll back {count.tolist()} tokens: the rows hold {self.lengths.tolist()}")
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, DeltaNetState):
                 continue
@@ -251,6 +246,13 @@ class Cache:
                     f"cannot roll back {count.tolist()} tokens: layer {index} has recorded the last {recorded.tolist()}. "
                     f"Make the cache with record={int(count.max())} or more, or keep a snapshot()"
                 )
+        since = self._rope_delta_since
+        if since is not None and bool((self.lengths - count < since).any()):
+            raise ValueError(
+                f"cannot roll back {count.tolist()} tokens: images or videos are among the first {since.tolist()} of "
+                f"{self.lengths.tolist()} tokens, and the rotary offset before them is not kept. Keep a snapshot() instead"
+            )
+        return count
 
     # ---------------------------------------------------------------------------------------------- as a value
 

@@ -382,7 +382,8 @@ def test_the_tower_has_named_values_and_the_text_model_keeps_its_own():
     for entry in taps.catalogue():
         if entry.name.startswith("visual."):
             value = seen.all(re.sub("N", "0", entry.name))[0]  # of the image; the video is the second
-            sizes = {"P": patches, "J": tokens, "D": 26 if "J" in entry.shape else 24, "H": 3, "K": 8}
+            width = 26 if "visual_tokens" in entry.shape else 24
+            sizes = {"patches": patches, "visual_tokens": tokens, "D": width, "H": 3, "K": 8}
             assert list(value.shape) == [sizes[letter] for letter in entry.shape], entry.name
     text = Qwen3_5MoeForCausalLM(config().text_only())
     with torch.no_grad(), taps.record(text, "*") as plain:

@@ -154,7 +154,7 @@ class TestCatalogue:
 
     def test_shapes_use_the_letters_and_names_have_equations(self) -> None:
         for entry in taps.catalogue():
-            assert set(entry.shape) <= set("B T M D H G K V C E S F N R P J".split()), entry.name
+            assert set(entry.shape) <= set("B T P D H G K V C E F N k N*k patches visual_tokens".split()), entry.name
             assert entry.equation and entry.parent == ".".join(entry.name.split(".")[:-1])
             assert set(entry.aliases) <= {"transformers", "llama.cpp", "vllm"}
 
@@ -541,7 +541,7 @@ def test_the_model_forms_every_value_of_the_catalogue_in_its_shape() -> None:
     for name, value in seen.items():
         entry = next(entry for entry in taps.catalogue() if entry.name == re.sub(r"\d+", "N", name))
         linear = ".linear_attn." in name
-        sizes = {"B": B, "T": T, "M": T, "D": 40, "E": 9, "S": 3, "F": 24, "N": B * T, "R": 3 * B * T}
+        sizes = {"B": B, "T": T, "P": T, "D": 40, "E": 9, "k": 3, "F": 24, "N": B * T, "N*k": 3 * B * T}
         sizes |= {"H": 6, "G": 2, "K": 12, "V": 8, "C": 96} if linear else {"H": 4, "G": 2, "K": 16, "V": 16}
         assert list(value.shape) == [sizes[letter] for letter in entry.shape], name
     decay, beta = seen["layers.0.linear_attn.decay"], seen["layers.0.linear_attn.beta"]
