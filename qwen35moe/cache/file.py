@@ -14,12 +14,13 @@ from torch import Tensor
 from qwen35moe.cache.states import KVCache
 from qwen35moe.cache.value import Cache
 from qwen35moe.config import TextConfig
+from qwen35moe.files import replacing
 
 _FORMAT = "qwen35moe.cache.2"
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str]) -> None:
-    """Writes beside the target and moves into place, so that a killed save leaves the old file whole."""
+    """Replaces the file at `path` in one step: a killed save leaves the old file whole."""
     tensors: dict[str, Tensor] = {"lengths": cache.lengths}
     if cache.rope_delta is not None and cache._rope_delta_since is not None:
         tensors |= {"rope_delta": cache.rope_delta, "rope_delta_since": cache._rope_delta_since}
@@ -28,17 +29,11 @@ def save_cache(cache: Cache, path: str | os.PathLike[str]) -> None:
     numbers = {
         "seen": cache.seen, "max_length": cache.max_length, "record": cache.record, "common_length": cache._common_length,
     }
-    target = os.fspath(path)
-    partial = f"{target}.{os.getpid()}.partial"
-    try:
+    with replacing(path) as partial:
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial,
             metadata={"format": _FORMAT, "numbers": json.dumps(numbers)},
         )
-        os.replace(partial, target)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 def load_cache(

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen35moe.files import replacing
+
 from .value import UNFORCED, Routing, are_integers, check_range
 
 FORMAT = "qwen35moe.routing.2"
@@ -26,7 +28,7 @@ _FACTS = ("layers", "num_experts", "shape", "open_ended")
 
 
 def save_routing(routing: Routing, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes beside the target and moves into place, so that a killed save leaves the old file whole."""
+    """Replaces the file at `path` in one step: a killed save leaves the old file whole."""
     taken = [key for key in metadata or {} if key in _OWN]
     if taken:
         raise ValueError(f"metadata {taken[0]!r} is a key of the format: use another name")
@@ -35,17 +37,11 @@ def save_routing(routing: Routing, path: str | os.PathLike[str], metadata: Mappi
     tensors = {name: getattr(routing, name) for name in _TENSORS if getattr(routing, name) is not None}
     tensors["indices"] = routing.indices.to(dtype)
     facts = {name: getattr(routing, name) for name in _FACTS}
-    target = os.fspath(path)
-    partial = f"{target}.{os.getpid()}.partial"
-    try:
+    with replacing(path) as partial:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial,
             metadata={**(metadata or {}), "format": FORMAT, "routing": json.dumps(facts)},
         )
-        os.replace(partial, target)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 def load_routing(path: str | os.PathLike[str]) -> Routing:
