@@ -47,7 +47,7 @@ class GatedAttention(nn.Module):
         query, key = tap(self, "query", query), tap(self, "key", key)
         value, gate = tap(self, "value", value), tap(self, "gate", gate)
         if state is not None:
-            state = state.extended(key, value, context.layout)
+            state = state.append(key, value, context.layout)
             key, value = state.key, state.value
         core, weights = self._attend(query, key, value, context)
         out = self.o_proj((core * gate.sigmoid()).flatten(2))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qwen35moe.cache import LayerState
+from qwen35moe.cache import DeltaNetUpdate, KVCache
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.routing import ForcedRouting, RouterOutput
 
@@ -33,7 +33,7 @@ class LayerContext:
 class LayerOutput:
     """A layer's state after the new tokens, what its router chose, and its attention weights [B, H, T, P] if returned."""
 
-    state: LayerState | None = None
+    state: KVCache | DeltaNetUpdate | None = None
     router: RouterOutput | None = None
     attention: Tensor | None = None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen35moe import ops
-from qwen35moe.cache import DeltaNetState, LayerState
+from qwen35moe.cache import DeltaNetState, DeltaNetUpdate, LayerState
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.cache.rollback import Segment
 from qwen35moe.config import TextConfig
@@ -63,7 +63,7 @@ class GatedDeltaNet(FP32Parameters):
 
     def forward(
         self, x: Tensor, context: LayerContext, state: LayerState | None = None
-    ) -> tuple[Tensor, DeltaNetState, Tensor | None]:
+    ) -> tuple[Tensor, DeltaNetUpdate, Tensor | None]:
         """x [B, T, D]. Returns the output [B, T, D], the state after the last token of each row, and, if the context asks
         for it, the attention map [B, H, T, T] of the new tokens (`ops.attention_map`)."""
         assert state is None or isinstance(state, DeltaNetState)
@@ -88,13 +88,13 @@ class GatedDeltaNet(FP32Parameters):
                 core, weights = self._attention_map(core, query, key, value, decay, beta, layout)
             normed = self.norm(tap(self, "core", core), gate)
             recorded = _segment(qkv, key, value, decay, beta, layout) if context.record else None
-            after = DeltaNetState(conv_state, recurrent_state, recorded)
+            after = DeltaNetUpdate(conv_state, recurrent_state, recorded)
         out = self.out_proj(tap(self, "normed", normed).flatten(2))
         return tap(self, "output", out), after, weights if context.attentions else None
 
     def decode_step(
         self, qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, context: LayerContext, state: DeltaNetState | None
-    ) -> tuple[Tensor, DeltaNetState] | None:
+    ) -> tuple[Tensor, DeltaNetUpdate] | None:
         """The normed output [B, 1, H, V] and the state of one cached token per row by a fused implementation of
         `ops.delta_net_step`; None where `forward` composes the operations.
 
@@ -116,7 +116,7 @@ class GatedDeltaNet(FP32Parameters):
         if result is None:
             return None
         normed, conv_state, recurrent_state = result
-        return normed[:, None], DeltaNetState(conv_state, tap(self, "state", recurrent_state))
+        return normed[:, None], DeltaNetUpdate(conv_state, tap(self, "state", recurrent_state))
 
     def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, C] to query, key [B, T, G, K] and value [B, T, H, V]."""

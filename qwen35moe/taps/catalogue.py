@@ -3,13 +3,12 @@
 A name is the path of the module that computes the value, relative to the text model, followed by the value's own name;
 N stands for a layer number. The letters of the shapes:
 
-    B batch rows   T new tokens   M cached and new tokens   D model width   H value (or query) heads   G key heads
-    K key width    V value width  C = 2*G*K + H*V           E experts       S experts per token (top-k)
-    F expert width N = B*T        R = N*S (token, expert) assignments, ordered by expert
+    B batch rows   T new tokens   P cached and new tokens   D model width   H value (or query) heads   G key heads
+    K key width    V value width  C = 2*G*K + H*V           E experts       k experts per token (top-k)
+    F expert width N = B*T        N*k (token, expert) assignments, ordered by expert
 
-and in the vision tower, below `visual`: P patches of all images and videos, J tokens made of them, and its own D, H, K.
-
-In the equations x is the normalised input of a mixer or feed-forward block and h the residual stream.
+In the vision tower, below `visual`, D, H and K are the tower's own. In the equations x is the normalised input of a mixer or
+feed-forward block and h the residual stream.
 
 An alias is the name of the same value in another implementation's source: a module of transformers (its output) or a
 variable of its forward, a node of llama.cpp's graph, a variable of vLLM. Where an alias is missing, it is not known or
@@ -155,7 +154,7 @@ _SELF_ATTN: tuple[_Row, ...] = (
     ),
     (
         "scores",
-        "B H T M",
+        "B H T P",
         "softmax(query key^T / sqrt(K)), over visible tokens",
         "query key",
         "attn_weights",
@@ -176,8 +175,8 @@ _MOE: tuple[_Row, ...] = (
     ("router_logits", "N E", "W_router x", "layers.N.input", "router_logits", "ffn_moe_logits", "router_logits"),
     (
         "indices",
-        "N S",
-        "top S experts of softmax(router_logits)",
+        "N k",
+        "top k experts of softmax(router_logits)",
         "router_logits",
         "router_indices",
         "ffn_moe_topk",
@@ -185,7 +184,7 @@ _MOE: tuple[_Row, ...] = (
     ),
     (
         "weights",
-        "N S",
+        "N k",
         "softmax(router_logits)[indices], divided by their sum",
         "router_logits indices",
         "router_scores",
@@ -194,7 +193,7 @@ _MOE: tuple[_Row, ...] = (
     ),
     (
         "expert_in",
-        "R D",
+        "N*k D",
         "x of each (token, expert) assignment, ordered by expert",
         "layers.N.input indices",
         "current_state",
@@ -203,7 +202,7 @@ _MOE: tuple[_Row, ...] = (
     ),
     (
         "expert_act",
-        "R F",
+        "N*k F",
         "silu(W_gate x) * W_up x of the row's expert",
         "expert_in",
         "current_hidden_states (before down_proj)",
@@ -212,7 +211,7 @@ _MOE: tuple[_Row, ...] = (
     ),
     (
         "expert_out",
-        "R D",
+        "N*k D",
         "W_down expert_act, before the routing weight",
         "expert_act",
         "current_hidden_states (before top_k_weights)",
@@ -250,24 +249,24 @@ _MLP: tuple[_Row, ...] = (
     ),
 )
 _VISUAL: tuple[_Row, ...] = (
-    ("embed", "P D", "x = W_patch pixels + b + position embedding of the patch", "", "visual.blocks.0 (input)", "", ""),
-    ("output", "J D", "W_2 gelu(W_1 [norm(x) of m x m patches]), D of the decoder", "visual.blocks.N.output",
+    ("embed", "patches D", "x = W_patch pixels + b + position embedding of the patch", "", "visual.blocks.0 (input)", "", ""),
+    ("output", "visual_tokens D", "W_2 gelu(W_1 [norm(x) of m x m patches]), D of the decoder", "visual.blocks.N.output",
      "visual.merger", "", ""),
 )
 _VISUAL_BLOCK: tuple[_Row, ...] = (
-    ("output", "P D", "x' + mlp.output, with x' = x + attn.output", "attn.output mlp.output", "visual.blocks.N", "", ""),
+    ("output", "patches D", "x' + mlp.output, with x' = x + attn.output", "attn.output mlp.output", "visual.blocks.N", "", ""),
 )
 _VISUAL_ATTN: tuple[_Row, ...] = (
-    ("query", "P H K", "rotary(W_q norm1(x)), by row and column", "visual.embed visual.blocks.N.output",
+    ("query", "patches H K", "rotary(W_q norm1(x)), by row and column", "visual.embed visual.blocks.N.output",
      "query_states (after apply_rotary_pos_emb_vision)", "", ""),
-    ("key", "P H K", "rotary(W_k norm1(x)), by row and column", "visual.embed visual.blocks.N.output",
+    ("key", "patches H K", "rotary(W_k norm1(x)), by row and column", "visual.embed visual.blocks.N.output",
      "key_states (after apply_rotary_pos_emb_vision)", "", ""),
-    ("value", "P H K", "W_v norm1(x)", "visual.embed visual.blocks.N.output", "value_states", "", ""),
-    ("output", "P D", "W_o softmax(query key^T / sqrt(K)) value, within the frame", "query key value",
+    ("value", "patches H K", "W_v norm1(x)", "visual.embed visual.blocks.N.output", "value_states", "", ""),
+    ("output", "patches D", "W_o softmax(query key^T / sqrt(K)) value, within the frame", "query key value",
      "visual.blocks.N.attn", "", ""),
 )
 _VISUAL_MLP: tuple[_Row, ...] = (
-    ("output", "P D", "W_2 gelu(W_1 norm2(x'))", "visual.blocks.N.attn.output", "visual.blocks.N.mlp", "", ""),
+    ("output", "patches D", "W_2 gelu(W_1 norm2(x'))", "visual.blocks.N.attn.output", "visual.blocks.N.mlp", "", ""),
 )
 
 

@@ -17,6 +17,7 @@ PACKAGE = "qwen35moe"
 
 # A part is a file or a package directly inside qwen35moe/. Some have only their place so far.
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("files",),
     ("config",),
     ("taps", "backends"),
     ("ops",),
