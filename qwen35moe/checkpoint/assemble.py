@@ -45,7 +45,7 @@ class Slot:
     def is_island(self) -> bool:
         """Float32 at least, in a model of any dtype: the owner says so (modules/islands.py)."""
         owner, leaf = self.places[0]
-        return leaf in getattr(owner, "island", ())
+        return leaf in getattr(owner, "fp32_parameters", ())
 
     def dtype_in(self, dtype: torch.dtype) -> torch.dtype:
         """What this parameter has in a model of dtype `dtype`."""
