@@ -50,7 +50,7 @@ def generate(
     speculative: Any = None,
     stop: str | Sequence[str] | None = None,
     tokenizer: Decoder | None = None,
-    pictures: Any = None,
+    visual_inputs: Any = None,
 ) -> Tensor:
     """Continue the prompts: [B, prompt + new] int64, the caller's columns first, `pad_token_id` after a row has ended.
 
@@ -68,7 +68,7 @@ def generate(
     bool. logits_processor: functions (input_ids, scores) -> scores, after the penalties and before the temperature.
     transformers' LogitsProcessor and StoppingCriteria objects are such functions. `scores` of the criteria is None.
 
-    pictures: what a multimodal model is to see (its own `generate` takes pixel_values and the like by name).
+    visual_inputs: what a multimodal model is to see (its own `generate` takes pixel_values and the like by name).
     streamer: an object with put(ids) and end(), as in transformers; it is given the prompt first.
     cache: from `model.new_cache`; may hold a beginning of the rows. input_ids is the whole of them all the same, what
     is cached included. Afterwards it holds everything but each row's last token.
@@ -112,7 +112,7 @@ def stream(
     speculative: Any = None,
     stop: str | Sequence[str] | None = None,
     tokenizer: Decoder | None = None,
-    pictures: Any = None,
+    visual_inputs: Any = None,
 ) -> Iterator[Tensor]:
     """`generate` as an iterator: each step's new ids [B], `pad_token_id` for rows that have ended.
 
@@ -136,10 +136,10 @@ class _Run:
         stop: Any,
         tokenizer: Decoder | None,
         seed: Any,
-        pictures: Any = None,
+        visual_inputs: Any = None,
         **options: Any,
     ) -> None:
-        self.model, self.pictures = model, pictures
+        self.model, self.visual_inputs = model, visual_inputs
         self.device = torch.device(model.device)
         self.vocabulary = _vocabulary(model)
         ends = end_tokens(model, eos_token_id)
@@ -232,11 +232,11 @@ class _Run:
 
     def _seen_first(self) -> dict[str, Any]:
         """The pictures that the prefill is to see: those whose tokens the cache does not hold."""
-        if self.pictures is None:
+        if self.visual_inputs is None:
             return {}
         tokens, width = self.prompt.tokens, self.prompt.tokens.shape[1]
         rows = [row[width - length :] for row, length in zip(tokens, self.prompt.lengths, strict=True)]
-        return self.model.see(self.pictures, rows, self.cached)
+        return self.model.visual_arguments(self.visual_inputs, rows, self.cached)
 
     @torch.no_grad()
     def _feed(self, token: Tensor) -> Tensor:
