@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qwen35moe.config import Config
-from qwen35moe.models.device_map import DeviceMap, Devices, placement
+from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 
 from . import names
 from .assemble import Plan, Slot, match, slots_of
@@ -75,7 +75,7 @@ def load_model(
     path may be a name on the Hub (owner/name) as well, revision a commit, tag or branch of it; see `hub.py`.
     dtype: "auto" is the dtype most of the stored weights have (block-FP8 aside); islands (A_log, ...) stay float32.
     device: a CPU, a GPU, or "meta", which checks the checkpoint and reads nothing; "auto" (every GPU, or the CPU) or a
-        list lays whole layers out over several, see `placement.py`, and every parameter is read straight onto its own.
+        list lays whole layers out over several, see `models/device_map.py`, and every parameter is read straight onto its own.
     config: instead of config.json, for instance with another rope; always of the whole checkpoint.
     weights: "map" uses the files themselves as memory on a CPU (copy on write, they are never written to), "copy" reads
         them into memory of its own: for a disk that goes away, or files that another program overwrites in place.
@@ -115,7 +115,7 @@ def load_model(
     where = scales = None
     chosen = wanted or _stored_dtype(matched.plans)
     if not problems:
-        where = placement(model, device, chosen.itemsize)
+        where = plan_device_map(model, device, chosen.itemsize)
         scales = _scales((plan for plan in matched.plans if where.of(plan.slot.name).type != "meta"), problems)
     if where is None or scales is None or problems:
         raise CheckpointError(f"{path} does not fit {cls.__name__}:", problems)
@@ -124,7 +124,7 @@ def load_model(
     _note_dtype(config, chosen, wanted, report)
     fill(matched.plans, iter(scales), chosen, where, weights, dtype_policy, report)
     if len({*where.layers, where.head}) > 1:
-        model.adopt_placement(where)
+        model.set_device_map(where)
     for plan in matched.plans:
         _remember_dtype(plan)
     if selection.layers is not None:

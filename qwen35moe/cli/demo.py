@@ -44,7 +44,7 @@ def _look(model: Any, folder: Path, image: str | None) -> None:
 
     if image is None and not (folder / EXAMPLE).is_file():
         return
-    if not hasattr(model, "see"):
+    if not hasattr(model, "visual"):
         raise ValueError(f"{type(model).__name__} has no vision tower: images need a multimodal checkpoint")
     try:
         print(look(model, Processor.from_pretrained(folder), image or folder / EXAMPLE) + "\n")

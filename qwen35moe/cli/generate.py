@@ -103,6 +103,6 @@ def shown(model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
     if not given:
         return {}
-    if not hasattr(model, "see"):
+    if not hasattr(model, "visual"):
         raise ValueError(f"{type(model).__name__} has no vision tower: images and videos need a multimodal checkpoint")
-    return {"pictures": VisualInputs(**given)}
+    return {"visual_inputs": VisualInputs(**given)}

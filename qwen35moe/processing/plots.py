@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35moe.models.vision_inputs import IMAGE, TEXT, VIDEO, VisualInputs, check_counts, positions
+from qwen35moe.models.vision_inputs import IMAGE, TEXT, VIDEO, VisualInputs, check_counts
+from qwen35moe.models.vision_positions import positions
 from qwen35moe.ops.vision_grid import coordinates, tokens_of
 from qwen35moe.routing.plots import new_figure
 
@@ -180,7 +181,7 @@ def _taken(
         raise ValueError(f"mm_token_type_ids and attention_mask are [B, T], got {list(types.shape)} and {list(present.shape)}")
     names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
     pictures = VisualInputs(**{name: inputs[name].detach().cpu() for name in names if inputs.get(name) is not None})
-    pictures.check(ids=True)
+    pictures.check_visual(ids=True)
     merges = [own.merge_size for kind, own in ((IMAGE, settings), (VIDEO, video_settings)) if pictures.present(kind)] or [1]
     if len(set(merges)) > 1:
         raise ValueError(f"merge_size: images {merges[0]}, videos {merges[1]}; a model has one")

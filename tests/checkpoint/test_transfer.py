@@ -166,7 +166,7 @@ def test_every_layer_is_read_onto_its_device(
     monkeypatch.setattr(transfer, "read_exactly", lambda *which: nbytes.append(which[2]) or exactly(*which))
     monkeypatch.setattr(fill, "view_of", lambda *which: nbytes.append(view(*which).nbytes) or view(*which))
     model = MODEL.from_pretrained(folder, device=["cpu", "meta"])
-    assert model.placement is not None and model.placement.layers == (CPU, META) and model.placement.head == META
+    assert model.device_map is not None and model.device_map.layers == (CPU, META) and model.device_map.head == META
     stored = 0
     for name, parameter in model.named_parameters():
         name = name.removeprefix("model.")
@@ -186,7 +186,7 @@ def test_one_device_twice_is_no_placement(folders: dict[str, tuple[Path, Tensors
     folder, expected = folders["3.5 MoE, bf16"]
     for device in (["cpu", "cpu"], "auto" if not torch.cuda.is_available() else "cpu", CPU):
         model = MODEL.from_pretrained(folder, device=device)
-        assert model.placement is None and model.loading_report.mapped == len(expected) - 1  # dt_bias is widened
+        assert model.device_map is None and model.loading_report.mapped == len(expected) - 1  # dt_bias is widened
         assert_held(model, expected)
     with pytest.raises(ValueError, match="name at least one device"):
         MODEL.from_pretrained(folder, device=[])

@@ -108,7 +108,7 @@ def test_the_tower_lies_with_the_first_layer(tmp_path: Path) -> None:
     assert {where[name] for name in first} == {CPU} and {where[name] for name in where.keys() - first} == {META}
     found = held(model)
     assert all(torch.equal(found[name], expected[name]) for name in first)
-    assert model.placement is not None and model.model.language_model.placement == model.placement
+    assert model.device_map is not None and model.model.language_model.device_map == model.device_map
 
 
 @pytest.mark.parametrize("experts", ["grouped", "per_expert"])

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe.models.vision_inputs import IMAGE, TEXT, VIDEO, VisualInputs, positions
+from qwen35moe.models.vision_inputs import IMAGE, TEXT, VIDEO, VisualInputs
+from qwen35moe.models.vision_positions import positions
 from qwen35moe.processing import ImageProcessor, Video, VideoProcessor, plots
 from qwen35moe.processing.pixels import VIDEO_DEFAULTS, PixelSettings
 from qwen35moe.routing.plots import new_figure
