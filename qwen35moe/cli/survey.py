@@ -23,7 +23,6 @@ _OTHER_PARTS = {"head": "output head", "visual": "vision tower", "mtp": "multi-t
 _ORDER = ("embedding", *dict.fromkeys(name for _, name in _TEXT_PARTS if name != "embedding"), *_OTHER_PARTS.values())
 _NO_PARAMETERS = ("_scale_inv", "_scale", "rotary_emb.inv_freq")  # stored beside the weights, not parameters
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_ISLANDS = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight")  # float32 in a model of any dtype
 
 
 @dataclass
@@ -203,6 +202,8 @@ def memory(
     kv       2 * batch * context * (key/value heads) * head_dim, for each attention layer
     state    batch * (H K V in float32 + (W - 1) channels of the convolution), for each Gated DeltaNet layer
     """
+    from ..config.parameters import FP32_PARAMETERS
+
     text = config.text_config
     stored: Counter[str] = sum((part.dtypes for part in parts), Counter())
     most = stored.most_common(1)[0][0] if stored else "BF16"
@@ -211,7 +212,7 @@ def memory(
 
     def loaded(**kinds: bool) -> int:
         shapes = config.tensor_shapes(**kinds)
-        return sum(prod(shape) * (wide if name.endswith(_ISLANDS) else width) for name, shape, _ in shapes)
+        return sum(prod(shape) * (wide if name.endswith(FP32_PARAMETERS) else width) for name, shape, _ in shapes)
 
     weights = loaded(vision=False)
     attention, delta = text.layer_types.count("full_attention"), text.layer_types.count("linear_attention")

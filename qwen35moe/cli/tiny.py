@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     layout = Layout(
         experts=options.layout or ("per_expert" if options.fp8 else "grouped"),
         mtp_experts=options.mtp_layout or "per_expert",
-        islands=options.islands,
+        fp32_stored_as=options.islands,
         fp8=options.fp8,
         mtp=options.mtp,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.models.inputs import TextInputs
-from qwen35moe.modules.decoder import LayerOutput
+from qwen35moe.modules.context import LayerOutput
 from qwen35moe.routing import RouterOutput, Routing
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class DecoderOutput:
     @property
     def choices(self) -> list[RouterOutput]:
         """What the routers chose, one per sparse layer."""
-        return [layer.choice for layer in self.layers if layer.choice is not None]
+        return [layer.router for layer in self.layers if layer.router is not None]
 
     def results(self, inputs: TextInputs, model: Qwen3_5MoeTextModel) -> ModelOutput:
         """The results that the call asks for, in the caller's order."""
@@ -118,7 +118,7 @@ class DecoderOutput:
 
     def _routing(self, model: Qwen3_5MoeTextModel) -> Routing:
         """The choices of all sparse layers, which are named by their numbers in the checkpoint."""
-        layers = tuple(model.source_layers[i] for i, layer in enumerate(self.layers) if layer.choice is not None)
+        layers = tuple(model.source_layers[i] for i, layer in enumerate(self.layers) if layer.router is not None)
         indices, weights, logits = (
             torch.stack([restore_flat(getattr(choice, name), self.layout) for choice in self.choices])
             for name in ("indices", "weights", "logits")
