@@ -142,11 +142,11 @@ def test_stop_strings_see_special_tokens(tokenizer: Tokenizer) -> None:
     [
         (lambda t: t.encode(7), "text must be a str, got int"),
         (lambda t: t.encode(["a"]), "got list"),
-        (lambda t: t([]), "no text was given"),
-        (lambda t: t(["a", "b c d e f"], padding=False), "make no tensor: pass padding=True"),
+        (lambda t: t([]), "no texts"),
+        (lambda t: t(["a", "b c d e f"], padding=False), "do not form a tensor: pass padding=True"),
         (lambda t: t("a", return_tensors="np"), "return_tensors must be 'pt' or None, got 'np'"),
         (lambda t: t("a", padding_side="up"), "padding_side must be 'left' or 'right', got 'up'"),
-        (lambda t: t.decode([-1]), "not negative, got -1"),
+        (lambda t: t.decode([-1]), "must not be negative, got -1"),
         (lambda t: t.decode(torch.zeros(2, 3, dtype=torch.long)), r"one row of ids, got shape \(2, 3\)"),
     ],
 )
@@ -156,17 +156,17 @@ def test_bad_input(tokenizer: Tokenizer, call: Any, words: str) -> None:
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no tokenizer.json"):
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(ValueError, match="no tokenizer.json: "):
+    with pytest.raises(ValueError, match="invalid tokenizer.json: "):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(ValueError, match="no tokenizer.json: "):
+    with pytest.raises(ValueError, match="invalid tokenizer.json: "):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ValueError, match="generation_config.json is no JSON"):
+    with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
         Tokenizer.from_pretrained(tmp_path)
 
 
