@@ -77,7 +77,7 @@ class ImageProcessor:
                    disable=None if progress and len(items) >= _PROGRESS_FROM else True)  # fmt: skip
         processed: list[tuple[Tensor, tuple[int, int]]] = []
         with bar, ThreadPoolExecutor(max(1, min(len(items), torch.get_num_threads()))) as pool:
-            for result in pool.map(lambda item: self._process(*item, settings), enumerate(items)):
+            for result in pool.map(lambda item: self._process(item[0], item[1], settings), enumerate(items)):
                 processed.append(result)
                 bar.update()
         frames = [[patches] * settings.temporal_patch_size for patches, _ in processed]
