@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "List the implementations of every operation and which ones run on this machine."
+HELP = "List the implementations of every operation and whether they run on this machine."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from .options import add_device, add_images, add_max_new_tokens, add_sampling, s
 from .terminal import TokenTimer, printable
 from .visual import visual_inputs
 
-HELP = "Chat with a model, one line per message. /image PATH attaches an image."
+HELP = "Chat with a model, one line per message; /image PATH attaches an image."
 DIM, PLAIN = "\033[2m", "\033[0m"
 COMMANDS = "/image PATH, /video PATH: attach a file to the next message; /new: new conversation; /help; /exit"
 

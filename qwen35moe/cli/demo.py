@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import CHECKPOINT, add_device, add_max_new_tokens, add_seed
+from .options import CHECKPOINT, add_device, add_max_new_tokens
 from .terminal import can_print, printable, write_stream
 
-HELP = "Generate a text, describe an image, and show the implementations that ran and the load of the experts."
+HELP = "Generate a text, describe an image, show the implementations that ran and the expert load."
 EXAMPLE = "example.png"
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*#%@"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("folder", nargs="?", default="tiny", help=f"{CHECKPOINT} (default: tiny)")
-    parser.add_argument("--prompt", default="In the beginning", help="the text to continue")
+    parser.add_argument("folder", nargs="?", default="tiny", help=f"{CHECKPOINT}; default: tiny")
+    parser.add_argument("--prompt", metavar="TEXT", default="In the beginning", help="the text to continue")
     add_max_new_tokens(parser, 120)
     parser.add_argument("--image", metavar="FILE", help=f"the image to describe (default: {EXAMPLE} of the checkpoint, if any)")
-    add_seed(parser, 0, "default: 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
     add_device(parser)
 
 

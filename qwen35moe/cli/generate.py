@@ -10,13 +10,13 @@ from .options import CHECKPOINT, add_device, add_images, add_max_new_tokens, add
 from .terminal import write_stream
 from .visual import visual_inputs
 
-HELP = "Continue a prompt. Decoding is greedy unless a sampling option is set."
+HELP = "Continue a prompt; greedy unless a sampling option is set."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("folder", help=CHECKPOINT)
-    parser.add_argument("--prompt", required=True, help="the text to continue; - reads standard input")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; - reads standard input")
     add_images(parser, "to put before the prompt")
     parser.add_argument("--special", action="store_true", help="encode <|...|> in the prompt as control tokens")
     add_max_new_tokens(parser, 128)

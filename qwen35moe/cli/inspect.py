@@ -11,7 +11,7 @@ from typing import Any
 from .summary import summarize
 from .terminal import format_bytes
 
-HELP = "Show the contents of a checkpoint from its headers: parts, sizes, dtypes, layouts, memory, and problems."
+HELP = "Show the parts, sizes, dtypes, memory and problems of a checkpoint; reads headers only."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

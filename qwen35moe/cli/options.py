@@ -28,11 +28,6 @@ def add_images(parser: argparse.ArgumentParser, place: str) -> None:
         parser.add_argument(name, action="append", default=[], metavar="FILE", help=f"{noun} {place}; may be repeated")
 
 
-def add_seed(parser: argparse.ArgumentParser, default: int | None, note: str) -> None:
-    """--seed. note: the end of its help, in brackets."""
-    parser.add_argument("--seed", type=int, default=default, help=f"the same seed gives the same text ({note})")
-
-
 def add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:
     """--max-new-tokens."""
     parser.add_argument("--max-new-tokens", type=int, default=default, metavar="N",
@@ -46,7 +41,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens of total probability P")
     parser.add_argument("--min-p", type=float, metavar="P",
                         help="sample from tokens at least P times as likely as the most likely one")  # fmt: skip
-    add_seed(parser, None, "turns sampling on")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
 
 
 def sampling(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:

@@ -9,7 +9,7 @@ from typing import Any
 from .options import add_layouts, add_max_shard_size
 from .terminal import format_bytes
 
-HELP = "Write a small random checkpoint in a published layout, in which every tensor changes the output. For tests."
+HELP = "Write a small random checkpoint in a published layout, for tests."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tied", action="store_true", help="tie the output head to the embedding")
     parser.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", dest="changes",
                         help="set a key of text_config, such as hidden_size=192; may be repeated")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights (default: 0)")
     add_max_shard_size(parser)
 
 
