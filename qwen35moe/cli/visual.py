@@ -9,7 +9,7 @@ NAMES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_th
 
 def check_vision(model: Any) -> None:
     """ValueError if the model has no vision tower."""
-    if not hasattr(model, "see"):
+    if not hasattr(model, "visual"):
         raise ValueError(f"{type(model).__name__} has no vision tower: images and videos need a multimodal checkpoint")
 
 

@@ -236,7 +236,7 @@ class Processor:
         """The reasoning, answer and tool calls of a reply: its new ids, or its text. Ids are preferable: they distinguish
         control tokens from text that spells them.
 
-        prompt: the prompt of the reply, whose template may have opened <think>. Without it, a </think> that nothing opened
+        prompt: the prompt of the reply, whose template may have opened <think>. Without it, a </think> without <think>
         ends the reasoning. tools: their schemas declare which arguments are numbers, lists, ...; the others stay strings.
         """
         pieces = self._split(reply)
