@@ -351,7 +351,7 @@ def test_the_command(folders: Callable[[str], Path], tmp_path: Path, capsys: pyt
     for wrong in ("3-", "a", "-1", "1,,2", "1-b"):
         with pytest.raises(SystemExit):
             main(["convert", source, str(tmp_path / "new"), f"--layers={wrong}"])
-        assert "is no layer and no range" in capsys.readouterr().err
+        assert "is not a layer or a range" in capsys.readouterr().err
 
 
 def test_the_progress_bar_counts_every_byte_on_a_terminal(
