@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -20,6 +21,8 @@ from .. import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     options = _parser().parse_args(arguments)
+    # torch says so while it is imported where NumPy is not installed. No command needs it but plots, whose extra brings it.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     # Warnings of the library (a part that was left out, a fast path that was refused) as lines of their own.
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(message)s")
     try:
