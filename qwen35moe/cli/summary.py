@@ -207,6 +207,8 @@ def memory(
     kv              2 * batch * context * (key/value heads) * head_dim, per attention layer
     state           batch * (H K V in float32 + (W - 1) channels of the convolution), per Gated DeltaNet layer
     """
+    from ..config.parameters import FP32_PARAMETERS
+
     text = config.text_config
     stored: Counter[str] = sum((part.dtypes for part in parts), Counter())
     most_common = stored.most_common(1)[0][0] if stored else "BF16"

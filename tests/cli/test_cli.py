@@ -317,6 +317,20 @@ def test_as_a_module() -> None:
     assert run.stdout == f"qwen35moe {qwen35moe.__version__}\n", run.stderr
 
 
+def test_the_demo_says_nothing_of_a_missing_numpy() -> None:
+    """No extra of the demo brings NumPy, and torch warns of that while it is imported: not the first thing to read."""
+    program = "import sys; sys.modules['numpy'] = None; from qwen35moe.cli import main; "
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(what: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program + what]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    assert "Failed to initialize NumPy" in run("import torch").stderr  # as on a fresh machine
+    shown = run("sys.exit(main(['demo', '--max-new-tokens', '2']))")
+    assert (shown.returncode, shown.stderr) == (0, "") and shown.stdout.startswith("tiny: "), shown
+
+
 def test_help_imports_no_torch() -> None:
     program = "import sys; from qwen35moe.cli import main\ntry: main(['--help'])\nexcept SystemExit: "
     program += "print('torch' in sys.modules)"
