@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -31,6 +32,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
     options = _parser().parse_args(arguments)
+    # torch warns while it is imported without NumPy. Only plots need NumPy, and their extra installs it.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     # Warnings of the library (parts that are not loaded, implementations that cannot run) as plain lines.
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(message)s")
     try:
