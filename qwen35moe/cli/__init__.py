@@ -32,7 +32,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
     options = _parser().parse_args(arguments)
-    # torch warns while it is imported if NumPy is missing. Only plots need NumPy, and their extra installs it.
+    # torch warns while it is imported without NumPy. Only plots need NumPy, and their extra installs it.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     # Warnings of the library (parts that are not loaded, implementations that cannot run) as plain lines.
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(message)s")

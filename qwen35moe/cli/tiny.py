@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layouts(parser, "grouped; per_expert with --fp8", "per_expert, as in Qwen3.5")
     parser.add_argument("--fp8", action="store_true", help="block-FP8 as published: blocks of 128 x 128, weight_scale_inv")
     parser.add_argument("--fp32-stored-as", choices=("F32", "BF16"), default="F32",
-                        help="dtype of A_log and of linear_attn.norm: F32 (Qwen3.5; default) or BF16 (Qwen3.6)")  # fmt: skip
+                        help="dtype of A_log and linear_attn.norm.weight: F32 (Qwen3.5, default), BF16 (Qwen3.6)")  # fmt: skip
     parser.add_argument("--tied", action="store_true", help="tie the output head to the embedding")
     parser.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", dest="changes",
                         help="set a key of text_config, such as hidden_size=192; may be repeated")  # fmt: skip
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     layout = Layout(
         experts=options.layout or ("per_expert" if options.fp8 else "grouped"),
         mtp_experts=options.mtp_layout or "per_expert",
-        fp32_stored_as=options.fp32_stored_as,
+        islands=options.fp32_stored_as,
         fp8=options.fp8,
         mtp=options.mtp,
     )

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35moe.models.vision_inputs import IMAGE, TEXT, VIDEO, VisualInputs, check_counts, positions
+from qwen35moe.models.vision_inputs import IMAGE, TEXT, VIDEO, VisualInputs, check_counts
+from qwen35moe.models.vision_positions import positions
 from qwen35moe.ops.vision_grid import coordinates, tokens_of
 from qwen35moe.routing.plots import new_figure
 
