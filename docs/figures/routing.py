@@ -1,4 +1,4 @@
-"""Draws docs/figures/routing.png, the picture of docs/routing.md: `python docs/figures/routing.py`.
+"""Draws docs/figures/routing.png, the picture of docs/guide/routing.md: `python docs/figures/routing.py`.
 
 The bundled checkpoint on passages of the books it was not trained on (passages.txt). Needs matplotlib.
 """

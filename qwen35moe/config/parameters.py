@@ -1,6 +1,6 @@
 """Every tensor of a model, by name and shape, from its configuration alone; parameter counts are sums over it.
 
-The names and the grouped expert layout are those of the published bf16 checkpoints. H, D, ... as in docs/notation.md:
+The names and the grouped expert layout are those of the published bf16 checkpoints. H, D, ... as in docs/reference/notation.md:
 D model width, H/G value/key heads of the delta rule, K/V their widths, E experts, F expert width, W taps.
 """
 

@@ -159,7 +159,7 @@ def watched_experts(
     return torch.zeros_like(hidden, dtype=dtype).index_add(0, order // slots, scaled).to(hidden.dtype)
 
 
-# Which form "auto" takes. CPU: measured on 2 cores of Zen 4 (AVX-512 bf16), docs/moe_benchmark.md. CUDA: derived from bytes.
+# Which form "auto" takes. CPU: 2 cores of Zen 4 (AVX-512 bf16), docs/reports/moe_benchmark.md. CUDA: derived from bytes.
 _COPIED = 1 << 20  # CPU: bytes of chosen weights up to which copying them costs less than a product per expert
 _FEW_PAIRS = 32  # CUDA: copies move three times the bytes of distinct experts, but in 3 launches instead of some 15
 

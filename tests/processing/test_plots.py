@@ -198,7 +198,7 @@ def test_what_the_page_says_of_its_figure() -> None:
 
 
 def test_the_table_of_the_page_is_what_the_library_computes() -> None:
-    page = (ROOT / "docs/vision_positions.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/guide/vision_positions.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (\d+) \| (\d+) \| (\d+) \|$", page, flags=re.MULTILINE)
     assert [int(slot) for slot, *_ in rows] == list(range(13))
     types = torch.tensor([[IMAGE if "image_pad" in token else TEXT for _, token, *_ in rows]])

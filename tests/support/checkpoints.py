@@ -1,6 +1,6 @@
 """Checkpoint folders in every published layout, in small: exact names, dtypes and block sizes.
 
-`LAYOUTS` has one entry per row of the table in docs/checkpoints.md; `publish` writes a model's weights in one of them,
+`LAYOUTS` has one entry per row of the table in docs/guide/checkpoints.md; `publish` writes a model's weights in one of them,
 the FP8 ones from random codes and factors. `Whole` stands in for a class with a vision tower and an MTP head: their
 parameters by name, without their mathematics.
 """
@@ -49,7 +49,7 @@ VISION = {"depth": 2, "hidden_size": 24, "intermediate_size": 37, "num_heads": 2
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of repository stores a model; see docs/checkpoints.md for who publishes it."""
+    """How one kind of repository stores a model; see docs/guide/checkpoints.md for who publishes it."""
 
     dense: bool = False
     tied: bool = False
