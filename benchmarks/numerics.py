@@ -1,8 +1,8 @@
 """Errors of every form of the gated delta rule against its definition in float64: output, memory, gradients.
 
 `python -m benchmarks numerics --write docs/reports/numerics.md` renews the page. There is no timing here. One draw per length
-and gates, at small heads (2 key heads, 4 value heads, 32 wide); every form sees the same numbers, rounded to its dtype first, so
-that an error is the form's own.
+and gates, at small heads (2 key heads, 4 value heads, 32 wide); every form sees the same numbers, rounded to its dtype first,
+so that an error is the form's own.
 """
 
 from __future__ import annotations
