@@ -18,8 +18,9 @@ from benchmarks.common import relative_error
 from benchmarks.delta import peers
 from benchmarks.delta.situations import Answer, Contestant, draw_gates
 from benchmarks.machine import environment
-from qwen35moe import backends
-from qwen35moe.ops.delta_rule import recurrent_gated_delta_rule
+from qwen35moe import backends, ops
+
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 GROUPS, HEADS, WIDTH = 2, 4, 32
 LENGTHS = (64, 512, 2048)

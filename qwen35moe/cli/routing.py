@@ -106,5 +106,5 @@ def report(facts: dict[str, Any]) -> str:
             f"{layer:>5}  {even:7.4f}  {worst:8.2f}  {min(load):6.2%}  {max(load):6.2%}  {len(dead):4d}  {low:>9}  {median:>6}"
             f"   {i} and {j}: {share:.1%} of tokens"
         )
-    lines += ["", "entropy of the load over ln E (1: even); max/mean 1: even; margin: S-th largest logit minus the next"]
+    lines += ["", "entropy of the load over ln E (1: even); max/mean 1: even; margin: k-th largest logit minus the next"]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen35moe import backends
+from qwen35moe import ops
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.config import Config, TextConfig
@@ -24,8 +24,9 @@ from qwen35moe.modules.decoder import DecoderLayer, LayerContext, LayerOutput
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.balancing import load_balancing_loss
 from qwen35moe.ops.losses import IGNORE, cross_entropy, shift_labels
+from qwen35moe.ops.mrope import rotary_tables
 from qwen35moe.ops.precision import wide_dtype
-from qwen35moe.ops.rope import inverse_frequencies, rotary_tables
+from qwen35moe.ops.rope import inverse_frequencies
 from qwen35moe.routing import ForcedRouting, Intervention, Routing
 from qwen35moe.taps import tap
 
@@ -132,7 +133,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         if output_attentions:
             output.attentions = tuple(_restored_weights(p.attention, layout) for p in passed if p.attention is not None)
         if with_router_logits:
-            output.router_logits = tuple(_in_order(p.choice.logits, layout) for p in passed if p.choice is not None)
+            output.router_logits = tuple(_in_order(p.router.logits, layout) for p in passed if p.router is not None)
         if output_routing:
             output.routing = self._routing(passed, layout)
         return output, layout, passed
@@ -195,7 +196,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         return rotary_tables(position_ids.to(hidden.device), inv_freq, text.rope.mrope_section, scale)
 
     def _routing(self, passed: Sequence[LayerOutput], layout: TokenLayout) -> Routing:
-        chosen = [(index, p.choice) for index, p in enumerate(passed) if p.choice is not None]
+        chosen = [(index, p.router) for index, p in enumerate(passed) if p.router is not None]
         indices, weights, logits = (
             torch.stack([_in_order(getattr(choice, name), layout) for _, choice in chosen])
             for name in ("indices", "weights", "logits")
@@ -317,7 +318,7 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         if targets is not None:
             output.loss = self._loss(output, hidden, targets, num_items_in_batch, logits_to_keep)
         if output.router_logits is not None:
-            choices = [p.choice for p in passed if p.choice is not None]
+            choices = [p.router for p in passed if p.router is not None]
             valid = layout.valid
             mask = None if valid is None else valid.flatten()
             output.aux_loss = load_balancing_loss([c.logits for c in choices], [c.indices for c in choices], mask=mask)
@@ -344,9 +345,8 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         whole = isinstance(keep, int) and keep == 0
         if whole and not isinstance(output, LossOutput) and output.logits is not None:
             return cross_entropy(output.logits.flatten(0, 1), targets.flatten(), num_items=num_items)
-        return backends.run(
-            "linear_cross_entropy", hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), num_items=num_items,
-            caller=self,
+        return ops.linear_cross_entropy(
+            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), num_items=num_items, caller=self
         )
 
 

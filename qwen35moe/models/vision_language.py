@@ -95,7 +95,7 @@ class Qwen3_5MoeModel(PretrainedModel):
             output_router_logits, output_routing, output_hidden_states, output_attentions,
         )
         if cache is not None and after is not None:
-            cache.moved_on(after)
+            cache.set_next_positions(after)
         return output
 
     def embed(
@@ -251,7 +251,7 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
             output_router_logits, output_routing, output_hidden_states, output_attentions, output_logits, logits_to_keep,
         )
         if cache is not None and after is not None:
-            cache.moved_on(after)
+            cache.set_next_positions(after)
         return output
 
     def generate(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor:

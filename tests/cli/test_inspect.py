@@ -94,7 +94,7 @@ def test_memory_is_that_of_a_loaded_model_and_its_cache(dense: bool, dtype: torc
     assert memory["weights"] == sum(parameter.nbytes for parameter in model.parameters())
     cache = model.new_cache(3, max_length=37)
     assert memory["kv"] + memory["state"] == cache.nbytes - cache.lengths.nbytes
-    assert memory["kv"] == cache[3].keys.nbytes * 2 and memory["total"] == memory["weights"] + memory["kv"] + memory["state"]
+    assert memory["kv"] == cache[3].key_buffer.nbytes * 2 and memory["total"] == memory["weights"] + memory["kv"] + memory["state"]
     others = (config.num_parameters(mtp=True) - config.num_parameters(vision=False)) * 2
     assert memory["other_weights"] == (others if dtype is torch.bfloat16 else 0)
 

@@ -16,7 +16,8 @@ PACKAGE = "qwen35moe"
 
 # A part is a file or a package directly inside qwen35moe/. For some only the place is reserved.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("files", "config"),
+    ("files",),
+    ("config",),
     ("taps", "backends"),
     ("ops",),
     ("cache", "routing"),

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import backends
-from qwen35moe.ops.experts import loop_experts
+from qwen35moe import backends, ops
 from tests.support.compile_triton import Kernel, compiled
 from tests.support.kernel_checks import DEVICE, ROUNDED, assert_close, draw, entry, gradients, refusal
+
+loop_experts = ops.experts.definition
 
 pytest.importorskip("triton")
 OPERATION = "experts"
@@ -223,7 +224,7 @@ def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
         return refusal(OPERATION, "triton", *changed, **options)
 
     assert said(hidden, gate_up, down, indices, weights) is None
-    assert said(hidden, gate_up, down, indices, weights, watch=lambda name, value: value).startswith("somebody listens")
+    assert said(hidden, gate_up, down, indices, weights, tap=lambda name, value: value).startswith("a tap reads")
     assert said(hidden.double(), gate_up, down, indices, weights).startswith("hidden is float64, not one of")
     assert said(hidden, gate_up, down, indices, weights.double()).startswith("weights is float64, not one of")
     mixed = said(hidden, gate_up, down.bfloat16(), indices, weights)

@@ -1,23 +1,23 @@
 """The catalogue: every value that a paper gives a letter, with its one public name, shape and equation.
 
-A name is the path of the module that computes the value, relative to the text model, and the value's own name; N stands
-for a layer number. The letters of the shapes are those of the whole project:
+A name is the path of the module that computes the value, relative to the text model, followed by the value's own name;
+N stands for a layer number. The letters of the shapes:
 
-    B batch rows   T new tokens   M cached and new tokens   D model width   H value (or query) heads   G key heads
-    K key width    V value width  C = 2*G*K + H*V           E experts       S slots (experts per token)
-    F expert width N = B*T        R = N*S rows, those of one expert after those of the one before
+    B batch rows   T new tokens   P cached and new tokens   D model width   H value (or query) heads   G key heads
+    K key width    V value width  C = 2*G*K + H*V           E experts       k experts per token (top-k)
+    F expert width N = B*T        N*k (token, expert) assignments, ordered by expert
 
-and in the vision tower, below `visual`, of its own sizes: P patches of all pictures, J tokens made of them, D, H, K there.
-
-In the equations x is the normalised input of a mixer or feed-forward block and h the residual stream.
+In the vision tower, below `visual`, D, H and K are the tower's own. In the equations x is the normalised input of a mixer or
+feed-forward block and h the residual stream.
 
 An alias is the name of the same value in another implementation's source: a module of transformers (its output) or a
-variable of its forward, a node of llama.cpp's graph, a variable of vLLM. One that is missing is not known, or never
-formed there. Read in transformers 5.23.0 (models/qwen3_5_moe), llama.cpp (src/models/qwen35moe.cpp at 02ebd8f7,
-delta-net-base.cpp at 156ce1c1, build_moe_ffn and build_attn_mha of llama-graph.cpp) and vLLM (models/qwen3_next.py at
-002d6073, layers/mamba/gdn_linear_attn.py at 0218d050, fused_moe). Layouts differ: transformers puts heads before tokens
-in attention and channels before tokens in the convolution; llama.cpp writes shapes innermost first, orders the value
-heads otherwise (tiled, not grouped), and forms kq_soft_max only without flash attention.
+variable of its forward, a node of llama.cpp's graph, a variable of vLLM. Where an alias is missing, it is not known or
+that implementation does not materialise the value. Read in transformers 5.23.0 (models/qwen3_5_moe), llama.cpp
+(src/models/qwen35moe.cpp at 02ebd8f7, delta-net-base.cpp at 156ce1c1, build_moe_ffn and build_attn_mha of
+llama-graph.cpp) and vLLM (models/qwen3_next.py at 002d6073, layers/mamba/gdn_linear_attn.py at 0218d050, fused_moe).
+Layouts differ: transformers puts heads before tokens in attention and channels before tokens in the convolution;
+llama.cpp writes shapes innermost first, tiles the value heads instead of grouping them, and has kq_soft_max only without
+flash attention.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Entry:
-    """One named value. `inputs` are the names that it is computed from, `needs` an attribute its module must have."""
+    """One named value. `inputs` names the values it is computed from, `needs` an attribute that its module must have."""
 
     name: str
     shape: tuple[str, ...]
@@ -39,11 +39,12 @@ class Entry:
 
     @property
     def parent(self) -> str:
-        """Path of the module that computes it, "" for the text model itself."""
+        """Path of the module that computes the value, "" for the text model itself."""
         return self.name.rpartition(".")[0]
 
     @property
     def leaf(self) -> str:
+        """The value's own name."""
         return self.name.rpartition(".")[2]
 
 
@@ -113,7 +114,7 @@ _LINEAR_ATTN: tuple[_Row, ...] = (
     (
         "scores",
         "B H T T",
-        "A with core = A value + what is read from the memory before, see ops.attention_map",
+        "A with core = A value + the read-out of the initial state, see ops.attention_map",
         "query key decay beta",
         "",
         "",
@@ -153,7 +154,7 @@ _SELF_ATTN: tuple[_Row, ...] = (
     ),
     (
         "scores",
-        "B H T M",
+        "B H T P",
         "softmax(query key^T / sqrt(K)), over visible tokens",
         "query key",
         "attn_weights",
@@ -174,8 +175,8 @@ _MOE: tuple[_Row, ...] = (
     ("router_logits", "N E", "W_router x", "layers.N.input", "router_logits", "ffn_moe_logits", "router_logits"),
     (
         "indices",
-        "N S",
-        "top S experts of softmax(router_logits)",
+        "N k",
+        "top k experts of softmax(router_logits)",
         "router_logits",
         "router_indices",
         "ffn_moe_topk",
@@ -183,7 +184,7 @@ _MOE: tuple[_Row, ...] = (
     ),
     (
         "weights",
-        "N S",
+        "N k",
         "softmax(router_logits)[indices], divided by their sum",
         "router_logits indices",
         "router_scores",
@@ -192,8 +193,8 @@ _MOE: tuple[_Row, ...] = (
     ),
     (
         "expert_in",
-        "R D",
-        "x of each (token, slot), ordered by expert",
+        "N*k D",
+        "x of each (token, expert) assignment, ordered by expert",
         "layers.N.input indices",
         "current_state",
         "",
@@ -201,7 +202,7 @@ _MOE: tuple[_Row, ...] = (
     ),
     (
         "expert_act",
-        "R F",
+        "N*k F",
         "silu(W_gate x) * W_up x of the row's expert",
         "expert_in",
         "current_hidden_states (before down_proj)",
@@ -210,7 +211,7 @@ _MOE: tuple[_Row, ...] = (
     ),
     (
         "expert_out",
-        "R D",
+        "N*k D",
         "W_down expert_act, before the routing weight",
         "expert_act",
         "current_hidden_states (before top_k_weights)",
@@ -220,7 +221,7 @@ _MOE: tuple[_Row, ...] = (
     (
         "routed",
         "N D",
-        "sum_s weights[:, s] expert_out of slot s",
+        "sum_s weights[:, s] expert_out of the token's s-th expert",
         "expert_out weights",
         "mlp.experts",
         "ffn_moe_out",
@@ -247,27 +248,25 @@ _MLP: tuple[_Row, ...] = (
         "",
     ),
 )
-
-
 _VISUAL: tuple[_Row, ...] = (
-    ("embed", "P D", "x = W_patch pixels + b + where the patch lies", "", "visual.blocks.0 (input)", "", ""),
-    ("output", "J D", "W_2 gelu(W_1 [norm(x) of m x m patches]), of the decoder's width", "visual.blocks.N.output",
+    ("embed", "patches D", "x = W_patch pixels + b + position embedding of the patch", "", "visual.blocks.0 (input)", "", ""),
+    ("output", "visual_tokens D", "W_2 gelu(W_1 [norm(x) of m x m patches]), D of the decoder", "visual.blocks.N.output",
      "visual.merger", "", ""),
 )
 _VISUAL_BLOCK: tuple[_Row, ...] = (
-    ("output", "P D", "x' + mlp.output, with x' = x + attn.output", "attn.output mlp.output", "visual.blocks.N", "", ""),
+    ("output", "patches D", "x' + mlp.output, with x' = x + attn.output", "attn.output mlp.output", "visual.blocks.N", "", ""),
 )
 _VISUAL_ATTN: tuple[_Row, ...] = (
-    ("query", "P H K", "rotary(W_q norm1(x)), by row and column", "visual.embed visual.blocks.N.output",
+    ("query", "patches H K", "rotary(W_q norm1(x)), by row and column", "visual.embed visual.blocks.N.output",
      "query_states (after apply_rotary_pos_emb_vision)", "", ""),
-    ("key", "P H K", "rotary(W_k norm1(x)), by row and column", "visual.embed visual.blocks.N.output",
+    ("key", "patches H K", "rotary(W_k norm1(x)), by row and column", "visual.embed visual.blocks.N.output",
      "key_states (after apply_rotary_pos_emb_vision)", "", ""),
-    ("value", "P H K", "W_v norm1(x)", "visual.embed visual.blocks.N.output", "value_states", "", ""),
-    ("output", "P D", "W_o softmax(query key^T / sqrt(K)) value, within the frame", "query key value",
+    ("value", "patches H K", "W_v norm1(x)", "visual.embed visual.blocks.N.output", "value_states", "", ""),
+    ("output", "patches D", "W_o softmax(query key^T / sqrt(K)) value, within the frame", "query key value",
      "visual.blocks.N.attn", "", ""),
 )
 _VISUAL_MLP: tuple[_Row, ...] = (
-    ("output", "P D", "W_2 gelu(W_1 norm2(x'))", "visual.blocks.N.attn.output", "visual.blocks.N.mlp", "", ""),
+    ("output", "patches D", "W_2 gelu(W_1 norm2(x'))", "visual.blocks.N.attn.output", "visual.blocks.N.mlp", "", ""),
 )
 
 
@@ -293,3 +292,9 @@ CATALOGUE: tuple[Entry, ...] = (
     *_entries("visual.blocks.N.attn", _VISUAL_ATTN),
     *_entries("visual.blocks.N.mlp", _VISUAL_MLP),
 )
+LEAVES = frozenset(entry.leaf for entry in CATALOGUE)
+
+
+def catalogue() -> tuple[Entry, ...]:
+    """Every named value: name, shape, equation, the values it is computed from, its names elsewhere. N: a layer number."""
+    return CATALOGUE

@@ -1,21 +1,20 @@
-"""Saying what is there: every implementation of every operation, and why it is or is not used."""
+"""`describe`: every implementation of every operation, and why it is or is not used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from .choice import LAST, REFUSED, choice_of
-from .table import OPERATIONS, implementations, operation_name
+from .operation import OPERATIONS, choice_of, find_operation, implementations
 
 
 def describe(operation: str | None = None, *args: Any, caller: Any = None, **kwargs: Any) -> str:
     """Per operation, every implementation in order of preference, and why it is or is not used.
 
-    With an operation's arguments: for these arguments. Without: after what the process has seen so far.
+    With an operation's arguments: for these arguments. Without: by what the process has run so far.
     """
     lines = []
-    for name in OPERATIONS if operation is None else (operation_name(operation),):
+    for name in OPERATIONS if operation is None else (find_operation(operation).name,):
         lines.append(name)
         status = _seen if not args and not kwargs else _given
         lines += [f"    {entry:<12}  {why}" for entry, why in status(name, args, kwargs, caller)] or ["    none yet"]
@@ -43,18 +42,18 @@ def _given(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> 
 def _seen(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> Iterator[tuple[str, str]]:
     entries = implementations(operation)
     choice = choice_of(operation)
-    last = LAST.get(operation)
+    op = find_operation(operation)
     sure = next((entry for entry in entries if not entry.conditional), None)
     for entry in entries:
         if entry.missing:
             yield entry.name, f"not on this machine: {entry.missing}"
         elif choice is not None:
             yield entry.name, "chosen by backends.use" if entry.name == choice else f"passed over: {choice} is chosen"
-        elif entry is last:
+        elif entry is op.last:
             yield entry.name, "ran in the last call"
-        elif reason := REFUSED.get((operation, entry.name)):
+        elif reason := op.reasons.get(entry.name):
             yield entry.name, f"{'passed over' if entry.slower else 'refused'}: {reason}"
         elif sure is not None and entries.index(entry) > entries.index(sure):
             yield entry.name, f"only when chosen: {sure.name} comes first and runs anything"
         else:
-            yield entry.name, "not asked yet" if entry.conditional else "runs anything"
+            yield entry.name, "not needed yet" if entry.conditional else "runs anything"

@@ -1,13 +1,22 @@
-"""The record of a `with backends.ran() as ran:` block: which implementation ran, where, and with which shapes."""
+"""What ran: the record of a `with backends.ran() as ran:` block, and the log."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from .operation import Implementation, Operation, Passed
+
+log = logging.getLogger("qwen35moe.backends")
 
 RECORDING: list[Ran] = []  # the open blocks of the process
+_logged: set[str | tuple[str, str]] = set()  # operations, and (operation, refused implementation)
 
 
 class Call(NamedTuple):
@@ -50,6 +59,31 @@ class Ran:
         return columns(rows) if self.calls else "nothing ran"
 
     __repr__ = __str__
+
+
+def note(
+    op: Operation[..., Any], entry: Implementation, refused: Passed, args: tuple, kwargs: Mapping[str, Any], caller: Any
+) -> None:
+    """Record the call, remember it for `describe`, and log each operation once and each refused fast path once."""
+    op.last, op.refused = entry, refused
+    if RECORDING:
+        path = "" if caller is None else caller.__dict__.get("path") or ""
+        shapes = tuple(tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        call = Call(op.name, entry.name, path, shapes)
+        for recording in tuple(RECORDING):
+            recording.calls.append(call)
+    op.reasons.update((other.name, reason) for other, reason, _ in refused)
+    unlogged = [other for other, _, could in refused if not could and not other.own and (op.name, other.name) not in _logged]
+    if not unlogged and op.name in _logged:
+        return
+    _logged.add(op.name)
+    _logged.update((op.name, other.name) for other in unlogged)
+    why = "; ".join(
+        f"{other.name} was {'passed over' if could else 'refused'}: {reason}"
+        for other, reason, could in op.passed_over(refused, entry)
+    )
+    level = logging.WARNING if unlogged else logging.INFO
+    log.log(level, "%s runs on %r%s", op.name, entry.name, f" ({why})" if why else "")
 
 
 def where(paths: Iterable[str]) -> str:
