@@ -78,8 +78,8 @@ def resolves(name: str) -> bool:
         try:
             value: object = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name != module:
-                raise
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module exists, and one that it imports does not
             continue
         for part in parts[count:]:
             if not hasattr(value, part):
