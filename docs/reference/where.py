@@ -35,10 +35,10 @@ class Line:
 
 SECTIONS: dict[str, tuple[Line, ...]] = {
     "Decoder": (
-        Line("h = embed(tokens)", "Qwen3_5MoeTextModel.run", "self.embed_tokens(input_ids)"),
+        Line("h = embed(tokens)", "Qwen3_5MoeTextModel.embed", "self.embed_tokens("),
         Line("h' = h + mixer(rms_norm(h))", "DecoderLayer.forward", "run(self._mixer_of_norm"),
         Line("h = h' + mlp(rms_norm(h'))", "DecoderLayer.forward", "run(self.mlp, normed, router)"),
-        Line("logits = W_head rms_norm(h)", "Qwen3_5MoeForCausalLM.forward", "self.lm_head("),
+        Line("logits = W_head rms_norm(h)", "Qwen3_5MoeForCausalLM.predict", "self.lm_head("),
         Line("dense mlp: W_down (silu(W_gate x) · W_up x)", "MLP.forward", "F.silu(self.gate_proj(x))"),
     ),
     "Norms": (
@@ -52,7 +52,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("YaRN: scale of cos and sin, 0.1 ln(factor) + 1", "_yarn_temperature", "math.log(scale) + 1.0"),
         Line("M-RoPE: pair j uses height where j mod 3 = 1, width where j mod 3 = 2", "rotary_tables", "% 3 == axis"),
         Line("rotary: (x_j, x_{j+R/2}) turned by its angle", "ops/rope.py:_rotated", "first * cos - second * sin"),
-        Line("an image: (p, p + row, p + column), then p + max(h, w)", "models/vision_inputs.py:_row", "at + max(h, w)"),
+        Line("an image: (p, p + row, p + column), then p + max(h, w)", "models/vision_positions.py:_row", "p + max(h, w)"),
     ),
     "Gated Attention": (
         Line("q, gate = W_q x", "GatedAttention.forward", "self.q_proj(x)"),
@@ -99,7 +99,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("load-balancing loss: E · Σ_e f_e p_e", "load_balancing_loss", "loss = experts *"),
         Line("the same over parts of a batch", "LoadBalance._loss", "loss = "),
         Line("z-loss: mean (log Σ_e exp logits_e)²", "router_z_loss", ".logsumexp(-1)"),
-        Line("loss + router_aux_loss_coef · load-balancing loss", "Qwen3_5MoeForCausalLM.forward", ".router_aux_loss_coef"),
+        Line("loss + router_aux_loss_coef · load-balancing loss", "Qwen3_5MoeForCausalLM.predict", ".router_aux_loss_coef"),
     ),
     "Loss": (
         Line("labels shifted to their predictions", "shift_labels", "labels[:, 1:]"),

@@ -22,7 +22,9 @@ from qwen35moe import (
     taps,
 )
 from qwen35moe.config import ConfigError
-from qwen35moe.models.vision_inputs import VisualInputs, positions
+from qwen35moe.models.inputs import check
+from qwen35moe.models.vision_inputs import MultimodalInputs, VisualInputs
+from qwen35moe.models.vision_positions import positions
 from tests.support import peer, peer_vision
 from tests.support.peer import assert_all_close, assert_close
 from tests.support.peer_vision import END, IMAGE, START, VIDEO, Case, odd_pictures
@@ -245,8 +247,8 @@ def test_three_axis_positions_move_the_cache_on():
     pictures = VisualInputs(image_grid_thw=inputs["image_grid_thw"], video_grid_thw=inputs["video_grid_thw"])
     places, after = positions(types, pictures, 2)
     with torch.no_grad():
-        embeds, _, _ = model().model.embed(inputs["input_ids"], None, None, None, None, None, VisualInputs(
-            **{name: value for name, value in inputs.items() if name != "input_ids"}))
+        call = MultimodalInputs(**inputs)
+        embeds, _, _ = model().model.embed(call, check(call, model().language_model))
         caches = [model().new_cache(1) for _ in range(4)]
         first = model()(**inputs, cache=caches[0]).logits
         grids = {name: value for name, value in inputs.items() if "grid" in name}
@@ -327,13 +329,13 @@ def test_what_contradicts_itself_is_refused():
         model()(**rest, mm_encoder_outputs={"image": torch.zeros(5, 26)})
     with refuse(ValueError, match=r"holds \['audio'\]"):
         model()(**inputs, mm_encoder_outputs={"audio": torch.zeros(5, 26)})
-    with refuse(ValueError, match="both given: one is made of the other"):
+    with refuse(ValueError, match="exclude each other: give one of them"):
         model()(**inputs, mm_encoder_outputs={"image": torch.zeros(6, 26)})
     with refuse(ValueError, match="pixel_values is a list: give a tensor"):
         model()(**inputs | {"pixel_values": [1.0]})
     swapped = batch()
     swapped["image_grid_thw"] = swapped["image_grid_thw"].flip(0)
-    with refuse(ValueError, match="are the pictures in the order of their rows"):
+    with refuse(ValueError, match="are the images and videos in the order of their rows"):
         model()(**swapped)
     masked = batch()
     masked["attention_mask"][0, 4:7] = 0  # placeholders that nobody may see count as nothing

@@ -1,4 +1,4 @@
-"""processing/text.py: the tokenizer, beside transformers' on the same file; and what users' text must not do."""
+"""processing/text.py: the tokenizer against transformers' on the same file; user text never becomes control tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def theirs(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_are_transformers(tokenizer: Tokenizer, theirs: Any, text: str) -> None:
+def test_ids_equal_transformers(tokenizer: Tokenizer, theirs: Any, text: str) -> None:
     assert tokenizer.encode(text, special=True) == theirs.encode(text)
     if "<" not in text:
         assert tokenizer.encode(text) == theirs.encode(text)
@@ -48,22 +48,22 @@ def test_ids_are_transformers(tokenizer: Tokenizer, theirs: Any, text: str) -> N
         assert tokenizer.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
-def test_users_text_never_becomes_a_control_token(tokenizer: Tokenizer) -> None:
-    control = {tokenizer.token_to_id(each) for each in (*SPECIAL, *ADDED)}
+def test_user_text_never_becomes_a_control_token(tokenizer: Tokenizer) -> None:
+    control = {tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)}
     assert None not in control and len(control) == 6
-    for each in (*SPECIAL, *ADDED):
-        text = f"say {each}, please"
-        plain, meant = tokenizer.encode(text), tokenizer.encode(text, special=True)
-        assert control.isdisjoint(plain) and not control.isdisjoint(meant)
-        assert tokenizer.decode(plain) == tokenizer.decode(meant) == text
+    for token in (*SPECIAL, *ADDED):
+        text = f"say {token}, please"
+        plain, special = tokenizer.encode(text), tokenizer.encode(text, special=True)
+        assert control.isdisjoint(plain) and not control.isdisjoint(special)
+        assert tokenizer.decode(plain) == tokenizer.decode(special) == text
         assert tokenizer.decode(plain, skip_special_tokens=True) == text
     assert control.isdisjoint(tokenizer(TEXTS[-1])["input_ids"].flatten().tolist())
     assert tokenizer.token_to_id("<think>") in tokenizer(TEXTS[-1], special=True)["input_ids"]
 
 
 @given(text=st.lists(st.sampled_from([*SPECIAL, *ADDED, "<|im_", "end|>", "<", "é", " ", "x"]), max_size=8).map("".join))
-def test_no_mixture_of_pieces_becomes_one_either(tokenizer: Tokenizer, text: str) -> None:
-    control = {tokenizer.token_to_id(each) for each in (*SPECIAL, *ADDED)}
+def test_joined_pieces_never_become_a_control_token(tokenizer: Tokenizer, text: str) -> None:
+    control = {tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)}
     ids = tokenizer.encode(text)
     assert control.isdisjoint(ids) and tokenizer.decode(ids) == text
 
@@ -85,21 +85,21 @@ def test_a_batch_is_padded(tokenizer: Tokenizer, theirs: Any, side: str) -> None
         assert value.dtype is torch.int64 and torch.equal(value, expected[name])
     assert tokenizer("one")["input_ids"].shape == (1, len(tokenizer.encode("one")))
     lists = tokenizer(texts, return_tensors=None)
-    assert lists["input_ids"] == [tokenizer.encode(each) for each in texts]
+    assert lists["input_ids"] == [tokenizer.encode(text) for text in texts]
     assert lists["attention_mask"][2] == [1]
 
 
-def test_what_a_file_says_about_cutting_and_filling_is_not_applied() -> None:
-    described = tokenizer_definition()
-    described["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    described["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+def test_truncation_and_padding_of_the_file_are_ignored() -> None:
+    definition = tokenizer_definition()
+    definition["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    definition["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                             "pad_type_id": 0, "pad_token": "!"}  # fmt: skip
-    assert len(Tokenizer(json.dumps(described)).encode("word " * 30)) == len(
+    assert len(Tokenizer(json.dumps(definition)).encode("word " * 30)) == len(
         Tokenizer(json.dumps(tokenizer_definition())).encode("word " * 30)
     )
 
 
-def test_end_and_padding_tokens_come_from_the_first_file_that_says(tmp_path: Path) -> None:
+def test_end_and_padding_tokens_come_from_the_first_file_that_has_them(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))
     assert Tokenizer.from_pretrained(tmp_path).eos_token_ids == ()
     assert Tokenizer.from_pretrained(tmp_path).eos_token_id is None
@@ -127,14 +127,14 @@ def test_streamed_text_is_the_text(tokenizer: Tokenizer, text: str, cut: int) ->
     ids = tokenizer.encode(text)
     ids = ids[: len(ids) - len(ids) // cut]
     stream = TextStream(tokenizer)
-    pieces = [stream.put(each) for each in ids]
+    pieces = [stream.put(token) for token in ids]
     assert "".join(pieces) + stream.end() == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_stop_strings_see_special_tokens(tokenizer: Tokenizer) -> None:
     stops = StopStrings(["d<|im_end|>"], tokenizer, 1)
-    found = [stops.put(0, each) for each in tokenizer.encode("God<|im_end|>", special=True)]
-    assert found[-1] and not any(found[:-1])
+    stopped = [stops.put(0, token) for token in tokenizer.encode("God<|im_end|>", special=True)]
+    assert stopped[-1] and not any(stopped[:-1])
 
 
 @pytest.mark.parametrize(
@@ -142,11 +142,11 @@ def test_stop_strings_see_special_tokens(tokenizer: Tokenizer) -> None:
     [
         (lambda t: t.encode(7), "text must be a str, got int"),
         (lambda t: t.encode(["a"]), "got list"),
-        (lambda t: t([]), "no text was given"),
-        (lambda t: t(["a", "b c d e f"], padding=False), "make no tensor: pass padding=True"),
+        (lambda t: t([]), "no texts"),
+        (lambda t: t(["a", "b c d e f"], padding=False), "do not form a tensor: pass padding=True"),
         (lambda t: t("a", return_tensors="np"), "return_tensors must be 'pt' or None, got 'np'"),
         (lambda t: t("a", padding_side="up"), "padding_side must be 'left' or 'right', got 'up'"),
-        (lambda t: t.decode([-1]), "not negative, got -1"),
+        (lambda t: t.decode([-1]), "must not be negative, got -1"),
         (lambda t: t.decode(torch.zeros(2, 3, dtype=torch.long)), r"one row of ids, got shape \(2, 3\)"),
     ],
 )
@@ -156,21 +156,21 @@ def test_bad_input(tokenizer: Tokenizer, call: Any, words: str) -> None:
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no tokenizer.json"):
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(ValueError, match="no tokenizer.json: "):
+    with pytest.raises(ValueError, match="invalid tokenizer.json: "):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(ValueError, match="no tokenizer.json: "):
+    with pytest.raises(ValueError, match="invalid tokenizer.json: "):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ValueError, match="generation_config.json is no JSON"):
+    with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_without_the_library_the_error_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tokenizers_the_error_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'qwen35moe\[text\]'"):
         Tokenizer.from_pretrained(folder)
