@@ -27,7 +27,7 @@ class ModelOutput:
     [B*T, E] per sparse layer; hidden_states, the embedding, then one [B, T, D] per layer, the last after the final norm;
     attentions, one per layer: softmax weights [B, H, T, slots] of an attention layer, over the tokens in the cache and the
     new ones; the exact map [B, H, T, T] of a delta-net layer, over the new tokens only (what it has from before is in its
-    memory, see docs/attention_maps.md); routing; cache, the one that was given. Values at padded positions are zero.
+    memory, see docs/guide/attention_maps.md); routing; cache, the one that was given. Values at padded positions are zero.
     """
 
     logits: Tensor | None = None

@@ -199,7 +199,7 @@ def test_numbers_in_the_figure_of_the_docs() -> None:
 
 
 def test_the_table_of_the_docs_equals_the_computed_positions() -> None:
-    page = (ROOT / "docs/vision_positions.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/guide/vision_positions.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (\d+) \| (\d+) \| (\d+) \|$", page, flags=re.MULTILINE)
     assert [int(index) for index, *_ in rows] == list(range(13))
     types = torch.tensor([[IMAGE if "image_pad" in token else TEXT for _, token, *_ in rows]])
