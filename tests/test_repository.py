@@ -66,15 +66,15 @@ def test_the_rule_itself_sees_an_import_that_climbs(tmp_path: Path, monkeypatch:
     folder.mkdir(parents=True)
     for module in ("norm", "wide"):
         (folder / f"{module}.py").write_text("")
-    (tmp_path / PACKAGE / "model.py").write_text("")
+    (tmp_path / PACKAGE / "models.py").write_text("")
     (folder / "norm.py").write_text(
-        "from qwen35moe import model, Config\nfrom .wide import x\nfrom ..config import y\n"
+        "from qwen35moe import models, Config\nfrom .wide import x\nfrom ..config import y\n"
         "def f():\n    import qwen35moe.cli\n"
     )
     monkeypatch.setattr(floors, "ROOT", tmp_path)
     found = [(i.module, i.function) for i in floors.imports(folder / "norm.py")]
     assert found == [
-        ("qwen35moe.models.text", None),
+        ("qwen35moe.models", None),
         ("qwen35moe.Config", None),
         ("qwen35moe.ops.wide", None),
         ("qwen35moe.config", None),
@@ -135,7 +135,7 @@ def test_the_public_names_bring_in_nothing_optional_or_slow() -> None:
     heavy = {*OPTIONAL, "torch._dynamo", "torch._inductor", "sympy", "networkx", "torch.onnx", "torch.distributed.fsdp"}
     found = modules_after("import qwen35moe; [getattr(qwen35moe, name) for name in qwen35moe.__all__]")
     assert {
-        f"{PACKAGE}.{name}" for name in ("config", "model", "cache", "routing", "backends", "taps", "loading")
+        f"{PACKAGE}.{name}" for name in ("config", "models", "cache", "routing", "backends", "taps", "loading")
     } <= found
     assert not {m for m in found if any(m == h or m.startswith(h + ".") for h in heavy)}
 

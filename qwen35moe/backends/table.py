@@ -25,7 +25,7 @@ _HOMES = {
     "gelu_linear": "gelu_linear",
     "short_convolution": "convolution",
     "gated_delta_rule": "delta_rule",
-    "delta_net_step": "delta_net_step",
+    "delta_net_step": "decode_step",
     "router": "experts",
     "experts": "experts",
     "linear_cross_entropy": "losses",

@@ -79,7 +79,7 @@ def test_rows_as_they_come_of_some_layers(model):
     assert len(none) == 0 and {r.layer for r in came} == {1} and sum(len(r.tokens) for r in came) == B * T * S
     assert not any(bool(r.outputs.any()) for r in came)
     for wrong in ([2], [-1]):
-        with pytest.raises(ValueError, match=r"layer -?\d has none; those with experts: \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"layer -?\d has none; layers with experts: \[0, 1\]"):
             expert_activations(model, layers=wrong)
     with pytest.raises(ValueError, match="no layer has any"):
         expert_activations(peer.ours(odd_shape(100, dense=True)))

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen35moe import backends
-from qwen35moe.ops import delta_rule_chunks
+from qwen35moe.ops.cpu import delta_chunks
 from qwen35moe.ops.delta_rule import (
     chunked_gated_delta_rule,
     inplace_gated_delta_rule,
@@ -275,7 +275,7 @@ def test_every_value_is_an_ordinary_number_or_zero(gates):
 @pytest.mark.parametrize("bounds", [None, [0, 1, 3, 130, 131, 300], [0, 0, 128, 128, 300, 300]], ids=str)
 def test_the_backward_through_many_blocks(bounds, monkeypatch):
     """Three blocks of four chunks; packed documents begin and end inside them, at their edges, and may be empty."""
-    monkeypatch.setitem(delta_rule_chunks._BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setitem(delta_chunks._BLOCK_BYTES, "cpu", 1)
     values = inputs(300, batch=1, dtype=torch.float64, state=False)
     documents = 1 if bounds is None else len(bounds) - 1
     values["state"] = torch.randn(documents, H, K, V, generator=generator(5), dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen35moe import backends
-from qwen35moe.ops import sorted_experts as sorted_module
+from qwen35moe.ops.cpu import sorted_experts as sorted_module
 from qwen35moe.ops.experts import gathered_experts, grouped_experts, loop_experts, sorted_experts, watched_experts
 from tests.ops.test_experts import size_of_dw
 from tests.support.peer import assert_close, generator

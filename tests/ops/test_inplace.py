@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen35moe import backends
-from qwen35moe.ops import delta_rule_chunks
 from qwen35moe.ops.convolution import direct_short_convolution, inplace_short_convolution
+from qwen35moe.ops.cpu import delta_chunks
 from qwen35moe.ops.decode_step import delta_net_step, inplace_delta_net_step
 from qwen35moe.ops.delta_rule import inplace_gated_delta_rule, recurrent_gated_delta_rule
 from qwen35moe.ops.norm import gated_rms_norm, inplace_gated_rms_norm, inplace_rms_norm, rms_norm
@@ -106,7 +106,7 @@ def test_rule_at_every_gate(gate, beta):
 
 @pytest.mark.parametrize("tokens", [*CUTS, 600])
 def test_rule_at_every_length_and_without_a_state(tokens, monkeypatch):
-    monkeypatch.setitem(delta_rule_chunks._BLOCK_BYTES, "cpu", 1)  # four chunks at a time
+    monkeypatch.setitem(delta_chunks._BLOCK_BYTES, "cpu", 1)  # four chunks at a time
     decay, beta = -draw(2, tokens, 6).exp() * 0.1, draw(2, tokens, 6, seed=5).sigmoid()
     mixed = draw(2, tokens, 3 * 5 * 2 + 6 * 7, seed=1)  # as the layer has it: views of one tensor
     query, key, value = mixed.split([15, 15, 42], dim=-1)

@@ -18,10 +18,11 @@ PACKAGE = "qwen35moe"
 # A part is a file or a package directly inside qwen35moe/. Some have only their place so far.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("config",),
-    ("taps", "backends", "ops"),
-    ("replay", "layer_memory", "cache", "cache_file", "layout", "routing"),
+    ("taps", "backends"),
+    ("ops",),
+    ("cache", "routing"),
     ("modules",),
-    ("expert_activations", "output", "placement", "pretrained", "multimodal", "model", "vision_language"),
+    ("models",),
     ("checkpoint", "processing"),
     ("generation", "training"),
     ("loading",),

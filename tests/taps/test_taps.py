@@ -15,7 +15,7 @@ from qwen35moe.taps import tap
 
 # Pairwise different, so that a wrong axis cannot pass.
 B, T, D, H, V, E, S, VOCABULARY = 2, 5, 12, 3, 4, 7, 6, 11
-ALL_OF_LINEAR_ATTN = "qkv conv query key value decay beta gate memory core scores normed output"
+ALL_OF_LINEAR_ATTN = "qkv conv query key value decay beta gate state core scores normed output"
 ALL_OF_SELF_ATTN = "query key value gate scores output"
 ALL_OF_MLP = "router_logits indices weights expert_in expert_act expert_out routed shared output"
 
