@@ -236,12 +236,12 @@ def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None
         assert reason(hidden, gate_up, down, indices, weights) == "hidden is on cpu, not on CUDA"
 
 
-def test_the_dispatch_benchmark_includes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_of_dispatch_finds_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     contestants = importlib.import_module("benchmarks.moe.contestants")
     monkeypatch.setattr(contestants, "TRANSFORMERS", ())  # whose import takes seconds
-    implementations = contestants.contestants("cuda", [])
-    assert implementations["ours triton"] is entry(OPERATION, "triton").fn and "ours sonic_moe" in implementations
-    assert contestants.reasons("ours triton", implementations["ours triton"], problem(4, 2, 3, 8, 4)) is None
+    found = contestants.contestants("cuda", [])
+    assert found["ours triton"] is entry(OPERATION, "triton").fn and "ours sonic_moe" in found
+    assert contestants.reasons("ours triton", found["ours triton"], problem(4, 2, 3, 8, 4)) is None
 
 
 # -------------------------------------------------------------------------------------------------- compiled for a Hopper
