@@ -21,10 +21,10 @@ _PER_EXPERT = 64  # assignments: its published results are for training; below, 
 
 
 def unsupported(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Any = None
 ) -> str | None:
     """None, or the reason why sonic-moe cannot run this call."""
-    if watch is not None:
+    if tap is not None:
         return "a tap reads expert_in, expert_act or expert_out, which this implementation does not materialise"
     if torch.compiler.is_compiling():
         return "a graph is being compiled, which sonic-moe does not support"
@@ -75,7 +75,7 @@ def slower(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, *_: T
     return f"{assignments} assignments for {experts} experts: below {_PER_EXPERT} each, reading the weights dominates"
 
 
-def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None) -> Tensor:
+def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Any = None) -> Tensor:
     """y [N, D], as `experts` defines it. The routing weights are passed in float32, to which sonic-moe converts them anyway."""
     from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
     from sonicmoe.functional import moe_general_routing_inputs  # pyright: ignore[reportMissingImports]

@@ -5,8 +5,8 @@ Forward and backward against the definitions, which implementation ran, errors o
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import backends
-from qwen35moe.ops.attention import Visibility
+from qwen35moe import backends, ops
 from tests.support.kernel_checks import assert_close, draw, integers, refusal
 from tests.support.stand_ins import installed
 
@@ -119,7 +118,7 @@ def test_convolution_unsupported() -> None:
 def attention_case(batch: int, tokens: int, positions: int, starts: Any, bounds: Tensor | None = None, width: int = 16):
     shapes = ((tokens, 6), (positions, 2), (positions, 2))
     args = tuple(draw(batch, *shape, width, seed=i, dtype=BF16) for i, shape in enumerate(shapes))
-    return args, {"scale": width**-0.5, "visible": Visibility(starts, bounds)}
+    return args, {"scale": width**-0.5, "starts": starts, "cu_seqlens": bounds}
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 65])
@@ -200,16 +199,16 @@ def test_attention_unsupported() -> None:
     assert reason((args[:2] + (args[2][..., :8],), options)).startswith("value has heads of 8 and query of 16")
     assert reason(attention_case(1, 3, 3, 0, width=264)) == "query has heads of 264, flash_attn takes up to 256"
     assert reason(attention_case(1, 3, 3, 0, width=12)) == "query has heads of 12, flash_attn takes multiples of 8"
-    beyond = reason((args, options | {"visible": Visibility(7)}))
-    assert beyond == "visible.starts 7: 3 more tokens do not fit into the 9 positions of key"
-    ragged = (args, options | {"visible": Visibility(integers(6, 2))})
+    beyond = reason((args, options | {"starts": 7}))
+    assert beyond == "starts 7: 3 more tokens do not fit into the 9 positions of key"
+    ragged = (args, options | {"starts": integers(6, 2)})
     assert reason(ragged, dropout=0.1).startswith("dropout 0.1: not supported for rows that start at different positions")
     trained = (args[0].clone().requires_grad_(), *args[1:]), ragged[1]
-    assert reason(trained).startswith("visible.starts: rows that start at different positions have no backward")
-    with backends.use(attention="flash_attn"), pytest.raises(ValueError, match="cannot run attention: visible.starts"):
+    assert reason(trained).startswith("starts: rows that start at different positions have no backward")
+    with backends.use(attention="flash_attn"), pytest.raises(ValueError, match="cannot run attention: starts"):
         backends.run("attention", *trained[0], **trained[1])
     packed = attention_case(2, 7, 7, 0, integers(0, 3, 7))
-    assert reason(packed).startswith("visible.cu_seqlens: query [2, 7, 6, 16]")
+    assert reason(packed).startswith("cu_seqlens: query [2, 7, 6, 16]")
     assert reason((args[:1] + tuple(x[:, :, :1].expand(-1, -1, 4, -1) for x in args[1:]), options)).startswith("query has 6")
 
 
@@ -265,7 +264,7 @@ def test_cpu_tensors_and_old_gpus_are_unsupported(monkeypatch: pytest.MonkeyPatc
     x, weight = torch.zeros(1, 3, 8), torch.zeros(8, 4)
     assert causal_conv1d.unsupported(x, weight) == "x is on cpu, not on CUDA"
     q = torch.zeros(1, 3, 2, 16, dtype=BF16)
-    options: dict[str, Any] = {"scale": 1.0, "visible": Visibility()}
+    options: dict[str, Any] = {"scale": 1.0}
     assert flash_attn.attention_unsupported(q, q, q, **options) == "query is on cpu, not on CUDA"
     monkeypatch.setattr(runtime, "unsupported_cuda", lambda **tensors: None)
     monkeypatch.setattr(runtime, "capability", lambda tensor: (7, 5))
@@ -278,6 +277,9 @@ def test_cpu_tensors_and_old_gpus_are_unsupported(monkeypatch: pytest.MonkeyPatc
     assert dropped == "dropout 0.1: heads of 256 have no backward with dropout on capability (8, 9)"
 
 
-def test_the_adapter_handles_every_field_of_visibility() -> None:
-    """A new field would be a mask that the adapter silently ignores."""
-    assert [field.name for field in dataclasses.fields(Visibility)] == ["starts", "cu_seqlens"]
+def test_the_attention_adapter_takes_every_argument_of_the_definition() -> None:
+    """A further argument would be a mask that the adapter silently ignores."""
+    from qwen35moe_kernels import flash_attn
+
+    parameters = [inspect.signature(f).parameters for f in (flash_attn.attention, flash_attn.attention_unsupported)]
+    assert parameters[0].keys() == parameters[1].keys() == inspect.signature(ops.attention.definition).parameters.keys()
