@@ -27,7 +27,7 @@ from .selection import Selection, runs
 
 def fp32_parameters(module: nn.Module) -> tuple[str, ...]:
     """Names of the module's own parameters that stay float32 in a model of any dtype (modules/fp32_parameters.py)."""
-    return getattr(module, "island", ())
+    return getattr(module, "fp32_parameters", ())
 
 
 @dataclass

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qwen35moe.config import Config
-from qwen35moe.models.device_map import DeviceMap, Devices, placement
+from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 
 from .assemble import Match, ModelParameter, Plan, match, parameters_of, parts_in
 from .dtypes import FLOATS, checked_dtype, name_of
@@ -105,7 +105,7 @@ def load_model(
     chosen = requested or _stored_dtype(matched.plans)
     device_map = scales = None
     if not problems:
-        device_map = placement(model, device, chosen.itemsize)
+        device_map = plan_device_map(model, device, chosen.itemsize)
         scales = _scales([plan for plan in matched.plans if device_map.of(plan.parameter.name).type != "meta"], problems)
     if device_map is None or scales is None or problems:
         raise CheckpointError(f"{path} does not fit {cls.__name__}:", problems)
@@ -284,7 +284,7 @@ def _equal(first: StoredTensor, second: StoredTensor, step: int = 2**24) -> bool
 def _finish(model: Any, plans: Iterable[Plan], selection: Selection, device_map: DeviceMap) -> None:
     """Set what modules need to know: devices, stored dtypes, layer numbers."""
     if len({*device_map.layers, device_map.head}) > 1:
-        model.adopt_placement(device_map)
+        model.set_device_map(device_map)
     for plan in plans:
         if plan.parameter.is_fp32:  # its owner writes it back in the stored dtype if that loses nothing
             owner: Any

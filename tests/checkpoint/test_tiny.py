@@ -192,7 +192,8 @@ def test_the_tokenizer_and_its_control_tokens(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--layers", "5", "--experts", "6", "--top-k", "3", "--vision", "--mtp", "--fp8", "--islands", "BF16", "--tied"]
+    more = ["--layers", "5", "--experts", "6", "--top-k", "3", "--vision", "--mtp", "--fp8", "--tied"]
+    more += ["--fp32-stored-as", "BF16"]
     assert main(["tiny", str(tmp_path / "a"), *more, "--set", "hidden_size=80", "--seed", "7"]) == 0
     assert "Qwen3_5MoeForConditionalGeneration" in capsys.readouterr().out
     config = Config.from_pretrained(tmp_path / "a")

@@ -186,7 +186,7 @@ def test_one_device_twice_is_no_device_map(folders: dict[str, tuple[Path, Tensor
     folder, expected = folders["3.5 MoE, bf16"]
     for device in (["cpu", "cpu"], "auto" if not torch.cuda.is_available() else "cpu", CPU):
         model = MODEL.from_pretrained(folder, device=device)
-        assert model.placement is None and model.loading_report.mapped == len(expected) - 1  # all but dt_bias, which is widened
+        assert model.device_map is None and model.loading_report.mapped == len(expected) - 1  # dt_bias is widened
         assert_held(model, expected)
     with pytest.raises(ValueError, match="name at least one device"):
         MODEL.from_pretrained(folder, device=[])

@@ -103,7 +103,7 @@ def test_the_vision_tower_is_on_the_device_of_the_first_layer(tmp_path: Path) ->
     assert {device_of[name] for name in first} == {CPU} and {device_of[name] for name in device_of.keys() - first} == {META}
     found = held(model)
     assert all(torch.equal(found[name], expected[name]) for name in first)
-    assert model.placement is not None and model.model.language_model.placement == model.placement
+    assert model.device_map is not None and model.model.language_model.device_map == model.device_map
 
 
 @pytest.mark.parametrize("experts", ["grouped", "per_expert"])

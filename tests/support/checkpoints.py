@@ -1,7 +1,7 @@
 """Checkpoint folders in every published layout, at small size: exact names, dtypes and block sizes.
 
-`LAYOUTS` has one entry per row of the table in docs/checkpoints.md; `publish` writes a model's weights in one of them, for
-FP8 with random codes and scales. `Whole` is a class with the parameters of a vision tower and an MTP head, without their
+`LAYOUTS` has one entry per row of the table in docs/guide/checkpoints.md; `publish` writes a model's weights in one of
+them, for FP8 with random codes and scales. `Whole` is a class with the parameters of a vision tower and an MTP head, without their
 mathematics.
 """
 
@@ -49,7 +49,7 @@ VISION = {"depth": 2, "hidden_size": 24, "intermediate_size": 37, "num_heads": 2
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of repository stores a model; docs/checkpoints.md lists the publishers."""
+    """How one kind of repository stores a model; docs/guide/checkpoints.md lists the publishers."""
 
     dense: bool = False
     tied: bool = False
