@@ -227,7 +227,7 @@ def test_a_stored_copy_of_a_tied_head_stays(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the page counts of /proc")
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_memory_does_not_grow_with_the_checkpoint(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """38 MiB of experts from one layout to the other within 8 MiB, in a process that has converted a small model before."""
+    """Converts 38 MiB of experts within 8 MiB of extra memory, in a process that has converted a small model before."""
 
     def written(name: str, **changes: Any) -> Config:
         config = tiny_config(layers=1, changes=changes)

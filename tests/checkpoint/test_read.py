@@ -339,7 +339,7 @@ def test_no_memory_is_allocated_for_a_checkpoint_that_does_not_fit(
     assert problems_of(folder) == {("unexpected", "model.strange")}
 
 
-def test_a_configuration_of_absurd_size_is_refused_without_memory(bf16: tuple[Case, Tensors], tmp_path: Path) -> None:
+def test_a_configuration_of_absurd_size_is_refused_without_allocation(bf16: tuple[Case, Tensors], tmp_path: Path) -> None:
     of, tensors = bf16
     config = of.text | {"vocab_size": 10**6, "moe_intermediate_size": 10**5}
     folder = write(tmp_path / "absurd", tensors, config)

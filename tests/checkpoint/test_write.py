@@ -282,8 +282,8 @@ def in_child(function: Callable[[], object]) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the page counts of /proc")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_saving_takes_no_second_copy_of_the_weights(layout: str, tmp_path: Path) -> None:
-    """A child process saves 60 MiB of experts within 8 MiB of further memory, after it has saved a small model."""
+def test_saving_makes_no_second_copy_of_the_weights(layout: str, tmp_path: Path) -> None:
+    """A child process saves 60 MiB of experts within 8 MiB of extra memory, after it has saved a small model."""
     sizes = dict(hidden_size=1024, moe_intermediate_size=1024, num_experts=10, num_experts_per_tok=2)
     text = odd_shape(11).text | sizes | dict(num_hidden_layers=1, layer_types=[FULL])
     model: Any = MODEL(Config.from_dict(text)).to(torch.bfloat16)
