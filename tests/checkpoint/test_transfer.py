@@ -44,10 +44,10 @@ def held(model: torch.nn.Module) -> Tensors:
 
 
 def assert_held(model: torch.nn.Module, expected: Tensors) -> None:
-    found = held(model)
-    assert found.keys() == expected.keys()
+    actual = held(model)
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name].cpu(), value), name
+        assert actual[name].dtype == value.dtype and torch.equal(actual[name].cpu(), value), name
 
 
 # ------------------------------------------------------------------------------------------------- through buffers
@@ -287,8 +287,8 @@ def test_experts_stored_one_by_one_are_mapped(
     loaded = MODEL.from_pretrained(folder)
     report = loaded.loading_report
     assert (report.stitched, report.stacked) == ((4, 0) if why is None else (0, 4))
-    found = loaded.state_dict()
-    assert all(torch.equal(found[name].float(), value.float()) for name, value in expected.items())
+    actual = loaded.state_dict()
+    assert all(torch.equal(actual[name].float(), value.float()) for name, value in expected.items())
     part = MODEL.from_pretrained(folder, experts=[4, 1, 3])
     assert part.loading_report.stitched == report.stitched
     name = "model.layers.1.mlp.experts.down_proj"

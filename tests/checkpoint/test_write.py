@@ -135,10 +135,10 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        actual = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     expected = model.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name].to(expected[name].dtype), expected[name]) for name in found)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name].to(expected[name].dtype), expected[name]) for name in actual)
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
