@@ -159,7 +159,7 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         return output
 
     def _loss(self, inputs: CausalLMInputs, output: ModelOutput, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy from the logits where all of them are there, else from the hidden states in chunks."""
+        """Cross-entropy from the logits if all of them were computed, else from the hidden states in chunks."""
         keep = inputs.logits_to_keep
         if inputs.output_logits and isinstance(keep, int) and keep == 0 and output.logits is not None:
             return cross_entropy(output.logits.flatten(0, 1), targets.flatten(), num_items=inputs.num_items_in_batch)

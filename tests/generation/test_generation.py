@@ -382,7 +382,7 @@ def test_cut_gives_the_text_before_the_first_stop_string(pieces: list[str], stri
     cut, given_out = Cut(strings), ""
     for piece in pieces:
         given_out += cut.put(piece)
-        if cut.found:
+        if cut.stopped:
             break
     given_out += cut.end()
     places = []
@@ -390,7 +390,7 @@ def test_cut_gives_the_text_before_the_first_stop_string(pieces: list[str], stri
         places = [place for place in ("".join(pieces)[:end].find(each) for each in strings) if place >= 0]
         if places:
             break
-    if cut.found:
+    if cut.stopped:
         assert places and given_out <= "".join(pieces) and not any(each in given_out for each in strings)
         assert "".join(pieces).startswith(given_out)
     else:
