@@ -28,6 +28,7 @@ def environment() -> dict[str, object]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    found["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which the metadata of some wheels leaves out
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda

@@ -1,8 +1,8 @@
 """Errors of every form of the gated delta rule against its definition in float64: output, memory, gradients.
 
-`python -m benchmarks numerics --write docs/numerics.md` renews the page. There is no timing here. One draw per length and
-gates, at small heads (2 key heads, 4 value heads, 32 wide); every form sees the same numbers, rounded to its dtype first, so
-that an error is the form's own.
+`python -m benchmarks numerics --write docs/reports/numerics.md` renews the page. There is no timing here. One draw per length
+and gates, at small heads (2 key heads, 4 value heads, 32 wide); every form sees the same numbers, rounded to its dtype first,
+so that an error is the form's own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from benchmarks.common import relative_error
 from benchmarks.delta import peers
 from benchmarks.delta.situations import Answer, Contestant, draw_gates
 from benchmarks.machine import environment
-from qwen35moe import backends
-from qwen35moe.ops.delta_rule import recurrent_gated_delta_rule
+from qwen35moe import backends, ops
+
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 GROUPS, HEADS, WIDTH = 2, 4, 32
 LENGTHS = (64, 512, 2048)
@@ -34,7 +35,7 @@ Form = Callable[..., tuple[Tensor, Tensor]]
 
 PAGE = """# Numerics of the gated delta rule
 
-Written by `python -m benchmarks numerics --write docs/numerics.md`; do not edit.
+Written by `python -m benchmarks numerics --write docs/reports/numerics.md`; do not edit.
 
 Each entry is max|a-b| / max|b| against the definition (`ops.delta_rule.recurrent_gated_delta_rule`) in float64, for one draw
 of {heads} value heads on {groups} key heads, {width} wide, with an initial memory; gradients under one random weight for

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from benchmarks.delta import peers
 from benchmarks.delta.situations import DTYPES, FULL_SIZE, Answer, Contestant, Race, Situation, Sizes, draw_gates
-from qwen35moe import backends
-from qwen35moe.ops.convolution import direct_short_convolution
-from qwen35moe.ops.decode_step import delta_net_step
-from qwen35moe.ops.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
+from qwen35moe import backends, ops
+from qwen35moe.ops.cpu.delta_rule import chunked_gated_delta_rule
+
+direct_short_convolution = ops.short_convolution.definition
+delta_net_step = ops.delta_net_step.definition
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 DEFINITION_TOKENS = 64  # a definition that goes token by token takes part up to here, and is the judge beyond
 _SLOW = {("gated_delta_rule", "recurrent"), ("short_convolution", "direct")}

@@ -7,7 +7,7 @@
     python -m benchmarks moe --device cuda --tokens 1,8,64,512,4096,8192,16384,32768 --train both
     python -m benchmarks compare A.json B.json  ·  python -m benchmarks rerun A.json
 
-docs/moe_benchmark.md says how to read what it prints. A contestant whose result differs from the definition in float64 by
+docs/guide/moe_benchmark.md says how to read what it prints. A contestant whose result differs from the definition in float64 by
 more than its dtype explains has no speed, and the exit status is then 1.
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.models.inputs import TextInputs
-from qwen35moe.modules.decoder import LayerOutput
+from qwen35moe.modules.context import LayerOutput
 from qwen35moe.routing import RouterOutput, Routing
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ class ModelOutput:
 
     logits [B, T, vocabulary] (or of the positions logits_to_keep); loss and aux_loss, scalars; router_logits, one [B*T, E]
     per sparse layer; hidden_states, the embedding, then one [B, T, D] per layer, the last after the final norm;
-    attentions, one per layer: softmax weights [B, H, T, P] of an attention layer, over the tokens in the cache and
-    the new ones; the exact map [B, H, T, T] of a Gated DeltaNet layer, over the new tokens only (earlier ones are in its
-    recurrent state, see docs/attention_maps.md); routing; cache, the one passed in. Values at padded positions are zero.
+    attentions, one per layer: softmax weights [B, H, T, P] of an attention layer, over the tokens in the cache and the new
+    ones; the exact map [B, H, T, T] of a Gated DeltaNet layer, over the new tokens only (earlier ones are in its recurrent
+    state, see docs/guide/attention_maps.md); routing; cache, the one passed in. Values at padded positions are zero.
     """
 
     logits: Tensor | None = None
@@ -96,7 +96,7 @@ class DecoderOutput:
     @property
     def choices(self) -> list[RouterOutput]:
         """The routers' choices, one per sparse layer."""
-        return [layer.choice for layer in self.layers if layer.choice is not None]
+        return [layer.router for layer in self.layers if layer.router is not None]
 
     def results(self, inputs: TextInputs, model: Qwen3_5MoeTextModel) -> ModelOutput:
         """The results that the call asks for, in the caller's order."""
@@ -118,7 +118,7 @@ class DecoderOutput:
 
     def _routing(self, model: Qwen3_5MoeTextModel) -> Routing:
         """The choices of all sparse layers, which are named by their numbers in the checkpoint."""
-        layers = tuple(model.source_layers[i] for i, layer in enumerate(self.layers) if layer.choice is not None)
+        layers = tuple(model.source_layers[i] for i, layer in enumerate(self.layers) if layer.router is not None)
         indices, weights, logits = (
             torch.stack([restore_flat(getattr(choice, name), self.layout) for choice in self.choices])
             for name in ("indices", "weights", "logits")

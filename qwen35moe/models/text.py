@@ -9,19 +9,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qwen35moe import backends
+from qwen35moe import ops
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.config import Config, TextConfig
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
 from qwen35moe.models.inputs import CausalLMInputs, TextInputs, check, forced_routing
 from qwen35moe.models.outputs import DecoderOutput, LossOutput, ModelOutput
-from qwen35moe.modules.decoder import DecoderLayer, LayerContext, LayerOutput
+from qwen35moe.modules.context import LayerContext, LayerOutput
+from qwen35moe.modules.decoder import DecoderLayer
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.balancing import load_balancing_loss
 from qwen35moe.ops.losses import IGNORE, cross_entropy, shift_labels
+from qwen35moe.ops.mrope import rotary_tables
 from qwen35moe.ops.precision import wide_dtype
-from qwen35moe.ops.rope import inverse_frequencies, rotary_tables
+from qwen35moe.ops.rope import inverse_frequencies
 from qwen35moe.taps import tap
 
 
@@ -163,8 +165,8 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         keep = inputs.logits_to_keep
         if inputs.output_logits and isinstance(keep, int) and keep == 0 and output.logits is not None:
             return cross_entropy(output.logits.flatten(0, 1), targets.flatten(), num_items=inputs.num_items_in_batch)
-        return backends.run(
-            "linear_cross_entropy", hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+        return ops.linear_cross_entropy(
+            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(),
             num_items=inputs.num_items_in_batch, caller=self,
         )
 

@@ -64,7 +64,7 @@ class Qwen3_5MoeModel(PretrainedModel):
         embeds, layout, following = self.embed(inputs, layout)
         decoded = decoder.run_layers(inputs, layout, embeds)
         if cache is not None and following is not None:
-            cache.moved_on(following)
+            cache.set_next_positions(following)
         return decoded
 
     def embed(self, inputs: MultimodalInputs, layout: TokenLayout) -> tuple[Tensor, TokenLayout, Tensor | None]:

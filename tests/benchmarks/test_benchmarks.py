@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.__main__ import main, names
 from benchmarks.common import Case, Report, arguments, interleave, plot, relative_error, rotating, touch
-from benchmarks.machine import environment
+from benchmarks.machine import environment, header
 
 
 def test_contestants_run_in_turns_and_the_order_turns_too() -> None:
@@ -64,6 +65,13 @@ def test_the_header_names_no_machine() -> None:
     found = json.dumps(environment())
     assert platform.node() not in found
     assert {"processor", "cores", "threads", "torch", "python"} <= environment().keys()
+
+
+def test_the_header_names_the_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels from PyPI call themselves 2.14.1, torch 2.14.1+cu130: what a measurement ran on is the second."""
+    monkeypatch.setattr(metadata, "version", lambda package: "2.14.1")
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
+    assert environment()["torch"] == "2.14.1+cu130" and "torch 2.14.1+cu130 " in header(environment())
 
 
 def test_weights_come_back_cold_and_touched() -> None:

@@ -20,7 +20,9 @@ from benchmarks.moe.cases import Case, rotation, scores, shapes
 from benchmarks.moe.contestants import ADAPTERS, PRODUCTS, contestants, reasons
 from benchmarks.moe.measure import Judge, measure, peak
 from benchmarks.moe.roofline import asked, limit
-from qwen35moe.ops.experts import loop_experts
+from qwen35moe import ops
+
+loop_experts = ops.experts.definition
 
 QUICK = ["--preset", "tiny", "--rounds", "3", "--no-memory", "--seconds", "0.01", "--cache", "1"]
 ROOF = {"copy_gbps": 10.0, "matmul_tflops": 1.0}

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from qwen35moe import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, taps
-from qwen35moe.cache.states import state_tensors
 from qwen35moe.config import TextConfig
 from qwen35moe.models.device_map import chosen_devices, plan_device_map
 
@@ -84,7 +83,7 @@ def test_the_cache_lies_beside_its_layers() -> None:
         out = model(IDS[:, :1], cache=cache)
     assert out.logits is not None and out.logits.shape == (2, 1, 61) and cache.lengths.tolist() == [8, 8]
     assert cache[0].recurrent_state.device == CPU and cache[2].recurrent_state.device == META  # type: ignore[union-attr]
-    assert cache[1].keys.device == CPU and cache[3].keys.device == META  # type: ignore[union-attr]
+    assert cache[1].key.device == CPU and cache[3].key.device == META  # type: ignore[union-attr]
 
 
 def test_a_saved_cache_comes_back_beside_its_layers(tmp_path: Path) -> None:
@@ -96,8 +95,8 @@ def test_a_saved_cache_comes_back_beside_its_layers(tmp_path: Path) -> None:
     where = model.place([CPU, META]).device_map
     assert where is not None
     back = type(cache).load(tmp_path / "cache.safetensors", model.config.text_config, devices=where.layers)
-    assert [state_tensors(layer)[0].device for layer in back.layers] == list(where.layers)
-    assert torch.equal(back[1].keys, cache[1].key)  # type: ignore[union-attr]
+    assert [layer.tensors()[0].device for layer in back.layers] == list(where.layers)
+    assert torch.equal(back[1].key_buffer, cache[1].key)  # type: ignore[union-attr]
 
 
 def test_a_tied_head_stays_with_the_embedding() -> None:

@@ -52,7 +52,7 @@ def test_rows_of_every_expert(model, padded, unfused):
     recording = taps.record(model, "layers.*.mlp.routed")
     with torch.no_grad(), backends.ran() as ran, recording as seen, expert_activations(model) as rows:
         routing = model(IDS, attention_mask=mask, output_routing=True).routing
-    assert ran.counts.get(("experts", "watched"), 0) == (0 if unfused else L)
+    assert ran.counts.get(("experts", "tapped"), 0) == (0 if unfused else L)
     assert [(r.layer, r.expert) for r in rows] == sorted({(r.layer, r.expert) for r in rows})
     for layer in range(L):
         here = [r for r in rows if r.layer == layer]

@@ -219,7 +219,7 @@ def test_a_rollback_over_pictures_is_refused_and_one_behind_them_is_not():
         model()(torch.tensor([[1, 2, 3]]), cache=cache)
         cache.rollback(3)
         assert_close(model()(torch.tensor([[4]]), cache=cache).logits, model()(torch.tensor([[4]]), cache=after).logits, BOUND)
-        with pytest.raises(ValueError, match="pictures were seen up to .* Keep a snapshot"):
+        with pytest.raises(ValueError, match="images or videos are among the first .* Keep a snapshot"):
             cache.rollback(2)
         text = model().new_cache(1, record=64)
         model()(**row(1), cache=text)
@@ -384,7 +384,8 @@ def test_the_tower_has_named_values_and_the_text_model_keeps_its_own():
     for entry in taps.catalogue():
         if entry.name.startswith("visual."):
             value = seen.all(re.sub("N", "0", entry.name))[0]  # of the image; the video is the second
-            sizes = {"P": patches, "J": tokens, "D": 26 if "J" in entry.shape else 24, "H": 3, "K": 8}
+            width = 26 if "visual_tokens" in entry.shape else 24
+            sizes = {"patches": patches, "visual_tokens": tokens, "D": width, "H": 3, "K": 8}
             assert list(value.shape) == [sizes[letter] for letter in entry.shape], entry.name
     text = Qwen3_5MoeForCausalLM(config().text_only())
     with torch.no_grad(), taps.record(text, "*") as plain:

@@ -19,14 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen35moe import backends
+from qwen35moe import backends, ops
 from qwen35moe.ops.cpu import delta_chunks
-from qwen35moe.ops.delta_rule import (
-    chunked_gated_delta_rule,
-    inplace_gated_delta_rule,
-    recurrent_gated_delta_rule,
-)
+from qwen35moe.ops.cpu.delta_rule import chunked_gated_delta_rule, chunked_gated_delta_rule_cpu
 from tests.support.peer import assert_close, generator, relative_error
+
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 FORMS = {"recurrent": recurrent_gated_delta_rule, "chunked": chunked_gated_delta_rule}
 CUTS = [1, 3, 4, 63, 64, 65, 129]
@@ -263,7 +261,7 @@ def test_every_value_is_an_ordinary_number_or_zero(gates):
     no operation of the forward gives a subnormal number, and no gradient holds one."""
     values = inputs(130, gates=gates)
     with _Subnormals() as seen, torch.no_grad():
-        call(inplace_gated_delta_rule, values)
+        call(chunked_gated_delta_rule_cpu, values)
     assert len(seen.numbers) > 10 and seen.numbers.total() == 0, +seen.numbers
     gradients = with_gradients(chunked_gated_delta_rule, values)
     assert {name: subnormal(gradient) for name, gradient in gradients.items()} == dict.fromkeys(gradients, 0)
@@ -298,7 +296,7 @@ def test_the_backward_through_many_blocks(bounds, monkeypatch):
     found = with_gradients(lambda *args, **named: chunked_gated_delta_rule(*args, **named, **options), values)
     for name in truth:
         assert_close(found[name], truth[name], 1e-11, name)
-    out, final = call(inplace_gated_delta_rule, values, **options)
+    out, final = call(chunked_gated_delta_rule_cpu, values, **options)
     assert torch.equal(out, found["out"]) and torch.equal(final, found["final"])
 
 
