@@ -166,7 +166,7 @@ def test_every_layer_is_read_to_its_device(
     monkeypatch.setattr(transfer, "read_exactly", lambda *which: nbytes.append(which[2]) or exactly(*which))
     monkeypatch.setattr(fill, "view_of", lambda *which: nbytes.append(view(*which).nbytes) or view(*which))
     model = MODEL.from_pretrained(folder, device=["cpu", "meta"])
-    assert model.placement is not None and model.placement.layers == (CPU, META) and model.placement.head == META
+    assert model.device_map is not None and model.device_map.layers == (CPU, META) and model.device_map.head == META
     stored = 0
     for name, parameter in model.named_parameters():
         name = name.removeprefix("model.")
