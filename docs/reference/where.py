@@ -70,7 +70,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("S_t = α_t S_{t-1} + k_t ⊗ correction", "ops/delta_rule.py:gated_delta_rule", "bhk,bhv->bhkv"),
         Line("o_t = S_tᵀ q_t / √K", "ops/delta_rule.py:gated_delta_rule", 'torch.einsum("bhk,bhkv->bhv", q[:, t]'),
         Line("one cached token, as one operation", "ops/decode_step.py:delta_net_step"),
-        Line("attention map: o_i = Σ_j map_ij v_j", "attention_map", "_corrected("),
+        Line("attention map: o_i = Σ_j map_ij v_j", "attention_map", "_times_transform("),
     ),
     "Gated DeltaNet in chunks": (
         Line("d_ij = exp(decay_{j+1} + ... + decay_i)", "within_chunks", "decay_between = "),
@@ -108,7 +108,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
     ),
     "Vision": (
         Line("W_patch pixels + b", "_Projection.forward", "F.linear("),
-        Line("learned table, interpolated to the grid", "resampled", "_stretched(_stretched("),
+        Line("learned table, interpolated to the grid", "interpolated", "_interpolated_axis(_interpolated_axis("),
         Line("angle of row and column: position · θ^(-2j/(K/2))", "vision_grid.py:rotation", "THETA **"),
         Line("softmax(q kᵀ / √K) within a frame", "ops/vision_attention.py:vision_attention", ".softmax(-1)"),
         Line("x' = x + attention(norm(x))", "VisionBlock._forward", "self.attn("),

@@ -105,7 +105,7 @@ def _one_token(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, w
 
 
 def _out_of_range(expert: int, num_experts: int) -> str:
-    return f"indices contain expert {expert}; experts are numbered 0 ... {num_experts - 1}"
+    return f"indices contain expert {expert}, the experts are 0 ... {num_experts - 1}"
 
 
 def _forward(
