@@ -367,7 +367,7 @@ def test_contradictions_are_refused():
     model = tower()
     x = pixels(GRIDS, model.config)
     for grid, message in (
-        (torch.tensor(GRIDS[:2]), "there are 144 patches, the grids"),
+        (torch.tensor(GRIDS[:2]), "pixel values have 144 patches, the grids"),
         (torch.tensor([[1, 3, 4]]), re.escape("(1, 3, 4): rows and columns are positive multiples of 2")),
         (torch.tensor([[0, 4, 4]]), "frames >= 1"),
         (torch.tensor([1, 4, 4]), r"integers \[items, 3\]"),
@@ -377,7 +377,7 @@ def test_contradictions_are_refused():
         with pytest.raises(ValueError, match=message):
             model(x, grid)
     for wrong in (x[:, :-1], x[None], x.long()):
-        with pytest.raises(ValueError, match=r"pixel values are floats \[patches, 54\]"):
+        with pytest.raises(ValueError, match=r"pixel values must be floats \[patches, 54\]"):
             model(wrong, torch.tensor(GRIDS))
     with pytest.raises(ValueError, match="image_grid_thw contains"):
         as_grids(torch.tensor([[1, -2, 2]]), 2, "image_grid_thw")
