@@ -100,9 +100,9 @@ def sequence_numbers(shape: tuple[int, int], cu_seqlens: Tensor | None = None) -
 class LoadBalance:
     r"""The load-balancing loss of a batch that is processed in parts: micro-batches, packed rows, data-parallel ranks.
 
-    With c_e the assignments to expert e and n the tokens of the whole batch, part i contributes
+    With c_e assignments to expert e and N unmasked tokens in the whole batch, part i contributes
 
-        share_i = E sum_e (c_e / n) (sum over the tokens of part i of p_e) / n,        sum_i share_i = the loss of the batch,
+        share_i = E sum_e (c_e / N) (sum over the tokens of part i of p_e) / N,        sum_i share_i = the loss of the batch,
 
     exactly, and likewise its gradient, because c_e has none. A part's share needs c_e of the whole batch, hence two steps:
     `count` every part, then `share` every part.
