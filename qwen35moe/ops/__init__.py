@@ -1,10 +1,10 @@
-"""The mathematics: one operation per file, as a short definition that runs in float64 and has gradients.
+"""The mathematics: one operation per file, as a short definition that supports float64 and gradients.
 
     from qwen35moe import ops
     output, state = ops.gated_delta_rule(query, key, value, decay=decay, beta=beta)
 
-A call runs the fastest implementation that supports its arguments (`qwen35moe.backends`); `ops.gated_delta_rule.definition`
-is the definition itself. Fast forms in plain PyTorch are in `ops.cpu`, Triton kernels in the package qwen35moe_kernels.
+A call runs the first implementation that supports its arguments (`qwen35moe.backends`); `ops.gated_delta_rule.definition`
+is the definition. Fast forms in plain PyTorch are in `ops.cpu`, Triton kernels in the package qwen35moe_kernels.
 """
 
 from __future__ import annotations

@@ -55,9 +55,9 @@ def chunked_gated_delta_rule(
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     if cu_seqlens is not None:
         documents = []
-        for d, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        for number, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
             q, k, v, g, b = (x[:, start:end] for x in (query, key, value, decay, beta))
-            before = None if state is None else state[d : d + 1]
+            before = None if state is None else state[number : number + 1]
             documents.append(chunked_gated_delta_rule(q, k, v, decay=g, beta=b, state=before, chunk_size=chunk_size))
         outputs, states = zip(*documents, strict=True)
         return torch.cat(outputs, dim=1), torch.cat(states)
