@@ -14,9 +14,10 @@ from torch import Tensor
 
 from qwen35moe.cache import Cache
 from tests import peer
-from tests.peer import FULL, LINEAR, assert_close, odd_shape
+from tests.peer import FULL, LINEAR, assert_close, odd_shape, relative_error
 
 BOUND = 1e-5
+LAST_BITS = 1e-13  # of float64, relative: keys of other strides, or none, are other products to a BLAS
 CASE = odd_shape(
     8, layer_types=[LINEAR, FULL, LINEAR], num_hidden_layers=3, linear_num_key_heads=2, linear_num_value_heads=4,
     num_attention_heads=6, num_key_value_heads=3, linear_conv_kernel_dim=3, attention_bias=False,
@@ -29,6 +30,11 @@ def model() -> Any:
     model = peer.ours(CASE)
     peer.draw(model, 0)
     return model
+
+
+@pytest.fixture(scope="module")
+def double(model: Any) -> Any:
+    return copy.deepcopy(model).double()
 
 
 def tokens(batch: int, length: int, salt: int = 0) -> Tensor:
@@ -68,13 +74,14 @@ def test_layers_are_read_by_name(model, max_length):
     assert cache[1].key.shape == cache[1].value.shape == (2, 9, 3, text["head_dim"])
 
 
-def test_an_empty_cache_is_that_of_no_tokens(model):
+def test_an_empty_cache_is_that_of_no_tokens(double):
+    model = double
     cache = model.new_cache(2)
     assert cache.lengths.tolist() == [0, 0] and cache[1].key.shape[1] == 0
     assert (cache[0].memory == 0).all() and (cache[0].inputs == 0).all()
     ids = tokens(2, 5)
     with torch.no_grad():
-        assert torch.equal(model(ids, cache=cache).logits, model(ids).logits)
+        assert_close(model(ids, cache=cache).logits, model(ids).logits, LAST_BITS)
 
 
 def test_no_cache_is_made_unless_one_is_given(model):
@@ -378,7 +385,8 @@ def test_reorder_changes_the_number_of_rows_of_a_growing_cache_only(model):
 
 
 @CACHES
-def test_layers_are_written_by_name(model, max_length):
+def test_layers_are_written_by_name(double, max_length):
+    model = double
     cache, other = filled(model, max_length=max_length), filled(model, max_length=max_length)
     ids = tokens(2, 9, salt=4)
     with torch.no_grad():
@@ -387,8 +395,10 @@ def test_layers_are_written_by_name(model, max_length):
             for name in ("inputs", "memory") if kind == LINEAR else ("key", "value"):
                 setattr(cache[i], name, getattr(source[i], name))
         assert same(contents(cache), contents(source))
-        assert torch.equal(next_logits(model, cache), next_logits(model, source))
-        assert not torch.equal(next_logits(model, other), next_logits(model, cache))
+        found, expected = next_logits(model, cache), next_logits(model, source)
+        assert_close(found, expected, LAST_BITS)
+        assert torch.equal(found, expected) or max_length is not None  # a static cache has strides of its own
+        assert not relative_error(next_logits(model, other), found) <= 1e-3
 
 
 def test_a_value_of_another_shape_is_refused(model):

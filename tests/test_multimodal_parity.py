@@ -19,8 +19,10 @@ from qwen35moe.multimodal import Pictures, positions, token_types
 from tests import peer, peer_vision
 from tests.peer import assert_all_close, assert_close, relative_error
 from tests.peer_vision import Case, odd_pictures
+from tests.rounding import spread
 
 BOUND = 1e-5
+SPREADS = 8  # as in tests/test_parity.py
 CASES = [odd_pictures(seed) for seed in range(44)]
 DENSE = [odd_pictures(seed, dense=True) for seed in range(300, 308)]
 EVERY = pytest.mark.parametrize("case", CASES + DENSE, ids=repr)
@@ -105,7 +107,8 @@ def tower_gradients(model: Any, inputs: dict[str, Tensor], weights: Tensor, real
 
 @EVERY
 def test_gradients_into_the_pixels_and_the_tower(case):
-    """Within 1e-5 of theirs; where float32 has fewer digits, our float64 model judges: no further than 1.25 times theirs."""
+    """Within 1e-5 of theirs; where float32 has fewer digits, our float64 model judges: no further from it than 8 times as far
+    as it moves when its operations are rounded to float32 (see tests/test_parity.py)."""
     ours, theirs = pair(case)
     inputs = case.inputs()
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
@@ -117,11 +120,13 @@ def test_gradients_into_the_pixels_and_the_tower(case):
     apart = {name: relative_error(found[name], expected[name]) for name in found}
     if max(apart.values()) > BOUND:
         wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+        model = peer_vision.ours(case, theirs, torch.float64)
         with backends.use(attention="eager"):
-            truth = tower_gradients(peer_vision.ours(case, theirs, torch.float64), wide, weights, real)
+            truth = tower_gradients(model, wide, weights, real)
+            moved = spread(lambda: tower_gradients(model, wide, weights, real), truth)
         for name, error in apart.items():
-            mine, other = (relative_error(side[name], truth[name]) for side in (found, expected))
-            assert error <= BOUND or mine <= max(BOUND, 1.25 * other), f"{name}: {mine:.1e} against {other:.1e}"
+            mine, explained = relative_error(found[name], truth[name]), SPREADS * moved[name] / truth[name].abs().max().item()
+            assert error <= BOUND or mine <= max(BOUND, explained), f"{name}: {mine:.1e}, float32 explains {explained:.1e}"
 
 
 @pytest.mark.parametrize("case", GREEDY, ids=repr)
