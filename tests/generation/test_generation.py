@@ -324,7 +324,7 @@ def test_streamer_protocol() -> None:
 
 def test_transformers_streamer_in_a_thread() -> None:
     model = FakeModel(256, script=says("naïve 🎉 text"))
-    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=20)  # type: ignore[arg-type]
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=300)  # type: ignore[arg-type]
     options: dict[str, Any] = dict(input_ids=[ord(">")], max_new_tokens=len("naïve 🎉 text".encode()), streamer=streamer)
     thread = threading.Thread(target=generate, args=(model,), kwargs=options)
     thread.start()

@@ -20,8 +20,10 @@ from qwen35moe.models.vision_positions import positions
 from tests.support import peer, peer_vision
 from tests.support.peer import assert_all_close, assert_close, relative_error
 from tests.support.peer_vision import Case, odd_visual
+from tests.support.rounding import spread
 
 BOUND = 1e-5
+SPREADS = 8  # as in tests/models/test_parity.py
 CASES = [odd_visual(seed) for seed in range(44)]
 DENSE = [odd_visual(seed, dense=True) for seed in range(300, 308)]
 EVERY = pytest.mark.parametrize("case", CASES + DENSE, ids=repr)
@@ -106,7 +108,8 @@ def tower_gradients(model: Any, inputs: dict[str, Tensor], weights: Tensor, real
 
 @EVERY
 def test_gradients_into_the_pixels_and_the_tower(case):
-    """Within 1e-5 of theirs; where float32 has fewer digits, our float64 model judges: no further than 1.25 times theirs."""
+    """Within 1e-5 of theirs; where float32 has fewer digits, our float64 model judges: no further from it than 8 times as far
+    as it moves when its operations are rounded to float32 (see tests/models/test_parity.py)."""
     ours, theirs = pair(case)
     inputs = case.inputs()
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
@@ -118,11 +121,13 @@ def test_gradients_into_the_pixels_and_the_tower(case):
     apart = {name: relative_error(actual[name], expected[name]) for name in actual}
     if max(apart.values()) > BOUND:
         wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+        model = peer_vision.ours(case, theirs, torch.float64)
         with backends.use(attention="eager"):
-            truth = tower_gradients(peer_vision.ours(case, theirs, torch.float64), wide, weights, real)
+            truth = tower_gradients(model, wide, weights, real)
+            moved = spread(lambda: tower_gradients(model, wide, weights, real), truth)
         for name, error in apart.items():
-            mine, other = (relative_error(side[name], truth[name]) for side in (actual, expected))
-            assert error <= BOUND or mine <= max(BOUND, 1.25 * other), f"{name}: {mine:.1e} against {other:.1e}"
+            mine, explained = relative_error(actual[name], truth[name]), SPREADS * moved[name] / truth[name].abs().max().item()
+            assert error <= BOUND or mine <= max(BOUND, explained), f"{name}: {mine:.1e}, float32 explains {explained:.1e}"
 
 
 @pytest.mark.parametrize("case", GREEDY, ids=repr)

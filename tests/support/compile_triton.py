@@ -46,7 +46,7 @@ class Usage:
     shared: int
 
 
-def compiled(kernels: list[Kernel], timeout: float = 300.0) -> list[Usage]:
+def compiled(kernels: list[Kernel], timeout: float = 1800.0) -> list[Usage]:
     """Compiles the kernels in one new process, without a cache; RuntimeError with the compiler's message."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
