@@ -104,9 +104,10 @@ class Worker:
             torch.cuda.synchronize()
 
     def calls(self) -> dict[str, Any]:
-        """Python calls into the package and its kernels, per file, while the bundled checkpoint's first Gated DeltaNet layer decodes.
+        """Python calls into the package and its kernels, per file, while one layer decodes a cached token.
 
-        Comprehensions count where they have frames of their own (before Python 3.12).
+        The layer is the bundled checkpoint's first one with Gated DeltaNet. Comprehensions count where they have frames
+        of their own (before Python 3.12).
         """
         model, _ = self.package.load("tiny")
         layer = next(module for module in model.modules() if hasattr(module, "linear_attn"))
