@@ -4,10 +4,10 @@
     python -m benchmarks before_after --before ../before [--only text,delta/layer] [--rounds 9] [--json out.json]
     python -m benchmarks before_after --calls [--before ../before]
 
-One long-lived process for each checkout times on request, the two in turns; imports and warm-up do not count. Both draw
-the same weights (digests are compared) and see the same inputs. The answers come first: bit-equal, or within BOUND of each
-other; otherwise there is no time. Ratios are of minima, below 1 is faster than before. --calls counts the Python calls into
-the package for one cached token in a Gated DeltaNet layer with its experts.
+One long-lived process for each checkout times on request, in turns; imports and warm-up do not count. Both draw the same
+weights (digests are compared) and get the same inputs. The answers come first: bit-equal or within a stated bound, otherwise
+the scenario is not timed. Ratios are of minima; below 1 is faster than before. --calls counts the Python calls into the
+package for one cached token in a Gated DeltaNet layer with its experts.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.before_after.scenarios import GROUPS, Scenario
-from benchmarks.common import Case, Report, Timing, arguments
+from benchmarks.tools.common import ROOT, Case, Report, Timing, arguments, in_turns
 
-ROOT = Path(__file__).resolve().parents[2]
 BOUND = {"bf16": 2e-2, "fp32": 1e-5}  # relative error between two answers whose sums run in another order
 PAUSE = 0.02  # seconds between requests: the other process' threads stop spinning
 
@@ -139,15 +139,14 @@ def check(case: Case, scenario: Scenario, workers: dict[str, Worker], bound: flo
 
 
 def time_in_turns(scenario: Scenario, workers: dict[str, Worker], rounds: int, warmup: int) -> dict[str, Timing]:
-    """Requests to the processes in turns, the order turning every round."""
-    seconds: dict[str, list[float]] = {who: [] for who in workers}
-    for number in range(warmup + rounds):
-        for who in list(workers) if number % 2 == 0 else list(workers)[::-1]:
-            time.sleep(PAUSE)
-            reply = workers[who]("time", runs=scenario.runs, uncounted=scenario.uncounted)
-            if number >= warmup:
-                seconds[who] += reply["seconds"]
-    return {who: Timing(tuple(values)) for who, values in seconds.items()}
+    """Requests to the processes in turns; the first `warmup` rounds are not counted."""
+
+    def request(who: str, number: int) -> list[float]:
+        time.sleep(PAUSE)
+        return workers[who]("time", runs=scenario.runs, uncounted=scenario.uncounted)["seconds"]
+
+    rows = in_turns(list(workers), warmup + rounds, request)
+    return {who: Timing(tuple(chain.from_iterable(seconds[warmup:]))) for who, seconds in rows.items()}
 
 
 def count_calls(workers: dict[str, Worker]) -> dict[str, dict[str, int]]:

@@ -34,14 +34,10 @@ def test_every_scenario_has_equal_answers_and_times(tmp_path: Path) -> None:
     assert [case["id"] for case in report["cases"]] == [f"{scenario.id}/fp32" for scenario in scenarios]
     for case, scenario in zip(report["cases"], scenarios, strict=True):
         assert case["baseline"] == "before" and case["facts"]["bits_equal"] and case["facts"]["weight_bytes"] > 0
-        assert rows(case).keys() == {"before", "after"}
-        assert all(row["runs"] == scenario.runs for row in rows(case).values())
+        assert case["implementations"].keys() == {"before", "after"}
+        assert all(row["runs"] == scenario.runs for row in case["implementations"].values())
     assert report["commits"]["before"] == report["commits"]["after"]
     assert str(before_after.ROOT) not in path.read_text()
-
-
-def rows(case: dict) -> dict[str, dict]:
-    return next(value for value in case.values() if isinstance(value, dict) and "after" in value)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -56,7 +52,8 @@ def test_a_different_answer_has_no_time(monkeypatch: pytest.MonkeyPatch, tmp_pat
     path = tmp_path / "report.json"
     assert before_after.main([*QUICK, "--only", "moe/block/N1", "--json", str(path)]) == 1
     (case,) = json.loads(path.read_text())["cases"]
-    assert "bound 1e-05" in rows(case)["after"]["wrong"] and rows(case)["after"]["min_s"] is None
+    after = case["implementations"]["after"]
+    assert "bound 1e-05" in after["wrong"] and after["min_s"] is None
     assert not case["facts"]["bits_equal"]
 
 
