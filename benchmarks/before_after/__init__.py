@@ -28,8 +28,10 @@ from typing import Any
 import torch
 
 from benchmarks.before_after.scenarios import GROUPS, Scenario
+from benchmarks.tools import limits
 from benchmarks.tools.common import ROOT, Case, Report, Timing, arguments, in_turns
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BOUND = {"bf16": 2e-2, "fp32": 1e-5}  # relative error between two answers whose sums run in another order
 PAUSE = 0.02  # seconds between requests: the other process' threads stop spinning
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, rounds=9)
     parser.add_argument("--before", type=Path, help="the other checkout's folder")
     parser.add_argument("--only", default="", help=f"beginnings of ids, with commas: {', '.join(GROUPS)}, text/decode, ...")
-    parser.add_argument("--dtype", choices=BOUND, default="bf16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--warmup", type=int, default=1, help="requests to each process that do not count")
     parser.add_argument("--calls", action="store_true", help="only count Python calls of one decoded layer")
     options = parser.parse_args(None if argv is None else list(argv))
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.calls:
             report.extra["calls"] = count_calls(workers)
         else:
+            report.extra["limits"] = limits.measured(options.device, DTYPES[options.dtype])
+            print(", ".join(f"{key} {value:.4g}" for key, value in report.extra["limits"].items()))
             for name, scenarios in chosen.items():
                 compare_group(report, name, scenarios, workers, options)
     return report.finish(options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,21 @@ _SLOW = {("gated_delta_rule", "recurrent"), ("short_convolution", "direct")}
 
 
 def registered(
-    scenario: Scenario, operation: str, args: tuple, kwargs: dict[str, Any]
-) -> Iterator[tuple[str, Any, str | None]]:
-    """(name, function, None or why it cannot run) of every implementation, with gradients in mode train."""
+    scenario: Scenario, operation: str, args: tuple, kwargs: dict[str, Any], make: Callable[[Any], Implementation]
+) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """`make(function)` of our implementations that run these arguments, and the reasons why the others cannot."""
+    running: dict[str, Implementation] = {}
+    refused: dict[str, str] = {}
     for entry in backends.implementations(operation):
         with torch.set_grad_enabled(scenario.mode == "train"):
             reason = entry.refusal(args, kwargs)
         if reason is None and (operation, entry.name) in _SLOW and scenario.tokens > DEFINITION_TOKENS:
             reason = f"the definition is timed up to {DEFINITION_TOKENS} tokens only"
-        yield f"ours {entry.name}", entry.fn, reason
+        if reason is None:
+            running[f"ours {entry.name}"] = make(entry.fn)
+        else:
+            refused[f"ours {entry.name}"] = reason
+    return running, refused
 
 
 def auto(scenario: Scenario, operation: str, args: tuple, kwargs: dict[str, Any]) -> str:
@@ -84,25 +91,22 @@ def rule(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Compariso
         compared["fla"] = Implementation(lambda: peers.rule(fla, values), values)
     else:
         refused["fla"] = reason
-    for name, function, reason in registered(s, "gated_delta_rule", qkv, options):
-        if reason is None:
-            compared[name] = Implementation(_bound(_ours, function, values), values)
-        else:
-            refused[name] = reason
+    ours, reasons = registered(
+        s, "gated_delta_rule", qkv, options, lambda function: Implementation(partial(_ours, function, values), values)
+    )
     moved = 2 * values["state"].nbytes if s.tokens == 1 else 0
     chosen = auto(s, "gated_delta_rule", qkv, options)
     baseline = "transformers" if peer is not None else chosen
-    return Comparison(compared, truth, baseline, chosen, list(values.values()), cotangents, view, (), refused, moved)
+    return Comparison(
+        compared | ours, truth, baseline, chosen, list(values.values()), cotangents, view,
+        refused=refused | reasons, moved=moved,
+    )
 
 
 def _ours(function: Callable[..., Any], values: dict[str, Tensor]) -> Answer:
     named = {name: tensor for name, tensor in values.items() if name not in ("query", "key", "value")}
     out, state = function(values["query"], values["key"], values["value"], **named)
     return {"out": out, "recurrent_state": state}
-
-
-def _bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    return lambda: function(*args)
 
 
 def convolution(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Comparison:
@@ -113,12 +117,12 @@ def convolution(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Co
     leaves = {"x": x.requires_grad_(s.mode == "train"), "weight": weight.requires_grad_(s.mode == "train")}
     cotangents = {"out": torch.randn(x.shape, generator=generator).to(device, DTYPES[s.dtype])}
 
-    def ours(function: Callable[..., Any], x: Tensor, weight: Tensor) -> Answer:
+    def call(function: Callable[..., Any], x: Tensor, weight: Tensor) -> Answer:
         return {"out": function(x, weight)[0]}
 
     def truth() -> Answer:
         wide = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in leaves.items()}
-        return Implementation(lambda: ours(direct_short_convolution, **wide), wide).answer(s.mode, cotangents)
+        return Implementation(lambda: call(direct_short_convolution, **wide), wide).answer(s.mode, cotangents)
 
     compared: dict[str, Implementation] = {}
     refused: dict[str, str] = {}
@@ -129,14 +133,14 @@ def convolution(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Co
         compared["causal_conv1d"] = Implementation(lambda: peers.convolution(package.causal_conv1d_fn, x, weight), leaves)
     else:
         refused["causal_conv1d"] = "not installed" if package is None else "runs on a GPU only"
-    for name, function, reason in registered(s, "short_convolution", (x, weight), {}):
-        if reason is None:
-            compared[name] = Implementation(_bound(ours, function, x, weight), leaves)
-        else:
-            refused[name] = reason
+    ours, reasons = registered(
+        s, "short_convolution", (x, weight), {}, lambda function: Implementation(partial(call, function, x, weight), leaves)
+    )
     chosen = auto(s, "short_convolution", (x, weight), {})
     baseline = "transformers" if peer is not None else chosen
-    return Comparison(compared, truth, baseline, chosen, [x, weight], cotangents, refused=refused, moved=2 * x.nbytes)
+    return Comparison(
+        compared | ours, truth, baseline, chosen, [x, weight], cotangents, refused=refused | reasons, moved=2 * x.nbytes
+    )
 
 
 def fused_step(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Comparison:
@@ -171,13 +175,11 @@ def fused_step(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Com
             out, conv_state, recurrent_state = delta_net_step(*(x.double() for x in args), **doubles)
         return {"out": out, "conv_state": conv_state, "recurrent_state": recurrent_state}
 
-    compared: dict[str, Implementation] = {}
-    refused: dict[str, str] = {}
-    for name, function, reason in registered(s, "delta_net_step", args, state | options):
-        if reason is None:  # a copy of the state for each, which may write in place
-            compared[name] = Implementation(_bound(call, function, {n: t.clone() for n, t in state.items()}))
-        else:
-            refused[name] = reason
+    def make(function: Callable[..., Any]) -> Implementation:
+        own = {n: t.clone() for n, t in state.items()}  # it may be written in place
+        return Implementation(partial(call, function, own))
+
+    compared, refused = registered(s, "delta_net_step", args, state | options, make)
     moved = 2 * sum(t.nbytes for t in state.values()) + 2 * args[1].nbytes + args[0].nbytes
     chosen = auto(s, "delta_net_step", args, state | options)
     return Comparison(compared, truth, "ours torch", chosen, [*args, *state.values()], refused=refused, moved=moved)

@@ -99,7 +99,7 @@ class Comparison:
 
 
 def draw_gates(gates: str, batch: int, tokens: int, heads: int, generator: torch.Generator) -> Tensor:
-    """decay [B, T, H] float32, as a layer computes it from inputs of unit size: -A softplus(a + dt_bias), a ~ N(0, 0.9).
+    """decay [B, T, H] float32, as a layer computes it from inputs of unit size: -A softplus(a + dt_bias), std(a) = 0.9.
 
     ordinary: A in 1 ... 16, dt_bias the inverse softplus of log-uniform 1e-3 ... 0.1; transformers: A in 0.01 ... 16 and
     dt_bias 1, that library's init.

@@ -28,6 +28,7 @@ from benchmarks.moe import roofline, targets
 from benchmarks.moe.cases import BUNDLED, DTYPES, SKEWS, TOKENS, Case, shapes
 from benchmarks.moe.implementations import AUTO, implementations
 from benchmarks.moe.measure import measure
+from benchmarks.tools import limits
 from benchmarks.tools.common import SCHEMA, arguments
 from benchmarks.tools.machine import environment, header
 
@@ -122,14 +123,14 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> dict[str, Any]:
         forms = {name: form for name, form in forms.items() if name in only or name.split()[0] in only}
     roofs: dict[str, dict[str, float]] = {}
     rows = []
-    cache_bytes = int(4 * roofline.last_level_cache() if options.cache is None else options.cache * 1e6)
+    cache_bytes = int(4 * limits.last_level_cache() if options.cache is None else options.cache * 1e6)
     for case in cases:
         room = free_memory(options.device) * options.memory_limit
         needed = max(case.weight_bytes * (2 if case.train else 1), cache_bytes if case.cold else 0)
         if needed > room:
             print(f"{case.id}: not run, weights need {needed / 1e9:.1f} GB, --memory-limit allows {room / 1e9:.1f} GB")
             continue
-        roof = roofs.setdefault(case.dtype, {}) or roofline.measured(options.device, case.dtype)
+        roof = roofs.setdefault(case.dtype, {}) or limits.measured(options.device, DTYPES[case.dtype])
         roofs[case.dtype] = roof
         row = measure(
             case, forms, roof, device=options.device, rounds=options.rounds, seconds=options.seconds,

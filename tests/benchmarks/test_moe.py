@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.__main__ import main
-from benchmarks.moe import make_parser, merged, repeatable, roofline, targets
+from benchmarks.moe import make_parser, merged, repeatable, targets
 from benchmarks.moe.cases import Case, rotation, scores, shapes
 from benchmarks.moe.implementations import ADAPTERS, PRODUCTS, implementations, reasons
 from benchmarks.moe.measure import AnswerCheck, measure, peak
 from benchmarks.moe.report import markdown, plot
 from benchmarks.moe.roofline import limit, work
-from benchmarks.tools import common
+from benchmarks.tools import common, limits
 from qwen35moe.ops.experts import loop_experts
 
 QUICK = ["--preset", "tiny", "--rounds", "3", "--no-memory", "--seconds", "0.01", "--cache", "1"]
@@ -32,8 +32,8 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small roofline, and no collection of garbage before every run: a tenth of a second each in a test process."""
     quiet = types.SimpleNamespace(collect=lambda: 0, disable=lambda: None, enable=lambda: None)
     monkeypatch.setattr(common, "gc", quiet)
-    monkeypatch.setattr(roofline, "_COPY", 1 << 16)
-    monkeypatch.setattr(roofline, "_WIDTH", {"cpu": 32})
+    monkeypatch.setattr(limits, "_COPY", 1 << 16)
+    monkeypatch.setattr(limits, "_WIDTH", {"cpu": 32})
 
 
 @pytest.fixture
