@@ -1,4 +1,4 @@
-"""qwen35moe: the Qwen3.5-MoE architecture in PyTorch, every operation with a definition it is tested against.
+"""qwen35moe: the Qwen3.5-MoE architecture in PyTorch; every operation is tested against a short definition.
 
     import qwen35moe
     model, tokenizer = qwen35moe.load("tiny")      # the bundled checkpoint, a folder or a Hub name
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# name -> the module that holds it; None: the name is the module.
+# name -> the module that defines it; None if the name is a module.
 _HOMES: dict[str, str | None] = {
     "Config": "config",
     "TextConfig": "config",
@@ -71,10 +71,10 @@ if TYPE_CHECKING:
     )
     from .modules.vision import Qwen3_5MoeVisionModel
     from .routing import Routing
-else:  # unseen by type checkers, which would take any misspelt name for an Any
+else:  # hidden from type checkers, for which any misspelt name would be Any
 
     def __getattr__(name: str) -> Any:
-        """Import the module that holds `name` (PEP 562) and remember the value here."""
+        """Import the module that defines `name` (PEP 562) and store the value in this module."""
         if name not in _HOMES:
             public = ", ".join(sorted(_HOMES))
             raise AttributeError(f"module 'qwen35moe' has no attribute {name!r}; it has {public}")

@@ -1,4 +1,4 @@
-"""load(): from a name to a model and its tokenizer, with the class that the checkpoint calls for."""
+"""load(): from a name to a model and its tokenizer, with the class that fits the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .checkpoint.hub import folder_of
 from .checkpoint.names import canonical, part_of
 from .config import Config
 
-if TYPE_CHECKING:  # `find` is used where torch is not
+if TYPE_CHECKING:  # `find` is used without torch
     import torch
 
     from .models.device_map import Devices
@@ -32,43 +32,44 @@ def load(
     """(model, tokenizer) of "tiny", the checkpoint bundled with the library, of a folder, or of a Hub name
     ("Qwen/...", at a revision: a commit, tag or branch).
 
-    A folder is meant where one of that name exists. The class follows config.json, mixture of experts or dense, and the
-    files: with a vision tower among them it is the multimodal one. What is left out is said (a warning, and
-    model.loading_report). For the text model of a multimodal checkpoint, or a model without its tokenizer, use the class:
+    An existing folder takes precedence. config.json decides between mixture of experts and dense, and the files decide
+    between multimodal (with a vision tower) and text only. A warning and model.loading_report list what is left out. For
+    the text model of a multimodal checkpoint, or a model without tokenizer, use the class:
     Qwen3_5MoeForCausalLM.from_pretrained(folder).
     """
     from .models import text, vision_language
     from .processing.text import Tokenizer
 
     folder = find(name, revision)
-    tokenizer = Tokenizer.from_pretrained(folder)  # first: it costs little, and may fail
+    tokenizer = Tokenizer.from_pretrained(folder)  # first, because it is cheap and may fail
     config = Config.from_pretrained(folder)
     kind = "Qwen3_5Moe" if config.text_config.is_moe else "Qwen3_5"
-    sees = config.vision_config is not None and has_tower(folder)
-    cls = getattr(vision_language, f"{kind}ForConditionalGeneration") if sees else getattr(text, f"{kind}ForCausalLM")
+    multimodal = config.vision_config is not None and has_tower(folder)
+    cls = getattr(vision_language, f"{kind}ForConditionalGeneration") if multimodal else getattr(text, f"{kind}ForCausalLM")
     model = cls.from_pretrained(folder, dtype=dtype, device=device)
     left_out = getattr(getattr(model, "loading_report", None), "left_out", None)
     if left_out:
-        parts = ", ".join(f"{what} ({count} tensors)" for what, count in left_out.items())
+        parts = ", ".join(f"{name} ({count} tensors)" for name, count in left_out.items())
         log.warning("%s: loaded as %s; left out: %s", folder, cls.__name__, parts)
     return model, tokenizer
 
 
 def load_processor(name: str | os.PathLike[str], *, revision: str | None = None) -> Processor:
-    """What turns messages and pictures into the inputs of the model that `load` gives for this name, and its replies back."""
+    """The processor of the model that `load` returns for this name: it turns messages with images and videos into inputs,
+    and generated tokens into replies."""
     from .processing.processor import Processor
 
     return Processor.from_pretrained(find(name, revision))
 
 
 def has_tower(folder: Path) -> bool:
-    """Whether there are tensors of a vision tower in a folder's files (config.json may speak of one that is not there)."""
-    found = map(canonical, read_headers(folder, []).tensors)
-    return any(part_of(name) == "visual" for name in found if name is not None)
+    """Whether the files of a folder contain a vision tower (config.json may describe one that they lack)."""
+    names = map(canonical, read_headers(folder, []).tensors)
+    return any(part_of(name) == "visual" for name in names if name is not None)
 
 
 def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a checkpoint with its tokenizer. ValueError says what was looked for."""
+    """The folder of a checkpoint with its tokenizer. ValueError if there is none."""
     if name == TINY and not Path(name).is_dir():
         return Path(__file__).parent / "assets" / "tiny"
     folder = Path(name).expanduser()
@@ -76,7 +77,7 @@ def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"{folder} is a file: give the folder that holds config.json")
-    found = folder_of(name, revision=revision, required=["tokenizer.json"], optional=_TEXT_FILES)
-    if found != folder:
-        return found
+    cached = folder_of(name, revision=revision, required=["tokenizer.json"], optional=_TEXT_FILES)
+    if cached != folder:
+        return cached
     raise ValueError(f"there is no folder {folder}: give a folder with config.json, a Hub name (owner/name), or {TINY!r}")

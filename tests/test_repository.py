@@ -1,4 +1,4 @@
-"""The repository keeps its own rules: import floors, a light public door, pages that run, nothing of one machine."""
+"""Rules of the repository: import floors, light public imports, pages whose examples run, no traces of one machine."""
 
 from __future__ import annotations
 
@@ -27,54 +27,53 @@ def name_of(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------------- import floors
 
 
-def climbs(path: Path, found: Import) -> str | None:
+def violation(path: Path, imported: Import) -> str | None:
     """Why this import breaks the floors, or None."""
-    target = part_of(found.module)
-    if target is None or found.typing_only:
+    target = part_of(imported.module)
+    if target is None or imported.typing_only:
         return None
     own = path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
     if target in (own, "", "__version__"):
         return None
     if height(target) < height(own):
         return None
-    if found.function and target in DOORS.get((name_of(path), found.function), ()):
+    if imported.function and target in DOORS.get((name_of(path), imported.function), ()):
         return None
-    where = f"in {found.function}()" if found.function else "at the top"
-    return f"{name_of(path)}:{found.line} ({own}) imports {found.module} {where}: not below it, and no listed door"
+    where = f"in {imported.function}()" if imported.function else "at the top"
+    return f"{name_of(path)}:{imported.line} ({own}) imports {imported.module} {where}: not below it, and not in DOORS"
 
 
 @pytest.mark.parametrize("path", files(PACKAGE), ids=name_of)
 def test_a_file_imports_only_from_floors_below_it(path: Path) -> None:
     if path == ROOT / PACKAGE / "__init__.py":
-        assert all(found.typing_only for found in imports(path) if part_of(found.module))
+        assert all(imported.typing_only for imported in imports(path) if part_of(imported.module))
         return
-    problems = [problem for found in imports(path) if (problem := climbs(path, found))]
+    problems = [problem for imported in imports(path) if (problem := violation(path, imported))]
     assert not problems, "\n".join(problems)
 
 
 def test_every_listed_door_is_used() -> None:
-    """A door that nothing goes through any more is a hole in the rule above."""
+    """An unused entry of DOORS would permit an import that nobody has reviewed."""
     for (name, function), parts in DOORS.items():
-        used = {part_of(found.module) for found in imports(ROOT / name) if found.function == function}
+        used = {part_of(imported.module) for imported in imports(ROOT / name) if imported.function == function}
         assert set(parts) <= used, f"{name} {function}() no longer imports {sorted(set(parts) - used)}"
 
 
-def test_the_rule_itself_sees_an_import_that_climbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imports_of_all_forms_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tests.support.floors as floors
 
     folder = tmp_path / PACKAGE / "ops"
     folder.mkdir(parents=True)
     for module in ("norm", "wide"):
         (folder / f"{module}.py").write_text("")
-    (tmp_path / PACKAGE / "model.py").write_text("")
+    (tmp_path / PACKAGE / "models").mkdir()
     (folder / "norm.py").write_text(
-        "from qwen35moe import model, Config\nfrom .wide import x\nfrom ..config import y\n"
+        "from qwen35moe import models, Config\nfrom .wide import x\nfrom ..config import y\n"
         "def f():\n    import qwen35moe.cli\n"
     )
     monkeypatch.setattr(floors, "ROOT", tmp_path)
-    found = [(i.module, i.function) for i in floors.imports(folder / "norm.py")]
-    assert found == [
-        ("qwen35moe.models.text", None),
+    assert [(i.module, i.function) for i in floors.imports(folder / "norm.py")] == [
+        ("qwen35moe.models", None),
         ("qwen35moe.Config", None),
         ("qwen35moe.ops.wide", None),
         ("qwen35moe.config", None),
@@ -83,8 +82,8 @@ def test_the_rule_itself_sees_an_import_that_climbs(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
-    """The runtime needs torch, safetensors, einops and tqdm; everything else is imported inside a function."""
+def test_optional_packages_are_imported_inside_functions(path: Path) -> None:
+    """The library runs with torch, safetensors, einops and tqdm; other packages are imported inside a function."""
     if PACKAGE not in path.relative_to(ROOT).parts[0]:
         return
     eager = [
@@ -94,12 +93,12 @@ def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
 
 
 def test_the_kernels_never_import_the_library() -> None:
-    climbing = [(name_of(p), i.line) for p in files("kernels") for i in imports(p) if i.module.split(".")[0] == PACKAGE]
-    assert not climbing, climbing
+    upward = [(name_of(p), i.line) for p in files("kernels") for i in imports(p) if i.module.split(".")[0] == PACKAGE]
+    assert not upward, upward
 
 
 def test_nothing_is_importable_under_the_name_kernels() -> None:
-    """`kernels` is a PyPI package that transformers probes for: ours must neither shadow nor overwrite it."""
+    """`kernels` is a PyPI package that transformers looks for: this repository must neither shadow nor overwrite it."""
     everything = files("qwen35moe", "kernels", "tests", "benchmarks")
     assert not [name_of(p) for p in everything for i in imports(p) if i.module.split(".")[0] == "kernels"]
     assert not list((ROOT / "kernels").glob("*.py"))
@@ -113,11 +112,11 @@ def test_every_folder_of_the_packages_is_a_package() -> None:
     assert not [name_of(folder) for folder in folders if not (folder / "__init__.py").exists()]
 
 
-# ---------------------------------------------------------------------------------------------------------- public door
+# -------------------------------------------------------------------------------------------------------- public names
 
 
 def modules_after(statement: str) -> set[str]:
-    """The modules that a fresh process has after `statement` beyond those of `import torch`."""
+    """Modules that `statement` imports in a new process, without those of `import torch`."""
     program = (
         f"import json, sys, torch; before = set(sys.modules); {statement}; "
         "print(json.dumps(sorted(set(sys.modules) - before)))"
@@ -131,16 +130,16 @@ def test_importing_the_library_imports_no_model_code() -> None:
     assert {m for m in modules_after("import qwen35moe") if part_of(m)} == set()
 
 
-def test_the_public_names_bring_in_nothing_optional_or_slow() -> None:
+def test_the_public_names_import_nothing_optional_or_slow() -> None:
     heavy = {*OPTIONAL, "torch._dynamo", "torch._inductor", "sympy", "networkx", "torch.onnx", "torch.distributed.fsdp"}
-    found = modules_after("import qwen35moe; [getattr(qwen35moe, name) for name in qwen35moe.__all__]")
+    modules = modules_after("import qwen35moe; [getattr(qwen35moe, name) for name in qwen35moe.__all__]")
     assert {
-        f"{PACKAGE}.{name}" for name in ("config", "model", "cache", "routing", "backends", "taps", "loading")
-    } <= found
-    assert not {m for m in found if any(m == h or m.startswith(h + ".") for h in heavy)}
+        f"{PACKAGE}.{name}" for name in ("config", "models", "cache", "routing", "backends", "taps", "loading")
+    } <= modules
+    assert not {m for m in modules if any(m == h or m.startswith(h + ".") for h in heavy)}
 
 
-def test_every_public_name_resolves_and_an_unknown_one_lists_them() -> None:
+def test_every_public_name_resolves_and_an_unknown_one_raises_with_the_list() -> None:
     for name in qwen35moe.__all__:
         assert getattr(qwen35moe, name) is not None
     assert set(qwen35moe.__all__) <= set(dir(qwen35moe))
@@ -149,7 +148,7 @@ def test_every_public_name_resolves_and_an_unknown_one_lists_them() -> None:
         getattr(qwen35moe, unknown)
 
 
-def test_the_typing_imports_of_the_door_are_the_names_it_resolves() -> None:
+def test_the_typing_imports_of_the_package_are_the_names_it_resolves() -> None:
     names = set()
     for node in ast.walk(ast.parse((ROOT / PACKAGE / "__init__.py").read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
@@ -160,7 +159,7 @@ def test_the_typing_imports_of_the_door_are_the_names_it_resolves() -> None:
 
 
 @pytest.mark.parametrize("command", ["", "generate", "inspect", "convert", "tiny", "backends", "demo"])
-def test_the_command_line_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     from qwen35moe.cli import main
 
     with pytest.raises(SystemExit) as stop:
@@ -173,64 +172,64 @@ def test_the_command_line_explains_itself(command: str, capsys: pytest.CaptureFi
 
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """(line, source) of each python block of a page; a block below `<!-- not run: reason -->` is left out."""
+    """(line, source) of the python blocks of a page, except those below `<!-- not run: reason -->`."""
     text = page.read_text(encoding="utf-8")
-    blocks = re.finditer(r"(<!-- not run: .+? -->\n+)?```python\n(.*?)```", text, flags=re.DOTALL)
-    return [(text.count("\n", 0, b.start(2)) + 1, b.group(2)) for b in blocks if not b.group(1)]
+    matches = re.finditer(r"(<!-- not run: .+? -->\n+)?```python\n(.*?)```", text, flags=re.DOTALL)
+    return [(text.count("\n", 0, b.start(2)) + 1, b.group(2)) for b in matches if not b.group(1)]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
-def test_the_examples_of_a_page_run_in_its_order(
+def test_the_examples_of_a_page_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__example__"}
     for line, source in python_blocks(page):
-        # Blank lines in front, so that a traceback names the line of the page.
+        # Blank lines in front give tracebacks the line numbers of the page.
         exec(compile("\n" * (line - 1) + source, name_of(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_pages_have_targets(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     dead = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not dead, dead
 
 
-def undocumented(thing: object, name: str) -> list[str]:
-    """Public names without a docstring: the thing itself and, of a class, its own methods (not properties)."""
-    missing = [] if inspect.getdoc(thing) else [name]
-    if inspect.isclass(thing):
-        own = {n: getattr(v, "__func__", v) for n, v in vars(thing).items() if not n.startswith("_")}
+def undocumented(value: object, name: str) -> list[str]:
+    """Public names without a docstring: the value itself and, of a class, its own methods (not properties)."""
+    missing = [] if inspect.getdoc(value) else [name]
+    if inspect.isclass(value):
+        own = {n: getattr(v, "__func__", v) for n, v in vars(value).items() if not n.startswith("_")}
         missing += [f"{name}.{n}" for n, v in own.items() if inspect.isroutine(v) and not inspect.getdoc(v)]
     return missing
 
 
-def test_what_is_public_says_what_it_does() -> None:
+def test_public_names_have_docstrings() -> None:
     missing = []
     for name in set(qwen35moe.__all__) - {"__version__"}:
-        thing = getattr(qwen35moe, name)
-        missing += undocumented(thing, name)
-        for inner in getattr(thing, "__all__", ()) if inspect.ismodule(thing) else ():
-            if callable(value := getattr(thing, inner)):
-                missing += undocumented(value, f"{name}.{inner}")
+        value = getattr(qwen35moe, name)
+        missing += undocumented(value, name)
+        for inner in getattr(value, "__all__", ()) if inspect.ismodule(value) else ():
+            if callable(member := getattr(value, inner)):
+                missing += undocumented(member, f"{name}.{inner}")
     assert not missing, missing
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_file_and_what_is_long_in_it_say_what_they_do(path: Path) -> None:
-    """Every file, and every class or function without an underscore that does not explain itself in six lines."""
+def test_files_and_long_definitions_have_docstrings(path: Path) -> None:
+    """Every file, and every class or function without an underscore and longer than six lines."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    silent = [] if ast.get_docstring(tree) or not tree.body else ["the file itself"]
+    missing = [] if ast.get_docstring(tree) or not tree.body else ["the file itself"]
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             if not ast.get_docstring(node) and (node.end_lineno or 0) - node.lineno > 6:
-                silent.append(f"{node.name} (line {node.lineno})")
-    assert not silent, f"{name_of(path)}: no docstring: {', '.join(silent)}"
+                missing.append(f"{node.name} (line {node.lineno})")
+    assert not missing, f"{name_of(path)}: no docstring: {', '.join(missing)}"
 
 
 def test_long_files_and_functions_are_reported() -> None:
-    """About 400 lines a file and 60 a function; past that this only reports, since length is a sign and no fault."""
+    """More than about 400 lines per file or 60 per function is a warning, not a failure."""
     long = []
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
@@ -240,14 +239,14 @@ def test_long_files_and_functions_are_reported() -> None:
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno > 60:
                 long.append(f"{name_of(path)}:{node.lineno} {node.name}: {(node.end_lineno or 0) - node.lineno} lines")
     if long:
-        warnings.warn("longer than the design asks for:\n  " + "\n  ".join(long), stacklevel=1)
+        warnings.warn("longer than 400 lines (files) or 60 (functions):\n  " + "\n  ".join(long), stacklevel=1)
 
 
-# ----------------------------------------------------------------------------------------------- nothing of one machine
+# -------------------------------------------------------------------------------------------- no traces of one machine
 
 
 def text_files() -> list[Path]:
-    """What git tracks or would track."""
+    """Files that git tracks or would track."""
     run = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
         pytest.skip("not a git checkout")
@@ -256,17 +255,17 @@ def text_files() -> list[Path]:
 
 
 def test_no_file_names_a_path_or_a_registry_of_one_machine() -> None:
-    # Written so that this file does not find itself.
+    # Spelled so that this file does not match.
     folders = re.compile(r"(?<![\w.~:/-])/(?:work|root|farm|home|opt|tmp)" + r"/[a-z]")
     hosts = re.compile(
         "|".join(h.replace(" ", r"\.") for h in ("pypi org", "pythonhosted org", "deb debian org", "npmjs org"))
     )
-    found = []
+    matches = []
     for path in text_files():
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             if (folders.search(line) and path.parts[len(ROOT.parts)] != "tests") or hosts.search(line):
-                found.append(f"{name_of(path)}:{number}: {line.strip()[:100]}")
-    assert not found, "\n".join(found)
+                matches.append(f"{name_of(path)}:{number}: {line.strip()[:100]}")
+    assert not matches, "\n".join(matches)
 
 
 def test_no_file_but_the_bundled_checkpoint_is_large() -> None:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from benchmarks.delta import peers
 from benchmarks.delta.scenarios import DTYPES, FULL_SIZE, Answer, Comparison, Implementation, Scenario, Sizes, draw_gates
-from qwen35moe import backends
-from qwen35moe.ops.convolution import direct_short_convolution
-from qwen35moe.ops.decode_step import delta_net_step
-from qwen35moe.ops.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
+from qwen35moe import backends, ops
+from qwen35moe.ops.cpu.delta_rule import chunked_gated_delta_rule
+
+direct_short_convolution = ops.short_convolution.definition
+delta_net_step = ops.delta_net_step.definition
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 DEFINITION_TOKENS = 64  # longest input on which a definition that loops over tokens is timed
 _SLOW = {("gated_delta_rule", "recurrent"), ("short_convolution", "direct")}

@@ -7,8 +7,8 @@
     python -m benchmarks moe --device cuda --tokens 1,8,64,512,4096,8192,16384,32768 --train both
     python -m benchmarks compare A.json B.json  ·  python -m benchmarks rerun A.json
 
-docs/moe_benchmark.md explains the output. An implementation whose result differs from the definition in float64 by more than
-the bound of its dtype is not timed, and the exit status is then 1.
+docs/guide/moe_benchmark.md explains the output. An implementation whose result differs from the definition in float64 by more
+than the bound of its dtype is not timed, and the exit status is then 1.
 """
 
 from __future__ import annotations

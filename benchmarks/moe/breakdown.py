@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe import ops
 from qwen35moe.ops.cpu.sorted_experts import project
-from qwen35moe.ops.experts import router
+
+router = ops.router.definition
 
 STEPS: tuple[str, ...] = ("route", "sort", "gather", "up", "activation", "down", "combine")
 

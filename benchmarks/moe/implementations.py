@@ -15,21 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe import backends
+from qwen35moe import backends, ops
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
 COPIES = 2 << 30  # the most bytes of weights that a form may copy
 ZEROS = 64 << 30  # the most bytes of zeros that a backward may write
 AUTO, PRODUCTS = "ours", "products alone"
-TAPPED = ("tapped", "watched")  # the form that records named values: the unfused reference of taps, not a competitor
+TAPPED = "tapped"  # the form for active taps, which is not measured
 
 
 def implementations(device: str, extra: list[str]) -> dict[str, Form | str]:
     """Name -> function, or the reason why it cannot run on this machine."""
-    forms: dict[str, Form | str] = {AUTO: lambda *arguments: backends.run("experts", *arguments)}
+    forms: dict[str, Form | str] = {AUTO: ops.experts}
     for entry in backends.implementations("experts"):
-        if entry.name not in TAPPED:
+        if entry.name != TAPPED:
             forms[f"ours {entry.name}"] = entry.fn or entry.missing or "it has no function"
     for kind in TRANSFORMERS:
         forms[f"transformers {kind}"] = _made(lambda kind=kind: transformers_experts(kind), "transformers")

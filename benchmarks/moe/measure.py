@@ -13,8 +13,10 @@ from benchmarks.moe.cases import DTYPES, Case, rotation
 from benchmarks.moe.implementations import PRODUCTS, Form, products, reasons
 from benchmarks.moe.roofline import limit, work
 from benchmarks.tools.common import Timing, interleave, relative_error
+from qwen35moe import ops
 from qwen35moe.backends.verification import BOUNDS
-from qwen35moe.ops.experts import loop_experts
+
+loop_experts = ops.experts.definition
 
 _CHECKED = 6  # tokens whose result is compared with float64
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

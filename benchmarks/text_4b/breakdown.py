@@ -54,10 +54,10 @@ class Breakdown:
             self._open[-1][2] += taken
 
     def _wrapped(self, function: Callable, name: str | None = None) -> Callable:
-        """`name` None: the function's first argument is the name (backends.run)."""
+        """`name` None: the function is a method of `Operation`, whose name is taken."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._enter(name or args[0])
+            self._enter(name or args[0].name)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -86,9 +86,10 @@ class Breakdown:
             elif self.peer == "transformers" and kind in KINDS:
                 self._hook(module, KINDS[kind])
         if self.peer == "ours":
-            from qwen35moe import backends
+            from qwen35moe.backends.operation import Operation
 
-            self._replace(backends, "run", None)
+            self._replace(Operation, "__call__", None)
+            self._replace(Operation, "fused", None)
         else:
             from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as theirs
 

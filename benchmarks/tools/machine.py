@@ -28,6 +28,7 @@ def environment() -> dict[str, object]:
             facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    facts["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which the metadata of some wheels leaves out
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda

@@ -1,8 +1,8 @@
 """Errors of every form of the gated delta rule against its definition in float64: output, recurrent state, gradients.
 
-`python -m benchmarks numerics --write docs/numerics.md` renews the page. Nothing is timed. One draw per length and gates, at
-small heads (2 key heads, 4 value heads, 32 wide); every form gets the same inputs, rounded to its dtype first, so that an
-error is the form's own.
+`python -m benchmarks numerics --write docs/reports/numerics.md` renews the page. Nothing is timed. One draw per length and
+gates, at small heads (2 key heads, 4 value heads, 32 wide); every form gets the same inputs, rounded to its dtype first, so
+that an error is the form's own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from benchmarks.delta import peers
 from benchmarks.delta.scenarios import Answer, Implementation, draw_gates
 from benchmarks.tools.common import relative_error
 from benchmarks.tools.machine import environment
-from qwen35moe import backends
-from qwen35moe.ops.delta_rule import recurrent_gated_delta_rule
+from qwen35moe import backends, ops
+
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 GROUPS, HEADS, WIDTH = 2, 4, 32
 LENGTHS = (64, 512, 2048)
@@ -34,9 +35,9 @@ Form = Callable[..., tuple[Tensor, Tensor]]
 
 PAGE = """# Numerics of the gated delta rule
 
-Written by `python -m benchmarks numerics --write docs/numerics.md`; do not edit.
+Written by `python -m benchmarks numerics --write docs/reports/numerics.md`; do not edit.
 
-Each entry is max|a-b| / max|b| against the definition (`ops.delta_rule.recurrent_gated_delta_rule`) in float64, for one draw
+Each entry is max|a-b| / max|b| against the definition (`ops.gated_delta_rule.definition`) in float64, for one draw
 of {heads} value heads on {groups} key heads, {width} wide, with an initial recurrent state; gradients for one random
 cotangent of output and state. The inputs are rounded to the dtype first; decay, beta and state are float32 or wider.
 Bounds of the numerical contract: 2e-5 in float32, 1e-4 for the decay's gradient where gates are beyond -20.
@@ -44,7 +45,7 @@ Forms that do not run on this machine are left out; `-` marks a form without a b
 recurrence, which is the reference, nor for transformers' function, which computes in float32 for every input dtype.
 
 At hard gates transformers' chunked form loses one to two digits. It computes the decay between two tokens as the difference
-of two cumulative sums; ours sums it for each pair of tokens (`ops.delta_rule.segment_sums`).
+of two cumulative sums; ours sums it for each pair of tokens (`ops.cpu.delta_chunks.segment_sums`).
 
 {versions}
 """

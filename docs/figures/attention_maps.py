@@ -1,6 +1,6 @@
 """Draws attention_maps.png from the bundled checkpoint: `python docs/figures/attention_maps.py` (needs matplotlib).
 
-The same weights, text and versions give the same picture; nothing is drawn at random.
+The same weights, text and versions give the same figure; nothing is random.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from torch import Tensor
 
 import qwen35moe
 from qwen35moe import taps
-from qwen35moe.ops.delta_rule import writers
+from qwen35moe.ops.attention_map import writers
 
 TEXT = "Paul, an apostle of Jesus Christ by the will of God, and Timotheus our brother,"
-LAYER, LONG, SHORT = 0, 1, 2  # a delta-net layer, a head of it that remembers and one that forgets
+LAYER, LONG, SHORT = 0, 1, 2  # a DeltaNet layer, a head with slow decay and one with fast decay
 ATTENTION, HEAD = 3, 0  # the attention layer and one of its heads
 
 
 def computed() -> tuple[list[str], dict[str, Tensor], Tensor]:
-    """The tokens, three maps [T, T] by title, and the share of each token in the long head's memory [T]."""
+    """The tokens, three maps [T, T] by title, and the share of each token in the recurrent state of head LONG [T]."""
     model, tokenizer = qwen35moe.load("tiny")
     model = model.float()
     ids = tokenizer.encode(TEXT)
     layer = f"layers.{LAYER}.linear_attn."
-    with torch.no_grad(), taps.record(model, [layer + name for name in ("key", "value", "decay", "beta")]) as seen:
+    with torch.no_grad(), taps.record(model, [layer + name for name in ("key", "value", "decay", "beta")]) as values:
         maps = model(torch.tensor([ids]), output_attentions=True).attentions
-    key, value, decay, beta = (seen[layer + name] for name in ("key", "value", "decay", "beta"))
+    key, value, decay, beta = (values[layer + name] for name in ("key", "value", "decay", "beta"))
     p = writers(key, decay=decay, beta=beta)
     share = p[0, LONG].norm(dim=-1) * value[0, :, LONG].norm(dim=-1)  # the Frobenius norm of p_j (x) v_j
     kept = [f"{decay[0, :, head].mean().exp():.3g}" for head in (LONG, SHORT)]
     titles = {
-        f"delta-net layer {LAYER}, head {LONG}\nkeeps {kept[0]} of its memory per token": _by_row(maps[LAYER][0, LONG]),
-        f"delta-net layer {LAYER}, head {SHORT}\nkeeps {kept[1]} of its memory per token": _by_row(maps[LAYER][0, SHORT]),
+        f"DeltaNet layer {LAYER}, head {LONG}\nkeeps {kept[0]} of its state per token": _by_row(maps[LAYER][0, LONG]),
+        f"DeltaNet layer {LAYER}, head {SHORT}\nkeeps {kept[1]} of its state per token": _by_row(maps[LAYER][0, SHORT]),
         f"attention layer {ATTENTION}, head {HEAD}\nsoftmax": _by_row(maps[ATTENTION][0, HEAD]),
     }
     return [tokenizer.decode([token]) for token in ids], titles, share / share.sum()
 
 
 def _by_row(weights: Tensor) -> Tensor:
-    """Each row in units of its largest weight: the norm behind a delta-net head takes the scale of its row away."""
+    """Each row relative to its largest weight: the norm after a DeltaNet head removes the scale of its row."""
     return weights / weights.abs().amax(-1, keepdim=True)
 
 
 def drawn(tokens: list[str], maps: dict[str, Tensor], share: Tensor) -> Any:
-    """The figure: three maps, and what each token has in the memory at the end."""
+    """The figure: three maps, and each token's share of the final recurrent state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -63,7 +63,7 @@ def drawn(tokens: list[str], maps: dict[str, Tensor], share: Tensor) -> Any:
     panels[3].barh(places, share.numpy(), color="0.4")
     panels[3].set_yticks(places, labels, fontsize=6)
     panels[3].invert_yaxis()
-    panels[3].set_title(f"share of the memory\nat the end, layer {LAYER}, head {LONG}", fontsize=9)
+    panels[3].set_title(f"share of the final state,\nlayer {LAYER}, head {LONG}", fontsize=9)
     return figure
 
 

@@ -1,6 +1,6 @@
-"""Draws docs/figures/routing.png, the picture of docs/routing.md: `python docs/figures/routing.py`.
+"""Draws docs/figures/routing.png for docs/guide/routing.md: `python docs/figures/routing.py`.
 
-The bundled checkpoint on passages of the books it was not trained on (passages.txt). Needs matplotlib.
+The bundled checkpoint on passages of books outside its training text (passages.txt). Needs matplotlib.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Train the bundled checkpoint, or one of your own, on a CPU: it continues a text, and says which digits a picture shows.
+"""Train the bundled checkpoint, or one of your own, on a CPU: it continues a text and reads handwritten digits in images.
 
     python docs/tutorials/train_tiny.py --text kjv.txt --out my_tiny [--minutes 60 | --steps 2000]
 
-Form feeds in the file separate its documents; without any the file is one document. The last 5 % are held out. The
-pictures are made of scikit-learn's handwritten digits, the last fifth of them held out. What comes out is a checkpoint
-folder as Hugging Face has it, with the learning curve in training.json. On several cores, processes are faster than
+Form feeds in the file separate its documents; a file without form feeds is one document. The last 5 % are held out. The
+images are drawn from scikit-learn's handwritten digits, the last fifth of which is held out. The output is a checkpoint
+folder in Hugging Face's layout, with the learning curve in training.json. On several cores, processes are faster than
 threads: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 docs/tutorials/train_tiny.py ...  See train_tiny.md.
 """
 
@@ -36,13 +36,13 @@ from qwen35moe.ops.balancing import load_balancing_loss
 from qwen35moe.processing import Processor
 from qwen35moe.routing import expert_load
 
-END = "<|endoftext|>"  # before every document, and after the last
+END = "<|endoftext|>"  # before every document and after the last one
 TURN, TURN_END = "<|im_start|>", "<|im_end|>"
 CONTROL = [END, TURN, TURN_END, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 HELD_OUT, DIGITS_HELD_OUT = 0.05, 0.2
 
-# How text is cut before byte pairs are merged: a word with the space before it, one digit, punctuation, line breaks.
-# Published Qwen tokenizers cut in much the same way.
+# Splits text before byte pairs are merged: a word with the space before it, one digit, punctuation, line breaks.
+# Published Qwen tokenizers split in a similar way.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 SIZES: dict[str, Any] = {
@@ -62,10 +62,10 @@ TOWER: dict[str, Any] = {
     "temporal_patch_size": 2, "out_hidden_size": 160, "num_position_embeddings": 64,
 }  # fmt: skip
 
-# A digit is drawn on a square of this many pixels: 4 x 4 patches, which the tower merges into 2 x 2 tokens.
+# Side in pixels of the square on which a digit is drawn: 4 x 4 patches, which the vision tower merges into 2 x 2 tokens.
 SIDE = 32
-EXAMPLE = slice(21, 24)  # of the held-out digits, the picture that comes with the checkpoint
-EASY_STEPS = 300  # over which pictures become as different as they will be
+EXAMPLE = slice(21, 24)  # the held-out digits in the example image of the checkpoint
+EASY_STEPS = 300  # steps over which the variation of the images grows to its maximum
 
 CHAT_TEMPLATE = """\
 {%- if tools %}{{ raise_exception('this checkpoint has not learnt to call tools') }}{% endif %}
@@ -92,16 +92,16 @@ QUESTIONS = (
 
 
 class Text(NamedTuple):
-    """Documents to learn from and documents held out, in the order of the file."""
+    """Training documents and held-out documents, in the order of the file."""
 
     train: list[str]
     held_out: list[str]
 
 
 def read_text(path: Path, share: float = HELD_OUT) -> Text:
-    """Splits a file at form feeds, and keeps whole documents from its end, at least `share` of it, for judging.
+    """Splits a file at form feeds and holds out whole documents at its end, at least `share` of its bytes.
 
-    A file without enough documents is cut at a line instead.
+    A file with too few documents is split at a line instead.
     """
     documents = [part.strip() for part in path.read_text(encoding="utf-8").split("\f")]
     documents = [part for part in documents if part]
@@ -122,7 +122,7 @@ def _bytes(text: str) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    """A byte-level byte-pair encoding of `size` tokens, the first of them CONTROL. Any bytes can be encoded."""
+    """A byte-level byte-pair encoding of `size` tokens, of which CONTROL are the first. It can encode any bytes."""
     tokenizer = Tokenizer(models.BPE())
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), bytes_])
@@ -136,14 +136,14 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
 
 
 class Document(NamedTuple):
-    """Token ids with END before and after, and the bytes of the text between."""
+    """Token ids with END before and after, and the number of bytes of the text."""
 
     ids: list[int]
     size: int
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Document]:
-    """The documents of some texts."""
+    """One Document per text."""
     end = tokenizer.token_to_id(END)
     assert end is not None
     rows = tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -151,7 +151,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Document]:
 
 
 def tiny_config(vocab_size: int, **sizes: Any) -> Config:
-    """SIZES with changes, for a vocabulary padded to a multiple of 64, and TOWER."""
+    """The configuration of SIZES (with changes) and TOWER, for a vocabulary padded to a multiple of 64."""
     padded = -(-vocab_size // 64) * 64
     text = {
         "model_type": "qwen3_5_moe_text", **SIZES, "vocab_size": padded, "max_position_embeddings": 2048,
@@ -167,7 +167,7 @@ def tiny_config(vocab_size: int, **sizes: Any) -> Config:
 
 
 def new_model(config: Config, seed: int) -> Qwen3_5MoeForConditionalGeneration:
-    """Ordinary gates; what writes into the residual stream starts smaller by sqrt(2 layers) (Radford et al. 2019)."""
+    """Ordinary gates; projections to the residual stream start smaller by sqrt(2 layers) (Radford et al. 2019)."""
     model = Qwen3_5MoeForConditionalGeneration(config)
     model.init_weights(seed=seed, gates="ordinary")
     with torch.no_grad():
@@ -180,15 +180,15 @@ def new_model(config: Config, seed: int) -> Qwen3_5MoeForConditionalGeneration:
 
 
 class Digit(NamedTuple):
-    """ink [8, 8] from 0 to 16, and which of the ten digits it is."""
+    """ink [8, 8] from 0 to 16, and the digit's value."""
 
     ink: Any
     name: int
 
 
 def read_digits(share: float = DIGITS_HELD_OUT) -> tuple[list[Digit], list[Digit]]:
-    """(to learn from, held out): scikit-learn's copy of the test part of UCI's handwritten digits, 1,797 by 13 people
-    (Alpaydin and Kaynak 1998), cut in the file's order, so that a digit's neighbours by one hand mostly stay together."""
+    """(training, held out): scikit-learn's copy of the test part of UCI's handwritten digits, 1,797 by 13 people
+    (Alpaydin and Kaynak 1998), split in the order of the file, so that digits of one writer mostly stay together."""
     found = load_digits()
     digits = [Digit(ink, int(name)) for ink, name in zip(found.images, found.target, strict=True)]
     cut = round(len(digits) * (1 - share))
@@ -196,8 +196,8 @@ def read_digits(share: float = DIGITS_HELD_OUT) -> tuple[list[Digit], list[Digit
 
 
 def drawn(digits: Sequence[Digit], generator: torch.Generator | None = None, level: float = 0.0) -> Image.Image:
-    """Digits side by side, dark on white. With a generator each is turned, sheared, scaled and moved a little; and the
-    more of it the higher the level (0 to 1), pixels stay square, light and dark are exchanged, one digit alone is larger."""
+    """Digits side by side, dark on white. With a generator every digit is rotated, sheared, scaled and moved a little.
+    With a probability that grows with the level (0 to 1), pixels are coarse, colours are inverted, a single digit is larger."""
     coarse, light, large = False, False, False
     if generator is not None:
         coarse, light, large = (torch.rand(3, generator=generator) < level * torch.tensor([0.4, 0.3, 0.3])).tolist()
@@ -209,7 +209,7 @@ def drawn(digits: Sequence[Digit], generator: torch.Generator | None = None, lev
         if generator is not None:
             turn, shear, wide, high, right, down = (torch.rand(6, generator=generator) * 2 - 1).tolist()
             a, b, c, d = 1 + 0.15 * wide, 0.2 * turn + 0.15 * shear, -0.2 * turn, 1 + 0.15 * high
-            middle = SIDE / 2  # which stays in place but for `right` and `down`
+            middle = SIDE / 2  # only `right` and `down` move it
             moved = (a, b, middle * (1 - a - b) + 3 * right, c, d, middle * (1 - c - d) + 3 * down)
             tile = tile.transform(tile.size, Image.Transform.AFFINE, moved, Image.Resampling.BICUBIC, fillcolor=255)
         paper.paste(tile, (SIDE * number, 0))
@@ -219,20 +219,20 @@ def drawn(digits: Sequence[Digit], generator: torch.Generator | None = None, lev
 
 
 def named(digits: Sequence[Digit]) -> str:
-    """What is to be said of a picture."""
+    """The expected reply about an image of these digits."""
     *first, last = [str(digit.name) for digit in digits]
     return f"The handwritten digits {', '.join(first)} and {last}." if first else f"A handwritten {last}."
 
 
 def message(picture: Image.Image, number: int) -> dict[str, Any]:
-    """A user's message with a picture and one of QUESTIONS, which may stand before it."""
+    """A user's message with an image and one of QUESTIONS, before or after the image."""
     content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
     return {"role": "user", "content": content if number < len(QUESTIONS) else content[::-1]}
 
 
 def chats(digits: Sequence[Digit], processor: Processor, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The inputs of `count` conversations at a time, without end: one turn or two, each about a picture of one to three
-    digits. The labels are what the assistant says."""
+    """Endless batches of inputs of `count` conversations: one or two turns, each about an image of one to three digits. The
+    labels are the assistant's replies."""
     generator = torch.Generator().manual_seed(seed)
 
     def below(limit: int) -> int:
@@ -244,15 +244,15 @@ def chats(digits: Sequence[Digit], processor: Processor, count: int, seed: int) 
         return [message(picture, below(2 * len(QUESTIONS))), {"role": "assistant", "content": named(shown)}]
 
     for step in itertools.count():
-        level = min(1.0, step / EASY_STEPS)  # all at once is too much for a tower that sees nothing yet
+        level = min(1.0, step / EASY_STEPS)  # an untrained tower does not learn from full variation
         talks = [turn(level) + (turn(level) if below(4) == 0 else []) for _ in range(count)]
         inputs = processor.apply_chat_template(talks)
-        # Divided by conversations, not by tokens: most tokens of a reply are soon certain, and the digits are to count.
+        # Divided by conversations, not by tokens: most tokens of a reply are soon certain, and would dilute the digits.
         yield {**inputs, "labels": replies(inputs["input_ids"], processor), "num_items_in_batch": count}
 
 
 def replies(ids: Tensor, processor: Processor) -> Tensor:
-    """Labels [B, T]: what the assistant says and the end of its turn, and -100 elsewhere."""
+    """Labels [B, T]: the assistant's reply and the end of its turn, and -100 elsewhere."""
     tokens, labels = processor.tokenizer, torch.full_like(ids, -100)
     head = torch.tensor(tokens.encode("assistant\n"))
     for row, begin in (ids == tokens.token_to_id(TURN)).nonzero().tolist():
@@ -264,7 +264,7 @@ def replies(ids: Tensor, processor: Processor) -> Tensor:
 
 
 def batches(tokens: Tensor, rows: int, length: int, seed: int) -> Iterator[tuple[float, Tensor]]:
-    """(epochs so far, [rows, length] ids) without end: each epoch cuts the text elsewhere and shuffles the pieces."""
+    """Endless (epochs so far, ids [rows, length]): every epoch cuts the text at other positions and shuffles the pieces."""
     generator = torch.Generator().manual_seed(seed)
     epoch = 0
     while True:
@@ -277,9 +277,9 @@ def batches(tokens: Tensor, rows: int, length: int, seed: int) -> Iterator[tuple
 
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024: momentum, its singular values set near 1. For matrices, the last two axes of a parameter.
+    """Jordan et al. 2024: momentum with singular values near 1. For matrices, the last two axes of a parameter.
 
-    Its authors report that it needs fewer steps than AdamW, and steps are what a CPU is short of.
+    Its authors report that it needs fewer steps than AdamW, and a CPU has time for few steps.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
@@ -298,7 +298,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Roughly U V^T of matrix = U S V^T [..., m, n], by five steps of a quintic iteration."""
+    """An approximation of U V^T for matrix = U S V^T [..., rows, columns], by five steps of a quintic iteration."""
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = (matrix.mT if tall else matrix).bfloat16()
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).bfloat16()
@@ -323,12 +323,12 @@ def optimizers(model: Qwen3_5MoeForConditionalGeneration, lr: float, matrix_lr: 
 
 
 def schedule(step: int, progress: float) -> float:
-    """The factor on the learning rates: up over 25 steps, level, from 15 % of the run on straight down to 0."""
+    """The factor on the learning rates: 25 steps of warm-up, constant, then linear decay to 0 from 15 % of the run on."""
     return min(1.0, (step + 1) / 25) * min(1.0, (1 - progress) / 0.85)
 
 
 class Judgement(NamedTuple):
-    """bits per byte, and load [layers, experts]: the share of the choices that fell on each expert."""
+    """bits per byte, and load [layers, E]: the share of assignments of each expert."""
 
     bits_per_byte: float
     load: Tensor
@@ -336,9 +336,9 @@ class Judgement(NamedTuple):
 
 @torch.no_grad()
 def judge(model: Qwen3_5MoeForConditionalGeneration, documents: Sequence[Document], rows: int = 4) -> Judgement:
-    """Bits per byte of whole documents, each read from its start in one piece.
+    """Bits per byte of whole documents, each in one forward from its start.
 
-    The END after each document is paid for as well, and adds no byte. Padding counts nowhere.
+    The bits include the END after each document, which adds no byte. Padding does not count.
     """
     bits, chosen, ordered = 0.0, torch.zeros(()), sorted(documents, key=lambda document: len(document.ids))
     for start in range(0, len(ordered), rows):
@@ -355,7 +355,7 @@ def judge(model: Qwen3_5MoeForConditionalGeneration, documents: Sequence[Documen
 
 
 class Team:
-    """The processes that train together, each on its rows of every batch; one alone without torchrun."""
+    """The processes that train together, each on its rows of every batch; a single process without torchrun."""
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -363,7 +363,7 @@ class Team:
             dist.init_process_group("gloo")
 
     def average(self, gradients: Sequence[Tensor]) -> None:
-        """Replaces the gradients by their means over the team."""
+        """Replaces the gradients by their means over all processes."""
         if self.size > 1:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
@@ -372,7 +372,7 @@ class Team:
                 gradient.copy_(mean.view_as(gradient))
 
     def leader(self, value: float) -> float:
-        """The value that the first process has."""
+        """The value of the first process."""
         told = torch.tensor(value, dtype=torch.float64)
         if self.size > 1:
             dist.broadcast(told, 0)
@@ -383,10 +383,10 @@ def step(
     model: Qwen3_5MoeForConditionalGeneration, optimizers: Sequence[torch.optim.Optimizer], team: Team,
     parts: Sequence[dict[str, Any]], factor: float, bfloat16: bool,
 ) -> tuple[list[float], float]:
-    """One step on the inputs of some forwards; returns their losses (in nats, per token or what they are divided by) and
-    the first one's balancing loss (even: top-k).
+    """One optimizer step on the inputs of several forwards; returns their losses (in nats, per token or conversation) and
+    the first one's balancing loss (top-k if the load is even).
 
-    bfloat16: matrix products in it, 2.5 times as fast where the CPU has instructions for it (measured: avx512_bf16).
+    bfloat16: matrix products in bfloat16, 2.5 times as fast on a CPU with instructions for it (measured: avx512_bf16).
     """
     losses, balances = [], []
     for inputs in parts:
@@ -394,7 +394,7 @@ def step(
             out = model(**inputs, output_routing=True, output_router_logits=False)
         routing = out.routing
         assert out.loss is not None and routing is not None and routing.logits is not None
-        # Per layer: pooled over layers, as transformers has it, one layer's neglect hides another's excess.
+        # Per layer: pooled over layers, as in transformers, an unused expert of one layer hides an overused one of another.
         balance = load_balancing_loss(
             routing.logits.unbind(), routing.indices.unbind(), mask=routing.mask, per_layer=True
         ).mean()
@@ -412,7 +412,7 @@ def step(
 
 
 class Lesson(NamedTuple):
-    """What is learnt from, and what is held out for judging on the way."""
+    """Training data, and held-out data for evaluation during training."""
 
     text: Tensor
     chats: Iterator[dict[str, Any]]
@@ -423,7 +423,7 @@ class Lesson(NamedTuple):
 def train(
     model: Qwen3_5MoeForConditionalGeneration, lesson: Lesson, processor: Processor, options: argparse.Namespace, team: Team
 ) -> Iterator[dict[str, float]]:
-    """Trains until the time or the number of steps is used up; yields points of the curve as it goes."""
+    """Trains for the given time or number of steps; yields points of the learning curve."""
     both = optimizers(model, options.lr, options.matrix_lr)
     means, balance, started = [math.log(model.config.text_config.vocab_size)] * 2, 0.0, time.monotonic()
     for count, (epoch, ids) in enumerate(batches(lesson.text, options.rows, options.length, options.seed)):
@@ -448,7 +448,7 @@ def train(
 def right(
     model: Qwen3_5MoeForConditionalGeneration, processor: Processor, pictures: Sequence[Sequence[Digit]], at_once: int = 60
 ) -> float:
-    """The share of pictures that are named exactly as they should be, by the most likely tokens."""
+    """The share of images with exactly the expected reply, decoded greedily."""
     found = 0
     for start in range(0, len(pictures), at_once):
         part = pictures[start : start + at_once]
@@ -460,7 +460,7 @@ def right(
 
 
 def write(model: Qwen3_5MoeForConditionalGeneration, folder: Path) -> None:
-    """The checkpoint in bfloat16. As published, dt_bias is bfloat16 on disk; A_log and the norm of the memory's output
+    """Writes the checkpoint in bfloat16. As published, dt_bias is bfloat16 on disk; A_log and the delta rule's output norm
     stay float32."""
     model = copy.deepcopy(model).bfloat16()
     for module in model.modules():
@@ -471,7 +471,7 @@ def write(model: Qwen3_5MoeForConditionalGeneration, folder: Path) -> None:
 
 
 def write_processor(tokenizer: Tokenizer, folder: Path) -> None:
-    """What turns messages and pictures into the model's inputs, as files of the checkpoint, and read from them."""
+    """Writes the files of the checkpoint's processor, which turns messages and images into the model's inputs."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = ("vision_bos_token", "vision_eos_token", "image_token", "video_token")
@@ -490,7 +490,7 @@ def write_processor(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def report(folder: Path, held_out: Sequence[Document], digits: Sequence[Digit]) -> dict[str, Any]:
-    """What the written checkpoint reaches on the held-out text and digits, computed in bfloat16 and in float32."""
+    """Results of the written checkpoint on the held-out text and digits, in bfloat16 and in float32."""
     processor, found = Processor.from_pretrained(folder), {}
     rows = [digits[start : start + count] for count in (2, 3) for start in range(0, len(digits) - count, 2 * count)]
     for dtype in ("bfloat16", "float32"):
@@ -518,7 +518,7 @@ def main() -> None:
     text = torch.tensor([token for document in encode(tokenizer, texts.train) for token in document.ids[:-1]])
     if team.rank == 0:
         write_processor(tokenizer, options.out)
-    team.leader(0.0)  # the others wait until it is written
+    team.leader(0.0)  # the other processes wait until the processor is written
     processor = Processor.from_pretrained(options.out)
     shown = chats(digits, processor, options.chats // team.size, options.seed + team.rank)
     model = new_model(tiny_config(tokenizer.get_vocab_size()), options.seed)
@@ -530,7 +530,7 @@ def main() -> None:
         curve.append(point)
         print(point, flush=True)
         if "held_out_bits_per_byte" in point:
-            write(model, options.out)  # a run that is cut short leaves its last state
+            write(model, options.out)  # an interrupted run leaves its last state
     if team.rank:
         return
     write(model, options.out)
@@ -550,17 +550,17 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="a text file in UTF-8; form feeds separate documents")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--minutes", type=float, default=60, help="how long to train")
-    parser.add_argument("--steps", type=int, help="how long to train, instead of --minutes: the same on every machine")
+    parser.add_argument("--minutes", type=float, default=60, help="training time")
+    parser.add_argument("--steps", type=int, help="number of steps, instead of --minutes: the same schedule on every machine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=2048, help="tokens of the vocabulary")
     parser.add_argument("--rows", type=int, default=12, help="rows per step")
     parser.add_argument("--length", type=int, default=513, help="tokens per row")
-    parser.add_argument("--chats", type=int, default=64, help="conversations about pictures per step")
+    parser.add_argument("--chats", type=int, default=64, help="conversations about images per step")
     parser.add_argument("--lr", type=float, default=5e-3, help="AdamW's learning rate")
     parser.add_argument("--matrix-lr", type=float, default=0.03, help="Muon's learning rate")
     parser.add_argument("--report", type=int, default=20, help="steps between points of the curve")
-    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="matrix products in it")
+    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="matrix products in bfloat16")
     return parser.parse_args()
 
 

@@ -75,11 +75,11 @@ def _tiles(dtype: torch.dtype, pairs: int, experts: int) -> Tiles:
 
 
 def unsupported(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Any = None
 ) -> str | None:
     """Why these kernels cannot run this call, or None."""
-    if watch is not None:
-        return "somebody listens to expert_in, expert_act or expert_out, which it never forms whole"
+    if tap is not None:
+        return "a tap reads expert_in, expert_act or expert_out, which this implementation does not materialise"
     experts = {"gate_up": gate_up, "down": down}
     reason = runtime.unsupported_device(hidden=hidden, **experts, indices=indices, weights=weights)
     if reason := reason or runtime.unsupported_dtype(*_FLOATS, hidden=hidden, weights=weights):
@@ -96,7 +96,7 @@ def unsupported(
     return None
 
 
-def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None) -> Tensor:
+def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Any = None) -> Tensor:
     """y [N, D]; see the top of this file."""
     keep = runtime.needs_gradient(hidden, gate_up, down, weights)
     run = _operation if keep or torch.compiler.is_compiling() else _forward

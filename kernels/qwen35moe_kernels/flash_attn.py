@@ -22,35 +22,37 @@ _WIDEST, _OLDEST = 256, (2, 6)
 
 
 def attention_unsupported(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, visible: Any, dropout: float = 0.0
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, starts: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None, dropout: float = 0.0,
 ) -> str | None:
-    """Why flash-attn cannot run this call, or None. visible: `starts` (an int, or [B]) and `cu_seqlens`."""
+    """Why flash-attn cannot run this call, or None."""
     tokens, heads = query.shape[1:3]
     slots, groups = key.shape[1:3]
-    starts = visible.starts
     if heads % groups:
         return f"query has {heads} heads, no multiple of the {groups} of key"
-    if visible.cu_seqlens is not None:
+    if cu_seqlens is not None:
         if query.shape[0] != 1 or slots != tokens:
-            return f"visible.cu_seqlens: query {list(query.shape)} and key {list(key.shape)} are not one row of documents"
+            return f"cu_seqlens: query {list(query.shape)} and key {list(key.shape)} are not one row of documents"
     elif isinstance(starts, Tensor):
         if dropout:
-            return f"dropout {dropout}: rows that begin at different slots (visible.starts) go without it"
+            return f"dropout {dropout}: rows that begin at different slots (starts) go without it"
         if runtime.needs_gradient(query, key, value):
-            return "visible.starts: rows that begin at different slots have no backward (flash_attn_with_kvcache)"
+            return "starts: rows that begin at different slots have no backward (flash_attn_with_kvcache)"
     elif not 0 <= starts <= slots - tokens:
-        return f"visible.starts {starts}: {tokens} tokens from there do not fit the {slots} slots of key"
-    bounds = visible.cu_seqlens
-    return _common(query, key, value, bounds) or _backward_objection(query, key, value, dropout)
+        return f"starts {starts}: {tokens} tokens from there do not fit the {slots} slots of key"
+    return _common(query, key, value, cu_seqlens) or _backward_objection(query, key, value, dropout)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, visible: Any, dropout: float = 0.0) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, starts: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None, dropout: float = 0.0,
+) -> Tensor:
     """query [B, T, H, K], key and value [B, S, G, K]; returns [B, T, H, K]. The contract of `attention`."""
     flash_attn: Any = importlib.import_module("flash_attn")
-    tokens, starts = query.shape[1], visible.starts
+    tokens = query.shape[1]
     options = {"softmax_scale": scale, "causal": True}
-    if visible.cu_seqlens is not None:
-        return _varlen(query[0], key[0], value[0], visible.cu_seqlens, dropout_p=dropout, **options)[None]
+    if cu_seqlens is not None:
+        return _varlen(query[0], key[0], value[0], cu_seqlens, dropout_p=dropout, **options)[None]
     plain = not dropout and not runtime.needs_gradient(query, key, value)
     if isinstance(starts, Tensor):
         seen = (starts + tokens).to(device=query.device, dtype=torch.int32)

@@ -22,11 +22,11 @@ _PAIRS = 64  # per expert: what it publishes is training, and below that the wei
 
 
 def unsupported(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Any = None
 ) -> str | None:
     """Why sonic-moe cannot run this call, or None."""
-    if watch is not None:
-        return "somebody listens to expert_in, expert_act or expert_out, which it never forms whole"
+    if tap is not None:
+        return "a tap reads expert_in, expert_act or expert_out, which this implementation does not materialise"
     if torch.compiler.is_compiling():
         return "a graph is being compiled, which sonic-moe refuses"
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
@@ -75,7 +75,7 @@ def slower(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, *_: T
     return f"{pairs} pairs for {experts} experts: below {_PAIRS} each, reading the weights is what takes the time"
 
 
-def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: Any = None) -> Tensor:
+def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Any = None) -> Tensor:
     """y [N, D]; the contract of `experts`. The weights are taken in float32, as sonic-moe does itself."""
     from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
     from sonicmoe.functional import moe_general_routing_inputs  # pyright: ignore[reportMissingImports]

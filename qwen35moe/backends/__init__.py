@@ -1,32 +1,47 @@
-"""Which implementation runs an operation: one table, and "no" comes with a reason.
+"""Which implementation runs an operation.
 
-    operation -> [implementation, implementation, ...]          in order of preference
+    operation -> [implementation, implementation, ...]          in order of preference, the definition last
 
-Each implementation may have an unsupported: a function of exactly the call's arguments that returns None, or the reason
-why it cannot run them. "auto" takes the first implementation without an unsupported. A forced choice that cannot run
-raises ValueError with the reason; nothing falls back behind the caller's back.
+An implementation may be unsupported for a call: a function of exactly the call's arguments returns None or the reason.
+"auto" takes the first implementation that supports the arguments. An implementation chosen by name that cannot run raises
+ValueError with the reason; nothing falls back silently.
 
     backends.use(gated_delta_rule="torch")           # process default, as a statement
     with backends.use(experts="triton"): ...         # scoped, as a context manager
-    with backends.ran() as ran: model(ids)           # who ran, how often, with which shapes
+    with backends.ran() as ran: model(ids)           # what ran, how often, with which shapes
     print(backends.describe())                       # every implementation, and why it is or is not used
     print(backends.verify())                         # every implementation against the definition in float64
+    backends.register("experts", "mine", fn, unsupported=None, before="triton")
 
-What beats what: a model's own choice (`model.use_backends(...)`), then `backends.use(...)`, then "auto".
+A model's own choice (`model.use_backends(...)`) comes before `backends.use(...)`, and that before "auto".
 
 The table, the choices and the open recordings are process-wide. Under `torch.compile` the choice is made when the graph
 is traced, without a log or a record.
 
-table.py holds the implementations, choice.py picks one and runs it, calls.py and description.py say what happened,
-verification.py judges.
+operation.py holds the decorator and the table, choice.py `use` and activation checkpointing, record.py and report.py what
+ran and why, verification.py the judge, cases.py the arguments on which it judges.
 """
 
 from __future__ import annotations
 
-from .calls import Call, Ran
-from .choice import checked_choices, checkpoint, checkpoint_contexts, choice_of, resolve, run, unregister, use
-from .description import describe
-from .table import ALIASES, OPERATIONS, Implementation, add_cases, cases, implementations, register
+from .cases import add_cases, cases
+from .choice import checkpoint, checkpoint_contexts, use
+from .operation import (
+    ALIASES,
+    OPERATIONS,
+    Implementation,
+    Operation,
+    checked_choices,
+    choice_of,
+    implementations,
+    operation,
+    register,
+    resolve,
+    run,
+    unregister,
+)
+from .record import Call, Ran
+from .report import describe
 from .verification import Report, verify
 
 __all__ = [
@@ -34,6 +49,7 @@ __all__ = [
     "OPERATIONS",
     "Call",
     "Implementation",
+    "Operation",
     "Ran",
     "Report",
     "add_cases",
@@ -44,6 +60,7 @@ __all__ = [
     "choice_of",
     "describe",
     "implementations",
+    "operation",
     "ran",
     "register",
     "resolve",

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import columns
-from .table import ALIASES, CASES, OPERATIONS, Implementation, implementations
+from .cases import cases
+from .operation import ALIASES, OPERATIONS, Implementation, implementations
+from .record import columns
 
 # (forward, backward). float32: the numerical contract's bounds for the chunked delta rule. Half precisions: outputs are
 # rounded (2^-9 in bfloat16, 2^-12 in float16), and so may be a few values between: 10 and 20 such roundings.
@@ -40,7 +41,7 @@ class Row:
     bounds: tuple[float, float]
     forward: float = 0.0
     backward: float = 0.0
-    reason: str | None = None  # it objects to the case
+    reason: str | None = None  # why it does not support the case
     failure: str | None = None  # it raised
 
     @property
@@ -56,7 +57,6 @@ class Report:
     """
 
     rows: list[Row] = field(default_factory=list)
-    without_cases: list[str] = field(default_factory=list)
 
     @property
     def ran(self) -> list[Row]:
@@ -79,10 +79,7 @@ class Report:
         for key in dict.fromkeys((row.operation, row.name, row.dtype) for row in self.rows):
             group = [row for row in self.rows if (row.operation, row.name, row.dtype) == key]
             lines.append((key[0], key[1], str(key[2]).removeprefix("torch."), *_summary(group)))
-        text = columns(lines) if self.rows else "nothing to verify"
-        if self.without_cases:
-            text += f"\nwithout cases: {', '.join(self.without_cases)}"
-        return text
+        return columns(lines) if self.rows else "nothing to verify"
 
     __repr__ = __str__
 
@@ -108,7 +105,7 @@ def verify(
     device: str | None = None,
     seed: int = 0,
 ) -> Report:
-    """Run the suite's own cases against the definition in float64, forward and backward: worst error each.
+    """Run the cases of `backends.cases` against the definition in float64, forward and backward: worst error each.
 
     name: an implementation ("triton") or an operation ("experts"); None: all. device: CUDA if there is one.
     """
@@ -121,11 +118,8 @@ def verify(
     report = Report()
     for operation, entries in known.items():
         chosen = [entry for entry in entries if wanted in (None, operation, entry.name)]
-        if chosen and operation not in CASES:
-            report.without_cases.append(operation)
-        elif chosen:
-            for dtype in dtypes:
-                report.rows.extend(judge(operation, chosen, *CASES[operation], dtype, device, seed))
+        for dtype in dtypes if chosen else ():
+            report.rows.extend(judge(operation, chosen, *cases(operation), dtype, device, seed))
     return report
 
 

@@ -1,4 +1,4 @@
-"""A cache on disk: one safetensors file, every tensor by its name, the counters as metadata."""
+"""A cache on disk: one safetensors file with every tensor by its name; the counters are in its metadata."""
 
 from __future__ import annotations
 
@@ -11,44 +11,40 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen35moe.cache.states import DeltaNetState, KVCache
+from qwen35moe.cache.states import KVCache
 from qwen35moe.cache.value import Cache
 from qwen35moe.config import TextConfig
+from qwen35moe.files import replacing
 
-_FORMAT = "qwen35moe.cache.1"
+_FORMAT = "qwen35moe.cache.2"
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str]) -> None:
-    """Writes beside the target and moves into place, so that a killed save leaves the old file whole."""
+    """Replaces the file at `path` in one step: a killed save leaves the old file whole."""
     tensors: dict[str, Tensor] = {"lengths": cache.lengths}
-    if cache.rope_delta is not None and cache._seen_pictures is not None:
-        tensors |= {"rope_delta": cache.rope_delta, "seen_pictures": cache._seen_pictures}
+    if cache.rope_delta is not None and cache._rope_delta_since is not None:
+        tensors |= {"rope_delta": cache.rope_delta, "rope_delta_since": cache._rope_delta_since}
     for index, layer in enumerate(cache.layers):
-        names = ("key", "value") if isinstance(layer, KVCache) else ("conv_state", "recurrent_state")
-        tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in names}
-    numbers = {"seen": cache.seen, "max_length": cache.max_length, "record": cache.record, "common": cache._common}
-    target = os.fspath(path)
-    partial = f"{target}.{os.getpid()}.partial"
-    try:
+        tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in layer.names}
+    numbers = {
+        "seen": cache.seen, "max_length": cache.max_length, "record": cache.record, "common_length": cache._common_length,
+    }
+    with replacing(path) as partial:
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial,
             metadata={"format": _FORMAT, "numbers": json.dumps(numbers)},
         )
-        os.replace(partial, target)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 def load_cache(
     path: str | os.PathLike[str], config: TextConfig, *, device: torch.device | str = "cpu",
     devices: Sequence[torch.device] | None = None,
 ) -> Cache:
-    """Reads what `save_cache` wrote; ValueError with both shapes where it does not fit the configuration."""
+    """Reads a file written by `save_cache`; ValueError with both shapes where it does not fit the configuration."""
     with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is no saved cache: its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
+            raise ValueError(f"{path} is not a saved cache: its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     numbers = json.loads(metadata["numbers"])
     lengths = tensors.pop("lengths")
@@ -57,35 +53,22 @@ def load_cache(
         config, lengths.shape[0], max_length=numbers["max_length"], record=numbers["record"], dtype=dtype, device=device,
         devices=devices,
     )
-    cache.lengths, cache.seen, cache._common = lengths, int(numbers["seen"]), numbers["common"]
+    cache.lengths, cache.seen, cache._common_length = lengths, int(numbers["seen"]), numbers["common_length"]
     cache.rope_delta = tensors.pop("rope_delta", None)
-    cache._seen_pictures = tensors.pop("seen_pictures", None if cache.rope_delta is None else lengths)
-    cache._used = int(lengths.max())
+    cache._rope_delta_since = tensors.pop("rope_delta_since", None if cache.rope_delta is None else lengths)
+    cache._longest = int(lengths.max())
     for index, layer in enumerate(cache.layers):
-        names = ("key", "value") if isinstance(layer, KVCache) else ("conv_state", "recurrent_state")
-        found = [tensors.pop(f"layers.{index}.{name}", None) for name in names]
-        for name, tensor in zip(names, found, strict=False):
-            if tensor is None:
-                raise ValueError(f"{path} lacks layers.{index}.{name}, which layer_types[{index}] calls for")
-            tensor = tensor if devices is None else tensor.to(devices[index])
-            _place(layer, name, tensor, cache._used, f"{path}: layers.{index}.{name}")
+        if isinstance(layer, KVCache):
+            layer.length = cache._longest
+        for name in layer.names:
+            key = f"layers.{index}.{name}"
+            if key not in tensors:
+                raise ValueError(f"{path} lacks {key}, which layer_types[{index}] needs")
+            tensor = tensors.pop(key)
+            try:
+                setattr(layer, name, tensor if devices is None else tensor.to(devices[index]))
+            except ValueError as error:
+                raise ValueError(f"{path}: layers.{index}: {error}") from None
     if tensors:
-        raise ValueError(f"{path} holds tensors this configuration has no place for: {sorted(tensors)[:5]}")
+        raise ValueError(f"{path} holds tensors that this configuration does not have: {sorted(tensors)[:5]}")
     return cache
-
-
-def _place(layer: KVCache | DeltaNetState, name: str, tensor: Tensor, used: int, where: str) -> None:
-    if isinstance(layer, KVCache):
-        layer.used = used
-        buffer = layer.keys if name == "key" else layer.values
-        wanted = (buffer.shape[0], used, *buffer.shape[2:])
-        if tensor.shape != wanted:
-            raise ValueError(f"{where} is {list(tensor.shape)}, this configuration needs {list(wanted)}")
-        if not layer.fixed:
-            setattr(layer, "keys" if name == "key" else "values", tensor)
-        else:
-            buffer[:, :used] = tensor
-        return
-    if tensor.shape != getattr(layer, name).shape:
-        raise ValueError(f"{where} is {list(tensor.shape)}, this configuration needs {list(getattr(layer, name).shape)}")
-    setattr(layer, name, tensor)

@@ -1,13 +1,13 @@
-"""How the tokens of a call lie, and how they are laid out for the layers.
+"""The arrangement of a call's tokens for the layers.
 
-The caller gives rows [B, T] with padding left, right or in between, or several packed documents in a row. The layers
-know two arrangements only:
+The caller passes rows [B, T] with padding left, right or in between, or one row of packed documents. The layers see one of
+two arrangements:
 
-    rows      [B, T]  row r holds its tokens from the left; what follows its `lengths[r]` is padding nobody may see
-    packed    [1, N]  documents end to end, told apart by `cu_seqlens`
+    rows      [B, T]  row r has its tokens first, then padding after `lengths[r]` tokens
+    packed    [1, N]  documents one after the other, separated by `cu_seqlens`
 
 `arrange` brings a caller's tensor into the layers' arrangement, `restore` brings a result back. So padding left, right or
-none is the same computation, and no layer ever sees a token that is not there.
+none is the same computation, and no layer reads padding.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """One call's tokens. `shape` is the caller's (B, T), `rows` and `tokens` are the layers'.
+    """One call's tokens. `shape` is the caller's (B, T); `rows` and `tokens` are the layers'.
 
-    starts: the slot of each row's first new token, an int where all rows agree. lengths [rows]: new tokens per row,
-    None when no row is padded. cu_seqlens: packed documents. source [rows, tokens]: where each token lies in the
-    caller's flattened rows, None when nothing moves. position_ids [3, rows, tokens].
+    starts: the position in the cache of each row's first new token, an int where all rows agree. lengths [rows]: new
+    tokens per row, None when no row is padded. cu_seqlens: bounds of packed documents. source [rows, tokens]: the index of
+    each token in the caller's flattened rows, None when the arrangements are equal. position_ids [3, rows, tokens].
     """
 
     shape: tuple[int, int]
@@ -38,13 +38,13 @@ class TokenLayout:
 
     @property
     def valid(self) -> Tensor | None:
-        """[rows, tokens]: True where there is a token; None when there is one everywhere."""
+        """[rows, tokens]: True for tokens, False for padding; None without padding."""
         if self.lengths is None:
             return None
         return torch.arange(self.tokens, device=self.lengths.device) < self.lengths[:, None]
 
     def arrange(self, x: Tensor) -> Tensor:
-        """[B, T, ...] to [rows, tokens, ...]; padding becomes zero, so that nothing in it, not even nan, is seen."""
+        """[B, T, ...] to [rows, tokens, ...]; padding becomes zero, even where it is nan."""
         if self.source is None:
             return x
         arranged = x.flatten(0, 1)[self.source.flatten()].unflatten(0, (self.rows, self.tokens))
@@ -58,23 +58,21 @@ class TokenLayout:
         if self.source is None:
             return x
         flat, source = x.flatten(0, 1), self.source.flatten()
+        total = self.shape[0] * self.shape[1]
         valid = self.valid
         if valid is not None:
-            kept = valid.flatten().view(-1, *[1] * (x.dim() - 2))
-            flat = torch.where(kept, flat, flat.new_zeros(()))
-            # Padding goes to a place of its own behind the rows, which is cut off again.
-            source = torch.where(valid.flatten(), source, self.shape[0] * self.shape[1])
-        total = self.shape[0] * self.shape[1]
+            flat = torch.where(valid.flatten().view(-1, *[1] * (x.dim() - 2)), flat, flat.new_zeros(()))
+            source = torch.where(valid.flatten(), source, total)  # padding goes to one more row, which is cut off
         out = flat.new_zeros(total + 1, *x.shape[2:]).index_copy(0, source, flat)
         return out[:total].unflatten(0, self.shape)
 
     def to(self, device: torch.device) -> TokenLayout:
-        """The same on another device."""
+        """The same layout on another device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
     def mask(self) -> Tensor | None:
-        """[B * T] in the caller's order: True where there is a token; None when there is one everywhere."""
+        """[B * T] in the caller's order: True for tokens, False for padding; None without padding."""
         if self.source is None:
             return None
         ones = torch.ones(self.rows, self.tokens, dtype=torch.bool, device=self.source.device)

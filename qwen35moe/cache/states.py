@@ -1,90 +1,108 @@
-"""The memory of one layer: keys and values of every token, or a convolution's last inputs and a matrix per head."""
+"""The state of one layer: `KVCache` of an attention layer, `DeltaNetState` of a Gated DeltaNet layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.cache.rollback import RollbackLog, Segment
 from qwen35moe.config import TextConfig
 
 if TYPE_CHECKING:
     from qwen35moe.cache.layout import TokenLayout
+    from qwen35moe.cache.rollback import RollbackLog, Segment
 
 
 @dataclass
 class KVCache:
-    """Keys and values [B, slots, G, K]. `used` slots are in use; behind them lies room to grow, filled with zeros."""
+    """Keys and values of every token: `key` and `value` [B, length, G, K].
 
-    keys: Tensor
-    values: Tensor
-    used: int = 0
-    fixed: bool = False
+    They are the first `length` positions of the buffers; the positions behind them are zeros, room to grow. A static
+    state is written in place and never reallocated.
+    """
+
+    names: ClassVar[tuple[str, str]] = ("key", "value")
+
+    key_buffer: Tensor
+    value_buffer: Tensor
+    length: int = 0
+    static: bool = False
 
     @property
     def key(self) -> Tensor:
-        return self.keys[:, : self.used]
+        return self.key_buffer[:, : self.length]
 
     @key.setter
-    def key(self, value: Tensor) -> None:
-        self.keys = self._replaced(self.keys, value)
+    def key(self, key: Tensor) -> None:
+        self.key_buffer = self._assigned("key", self.key_buffer, key)
 
     @property
     def value(self) -> Tensor:
-        return self.values[:, : self.used]
+        return self.value_buffer[:, : self.length]
 
     @value.setter
     def value(self, value: Tensor) -> None:
-        self.values = self._replaced(self.values, value)
+        self.value_buffer = self._assigned("value", self.value_buffer, value)
 
-    def _replaced(self, buffer: Tensor, value: Tensor) -> Tensor:
-        wanted = (buffer.shape[0], self.used, *buffer.shape[2:])
-        if value.shape != wanted:
-            raise ValueError(f"the cache holds {list(wanted)} here, cannot put {list(value.shape)} in its place")
-        if self.fixed:
-            buffer[:, : self.used] = value
+    def _assigned(self, name: str, buffer: Tensor, new: Tensor) -> Tensor:
+        """The buffer with `new` in the used positions."""
+        _check_shape(name, (buffer.shape[0], self.length, *buffer.shape[2:]), new)
+        if self.static:
+            buffer[:, : self.length] = new
             return buffer
-        return torch.cat([value.to(buffer.dtype), buffer[:, self.used :]], dim=1)
+        return torch.cat([new.to(buffer.dtype), buffer[:, self.length :]], dim=1)
 
-    def extended(self, key: Tensor, value: Tensor, layout: TokenLayout) -> KVCache:
-        """With the layout's new tokens key, value [B, T, G, K] in their slots.
+    def append(self, key: Tensor, value: Tensor, layout: TokenLayout) -> KVCache:
+        """The state after the layout's new tokens key, value [B, T, G, K]; this one keeps its length.
 
-        Written in place where no gradient can flow, else into new tensors: a forward that is computed again for
-        gradient checkpointing then finds the memory as it was.
+        The buffers are written in place where no gradient can flow, else new ones are made: under activation checkpointing
+        the recomputation must find the state as it was.
         """
-        functional = torch.is_grad_enabled() and (key.requires_grad or self.keys.requires_grad or value.requires_grad)
-        used = self.used + layout.tokens
-        state = self if used <= self.keys.shape[1] and not functional else self._grown(used, functional)
-        keys, values = state.keys, state.values
+        functional = torch.is_grad_enabled() and (key.requires_grad or self.key_buffer.requires_grad or value.requires_grad)
+        length = self.length + layout.tokens
+        keys, values = self._buffers_for(length, functional)
         if isinstance(layout.starts, int) and layout.lengths is None:
-            slots = slice(layout.starts, layout.starts + layout.tokens)
+            new = slice(layout.starts, layout.starts + layout.tokens)
             if functional:
-                keys = torch.cat([keys[:, : slots.start], key], dim=1)
-                values = torch.cat([values[:, : slots.start], value], dim=1)
+                keys = torch.cat([keys[:, : new.start], key], dim=1)
+                values = torch.cat([values[:, : new.start], value], dim=1)
             else:
-                keys[:, slots], values[:, slots] = key, value
+                keys[:, new], values[:, new] = key, value
         else:
-            row, slot, index = _places(layout, key)
+            row, position, index = _token_positions(layout, key.device)
             put = torch.Tensor.index_put if functional else torch.Tensor.index_put_
-            keys, values = put(keys, (row, slot), key[index]), put(values, (row, slot), value[index])
-        return KVCache(keys, values, used, self.fixed)
+            keys, values = put(keys, (row, position), key[index]), put(values, (row, position), value[index])
+        return KVCache(keys, values, length, self.static)
 
-    def _grown(self, needed: int, functional: bool) -> KVCache:
-        room = needed if functional else max(needed, 2 * self.keys.shape[1], 64)
-        if self.fixed:
-            room = needed = self.keys.shape[1]
-        missing = (0, 0, 0, 0, 0, room - self.keys.shape[1])
-        return replace(self, keys=F.pad(self.keys, missing), values=F.pad(self.values, missing))
+    def _buffers_for(self, length: int, functional: bool) -> tuple[Tensor, Tensor]:
+        """Both buffers, larger ones where these are too short: at least twice as long, so that growth is rare."""
+        room = self.key_buffer.shape[1]
+        if self.static or (length <= room and not functional):
+            return self.key_buffer, self.value_buffer
+        more = (length if functional else max(length, 2 * room, 64)) - room
+        padding = (0, 0, 0, 0, 0, more)
+        return F.pad(self.key_buffer, padding), F.pad(self.value_buffer, padding)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the state holds."""
+        return [self.key_buffer, self.value_buffer]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> KVCache:
+        """The same state with fn applied to every tensor."""
+        return replace(self, key_buffer=fn(self.key_buffer), value_buffer=fn(self.value_buffer))
+
+    def snapshot(self) -> KVCache:
+        """The state for a snapshot. It shares the buffers: later tokens are written behind its length."""
+        return replace(self)
 
 
-def _places(layout: TokenLayout, key: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Row, slot and index into [B, T] of every token that is there."""
-    rows, tokens, device = layout.rows, layout.tokens, key.device
+def _token_positions(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Row, position in the cache and index into [B, T] of every token, padding left out."""
+    rows, tokens = layout.rows, layout.tokens
     row = torch.arange(rows, device=device)[:, None].expand(rows, tokens)
     column = torch.arange(tokens, device=device).expand(rows, tokens)
     start = layout.starts[:, None].to(device) if isinstance(layout.starts, Tensor) else layout.starts
@@ -97,27 +115,52 @@ def _places(layout: TokenLayout, key: Tensor) -> tuple[Tensor, Tensor, tuple[Ten
 
 @dataclass
 class DeltaNetState:
-    """inputs [B, C, W-1], the last the convolution has seen; memory [B, H, K, V], float32 at least.
+    """conv_state [B, C, W-1], the convolution's last inputs; recurrent_state [B, H, K, V], float32 or wider.
 
-    segment: what the forward that made this state brought, when the cache records; log: how to take it back. Fixed
-    tensors are written in place when a new value is assigned.
+    log: the recorded tokens, from which `Cache.rollback` computes an earlier state. A static state's tensors are written in
+    place when a new value is assigned.
     """
+
+    names: ClassVar[tuple[str, str]] = ("conv_state", "recurrent_state")
+
+    conv_state: Tensor
+    recurrent_state: Tensor
+    log: RollbackLog | None = None
+    static: bool = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        old = self.__dict__.get(name)
+        if isinstance(old, Tensor) and isinstance(value, Tensor):
+            _check_shape(name, tuple(old.shape), value)
+            if self.static:
+                old.copy_(value)
+                return
+        self.__dict__[name] = value
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the state holds, the recorded tokens' included."""
+        return [self.conv_state, self.recurrent_state, *([] if self.log is None else self.log.tensors())]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> DeltaNetState:
+        """The same state with fn applied to every tensor."""
+        log = None if self.log is None else self.log.map(fn)
+        return DeltaNetState(fn(self.conv_state), fn(self.recurrent_state), log, self.static)
+
+    def snapshot(self) -> DeltaNetState:
+        """The state for a snapshot. It shares the tensors, except those that are written in place."""
+        conv_state, recurrent_state = self.conv_state, self.recurrent_state
+        if self.static:
+            conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
+        return DeltaNetState(conv_state, recurrent_state, self.log, self.static)
+
+
+class DeltaNetUpdate(NamedTuple):
+    """What a forward leaves for `Cache.commit`: the two states after the new tokens, and for a cache that records the tokens
+    themselves."""
 
     conv_state: Tensor
     recurrent_state: Tensor
     segment: Segment | None = None
-    log: RollbackLog | None = None
-    fixed: bool = False
-
-    def __setattr__(self, name: str, value: object) -> None:
-        before = self.__dict__.get(name)
-        if isinstance(before, Tensor) and isinstance(value, Tensor):
-            if before.shape != value.shape:
-                raise ValueError(f"the cache holds {name} {list(before.shape)}, cannot put {list(value.shape)} in its place")
-            if self.fixed:
-                before.copy_(value)
-                return
-        self.__dict__[name] = value
 
 
 LayerState = KVCache | DeltaNetState
@@ -126,44 +169,18 @@ LayerState = KVCache | DeltaNetState
 def empty_state(
     config: TextConfig, kind: str, batch: int, max_length: int | None, dtype: torch.dtype, device: torch.device | str
 ) -> LayerState:
-    """A layer's memory before its first token: no keys, and zeros, which is what an empty past looks like."""
+    """A layer's state before its first token: no keys; zeros for the convolution and the delta rule."""
+    static = max_length is not None
     if kind == "full_attention":
         shape = (batch, max_length or 0, config.num_key_value_heads, config.head_dim)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        return KVCache(keys, values, 0, max_length is not None)
-    heads, width, out = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
+        key_buffer, value_buffer = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return KVCache(key_buffer, value_buffer, static=static)
     conv_state = torch.zeros(batch, config.conv_dim, config.linear_conv_kernel_dim - 1, dtype=dtype, device=device)
-    wide = torch.promote_types(torch.float32, dtype)
-    recurrent_state = torch.zeros(batch, heads, width, out, dtype=wide, device=device)
-    return DeltaNetState(conv_state, recurrent_state, fixed=max_length is not None)
+    shape = (batch, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
+    recurrent_state = torch.zeros(shape, dtype=torch.promote_types(torch.float32, dtype), device=device)
+    return DeltaNetState(conv_state, recurrent_state, static=static)
 
 
-def state_tensors(layer: LayerState) -> list[Tensor]:
-    """Every tensor that a layer holds, its recording included."""
-    if isinstance(layer, KVCache):
-        return [layer.keys, layer.values]
-    found = [layer.conv_state, layer.recurrent_state]
-    if layer.log is not None:
-        found += [layer.log.conv_state, layer.log.recurrent_state, *vars(layer.log.since).values()]
-    return found
-
-
-def map_state(layer: LayerState, fn: Callable[[Tensor], Tensor]) -> LayerState:
-    """The same with fn applied to every tensor."""
-    if isinstance(layer, KVCache):
-        return KVCache(fn(layer.keys), fn(layer.values), layer.used, layer.fixed)
-    log = layer.log
-    if log is not None:
-        since = Segment(**{name: fn(tensor) for name, tensor in vars(log.since).items()})
-        log = RollbackLog(fn(log.conv_state), fn(log.recurrent_state), since)
-    return DeltaNetState(fn(layer.conv_state), fn(layer.recurrent_state), None, log, layer.fixed)
-
-
-def snapshot_state(layer: LayerState, copy: bool) -> LayerState:
-    """The layer's memory for a snapshot: shared, except that a static cache's matrices are copied."""
-    if isinstance(layer, KVCache):
-        return replace(layer)
-    conv_state, recurrent_state = layer.conv_state, layer.recurrent_state
-    if copy:
-        conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
-    return DeltaNetState(conv_state, recurrent_state, None, layer.log)
+def _check_shape(name: str, shape: tuple[int, ...], new: Tensor) -> None:
+    if tuple(new.shape) != shape:
+        raise ValueError(f"the cache holds {name} {list(shape)}, the new value is {list(new.shape)}")

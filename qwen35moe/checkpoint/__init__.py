@@ -1,22 +1,22 @@
 """Checkpoints: from disk to modules and back.
 
-names.py      what tensors are called, on disk and in a model
-headers.py    what the files say they contain, checked
-selection.py  which of it is asked for
-block_fp8.py  the quantised form that is read (blocks.py: how it is told); foreign.py those that are not
-assemble.py   which bytes make which parameter
-fill.py       memory for each parameter, on its device
-memory.py     a mapped file, fresh pages, reading ahead; splice.py pieces of mapped files as one tensor
-transfer.py   the threads that read, and the way to a GPU
-read.py       `load_model`; report.py what it did
-write.py      `save_model`
-published.py  what the files of a published repository hold, from a configuration alone
-quantise.py   matrices as 8-bit numbers with a scale per block
-convert.py    from one layout on disk to another
-tiny.py       small checkpoints for tests
-folder.py     how a new checkpoint replaces an old one
-hub.py        the same from the Hugging Face Hub
-problems.py   `CheckpointError`, with everything that is wrong in one message
+names.py        tensor names on disk and in a model
+headers.py      the contents of the files, checked
+selection.py    selected layers, experts and parts
+blocks.py       names and shapes of block-FP8; block_fp8.py its meaning, quantise.py its inverse
+unsupported.py  quantised formats that are refused
+assemble.py     which stored bytes fill which parameter
+fill.py         memory for every parameter, on its device
+memory.py       mapped files, new pages, reading ahead; stitch.py one tensor from mapped pieces
+transfer.py     the threads that read, and copies to a GPU
+read.py         `load_model`; report.py counts what it did
+write.py        `save_model`
+published.py    the tensors of a published repository, from a configuration alone
+convert.py      from one layout on disk to another
+tiny.py         small checkpoints for tests
+folder.py       replaces the checkpoint in a folder in one step
+hub.py          checkpoints on the Hugging Face Hub
+problems.py     `CheckpointError`, with all problems in one message
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .read import load_model
     from .report import LoadingReport
     from .write import save_model
-else:  # these import torch, which takes a second, and headers are read without it
+else:  # these import torch, which takes a second and is not needed to read headers
     _HOMES = {"load_model": "read", "LoadingReport": "report", "save_model": "write"}
 
     def __getattr__(name: str) -> Any:

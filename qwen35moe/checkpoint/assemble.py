@@ -1,9 +1,9 @@
-"""Which bytes of a checkpoint make which parameter of a model, decided by names, shapes and dtypes alone.
+"""Maps stored tensors to parameters, by names, shapes and dtypes alone.
 
-`match` goes over the parameters of a (meta) model and over the tensors on disk and accounts for every one of both: a
-parameter gets a `Plan`, a list of reads that fill it; a tensor without a parameter is left out on purpose and counted
-(`names.LEFT_OUT`, and whatever a `Selection` does not ask for), or it is a problem. `assemble` is the place for further
-layouts on disk: it gets one parameter and everything on disk, and answers with the reads.
+`match` goes through the parameters of a (meta) model and through the stored tensors and accounts for every one of both.
+A parameter gets a `Plan`: the list of reads that fill it. A stored tensor without a parameter is either left out
+deliberately and counted (`names.LEFT_OUT`, and everything outside a `Selection`), or it is a problem. Support for another
+layout on disk belongs in `assemble`, which returns the reads of one parameter.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ from torch import Tensor, nn
 from qwen35moe.modules.unfused import UnfusedExperts
 
 from . import names
-from .blocks import CODE, SCALE, scale_shape
+from .blocks import FP8, SCALE, scale_shape
 from .dtypes import FLOATS
 from .headers import Header, StoredTensor
 from .problems import Problem, nearest
 from .selection import Selection, runs
 
 
-@dataclass
-class Slot:
-    """One parameter of a model, under all names by which the model knows it (tied weights have several)."""
+def fp32_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the module's own parameters that stay float32 in a model of any dtype (modules/fp32_parameters.py)."""
+    return getattr(module, "fp32_parameters", ())
 
-    parameter: Tensor
-    places: list[tuple[nn.Module, str]]
+
+@dataclass
+class ModelParameter:
+    """One parameter of a model with all its names (tied weights have several)."""
+
+    tensor: Tensor
+    owners: list[tuple[nn.Module, str]]
     names: list[str]  # canonical
 
     @property
@@ -39,22 +44,22 @@ class Slot:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.parameter.shape)
+        return tuple(self.tensor.shape)
 
     @property
-    def is_island(self) -> bool:
-        """Float32 at least, in a model of any dtype: the owner says so (modules/islands.py)."""
-        owner, leaf = self.places[0]
-        return leaf in getattr(owner, "island", ())
+    def is_fp32(self) -> bool:
+        """Whether the parameter stays at least float32 in a model of any dtype."""
+        module, leaf = self.owners[0]
+        return leaf in fp32_parameters(module)
 
     def dtype_in(self, dtype: torch.dtype) -> torch.dtype:
-        """What this parameter has in a model of dtype `dtype`."""
-        return torch.promote_types(torch.float32, dtype) if self.is_island else dtype
+        """The dtype of this parameter in a model of dtype `dtype`."""
+        return torch.promote_types(torch.float32, dtype) if self.is_fp32 else dtype
 
 
 @dataclass(frozen=True)
 class Read:
-    """The numbers of `tensor` go to the flattened parameter from position `at` on. With a scale it is block-FP8 [R, C]."""
+    """Copy `tensor` into the flattened parameter from position `at` on. With a scale it is block-FP8 [rows, columns]."""
 
     tensor: StoredTensor
     at: int = 0
@@ -63,129 +68,139 @@ class Read:
 
 @dataclass(frozen=True)
 class Plan:
-    """What fills a parameter: one tensor as it is, or several that lie in it one after the other."""
+    """The reads that fill a parameter: one whole tensor, or several, each a contiguous part of the parameter."""
 
-    slot: Slot
+    parameter: ModelParameter
     reads: tuple[Read, ...]
 
     @property
     def whole(self) -> StoredTensor | None:
-        """The one tensor whose numbers are the parameter's, as they are."""
+        """The one tensor that holds the whole parameter, not quantised."""
         return self.reads[0].tensor if len(self.reads) == 1 and self.reads[0].scale is None else None
 
 
 @dataclass
 class Disk:
-    """The tensors that are asked for, by the canonical name they have in the model; and the ones of single experts by
-    module, projection and index."""
+    """The selected stored tensors by their canonical names in the model; single experts also by (module, projection)
+    and index."""
 
     selection: Selection = field(default_factory=Selection)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     experts: dict[tuple[str, str], dict[int, StoredTensor]] = field(default_factory=dict)
-    lost: set[str] = field(default_factory=set)  # promised, but their file is missing or wrong: a problem already
+    unreadable: set[str] = field(default_factory=set)  # listed, but the file is missing or wrong: already a problem
 
-    def is_lost(self, name: str) -> bool:
-        return name in self.lost
+    def is_unreadable(self, name: str) -> bool:
+        return name in self.unreadable
 
     def scale_of(self, name: str) -> StoredTensor | None:
-        """The factors of the weight with this canonical name."""
+        """The scale of the weight with this canonical name."""
         return self.tensors.get(name + SCALE)
 
 
 @dataclass
 class Match:
-    """The plan of every parameter, what was left out and counted, and second copies that must equal the first."""
+    """The plan of every parameter, counts of what was left out, and pairs of stored tensors that must be equal."""
 
     plans: list[Plan]
     left_out: dict[str, int]
     copies: list[tuple[StoredTensor, StoredTensor]]
 
 
-def slots_of(model: nn.Module) -> list[Slot]:
-    """The parameters of a model in the order of its state_dict; tied ones once, with all their names. Experts that are
-    unfused count as the grouped parameters they are views of."""
-    slots: dict[int, Slot] = {}
+def parameters_of(model: nn.Module) -> list[ModelParameter]:
+    """The parameters of a model in the order of its state_dict; tied ones once, with all their names. Unfused experts
+    count as the grouped parameters that they are views of."""
+    parameters: dict[int, ModelParameter] = {}
     unfused: tuple[str, ...] = ()
     for prefix, module in model.named_modules():
         if prefix.startswith(unfused):
             continue
         if isinstance(module, UnfusedExperts):
             unfused, module = (*unfused, f"{prefix}."), module.grouped()
-        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        for leaf, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{prefix}.{leaf}" if prefix else leaf
-            slot = slots.setdefault(id(parameter), Slot(parameter, [], []))
-            slot.places.append((module, leaf))
-            slot.names.append(names.canonical(name) or name)
-    return list(slots.values())
+            parameter = parameters.setdefault(id(tensor), ModelParameter(tensor, [], []))
+            parameter.owners.append((module, leaf))
+            parameter.names.append(names.canonical(name) or name)
+    return list(parameters.values())
+
+
+def parts_in(parameters: Iterable[ModelParameter]) -> set[str]:
+    """The parts that a model has, as `names.part_of` calls them."""
+    return {names.part_of(name) for parameter in parameters for name in parameter.names if names.canonical(name)}
 
 
 def match(
-    slots: Iterable[Slot], header: Header, problems: list[Problem], selection: Selection | None = None
+    parameters: Iterable[ModelParameter], header: Header, problems: list[Problem], selection: Selection | None = None
 ) -> Match:
-    """Account for every parameter and every stored tensor; what does not fit is appended to `problems`."""
-    slots = list(slots)
-    disk, foreign, left_out = _sort(header, problems, selection or Selection())
+    """Account for every parameter and every stored tensor; mismatches are appended to `problems`."""
+    parameters = list(parameters)
+    disk, unknown, left_out = _sort(header, problems, selection or Selection())
     claimed: set[str] = set()
     plans: list[Plan] = []
     copies: list[tuple[StoredTensor, StoredTensor]] = []
-    for slot in slots:
-        plan = assemble(slot, disk, problems)
-        mine = _candidates(slot, disk)
-        claimed.update(tensor.name for pair in mine for tensor in pair if tensor is not None)
+    for parameter in parameters:
+        plan = assemble(parameter, disk, problems)
+        candidates = _candidates(parameter, disk)
+        claimed.update(tensor.name for pair in candidates for tensor in pair if tensor is not None)
         if plan is not None:
             plans.append(plan)
-            if names.grouped_experts(slot.name) is None:
-                copies += [(mine[0][0], other) for other, _ in mine[1:]]
-    held = {names.part_of(name) for slot in slots for name in slot.names if names.canonical(name)}
-    strangers: list[tuple[StoredTensor, str]] = [(tensor, "no name of this architecture") for tensor in foreign]
+            if names.grouped_experts(parameter.name) is None:
+                copies += [(candidates[0][0], other) for other, _ in candidates[1:]]
+    model_parts = parts_in(parameters)
+    unexpected: list[tuple[StoredTensor, str]] = [(tensor, "not a tensor name of this architecture") for tensor in unknown]
     for name, tensor in disk.tensors.items():
         if tensor.name in claimed:
             continue
         part = names.part_of(name)
         if name.endswith(names.COMPUTED):
             left_out["*" + names.COMPUTED[0]] += 1
-        elif part in names.LEFT_OUT and part not in held:
+        elif part in names.LEFT_OUT and part not in model_parts:
             left_out[names.LEFT_OUT[part]] += 1
-        elif name.endswith(SCALE) and not disk.is_lost(name.removesuffix(SCALE)):
+        elif name.endswith(SCALE) and not disk.is_unreadable(name.removesuffix(SCALE)):
             problems.append(Problem("scale without its weight", tensor.name, f"there is no {name.removesuffix(SCALE)}"))
         else:
-            strangers.append((tensor, "the model has no such parameter"))
-    missing = [problem.subject for problem in problems if problem.kind == "missing"]
-    meant = nearest((tensor.name for tensor, _ in strangers), missing)
-    for tensor, why in strangers:
-        hint = f"; {meant[tensor.name]}, which is missing, is close to it" if tensor.name in meant else ""
-        problems.append(Problem("unexpected", tensor.name, why + hint))
+            unexpected.append((tensor, "the model has no such parameter"))
+    _report_unexpected(unexpected, problems)
     return Match(plans, dict(left_out), copies)
 
 
-def _candidates(slot: Slot, disk: Disk) -> list[tuple[StoredTensor, StoredTensor | None]]:
-    """Every stored tensor that is this parameter or a part of it, fitting or not, with its scale."""
-    found = [(disk.tensors[name], disk.scale_of(name)) for name in slot.names if name in disk.tensors]
-    if experts := names.grouped_experts(slot.name):
+def _report_unexpected(unexpected: list[tuple[StoredTensor, str]], problems: list[Problem]) -> None:
+    """Each with the closest missing name, which is probably the one that was meant."""
+    missing = [problem.subject for problem in problems if problem.kind == "missing"]
+    closest = nearest((tensor.name for tensor, _ in unexpected), missing)
+    for tensor, reason in unexpected:
+        hint = f"; {closest[tensor.name]} is missing and has a similar name" if tensor.name in closest else ""
+        problems.append(Problem("unexpected", tensor.name, reason + hint))
+
+
+def _candidates(parameter: ModelParameter, disk: Disk) -> list[tuple[StoredTensor, StoredTensor | None]]:
+    """Every stored tensor that is this parameter or a part of it by name, whatever its shape, with its scale."""
+    candidates = [(disk.tensors[name], disk.scale_of(name)) for name in parameter.names if name in disk.tensors]
+    if experts := names.grouped_experts(parameter.name):
         module, projections = experts
         for projection in projections:
             for expert, tensor in disk.experts.get((module, projection), {}).items():
-                found.append((tensor, disk.scale_of(names.single_expert(module, expert, projection))))
-    return found
+                candidates.append((tensor, disk.scale_of(names.single_expert(module, expert, projection))))
+    return candidates
 
 
 def _sort(
     header: Header, problems: list[Problem], selection: Selection
 ) -> tuple[Disk, list[StoredTensor], Counter[str]]:
-    """What is asked for, what has no name here, and what is not asked for: its kinds, counted."""
+    """The selected tensors, those with unknown names, and the counts of those outside the selection."""
     disk = Disk(selection)
     left_out: Counter[str] = Counter()
-    for stored in header.lost:
+    for stored in header.unreadable:
         name = names.canonical(stored)
         if (placed := stored if name is None else selection.place(name)) is not None:
-            disk.lost.add(placed)
+            disk.unreadable.add(placed)
     for stored in header.unread:
         left_out[_kind(names.canonical(stored))] += 1
-    foreign: list[StoredTensor] = []
+    unknown: list[StoredTensor] = []
     for tensor in header.tensors.values():
         name = names.canonical(tensor.name)
         if name is None:
-            foreign.append(tensor)
+            unknown.append(tensor)
             continue
         placed = selection.place(name)
         if placed is None:
@@ -199,67 +214,67 @@ def _sort(
         if expert := names.expert_of(name):
             module, index, projection = expert
             disk.experts.setdefault((module, projection), {})[index] = tensor
-    return disk, foreign, left_out
+    return disk, unknown, left_out
 
 
 def _kind(name: str | None) -> str:
-    """How the report counts a tensor that is not asked for."""
+    """The report's key for a tensor outside the selection."""
     part = names.part_of(name) if name else "text"
-    return names.LEFT_OUT.get(part, "layers and experts that were not asked for")
+    return names.LEFT_OUT.get(part, "layers and experts that were not selected")
 
 
-def assemble(slot: Slot, disk: Disk, problems: list[Problem]) -> Plan | None:
-    """How `slot` is filled from `disk`; None and a problem when it cannot be.
+def assemble(parameter: ModelParameter, disk: Disk, problems: list[Problem]) -> Plan | None:
+    """The reads that fill `parameter` from `disk`; None and a problem if it cannot be filled.
 
-    Expert weights [E, R, C] may be on disk as they are or as 2-D tensors per expert and projection, which are rows of
-    one contiguous block each; any matrix may be block-FP8 with its scale beside it. Each parameter is looked at by
-    itself, so a file may mix all of these.
+    Expert weights [E, rows, columns] may be stored grouped or as 2-D tensors per expert and projection, each of which is
+    a contiguous block of rows; any matrix may be block-FP8 with a scale. Every parameter is decided by itself, so a file
+    may mix all of these.
     """
-    stored = next(((disk.tensors[name], name) for name in slot.names if name in disk.tensors), None)
-    experts = names.grouped_experts(slot.name)
+    stored = next(((disk.tensors[name], name) for name in parameter.names if name in disk.tensors), None)
+    experts = names.grouped_experts(parameter.name)
     if experts is not None:
         module, projections = experts
         singles = {projection: disk.experts.get((module, projection), {}) for projection in projections}
         if any(singles.values()):
             if stored is None:
-                return _stack(slot, module, singles, disk, problems)
-            one = next(tensor for found in singles.values() for tensor in found.values())
+                return _stack(parameter, module, singles, disk, problems)
+            one = next(tensor for by_index in singles.values() for tensor in by_index.values())
             detail = f"grouped, and per expert as {_any_expert(one.name)}"
             problems.append(Problem("stored twice", stored[0].name, detail))
             return None
     if stored is None:
-        if not any(disk.is_lost(name) for name in slot.names):
-            problems.append(Problem("missing", disk.selection.on_disk(slot.name), _absent(slot)))
+        if not any(disk.is_unreadable(name) for name in parameter.names):
+            problems.append(Problem("missing", disk.selection.on_disk(parameter.name), _missing_detail(parameter)))
         return None
-    return _take(slot, *stored, disk, problems)
+    return _take(parameter, *stored, disk, problems)
 
 
-def _take(slot: Slot, tensor: StoredTensor, name: str, disk: Disk, problems: list[Problem]) -> Plan | None:
-    """One stored tensor as it is, or the rows of it that are asked for."""
+def _take(parameter: ModelParameter, tensor: StoredTensor, name: str, disk: Disk, problems: list[Problem]) -> Plan | None:
+    """One whole stored tensor, or its selected rows."""
     rows = disk.selection.rows(name)
-    shape = slot.shape if rows is None else (disk.selection.total, *slot.shape[1:])
+    shape = parameter.shape if rows is None else (disk.selection.total, *parameter.shape[1:])
     scale = disk.scale_of(name)
     if not _fits(tensor, name, shape, disk, problems, in_blocks=rows is None or len(shape) == 3):
         return None
-    if scale is not None and len(shape) == 3:  # matrices, each with blocks of its own
-        chosen = [(row, row + 1) for row in (range(shape[0]) if rows is None else rows)]
+    if scale is not None and len(shape) == 3:  # matrices, each with its own blocks
+        ranges = [(row, row + 1) for row in (range(shape[0]) if rows is None else rows)]
     else:
-        chosen = [(0, shape[0])] if rows is None else runs(rows)
-    if chosen == [(0, shape[0])] and (scale is None or len(shape) == 2):
-        return Plan(slot, (Read(tensor, 0, scale),))
+        ranges = [(0, shape[0])] if rows is None else runs(rows)
+    if ranges == [(0, shape[0])] and (scale is None or len(shape) == 2):
+        return Plan(parameter, (Read(tensor, 0, scale),))
     reads, at = [], 0
-    for begin, end in chosen:
+    for begin, end in ranges:
         part = tensor.part(begin, end)
         if scale is None:
             reads.append(Read(part, at))
         else:
             reads.append(Read(_matrix(part), at, _matrix(scale.part(begin, end))))
         at += part.numel
-    return Plan(slot, tuple(reads))
+    return Plan(parameter, tuple(reads))
 
 
 def _matrix(tensor: StoredTensor) -> StoredTensor:
-    """[1, R, C] as [R, C]."""
+    """[1, rows, columns] as [rows, columns]."""
     return replace(tensor, shape=tensor.shape[1:])
 
 
@@ -268,67 +283,66 @@ def _any_expert(name: str) -> str:
     return f"{head}.experts.*.{tail.partition('.')[2]}"
 
 
-def _absent(slot: Slot) -> str:
-    shape = str(list(slot.shape))
-    if slot.names == ["lm_head.weight"]:
+def _missing_detail(parameter: ModelParameter) -> str:
+    shape = str(list(parameter.shape))
+    if parameter.names == ["lm_head.weight"]:
         return (
-            f"{shape}; tie_word_embeddings is false, so the head is a weight of its own. If it is the embedding, "
+            f"{shape}; tie_word_embeddings is false, so the head is a separate weight. If the head is the embedding, "
             "pass config=config.replace(tie_word_embeddings=True)"
         )
     return shape
 
 
 def _stack(
-    slot: Slot, module: str, singles: dict[str, dict[int, StoredTensor]], disk: Disk, problems: list[Problem]
+    parameter: ModelParameter, module: str, singles: dict[str, dict[int, StoredTensor]], disk: Disk, problems: list[Problem]
 ) -> Plan | None:
-    """Per-expert tensors as slices of [E, R, C]: the projections of an expert share its R rows, in their order."""
-    experts, rows, columns = slot.shape
-    each = rows // len(singles)
+    """Per-expert tensors as slices of [E, rows, columns]: the projections of an expert share its rows, in order."""
+    experts, rows, columns = parameter.shape
+    shape = (rows // len(singles), columns)
     reads: list[Read] = []
-    wrong = False
-    for position, (projection, found) in enumerate(singles.items()):
+    complete = True
+    for position, (projection, by_index) in enumerate(singles.items()):
         for expert in range(experts):
-            tensor = found.get(expert)
+            tensor = by_index.get(expert)
             name = names.single_expert(module, expert, projection)
             if tensor is None:
-                if not disk.is_lost(name):
-                    problems.append(Problem("missing", disk.selection.on_disk(name), str([each, columns])))
-                wrong = True
-            elif _fits(tensor, name, (each, columns), disk, problems):
-                reads.append(Read(tensor, (expert * rows + position * each) * columns, disk.scale_of(name)))
+                if not disk.is_unreadable(name):
+                    problems.append(Problem("missing", disk.selection.on_disk(name), str(list(shape))))
+                complete = False
+            elif _fits(tensor, name, shape, disk, problems):
+                reads.append(Read(tensor, (expert * rows + position * shape[0]) * columns, disk.scale_of(name)))
             else:
-                wrong = True
-        for expert, tensor in found.items():
+                complete = False
+        for expert, tensor in by_index.items():
             if expert >= experts:
                 problems.append(Problem("unexpected", tensor.name, f"the model has {experts} experts"))
-                wrong = True
-    return None if wrong else Plan(slot, tuple(sorted(reads, key=lambda read: read.at)))
+                complete = False
+    return Plan(parameter, tuple(sorted(reads, key=lambda read: read.at))) if complete else None
 
 
 def _fits(
     tensor: StoredTensor, name: str, shape: tuple[int, ...], disk: Disk, problems: list[Problem], in_blocks: bool = True
 ) -> bool:
-    """Whether a tensor, with its scale if it is block-FP8, can be the parameter `name` of this shape."""
+    """Whether a tensor, with its scale if it is block-FP8, can fill the parameter `name` of this shape."""
     scale = disk.scale_of(name)
-    if tensor.dtype == CODE and len(shape) > 1 and in_blocks:
+    if tensor.dtype == FP8 and len(shape) > 1 and in_blocks:
         if scale is None:
-            if disk.is_lost(name + SCALE):
-                return False
-            detail = f"{CODE} without {tensor.name.rpartition('.')[2]}{SCALE}: its numbers mean nothing without the factors"
-            problems.append(Problem("scale missing", tensor.name, detail))
+            if not disk.is_unreadable(name + SCALE):
+                detail = f"{FP8} needs {tensor.name.rpartition('.')[2]}{SCALE} beside it"
+                problems.append(Problem("scale missing", tensor.name, detail))
             return False
     elif tensor.dtype not in FLOATS:
-        detail = f"{tensor.dtype}; weights are read from {', '.join(FLOATS)}, matrices also from {CODE} with a scale"
+        detail = f"{tensor.dtype}; weights are read from {', '.join(FLOATS)}, matrices also from {FP8} with a scale"
         problems.append(Problem("wrong dtype", tensor.name, detail))
         return False
     elif scale is not None:
-        detail = f"beside it there is {scale.name}, which belongs to a weight of {CODE}"
-        problems.append(Problem("wrong dtype", tensor.name, f"{tensor.dtype}; {detail}"))
+        detail = f"{tensor.dtype}; {scale.name} is stored too, which only a weight of {FP8} has"
+        problems.append(Problem("wrong dtype", tensor.name, detail))
         return False
     if tensor.shape != shape:
         detail = f"on disk {list(tensor.shape)}, the model has {list(shape)}"
         if len(shape) == 3 and tensor.shape == (shape[0], shape[2], shape[1]):
-            detail += "; the last two axes are swapped (MLX conversions do this, and shift the norms by one as well)"
+            detail += "; the last two axes are swapped (MLX conversions do this, and also add 1 to the norms)"
         problems.append(Problem("wrong shape", tensor.name, detail))
         return False
     return scale is None or _scale_fits(scale, shape, problems)

@@ -1,10 +1,10 @@
-"""From one layout on disk to another, tensor by tensor: no model is built, and memory does not grow with the checkpoint.
+"""Conversion of a checkpoint to another layout, tensor by tensor: no model is built, memory does not grow with its size.
 
-read the headers -> list what the new checkpoint holds (published names, from the configuration) -> find for each tensor
-where its numbers lie -> refuse, with everything that is wrong -> write, reading 32 MiB at a time
+read the headers -> list the tensors of the new checkpoint (published names, from the configuration) -> locate the numbers
+of each -> raise everything that is wrong in one error -> write, reading 32 MiB at a time
 
-Every tensor of the old checkpoint is accounted for: it goes into the new one, it belongs to a layer that was not asked
-for, or it is an error. Nothing is dropped because it was not recognised.
+Every tensor of the old checkpoint is accounted for: it is written, it belongs to a layer that was not selected, or it is
+an error. No tensor is dropped because its name is unknown.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ import torch
 from torch import Tensor
 
 from qwen35moe.config import Config
+from qwen35moe.config.parameters import FP32_PARAMETERS
+from qwen35moe.files import UnreadableFile, read_limited
 
 from . import names
 from .block_fp8 import dequantise
-from .blocks import BLOCK, SCALE, scale_shape
-from .dtypes import FLOATS
+from .blocks import BLOCK, FP8, SCALE, scale_shape
+from .dtypes import FLOATS, TORCH_DTYPES, checked_dtype, name_of
 from .folder import CONFIG, config_file
 from .headers import INDEX, Header, StoredTensor, locate, read_headers
-from .problems import CheckpointError, Problem
+from .problems import CheckpointError, Problem, check_choice
 from .published import check_experts
-from .write import Entry, bytes_of, json_bytes, write_checkpoint
+from .write import LAYOUTS, Entry, bytes_of, json_bytes, write_checkpoint
 
 log = logging.getLogger(__name__)
 
-CHUNK = 32 * 2**20  # bytes read at once
+CHUNK = 32 * 2**20  # bytes of one read
 MAX_OTHER = 64 * 2**20  # bytes of a file that is copied along; the largest published one, tokenizer.json, has 13 MB
-FP8 = "F8_E4M3"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_ISLANDS = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight")  # float32 in a model of any dtype
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 _LISTED_LAYER = re.compile(r"^((?:model\.)?(?:language_model\.)?layers\.)(\d+)(\..*)?$")
 
-Progress = Callable[[int], Callable[[int], object]]  # told the total of bytes; what it returns is told of every piece
+# Called with the total number of bytes; the function that it returns is called with the bytes of every written piece.
+Progress = Callable[[int], Callable[[int], object]]
 
 
 def convert(
@@ -56,32 +57,31 @@ def convert(
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
 ) -> Config:
-    """Write the checkpoint in the folder `source` into the folder `target` in another form; returns its configuration.
+    """Write the checkpoint in the folder `source` to the folder `target` in another form; returns its configuration.
 
-    layout, mtp_layout: "grouped" or "per_expert", of the decoder's experts and of the MTP head's (by default the same);
-        None keeps what is there.
-    dtype: float64, float32, bfloat16 or float16; None keeps every tensor as it is stored, block-FP8 too. A_log, dt_bias
-        and the delta rule's norm are only ever widened: in a checkpoint of a narrower dtype they stay as stored.
-    layers: which decoder layers; they are renumbered in their order, and config.json says so.
+    layout, mtp_layout: "grouped" or "per_expert", of the decoder's experts and of the MTP head's (the same by default);
+        None keeps the layout of the source.
+    dtype: float64, float32, bfloat16 or float16; None keeps the dtype of every tensor, block-FP8 included. A_log, dt_bias
+        and the delta rule's norm are only ever widened: with a narrower dtype they stay as stored.
+    layers: the decoder layers to keep; they are renumbered in this order, and layer_types in config.json follows.
 
-    The folder changes at once, when everything is written (folder.py); it may be the source itself. Tokenizer and other
+    The target changes in one step after everything is written (folder.py); it may be the source. Tokenizer and other
     files beside the weights are copied. CheckpointError lists everything that does not fit.
     """
-    limit, wanted = bytes_of(max_shard_size), _dtype(dtype)
-    for choice in (layout, mtp_layout):
-        if choice not in (None, "grouped", "per_expert"):
-            raise ValueError(f"layout={choice!r}; it is 'grouped' or 'per_expert'")
+    limit, new_dtype = bytes_of(max_shard_size), checked_dtype(dtype)
+    for name, choice in (("layout", layout), ("mtp_layout", mtp_layout)):
+        check_choice(name, choice, (None, *LAYOUTS))
     problems: list[Problem] = []
     header = read_headers(source, problems)
     config = Config.from_pretrained(config_file(header))
     _check_method(config, header)
-    old = _Old(header, config, problems)
+    old = _Source(header, config, problems)
     kept = _checked_layers(layers, config.text_config.num_hidden_layers)
-    new = _new_config(config, kept, wanted, keeps_fp8=wanted is None)
-    form = (layout or old.layout_of("text"), mtp_layout or layout or old.layout_of("mtp"))
-    if "per_expert" in (*form, old.layout_of("text"), old.layout_of("mtp")):
-        check_experts(config, len(header.tensors) + len(header.lost))
-    entries = list(_entries(old, new, kept, form, wanted))
+    new = _new_config(config, kept, new_dtype)
+    layouts = (layout or old.layout_of("text"), mtp_layout or layout or old.layout_of("mtp"))
+    if "per_expert" in (*layouts, old.layout_of("text"), old.layout_of("mtp")):
+        check_experts(config, len(header.tensors) + len(header.unreadable))
+    entries = list(_entries(old, new, kept, layouts, new_dtype))
     problems += old.unused(kept)
     if problems:
         raise CheckpointError(f"{header.folder} cannot be converted:", problems)
@@ -89,16 +89,6 @@ def convert(
     wrote = progress(sum(entry.nbytes for entry in entries)) if progress else None
     write_checkpoint(target, json_bytes(new.to_dict()), entries, limit, others, wrote)
     return new
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found not in FLOATS.values():
-        known = ", ".join(str(known).removeprefix("torch.") for known in FLOATS.values())
-        raise ValueError(f"dtype={dtype!r}; it is one of {known}")
-    return found
 
 
 def _check_method(config: Config, header: Header) -> None:
@@ -112,58 +102,63 @@ def _check_method(config: Config, header: Header) -> None:
 
 def _checked_layers(layers: Iterable[int] | None, count: int) -> list[int]:
     kept = list(range(count)) if layers is None else list(layers)
-    wrong = [layer for layer in kept if not 0 <= layer < count]
-    if wrong or not kept or len(set(kept)) != len(kept):
-        raise ValueError(f"layers={kept}; they are different numbers out of 0 ... {count - 1}, at least one")
+    if not kept or not all(0 <= layer < count for layer in kept) or len(set(kept)) != len(kept):
+        raise ValueError(f"layers={kept} must be one or more different numbers out of 0 ... {count - 1}")
     return kept
 
 
-def _new_config(config: Config, kept: Sequence[int], dtype: torch.dtype | None, *, keeps_fp8: bool) -> Config:
+# -------------------------------------------------------------------------------------------------------- configuration
+
+
+def _new_config(config: Config, kept: Sequence[int], dtype: torch.dtype | None) -> Config:
     changes: dict[str, Any] = {}
     types = config.text_config.layer_types
     if list(kept) != list(range(len(types))):
         changes["layer_types"] = [types[layer] for layer in kept]
     if dtype is not None:
-        changes["dtype"] = str(dtype).removeprefix("torch.")
+        changes["dtype"] = name_of(dtype)
     quantised = config.quantization_config
-    if quantised is not None:
-        changes["quantization_config"] = _renumbered(quantised, kept) if keeps_fp8 else None
+    if quantised is not None:  # a new dtype dequantises
+        changes["quantization_config"] = _renumbered(quantised, kept) if dtype is None else None
     return config.replace(**changes) if changes else config
 
 
 def _renumbered(quantised: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """The list of modules that are not quantised, for the layers that are kept."""
+    """quantization_config with the list of unquantised modules reduced to the layers that are kept."""
     listed = quantised.get("modules_to_not_convert")
     if not isinstance(listed, list):
         return quantised
-    place = {layer: index for index, layer in enumerate(kept)}
-    new = []
+    new_index = {layer: index for index, layer in enumerate(kept)}
+    modules = []
     for module in listed:
         match = _LISTED_LAYER.match(module) if isinstance(module, str) else None
         if match is None:
-            new.append(module)
-        elif int(match[2]) in place:
-            new.append(f"{match[1]}{place[int(match[2])]}{match[3] or ''}")
-    return quantised | {"modules_to_not_convert": new}
+            modules.append(module)
+        elif int(match[2]) in new_index:
+            modules.append(f"{match[1]}{new_index[int(match[2])]}{match[3] or ''}")
+    return quantised | {"modules_to_not_convert": modules}
+
+
+# --------------------------------------------------------------------------------------------------- the old checkpoint
 
 
 @dataclass
-class _Old:
-    """The tensors of the old checkpoint by canonical name, and which of them have found a place in the new one."""
+class _Source:
+    """The tensors of the old checkpoint by canonical name, and the names that the new checkpoint uses."""
 
     header: Header
     config: Config
     problems: list[Problem]
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
-    foreign: list[StoredTensor] = field(default_factory=list)
+    unknown: list[StoredTensor] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.lost = {names.canonical(name) for name in self.header.lost}  # their files are a problem already
+        self.unreadable = {names.canonical(name) for name in self.header.unreadable}  # their files are already a problem
         for tensor in self.header.tensors.values():
             name = names.canonical(tensor.name)
             if name is None:
-                self.foreign.append(tensor)
+                self.unknown.append(tensor)
             elif name in self.tensors:
                 self.problems.append(Problem("stored twice", tensor.name, f"also as {self.tensors[name].name}"))
             else:
@@ -171,7 +166,7 @@ class _Old:
         self.single_experts = {single[0] for name in self.tensors if (single := names.expert_of(name))}
 
     def missing(self, name: str, shape: Sequence[int]) -> None:
-        if name not in self.lost:
+        if name not in self.unreadable:
             self.problems.append(Problem("missing", name, str(list(shape))))
 
     def has(self, part: str) -> bool:
@@ -182,7 +177,7 @@ class _Old:
         return "per_expert" if any(names.expert_of(name) for name in experts) else "grouped"
 
     def take(self, name: str, shape: tuple[int, ...]) -> StoredTensor | None:
-        """The tensor of this name, now used; None and a problem where its shape or dtype does not fit."""
+        """The tensor of this name, marked as used; a wrong shape or dtype is a problem. None if there is no such tensor."""
         tensor = self.tensors.get(name)
         if tensor is None:
             return None
@@ -191,14 +186,14 @@ class _Old:
             detail = f"on disk {list(tensor.shape)}, config.json describes {list(shape)}"
             self.problems.append(Problem("wrong shape", tensor.name, detail))
         elif tensor.dtype == FP8 and f"{name}{SCALE}" not in self.tensors:
-            self.problems.append(Problem("FP8 without a scale", tensor.name, f"{tensor.name}{SCALE} is missing"))
-        elif tensor.dtype not in (*FLOATS, FP8):
-            known = ", ".join((*FLOATS, FP8))
-            self.problems.append(Problem("wrong dtype", tensor.name, f"{tensor.dtype}; converted are {known}"))
+            self.problems.append(Problem("scale missing", tensor.name, f"{FP8} needs {tensor.name}{SCALE}"))
+        elif tensor.dtype not in TORCH_DTYPES:
+            detail = f"{tensor.dtype}; supported are {', '.join(TORCH_DTYPES)}"
+            self.problems.append(Problem("wrong dtype", tensor.name, detail))
         return tensor
 
     def scale_of(self, name: str, tensor: StoredTensor) -> StoredTensor | None:
-        """The scales of an FP8 weight, now used; None for any other tensor."""
+        """The scale of an FP8 weight, marked as used; None for any other tensor."""
         scale = self.tensors.get(name + SCALE)
         if scale is None or tensor.dtype != FP8:
             return None
@@ -209,111 +204,113 @@ class _Old:
         return scale
 
     def unused(self, kept: Sequence[int]) -> Iterator[Problem]:
-        """What has no place in the new checkpoint, but for layers that were not asked for and computed buffers."""
+        """A problem for every tensor that is not used, except in layers that were not selected, and computed buffers."""
         dropped = set(range(self.config.text_config.num_hidden_layers)) - set(kept)
         for name, tensor in self.tensors.items():
             layer = _LAYER.match(name)
             if name in self.used or name.endswith(names.COMPUTED) or (layer and int(layer[1]) in dropped):
                 continue
             yield Problem("unexpected", tensor.name, "config.json describes no such tensor")
-        for tensor in self.foreign:
-            yield Problem("unexpected", tensor.name, "no name of this architecture")
+        for tensor in self.unknown:
+            yield Problem("unexpected", tensor.name, "not a tensor name of this architecture")
+
+
+# --------------------------------------------------------------------------------------------------- the new checkpoint
 
 
 def _entries(
-    old: _Old, new: Config, kept: Sequence[int], form: tuple[str, str], dtype: torch.dtype | None
+    old: _Source, new: Config, kept: Sequence[int], layouts: tuple[str, str], dtype: torch.dtype | None
 ) -> Iterator[Entry]:
-    """The tensors of the new checkpoint, in the order of the model. Parts that the old one has not are not made up."""
-    experts, mtp_experts = form
+    """The tensors of the new checkpoint in the order of the model, with the parts (vision, MTP) that the old one has."""
+    experts, mtp_experts = layouts
     vision, mtp = old.has("visual"), old.has("mtp")
     for tensor in new.tensor_shapes(vision=vision, mtp=mtp, experts=experts, mtp_experts=mtp_experts):
-        name = names.canonical(tensor.name)
-        assert name is not None
-        before = _LAYER.sub(lambda match: f"layers.{kept[int(match[1])]}.", name)
-        found = _one(old, before, tensor.name, tensor.shape, dtype)
-        if found is None:
-            found = _from_experts(old, before, tensor.name, tensor.shape, dtype)
-        if found is None:
-            old.missing(before, tensor.shape)
-        yield from found or ()
+        new_name = names.canonical(tensor.name)
+        assert new_name is not None
+        name = _LAYER.sub(lambda match: f"layers.{kept[int(match[1])]}.", new_name)
+        entries = _as_stored(old, name, tensor.name, tensor.shape, dtype)
+        if entries is None:
+            entries = _regrouped(old, name, tensor.name, tensor.shape, dtype)
+        if entries is None:
+            old.missing(name, tensor.shape)
+        yield from entries or ()
     head = old.tensors.get("lm_head.weight")
-    if head is not None and new.tie_word_embeddings:  # a copy of the embedding, which some programs store: it stays one
-        yield from _one(old, "lm_head.weight", "lm_head.weight", head.shape, dtype) or ()
+    if head is not None and new.tie_word_embeddings:  # some programs store a copy of the embedding: keep it
+        yield from _as_stored(old, "lm_head.weight", "lm_head.weight", head.shape, dtype) or ()
 
 
-def _one(
-    old: _Old, name: str, published: str, shape: tuple[int, ...], dtype: torch.dtype | None
+def _as_stored(
+    old: _Source, name: str, published: str, shape: tuple[int, ...], dtype: torch.dtype | None
 ) -> list[Entry] | None:
-    """A tensor that lies on disk as it will; with its scales if it is FP8 and stays so."""
+    """A tensor that has the same form in both checkpoints; with its scale if it stays FP8."""
     tensor = old.take(name, shape)
     if tensor is None:
         return None
     scale = old.scale_of(name, tensor)
     if scale is not None and dtype is None:
         values = Entry(published, shape, torch.float8_e4m3fn, lambda: stored_numbers(tensor))
-        scales = Entry(published + SCALE, scale.shape, _torch(scale), lambda: stored_numbers(scale))
+        scales = Entry(published + SCALE, scale.shape, _torch_dtype(scale), lambda: stored_numbers(scale))
         return [values, scales]
-    return [Entry(published, shape, _target(name, tensor, dtype), lambda: _numbers(tensor, scale))]
+    return [Entry(published, shape, _new_dtype(name, tensor, dtype), lambda: _numbers(tensor, scale))]
 
 
-def _from_experts(
-    old: _Old, name: str, published: str, shape: tuple[int, ...], dtype: torch.dtype | None
+def _regrouped(
+    old: _Source, name: str, published: str, shape: tuple[int, ...], dtype: torch.dtype | None
 ) -> list[Entry] | None:
-    """A grouped tensor put together from single experts, or a single one cut out of a grouped tensor."""
+    """A grouped tensor from single experts, or a single expert from a grouped tensor."""
     if single := names.expert_of(name):
-        return _cut(old, single, published, shape, dtype)
+        return _expert_of_group(old, single, published, shape, dtype)
     if (grouped := names.grouped_experts(name)) is None:
         return None
     module, projections = grouped
     if module not in old.single_experts:
         return None
-    each = (shape[1] // len(projections), shape[2])
+    single_shape = (shape[1] // len(projections), shape[2])
     reads: list[tuple[StoredTensor, StoredTensor | None]] = []
     for expert in range(shape[0]):
         for projection in projections:
-            one = names.single_expert(module, expert, projection)
-            tensor = old.take(one, each)
+            single_name = names.single_expert(module, expert, projection)
+            tensor = old.take(single_name, single_shape)
             if tensor is None:
-                old.missing(one, each)
+                old.missing(single_name, single_shape)
             else:
-                reads.append((tensor, old.scale_of(one, tensor)))
+                reads.append((tensor, old.scale_of(single_name, tensor)))
     if dtype is None and any(scale is not None for _, scale in reads):
-        detail = "block-FP8 has no grouped form: choose --layout per_expert, or a dtype such as bfloat16"
+        detail = "block-FP8 has no grouped form: use --layout per_expert, or a dtype such as bfloat16"
         old.problems.append(Problem("cannot be grouped", name, detail))
-    kinds = {_target(name, tensor, dtype) for tensor, _ in reads} or {torch.float32}  # none: all of them are missing
-    if len(kinds) > 1:
-        old.problems.append(Problem("several dtypes", name, f"its experts are {sorted(map(str, kinds))}: choose a dtype"))
-    return [Entry(published, shape, kinds.pop(), lambda: (part for read in reads for part in _numbers(*read)))]
+    dtypes = {_new_dtype(name, tensor, dtype) for tensor, _ in reads} or {torch.float32}  # empty: all of them are missing
+    if len(dtypes) > 1:
+        detail = f"its experts are {sorted(map(str, dtypes))}: choose a dtype"
+        old.problems.append(Problem("several dtypes", name, detail))
+    return [Entry(published, shape, dtypes.pop(), lambda: (part for read in reads for part in _numbers(*read)))]
 
 
-def _cut(
-    old: _Old, single: tuple[str, int, str], published: str, shape: tuple[int, ...], dtype: torch.dtype | None
+def _expert_of_group(
+    old: _Source, single: tuple[str, int, str], published: str, shape: tuple[int, ...], dtype: torch.dtype | None
 ) -> list[Entry] | None:
     """A single expert as rows of a grouped tensor."""
     module, expert, projection = single
-    weight, parts = next((w, p) for w, p in names.EXPERT_WEIGHTS.items() if projection in p)
+    weight, projections = names.group_of(projection)
     rows, columns = shape
-    whole = f"{module}.{weight}"
-    tensor = old.take(whole, (old.config.text_config.num_experts, rows * len(parts), columns))
+    name = f"{module}.{weight}"
+    tensor = old.take(name, (old.config.text_config.num_experts, rows * len(projections), columns))
     if tensor is None:
         return None
-    at = (expert * len(parts) + parts.index(projection)) * rows * columns
     count = rows * columns
-    return [Entry(published, shape, _target(whole, tensor, dtype), lambda: stored_numbers(tensor, at, count))]
+    at = (expert * len(projections) + projections.index(projection)) * count
+    return [Entry(published, shape, _new_dtype(name, tensor, dtype), lambda: stored_numbers(tensor, at, count))]
 
 
-def _torch(tensor: StoredTensor) -> torch.dtype:
-    return torch.float8_e4m3fn if tensor.dtype == FP8 else FLOATS.get(tensor.dtype, torch.float32)
+def _torch_dtype(tensor: StoredTensor) -> torch.dtype:
+    return TORCH_DTYPES.get(tensor.dtype, torch.float32)
 
 
-def _target(name: str, tensor: StoredTensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype on disk: the one asked for, and for islands at least what they have, float32 being enough."""
-    stored = _torch(tensor)
+def _new_dtype(name: str, tensor: StoredTensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype on disk: `dtype`, but parameters kept in fp32 are not narrowed below their stored dtype or float32."""
+    stored = _torch_dtype(tensor)
     if dtype is None:
         return stored
-    if not name.endswith(_ISLANDS):
-        return dtype
-    if dtype.itemsize >= 4:
+    if not name.endswith(FP32_PARAMETERS) or dtype.itemsize >= 4:
         return dtype
     return torch.float32 if stored.itemsize > 4 else stored
 
@@ -334,7 +331,7 @@ def _numbers(tensor: StoredTensor, scale: StoredTensor | None) -> Iterator[Tenso
 
 def stored_numbers(tensor: StoredTensor, at: int = 0, count: int | None = None) -> Iterator[Tensor]:
     """`count` numbers of a stored tensor from number `at` on (all of them by default), CHUNK bytes at a time."""
-    dtype = _torch(tensor)
+    dtype = _torch_dtype(tensor)
     end = tensor.numel if count is None else at + count
     step = CHUNK // dtype.itemsize
     with tensor.file.open("rb", buffering=0) as f:
@@ -350,18 +347,21 @@ def stored_numbers(tensor: StoredTensor, at: int = 0, count: int | None = None) 
 
 
 def side_files(header: Header, target: Path) -> dict[str, bytes]:
-    """Tokenizer, templates, settings, README: every file of the folder itself that is no weight and not hidden."""
-    found: dict[str, bytes] = {}
+    """Tokenizer, templates, settings, README: every file directly in the folder that is neither a weight nor hidden."""
+    contents: dict[str, bytes] = {}
     if target.resolve() == header.folder.resolve():
-        return found
+        return contents
     for path in sorted(header.folder.iterdir()):
         name = path.name
         if name.startswith((".", CONFIG)) or name == INDEX or name.endswith((*_WEIGHTS, ".index.json")) or path.is_dir():
             continue
         problems: list[Problem] = []
         file = locate(header.folder, name, problems)
-        if file is None or file.stat().st_size > MAX_OTHER:
-            log.warning("%s is not copied: %s", path, problems[0].kind if problems else "larger than 64 MiB")
-            continue
-        found[name] = file.read_bytes()
-    return found
+        try:
+            if file is not None:
+                contents[name] = read_limited(file, MAX_OTHER)
+        except UnreadableFile as error:
+            problems.append(Problem(str(error), name))
+        if problems:
+            log.warning("%s is not copied: %s", path, problems[0].kind)
+    return contents

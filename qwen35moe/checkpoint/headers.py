@@ -1,14 +1,14 @@
-"""What a checkpoint says it contains, read from headers alone and believed only after it was checked.
+"""The contents of a checkpoint, read from headers alone and checked.
 
 A safetensors file is  u64 length N | N bytes of JSON | data,  where the JSON maps each name to
 {"dtype": "BF16", "shape": [256, 2048], "data_offsets": [begin, end]} (offsets from the start of the data, no holes, no
 overlaps) and "__metadata__" to strings. A checkpoint is one such file, `model.safetensors`, or several with
-`model.safetensors.index.json`: {"weight_map": {name: file}}. Where both exist, the single file is the checkpoint and
-the index is not looked at, as in transformers.
+`model.safetensors.index.json`: {"weight_map": {name: file}}. If both exist, the single file is the checkpoint and the
+index is ignored, as in transformers.
 
-Files are untrusted: nothing outside the folder is opened, nothing is allocated by a number that a header states
-before that number was compared with the size of the file, and JSON is parsed only after its braces and commas were
-counted: a hundred megabytes of "[[],[],[]" would become gigabytes of lists.
+Files are untrusted: no file outside the folder is opened, every size in a header is compared with the size of the file
+before memory is allocated for it, and braces and commas are counted before JSON is parsed: a hundred megabytes of
+"[[],[],[]" would become gigabytes of lists.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwen35moe.files import UnreadableFile, read_limited
+
 from .problems import CheckpointError, Problem, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 MAX_TENSORS = 500_000  # of a whole checkpoint; the largest published one has 189,042
-SAVE_ID = "save_id"  # in the metadata of what this library writes: see folder.py
+SAVE_ID = "save_id"  # a metadata key of the checkpoints that this library writes: see folder.py
 
-# Of all dtypes of the format; the sizes of tensors are checked by them. dtypes.py has those that are read.
+# Bits per number of all dtypes of the format, to check the sizes of tensors. dtypes.py has the supported dtypes.
 _BITS = {"C64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
          "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
          "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "F64": 64, "F32": 32, "F16": 16, "BF16": 16}  # fmt: skip
 
-# How often these may stand in a JSON text: an entry of a header has one {, two [, and about eight commas.
-_MARKS = {b"{": MAX_TENSORS, b"[": 2 * MAX_TENSORS, b",": 16 * MAX_TENSORS}
+# How often these may occur in a JSON text: an entry of a header has one {, two [, and about eight commas.
+_MOST = {b"{": MAX_TENSORS, b"[": 2 * MAX_TENSORS, b",": 16 * MAX_TENSORS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def part(self, begin: int, end: int) -> StoredTensor:
-        """Rows begin ... end - 1 of the first axis, which lie one after the other."""
+        """Rows begin ... end - 1 of the first axis, which are contiguous."""
         row = self.nbytes // max(self.shape[0], 1)
         shape = (end - begin, *self.shape[1:])
         return StoredTensor(self.name, self.dtype, shape, self.file, self.offset + begin * row, (end - begin) * row)
@@ -62,17 +64,17 @@ class StoredTensor:
 
 @dataclass
 class Header:
-    """The contents of a checkpoint: tensors by name, the files that hold them, and the metadata of the whole.
+    """The contents of a checkpoint: tensors by name, their files, and the metadata.
 
-    `lost` are names that are promised but could not be read; what is wrong with them stands among the problems.
-    `unread` are names that the index gives to files in which nothing is wanted: these files are not opened.
+    unreadable: names whose file or entry is missing or wrong; the problems say why.
+    unread: names that the index assigns to files without any wanted tensor; these files are not opened.
     """
 
     folder: Path
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
-    lost: set[str] = field(default_factory=set)
+    unreadable: set[str] = field(default_factory=set)
     unread: set[str] = field(default_factory=set)
 
     @property
@@ -92,15 +94,15 @@ def read_headers(
 ) -> Header:
     """Read and check the headers of the checkpoint in the folder `path`.
 
-    wanted(name): files that, by the index, hold no wanted tensor are neither opened nor missed.
+    wanted(name): files without a wanted tensor (by the index) are not opened and may be missing.
 
-    Everything wrong is appended to `problems` when a list is given; otherwise one CheckpointError lists it. A folder
-    that holds no checkpoint at all raises in either case.
+    All problems are appended to `problems`; without that list, one CheckpointError contains them. A folder without a
+    checkpoint raises in either case.
     """
-    found: list[Problem] = [] if problems is None else problems
-    header = _read(Path(path), found, wanted)
-    if problems is None and found:
-        raise CheckpointError(f"{path} is not a checkpoint that can be read:", found)
+    collected: list[Problem] = [] if problems is None else problems
+    header = _read(Path(path), collected, wanted)
+    if problems is None and collected:
+        raise CheckpointError(f"{path} is not a valid checkpoint:", collected)
     return header
 
 
@@ -108,7 +110,7 @@ def _read(folder: Path, problems: list[Problem], wanted: Callable[[str], bool] |
     if not folder.is_dir():
         raise CheckpointError(
             f"there is no folder {folder}. A checkpoint is a folder with config.json and {SINGLE} or {INDEX}; "
-            f"a model of the Hub is downloaded first (hf download NAME --local-dir FOLDER)"
+            f"download a model of the Hub first (hf download NAME --local-dir FOLDER)"
         )
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
         file = locate(folder, SINGLE, problems)
@@ -117,33 +119,33 @@ def _read(folder: Path, problems: list[Problem], wanted: Callable[[str], bool] |
             header.files = (file,)
             contents = _read_file(file, SINGLE, problems) or _Contents([], {}, set())
             header.tensors = {tensor.name: tensor for tensor in contents.tensors}
-            header.metadata, header.lost = contents.metadata, contents.wrong
+            header.metadata, header.unreadable = contents.metadata, contents.wrong
         return header
     if (folder / INDEX).exists() or (folder / INDEX).is_symlink():
         return _read_sharded(folder, problems, wanted)
-    raise CheckpointError(_nothing_here(folder))
+    raise CheckpointError(_no_checkpoint(folder))
 
 
-def _nothing_here(folder: Path) -> str:
+def _no_checkpoint(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     if pickles:
         return (
-            f"{folder} holds its weights as pickles ({', '.join(pickles[:3])}), which can run code and are never read. "
-            f"safetensors files are needed: convert them with model.save_pretrained(...) of transformers"
+            f"{folder} stores its weights as pickles ({', '.join(pickles[:3])}), which can run code and are never read. "
+            f"Convert them to safetensors files, with model.save_pretrained(...) of transformers"
         )
     listed = ", ".join(shown(name, 60) for name in names[:10]) or "nothing"
-    return f"{folder} has neither {SINGLE} nor {INDEX}; it holds {listed}"
+    return f"{folder} has neither {SINGLE} nor {INDEX}; it contains {listed}"
 
 
 def locate(folder: Path, name: str, problems: list[Problem]) -> Path | None:
-    """The file `name` of the folder, or None and a problem when there is none or it lies outside.
+    """The path of the file `name` in the folder, or None and a problem if there is no such file or it is outside.
 
-    A symbolic link may lead to where the Hub's cache keeps its files (snapshots/REVISION/x -> blobs/HASH beside
-    snapshots), and nowhere else outside the folder.
+    A symbolic link may point into the blobs of the Hub's cache (snapshots/REVISION/x -> blobs/HASH beside snapshots),
+    but nowhere else outside the folder.
     """
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        problems.append(Problem("bad file name", shown(name), "it does not name a file inside the folder"))
+        problems.append(Problem("bad file name", shown(name), "it must name a file inside the folder"))
         return None
     path = folder / name
     try:
@@ -157,7 +159,7 @@ def locate(folder: Path, name: str, problems: list[Problem]) -> Path | None:
     home = folder.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(target.is_relative_to(root) for root in allowed):
-        problems.append(Problem("outside the folder", shown(name), f"it is a link to {target}; copy the file here"))
+        problems.append(Problem("outside the folder", shown(name), f"it is a link to {target}; copy the file into the folder"))
         return None
     return path
 
@@ -165,58 +167,64 @@ def locate(folder: Path, name: str, problems: list[Problem]) -> Path | None:
 def _read_sharded(folder: Path, problems: list[Problem], wanted: Callable[[str], bool] | None) -> Header:
     weight_map, metadata = read_index(folder, problems)
     header = Header(folder, metadata=metadata)
-    promised_in: dict[str, set[str]] = {}
-    held = 0
+    names_in: dict[str, set[str]] = {}
+    total = 0
     for tensor_name, name in weight_map.items():
-        promised_in.setdefault(name, set()).add(tensor_name)
-    for name, promises in promised_in.items():
-        if wanted is not None and not any(map(wanted, promises)):
-            header.unread |= promises
+        names_in.setdefault(name, set()).add(tensor_name)
+    for name, listed in names_in.items():
+        if wanted is not None and not any(map(wanted, listed)):
+            header.unread |= listed
             continue
         file = locate(folder, name, problems)
         contents = None if file is None else _read_file(file, name, problems)
         if file is None or contents is None:
             continue
         header.files += (file,)
-        held += len(contents.tensors)
-        if held > MAX_TENSORS:
+        total += len(contents.tensors)
+        if total > MAX_TENSORS:
             problems.append(Problem("too many tensors", shown(name), f"more than {MAX_TENSORS} in all"))
             break
         for tensor in contents.tensors:
-            promised = weight_map.get(tensor.name)
-            if promised == name:
+            indexed = weight_map.get(tensor.name)
+            if indexed == name:
                 header.tensors[tensor.name] = tensor
             else:
-                said = "does not name it" if promised is None else f"says {shown(promised)}"
-                problems.append(Problem("index and shard disagree", tensor.name, f"in {shown(name)}; the index {said}"))
-        for absent in sorted(promises - {tensor.name for tensor in contents.tensors} - contents.wrong):
-            problems.append(Problem("index and shard disagree", absent, f"not in {shown(name)}, as the index says"))
-    header.lost = weight_map.keys() - header.tensors.keys() - header.unread
+                entry = "has no such name" if indexed is None else f"has {shown(indexed)}"
+                problems.append(Problem("index and shard disagree", tensor.name, f"in {shown(name)}; the index {entry}"))
+        for absent in sorted(listed - {tensor.name for tensor in contents.tensors} - contents.wrong):
+            problems.append(Problem("index and shard disagree", absent, f"the index has {shown(name)}, which lacks it"))
+    header.unreadable = weight_map.keys() - header.tensors.keys() - header.unread
     return header
 
 
 def read_index(folder: Path, problems: list[Problem]) -> tuple[dict[str, str], dict[str, Any]]:
     """The weight_map (tensor name to file name) and the metadata of the index."""
-    file = locate(folder, INDEX, problems)
-    if file is None:
-        return {}, {}
-    size = file.stat().st_size
-    if size > MAX_HEADER_BYTES:
-        problems.append(Problem("bad index", INDEX, f"{size} bytes, more than {MAX_HEADER_BYTES}"))
-        return {}, {}
-    index = parse_object(file.read_bytes(), INDEX, problems)
+    index = read_object(folder, INDEX, MAX_HEADER_BYTES, problems)
     if index is None:
         return {}, {}
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        problems.append(Problem("bad index", INDEX, "it has no weight_map from tensor names to file names"))
+        problems.append(Problem("bad index", INDEX, "weight_map must map tensor names to file names"))
         return {}, {}
     metadata = index.get("metadata")
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
+def read_object(folder: Path, name: str, limit: int, problems: list[Problem]) -> dict[str, Any] | None:
+    """The object in the JSON file `name` of the folder, of at most `limit` bytes; None and a problem for any other file."""
+    file = locate(folder, name, problems)
+    if file is None:
+        return None
+    try:
+        text = read_limited(file, limit)
+    except UnreadableFile as error:
+        problems.append(Problem("unreadable file", name, str(error)))
+        return None
+    return parse_object(text, name, problems)
+
+
 def parse_object(text: bytes, where: str, problems: list[Problem]) -> dict[str, Any] | None:
-    """The object of a JSON text; None and a problem when it is none. A key that occurs twice is a problem too."""
+    """The object in a JSON text; None and a problem if it contains no object. A repeated key is a problem too."""
 
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -228,8 +236,8 @@ def parse_object(text: bytes, where: str, problems: list[Problem]) -> dict[str, 
                 seen.add(key)
         return value
 
-    if any(text.count(mark) > limit for mark, limit in _MARKS.items()):
-        problems.append(Problem("too many tensors", shown(where), f"more than {MAX_TENSORS}, or JSON of another kind"))
+    if any(text.count(mark) > limit for mark, limit in _MOST.items()):
+        problems.append(Problem("too many tensors", shown(where), f"more than {MAX_TENSORS}, or JSON with other contents"))
         return None
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
@@ -243,7 +251,7 @@ def parse_object(text: bytes, where: str, problems: list[Problem]) -> dict[str, 
 
 
 class _Contents(NamedTuple):
-    """What one file holds: its tensors, its metadata, and the names of entries that are wrong."""
+    """The tensors and the metadata of one file, and the names of its invalid entries."""
 
     tensors: list[StoredTensor]
     metadata: dict[str, Any]
@@ -251,7 +259,7 @@ class _Contents(NamedTuple):
 
 
 def _read_file(file: Path, where: str, problems: list[Problem]) -> _Contents | None:
-    """None and a problem when the file as a whole cannot be read."""
+    """The contents of one file; None and a problem if the file as a whole is invalid."""
     where = shown(where)
     with file.open("rb") as f:
         size = os.fstat(f.fileno()).st_size
@@ -262,18 +270,18 @@ def _read_file(file: Path, where: str, problems: list[Problem]) -> _Contents | N
             return None
         if len(first) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
             detail = f"{length} bytes of header in a file of {size} (at most {MAX_HEADER_BYTES})"
-            problems.append(Problem("bad header", where, f"{detail}: cut off, or not safetensors"))
+            problems.append(Problem("bad header", where, f"{detail}: the file is cut off, or not safetensors"))
             return None
         entries = parse_object(f.read(length), where, problems)
     if entries is None:
         return None
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        problems.append(Problem("bad header", where, "__metadata__ is not a map of strings"))
+        problems.append(Problem("bad header", where, "__metadata__ must map strings to strings"))
         metadata = {}
     start, before = 8 + length, len(problems)
     tensors = [t for name, entry in entries.items() if (t := _tensor(name, entry, file, start, where, problems))]
-    if len(problems) == before:  # the layout of wrong entries would only repeat what is wrong with them
+    if len(problems) == before:  # otherwise the layout would only repeat these problems
         _check_layout(tensors, start, size, where, problems)
     return _Contents(tensors, metadata, entries.keys() - {tensor.name for tensor in tensors})
 
@@ -283,15 +291,15 @@ def _tensor(name: str, entry: Any, file: Path, start: int, where: str, problems:
         problems.append(Problem("bad entry", name, f"{detail} (in {where})"))
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        return wrong("not exactly dtype, shape and data_offsets")
+        return wrong("its keys must be dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = _BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
         return wrong(f"unknown dtype {shown(str(dtype), 40)}")
     if not _naturals(shape) or len(shape) > 64:
-        return wrong("the shape is not a list of sizes")
+        return wrong("shape must be a list of sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return wrong("data_offsets is not [begin, end]")
+        return wrong("data_offsets must be [begin, end]")
     begin, end = offsets
     needed, odd = divmod(math.prod(shape) * bits, 8)
     if odd or end - begin != needed:
@@ -300,23 +308,23 @@ def _tensor(name: str, entry: Any, file: Path, start: int, where: str, problems:
 
 
 def _naturals(value: Any) -> bool:
-    # bool is an int in Python; `true` in a header is no size.
+    # `true` in a header is not a size, although bool is an int in Python.
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _check_layout(
     tensors: Iterable[StoredTensor], start: int, size: int, where: str, problems: list[Problem]
 ) -> None:
-    """The tensors cover the data exactly once: no overlap, no hole, nothing after the last one, nothing missing."""
+    """Check that the tensors cover the data exactly once: no overlap, no hole, no bytes after the last one."""
     at = start
     for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != at:
             kind = "overlaps" if tensor.offset < at else "hole before"
-            detail = f"it begins at byte {tensor.offset - start} of the data, the one before ends at {at - start}"
+            detail = f"it begins at byte {tensor.offset - start} of the data, the previous tensor ends at {at - start}"
             problems.append(Problem(kind, tensor.name, f"{detail} (in {where})"))
-            return  # everything after it would be reported once more
+            return  # all later tensors would be reported too
         at += tensor.nbytes
     if at > size:
-        problems.append(Problem("cut off", where, f"the header promises {at} bytes, the file has {size}"))
+        problems.append(Problem("cut off", where, f"the header describes {at} bytes, the file has {size}"))
     elif at < size:
-        problems.append(Problem("bad header", where, f"{size - at} bytes after the last tensor belong to none"))
+        problems.append(Problem("bad header", where, f"{size - at} bytes after the last tensor"))

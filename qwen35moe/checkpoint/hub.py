@@ -1,11 +1,11 @@
-"""A checkpoint's files from the Hugging Face Hub: those that are needed, from the local cache where it has them all.
+"""The needed files of a checkpoint on the Hugging Face Hub, from the local cache if it has all of them.
 
     folder = fetch("Qwen/Qwen3.5-35B-A3B", revision="a commit, a tag or a branch")
 
-What is cached is used without asking anybody, so a second start needs no network; a branch is then as new as it was when
-it was fetched, and a commit as `revision` says exactly what is meant. What is not cached is downloaded by
-huggingface_hub (extra `[hub]`), whose settings hold: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. All files come from
-one commit. Nothing that could be code is asked for.
+Cached files are used without a request, so a second start needs no network; a branch is then as it was when it was
+fetched, and a commit as `revision` is exact. Other files are downloaded by huggingface_hub (extra `[hub]`) with its own
+settings: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. All files come from one commit. Files that may contain code are
+never requested.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .problems import CheckpointError, Problem, shown
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r"[\w.-]+(/[\w.-]+)*\.safetensors")
-_AT_ONCE = 4  # downloads side by side: one connection rarely fills a line
+_AT_ONCE = 4  # parallel downloads: one connection rarely uses the whole bandwidth
 
 Get = Callable[[str], "Path | None"]
 Wanted = Callable[[str], bool]
@@ -33,12 +33,12 @@ def folder_of(
     path: str | os.PathLike[str], *, revision: str | None = None, wanted: Wanted | None = None,
     required: Sequence[str] = (), optional: Sequence[str] = (),
 ) -> Path:
-    """The folder `path`, or where there is none and it reads owner/name, what `fetch` makes of it."""
+    """The folder `path`; if it does not exist and `path` has the form owner/name, the folder that `fetch` returns."""
     folder = Path(path).expanduser()
-    if revision is None and (folder.exists() or not _NAME.fullmatch(str(path))):
-        return folder
-    if revision is not None and (folder.exists() or not _NAME.fullmatch(str(path))):
-        raise CheckpointError(f"revision={revision!r} is for names on the Hub (owner/name), {path} is none: leave it out")
+    if folder.exists() or not _NAME.fullmatch(str(path)):
+        if revision is None:
+            return folder
+        raise CheckpointError(f"revision={revision!r} needs a name on the Hub (owner/name), not {path}: omit revision")
     return fetch(str(path), revision=revision, wanted=wanted, required=required, optional=optional)
 
 
@@ -46,10 +46,10 @@ def fetch(
     name: str, *, revision: str | None = None, wanted: Wanted | None = None, required: Sequence[str] = (),
     optional: Sequence[str] = (),
 ) -> Path:
-    """The folder in the local cache that holds config.json, the weights, the `required` files, and of the `optional`
-    ones those that exist. wanted(tensor name): whether a tensor is needed; shards without any are left where they are.
+    """The folder in the local cache with config.json, the weights, the `required` files, and those of the `optional` files
+    that exist. wanted(tensor name): whether a tensor is needed; shards without a needed tensor are not downloaded.
 
-    CheckpointError when something that is needed is neither cached nor to be had.
+    CheckpointError if a needed file is neither cached nor available.
     """
     hub = _library(name)
     try:
@@ -57,10 +57,10 @@ def fetch(
         return cached or _download(hub, name, revision, wanted, required, optional)
     except CheckpointError:
         raise
-    except Exception as error:  # the library's errors have no common base short of Exception
-        why = " ".join(str(error).split())[:400] or type(error).__name__
+    except Exception as error:  # the common base of the library's errors is Exception
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
         at = "" if revision is None else f" at revision {revision}"
-        raise CheckpointError(f"there is no folder {name}, and {name}{at} cannot be fetched from the Hub: {why}") from error
+        raise CheckpointError(f"there is no folder {name}, and {name}{at} cannot be fetched from the Hub: {reason}") from error
 
 
 def _library(name: str) -> Any:
@@ -76,13 +76,13 @@ def _library(name: str) -> Any:
 
 
 def _collect(get: Get, wanted: Wanted | None, required: Sequence[str], optional: Sequence[str]) -> Path | None:
-    """Gets every file; the folder they are in, or None as soon as one that is needed is not to be had."""
+    """Get every file and return their folder; None as soon as a needed file is not available."""
     config = get(CONFIG)
     if config is None or any(get(file) is None for file in required):
         return None
     files = [SINGLE] if get(INDEX) is None else _shards(config.parent, wanted)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        if any(found is None for found in pool.map(get, files)):
+        if any(path is None for path in pool.map(get, files)):
             return None
     for file in (GENERATION_CONFIG, *optional):
         get(file)
@@ -90,20 +90,21 @@ def _collect(get: Get, wanted: Wanted | None, required: Sequence[str], optional:
 
 
 def _shards(folder: Path, wanted: Wanted | None) -> list[str]:
-    """The files that hold the tensors which are wanted."""
+    """The files that contain the wanted tensors."""
     problems: list[Problem] = []
     weight_map, _ = read_index(folder, problems)
     files = sorted({file for tensor, file in weight_map.items() if wanted is None or wanted(tensor)})
-    strange = [file for file in files if not _SHARD.fullmatch(file) or ".." in file.split("/")]
-    problems += [Problem("bad file name", shown(file), "it is no .safetensors file of the repository") for file in strange]
+    invalid = [file for file in files if not _SHARD.fullmatch(file) or ".." in file.split("/")]
+    detail = "it must name a .safetensors file of the repository"
+    problems += [Problem("bad file name", shown(file), detail) for file in invalid]
     if problems:
-        raise CheckpointError(f"{folder} has an index that cannot be used:", problems)
+        raise CheckpointError(f"{folder} has an invalid index:", problems)
     return files
 
 
 def _cached(hub: Any, name: str, file: str, revision: str | None) -> Path | None:
-    found = hub.try_to_load_from_cache(name, file, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    path = hub.try_to_load_from_cache(name, file, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _download(
@@ -117,16 +118,16 @@ def _download(
         try:
             return Path(hub.hf_hub_download(name, file, revision=commit))
         except errors.LocalEntryNotFoundError:
-            raise  # it says that nobody could be asked, though it counts as one of the next kind
+            raise  # the Hub could not be reached, although this is a subclass of the next error
         except errors.EntryNotFoundError:
             return None
 
     config = get(CONFIG)
     if config is None:
-        raise CheckpointError(f"{name} on the Hub has no {CONFIG}: is it a model of this family?")
-    commit = config.parent.name  # the snapshot's folder is named by its commit: a branch may move meanwhile
-    found = _collect(get, wanted, required, optional)
-    if found is None:
+        raise CheckpointError(f"{name} on the Hub has no {CONFIG}; choose a repository with a model of this family")
+    commit = config.parent.name  # the snapshot folder is named after its commit; the branch may move meanwhile
+    folder = _collect(get, wanted, required, optional)
+    if folder is None:
         missing = [file for file in (*required, SINGLE) if get(file) is None]
         raise CheckpointError(f"{name} on the Hub (commit {commit}) lacks {', '.join(missing)}, and has no {INDEX} either")
-    return found
+    return folder

@@ -1,4 +1,4 @@
-"""Memory for tensors: a mapped file, pieces of several, or fresh pages; and files read ahead of use.
+"""Memory for tensors: a mapped file or new pages; and files that are read ahead of use.
 
 Measured on 2 cores with a virtual disk of 1.3 to 1.6 GB/s: load and first forward (512 tokens) of an 8.4 GB checkpoint
 that is not in the page cache take 10.9 to 13.8 s mapped with `ReadAhead`, 14.0 s without, 18.4 s in transformers; 8.9 s
@@ -20,26 +20,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_HUGE = 4 * 2**20  # from here on, memory of 2 MiB pages is asked for
+_HUGE = 4 * 2**20  # from this size on, request huge pages (2 MiB)
 
 
 # ---------------------------------------------------------------------------------------------------- mapping
 
 
 def map_file(file: Path) -> mmap.mmap:
-    """The whole file, copy on write: writing to it changes this process's copy of a page and never the file."""
+    """The whole file, copy on write: a write changes this process's copy of a page, never the file."""
     with file.open("rb") as f:
         size = os.fstat(f.fileno()).st_size
         if os.name != "posix":
             return mmap.mmap(f.fileno(), size, access=mmap.ACCESS_COPY)
-        # The same as ACCESS_COPY, but a file larger than the memory may be mapped: nothing is reserved for writes.
+        # Like ACCESS_COPY, but without reserving memory for writes, so that a file larger than the memory can be mapped.
         reserve_nothing = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
         flags = mmap.MAP_PRIVATE | reserve_nothing
         return mmap.mmap(f.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def view_of(mapped: mmap.mmap, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor whose memory is `mapped` from byte `offset` on; it keeps the mapping alive. Its storage is its own."""
+    """A tensor whose memory is `mapped` from byte `offset` on; it keeps the mapping alive and shares no storage."""
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)
@@ -47,7 +47,7 @@ def view_of(mapped: mmap.mmap, offset: int, shape: Sequence[int], dtype: torch.d
 
 
 def new_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for a parameter; on a CPU in huge pages where the system has them."""
+    """Uninitialised memory for a parameter; on a CPU in huge pages if the system supports them."""
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
@@ -61,7 +61,7 @@ def new_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
 
 @contextmanager
 def opened(files: set[Path]) -> Iterator[dict[Path, int]]:
-    """Descriptors of files, by path, for reading; closed in the end."""
+    """Descriptors for reading, by path; closed on exit."""
     descriptors: dict[Path, int] = {}
     try:
         for file in files:
@@ -73,7 +73,7 @@ def opened(files: set[Path]) -> Iterator[dict[Path, int]]:
 
 
 def read_exactly(descriptor: int, address: int, nbytes: int, offset: int) -> None:
-    """`nbytes` bytes of a file from `offset` on, to an address. OSError when the file has fewer."""
+    """Read `nbytes` bytes of a file from `offset` on to an address. OSError if the file has fewer."""
     buffer = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
     at = 0
     while at < nbytes:
@@ -87,17 +87,17 @@ def read_exactly(descriptor: int, address: int, nbytes: int, offset: int) -> Non
 
 
 class ReadAhead:
-    """Brings parts of files into the page cache, in the given order, on a thread that ends by itself.
+    """Fetches parts of files into the page cache, in order, on a thread that ends by itself.
 
-    What is there already is skipped, so a warm start costs some thousand system calls that read one byte each. A
-    bounded window is requested ahead of the last byte that has arrived: the disk stays busy, and `stop` works at once.
+    Parts that are cached are skipped, so a warm start costs some thousand system calls that read one byte each. Only a
+    bounded window is requested beyond the last byte that has arrived: the disk stays busy, and `stop` acts at once.
     """
 
     BLOCK = 4 * 2**20
-    WINDOW = 32  # blocks asked for and not waited for
+    WINDOW = 32  # blocks that are requested and have not arrived
 
     def __init__(self, ranges: Sequence[tuple[Path, int, int]]) -> None:
-        """`ranges`: (file, first byte, one past the last byte), in the order in which they will be used."""
+        """ranges: (file, first byte, one past the last byte), in the order of use."""
         self.ranges = _joined(ranges)
         self.fetched = 0  # bytes that were not in the page cache
         self._stop = threading.Event()
@@ -126,7 +126,7 @@ class ReadAhead:
                 while waiting and not self._stop.is_set():
                     waiting.popleft()()
         except OSError:
-            pass  # only speed is lost: the pages come in when they are used
+            pass  # costs only speed: the pages are read when they are used
 
     def _block(self, descriptor: int, begin: int, end: int, waiting: deque[Callable[[], None]]) -> None:
         if all(_resident(descriptor, begin + (end - 1 - begin) * i // 4) for i in range(5)):
@@ -141,7 +141,7 @@ class ReadAhead:
 
 
 def _joined(ranges: Sequence[tuple[Path, int, int]]) -> list[tuple[Path, int, int]]:
-    """Neighbours in a file become one range."""
+    """Adjacent ranges of a file become one."""
     joined: list[tuple[Path, int, int]] = []
     for file, begin, end in ranges:
         if joined and joined[-1][0] == file and joined[-1][2] == begin:
@@ -159,12 +159,12 @@ def _resident(descriptor: int, offset: int) -> bool:
     try:
         os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
         return True
-    except OSError:  # EAGAIN: not there; EOPNOTSUPP: this filesystem cannot tell
+    except OSError:  # EAGAIN: not cached; EOPNOTSUPP: the filesystem does not report it
         return False
 
 
 def _largest_request(descriptor: int) -> int:
-    """Linux cuts one WILLNEED request to the read-ahead size of the device, 128 KiB where nobody changed it."""
+    """Linux limits one WILLNEED request to the read-ahead size of the device, 128 KiB by default."""
     device = os.fstat(descriptor).st_dev
     try:
         setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text()
@@ -174,7 +174,7 @@ def _largest_request(descriptor: int) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be used without swapping, the page cache included."""
+    """Bytes that can be used without swapping, including the page cache."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

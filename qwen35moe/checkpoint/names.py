@@ -1,6 +1,6 @@
-"""Names of tensors: what published files call them, what a model calls them, and the one name both mean.
+"""Names of tensors: those of published files, those of a model, and the canonical name that both map to.
 
-The canonical name is what remains when the wrappers around the text model are taken off:
+The canonical name is the name without the wrappers around the text model:
 
     model.language_model.layers.3.linear_attn.A_log    published, multimodal     ->  layers.3.linear_attn.A_log
     model.layers.3.linear_attn.A_log                   text only                 ->  layers.3.linear_attn.A_log
@@ -10,9 +10,9 @@ The canonical name is what remains when the wrappers around the text model are t
     model.visual.*, visual.*, vision_tower.*                                     ->  visual.*
     mtp.*                                                                        ->  mtp.*
 
-Both sides of a load go through `canonical`, so no table of renames per class is needed. The wrappers are taken off in
-any order and number: transformers 5.4 to 5.5.3 wrote `model.language_model.language_model...` and
-`model.language_model.visual...` (its issue 45357). Two names on disk with one meaning are an error of the loader.
+Loading maps both sides to canonical names, so no class needs a table of renames. Wrappers are removed in any order and
+number: transformers 5.4 to 5.5.3 wrote `model.language_model.language_model...` and `model.language_model.visual...` (its
+issue 45357). Two stored names with the same canonical name are an error.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _PARTS = {
     "embed_tokens": "text",
     "layers": "text",
     "norm": "text",
-    "rotary_emb": "text",  # only ever as one of COMPUTED
+    "rotary_emb": "text",  # only as one of COMPUTED
     "lm_head": "head",
     "visual": "visual",
     "vision_tower": "visual",
     "mtp": "mtp",
 }
 
-# What a model may lack although the checkpoint has it, and the pattern under which the report counts it. Anything else
-# that a checkpoint has and the model has not is an error.
+# Parts of a checkpoint that a model may leave out, with the pattern under which the report counts them. Any other stored
+# tensor without a parameter is an error.
 LEFT_OUT = {"visual": "model.visual.*", "mtp": "mtp.*", "head": "lm_head.weight"}
 
-# Tensors that some older exports store and every model computes for itself.
+# Tensors that some older exports store although every model computes them.
 COMPUTED = ("rotary_emb.inv_freq",)
 
-# A grouped expert tensor [E, R, ...] and the per-expert ones that stack to it, in the order of their rows.
+# A grouped expert tensor [E, rows, ...] and the per-expert projections that stack to it, in the order of their rows.
 EXPERT_WEIGHTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _GROUPED = re.compile(r"^(?P<module>.+\.experts)\.(?P<weight>gate_up_proj|down_proj)$")
 _SINGLE = re.compile(
@@ -47,7 +47,7 @@ _SINGLE = re.compile(
 
 
 def canonical(name: str) -> str | None:
-    """The one name of a tensor, or None when it belongs to no part of this architecture."""
+    """The canonical name of a tensor, or None if the name belongs to no part of this architecture."""
     bare = _WRAPPERS.sub("", name)
     head, dot, rest = bare.partition(".")
     part = _PARTS.get(head)
@@ -62,7 +62,7 @@ def part_of(canonical_name: str) -> str:
 
 
 def published(canonical_name: str, *, multimodal: bool) -> str:
-    """The name under which a tensor is written: `model.language_model.*` beside a vision tower, `model.*` without."""
+    """The published name of a tensor: text is `model.language_model.*` in a multimodal model, otherwise `model.*`."""
     part = part_of(canonical_name)
     if part == "text":
         return f"model.language_model.{canonical_name}" if multimodal else f"model.{canonical_name}"
@@ -75,7 +75,13 @@ def grouped_experts(canonical_name: str) -> tuple[str, tuple[str, ...]] | None:
     return None if match is None else (match["module"], EXPERT_WEIGHTS[match["weight"]])
 
 
+def group_of(projection: str) -> tuple[str, tuple[str, ...]]:
+    """('gate_up_proj', ('gate_proj', 'up_proj')) for 'up_proj': the grouped weight with this projection, and all of its."""
+    return next((weight, group) for weight, group in EXPERT_WEIGHTS.items() if projection in group)
+
+
 def single_expert(module: str, expert: int, projection: str) -> str:
+    """'layers.3.mlp.experts.17.gate_proj.weight'."""
     return f"{module}.{expert}.{projection}.weight"
 
 

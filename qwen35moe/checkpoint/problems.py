@@ -1,7 +1,7 @@
-"""Everything that is wrong with a checkpoint, in one error.
+"""All problems of a checkpoint in one error.
 
-Problems are collected while headers are read and names are matched, and raised together before any memory is taken.
-The report folds what differs only in a layer or an expert into one row:
+Problems are collected while headers are read and names are matched, and raised together before memory is allocated.
+Problems that differ only in a layer or an expert become one row of the message:
 
     missing     layers.{0-2,4-6}.linear_attn.A_log   (6 tensors)
     wrong shape layers.{0-39}.mlp.gate.weight        on disk [128, 2048], the model has [256, 2048]   (40 tensors)
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MAX_ROWS = 20
 _STAR = "\0"  # stands for a number in a folded name
@@ -21,7 +22,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Problem:
-    """`kind` says what is wrong ("missing", "wrong shape", ...), `subject` with which tensor or file, `detail` how."""
+    """kind: "missing", "wrong shape", ...; subject: the tensor or file; detail: both values, or the way out."""
 
     kind: str
     subject: str
@@ -29,19 +30,19 @@ class Problem:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written. `problems` lists all that was found; the message folds it into rows."""
+    """A checkpoint cannot be read or written. `problems` lists all problems; the message folds them into rows."""
 
     def __init__(self, message: str, problems: Iterable[Problem] = ()):
         self.problems = tuple(problems)
         rows = fold(self.problems)
         shown = [f"  {row}" for row in rows[:MAX_ROWS]]
         if len(rows) > MAX_ROWS:
-            shown.append(f"  ... and {len(rows) - MAX_ROWS} more rows of this kind (all of them are in error.problems)")
+            shown.append(f"  ... and {len(rows) - MAX_ROWS} more rows (error.problems has all problems)")
         super().__init__("\n".join([message, *shown]))
 
 
 def fold(problems: Iterable[Problem]) -> list[str]:
-    """One row for all problems that differ only in numbers between dots (layers, experts); the first ones first."""
+    """One row for all problems that differ only in numbers between dots (layers, experts), in the order of the first."""
     groups: dict[tuple[str, str, str], list[tuple[int, ...]]] = {}
     for problem in problems:
         pattern = _NUMBER.sub(_STAR, problem.subject.replace(_STAR, "?"))
@@ -58,33 +59,33 @@ def _row(kind: str, pattern: str, detail: str, numbers: list[tuple[int, ...]]) -
     return row if len(numbers) == 1 else f"{row} ({len(numbers)} tensors)"
 
 
-def nearest(names: Iterable[str], right: Iterable[str], most: int = MAX_ROWS) -> dict[str, str]:
-    """For each of `names` the one of `right` that it was probably meant to be, where there is one that is close.
+def nearest(names: Iterable[str], valid: Iterable[str], most: int = MAX_ROWS) -> dict[str, str]:
+    """For each of `names` the most similar one of `valid`, if any is similar.
 
-    Compared and told as patterns, N for layer and expert numbers, and only the first few patterns of either: the names may
-    be hundreds of thousands, or very long.
+    Compared and returned as patterns, N for layer and expert numbers, and only the first few patterns of either: there may
+    be hundreds of thousands of names, and very long ones.
     """
     candidates: dict[str, None] = {}
-    for name in right:
+    for name in valid:
         candidates[_NUMBER.sub("N", name[:300])] = None
         if len(candidates) == 10 * most:
             break
-    found: dict[str, str | None] = {}
-    answers: dict[str, str] = {}
+    closest: dict[str, str | None] = {}  # by pattern
+    by_name: dict[str, str] = {}
     for name in names:
         pattern = _NUMBER.sub("N", name[:300])
-        if pattern not in found:
-            if len(found) == most:
+        if pattern not in closest:
+            if len(closest) == most:
                 continue
-            close = difflib.get_close_matches(pattern, candidates, n=1, cutoff=0.75)
-            found[pattern] = close[0] if close else None
-        if (best := found[pattern]) is not None:
-            answers[name] = best
-    return answers
+            matches = difflib.get_close_matches(pattern, candidates, n=1, cutoff=0.75)
+            closest[pattern] = matches[0] if matches else None
+        if (best := closest[pattern]) is not None:
+            by_name[name] = best
+    return by_name
 
 
 def ranges(values: Iterable[int], longest: int = 8) -> str:
-    """{0-2,4-6} for 0, 1, 2, 4, 5, 6; after `longest` runs the rest is left to the imagination: {0,2,4,...,98}."""
+    """{0-2,4-6} for 0, 1, 2, 4, 5, 6; more than `longest` runs are abbreviated: {0,2,4,...,98}."""
     runs: list[list[int]] = []
     for value in sorted(set(values)):
         if runs and value == runs[-1][1] + 1:
@@ -98,6 +99,12 @@ def ranges(values: Iterable[int], longest: int = 8) -> str:
 
 
 def shown(text: str, longest: int = 200) -> str:
-    """A name from a file, made safe to print: what is not printable escaped, what is long cut in the middle."""
+    """A name from a file, safe to print: unprintable characters are escaped, long names are cut in the middle."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
     return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 2 :]}"
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """ValueError if the argument `name` has a value that is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")

@@ -1,11 +1,11 @@
-"""Bytes of files into tensors, by a few threads: straight into memory, or through buffers and onto a device.
+"""Reads bytes of files into tensors with a few threads: straight into memory, or through buffers to a device.
 
-    file -> memory                                        numbers that are needed as they are stored, on a CPU
+    file -> memory                                        numbers that keep their stored form, on a CPU
     file -> buffer -> conversion -> memory                other numbers, on a CPU
     file -> pinned buffer -> copy -> conversion on it     on a GPU
 
-A thread has two buffers. On a GPU it has a stream of its own as well: while the contents of one buffer are on their way,
-the other one is filled. Extra host memory is threads x 2 buffers whatever the size of the model.
+A thread has two buffers, and for a GPU its own stream: while the contents of one buffer are copied, the other is filled.
+The extra host memory is 2 buffers per thread, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -25,28 +26,29 @@ from torch import Tensor
 
 from .block_fp8 import dequantise_rows
 from .blocks import BLOCK
+from .dtypes import name_of
 from .memory import opened, read_exactly
 from .problems import CheckpointError
 
 CHUNK = 32 * 2**20  # bytes of one read straight into memory
-STAGE = 16 * 2**20  # of a buffer on the way to a device
-TILE = 2 * 2**20  # of what is converted on a CPU: with its float32 it ought to stay in the processor's cache
-_ALIGNED = 64  # where tensors begin in a buffer: a multiple of every dtype's size
+STAGE = 16 * 2**20  # bytes of a buffer for a device
+TILE = 2 * 2**20  # bytes converted at once on a CPU, so that they and their float32 stay in the processor's cache
+_ALIGNED = 64  # tensors in a buffer begin at multiples of this, a multiple of every dtype's size
 
 
 @dataclass(frozen=True)
 class Copy:
-    """`count` numbers of `dtype` from byte `offset` of `file`, to be written to `target`, a flat tensor of that length.
+    """Copy numbers of `dtype` from byte `offset` of `file` to all of `target`, a flat tensor.
 
-    `through`: the numbers are rounded to this dtype on the way (dtype_policy="transformers").
-    `scale`: they are block-FP8 [R, `columns`], and these, in float32, their factors; `name` is for messages.
+    round_to: the numbers are first rounded to this dtype (dtype_policy="transformers").
+    scale: the numbers are block-FP8 [rows, `columns`] with this scale in float32; `name` is for messages.
     """
 
     file: Path
     offset: int
     dtype: torch.dtype
     target: Tensor
-    through: torch.dtype | None = None
+    round_to: torch.dtype | None = None
     scale: Tensor | None = None
     columns: int = 0
     name: str = ""
@@ -57,29 +59,29 @@ class Copy:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the bytes in the file are those of the target."""
-        return self.dtype == self.target.dtype and self.through is None and self.scale is None
+        """Whether the target has the same bytes as the file."""
+        return self.dtype == self.target.dtype and self.round_to is None and self.scale is None
 
 
 def read_into(copies: Sequence[Copy], threads: int | None = None, staged: bool = False) -> None:
-    """Carry out `copies` with two threads, or four when one of the targets is on a GPU.
+    """Carry out `copies` with two threads, or four if one of the targets is on a GPU.
 
-    staged: a CPU's memory is filled through buffers as well, as a GPU's always is (the same way, for tests).
+    staged: also fill a CPU's memory through buffers, as for a GPU (for tests).
     """
     if not copies:
         return
     devices = {copy.target.device for copy in copies}
-    copies = list(_beside_their_factors(copies))
+    copies = list(_with_scales_on_device(copies))
     for device in devices:
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the memory of a target may be in use by what it belonged to before
+            torch.cuda.synchronize(device)  # kernels may still use the memory that a target reuses
     threads = threads or (2 if all(device.type == "cpu" for device in devices) else 4)
     batches, turn = _batches(copies, staged), threading.Lock()
     files, nbytes = {copy.file for copy in copies}, sum(copy.nbytes for copy in copies)
     with opened(files) as descriptors, _progress(nbytes) as advance, ThreadPoolExecutor(threads) as pool:
 
         def work() -> None:
-            lane = _Lane(descriptors, staged)
+            worker = _Worker(descriptors, staged)
             done = 0
             try:
                 while True:
@@ -87,21 +89,21 @@ def read_into(copies: Sequence[Copy], threads: int | None = None, staged: bool =
                         advance(done)
                         batch = next(batches, None)
                     if batch is None:
-                        return lane.finish()
-                    lane.carry(batch)
+                        return worker.finish()
+                    worker.copy(batch)
                     done = sum(piece.nbytes for piece in batch)
             except BaseException:
                 with turn:
-                    batches.close()  # the others stop too
+                    batches.close()  # stops the other threads
                 raise
 
         for done in [pool.submit(work) for _ in range(threads)]:
-            done.result()  # raises the error of a thread here
+            done.result()  # raises a thread's error
 
 
 @contextmanager
 def _progress(nbytes: int) -> Iterator[Callable[[int], object]]:
-    """A bar with bytes and rate, on a terminal and after a second; a function that is told of bytes that were read."""
+    """A function to call with the number of bytes that were read; on a terminal it moves a progress bar, after a second."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda count: None
         return
@@ -111,11 +113,11 @@ def _progress(nbytes: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-# ----------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------------------------------- batches
 
 
-def _beside_their_factors(copies: Iterable[Copy]) -> Iterator[Copy]:
-    """The same with all factors on the targets' devices, where they are moved together: there are thousands of them."""
+def _with_scales_on_device(copies: Iterable[Copy]) -> Iterator[Copy]:
+    """The same copies with their scales on the targets' devices, moved together because there are thousands."""
     moved: dict[tuple[int, torch.device], Tensor] = {}
     for copy in copies:
         scale, device = copy.scale, copy.target.device
@@ -130,17 +132,17 @@ def _beside_their_factors(copies: Iterable[Copy]) -> Iterator[Copy]:
 
 
 def _batches(copies: Iterable[Copy], staged: bool) -> Generator[list[Copy], None, None]:
-    """What one buffer takes at once, for one device; into a CPU's memory piece after piece."""
+    """Pieces that fit into one buffer, for one device; single pieces for a CPU."""
     batch: list[Copy] = []
-    held = 0
+    nbytes = 0
     for copy in copies:
         on_cpu = copy.target.device.type == "cpu" and not staged
         for piece in _pieces(copy, on_cpu):
-            if batch and (on_cpu or held + piece.nbytes > STAGE or piece.target.device != batch[0].target.device):
+            if batch and (on_cpu or nbytes + piece.nbytes > STAGE or piece.target.device != batch[0].target.device):
                 yield batch
-                batch, held = [], 0
+                batch, nbytes = [], 0
             batch.append(piece)
-            held += _up(piece.nbytes)
+            nbytes += _rounded_up(piece.nbytes)
     if batch:
         yield batch
 
@@ -164,36 +166,36 @@ def _rows_of_blocks(copy: Copy, scale: Tensor, most: int) -> Iterator[Copy]:
         yield replace(copy, offset=copy.offset + at, target=part, scale=scale[row : row + blocks])
 
 
-def _up(nbytes: int) -> int:
+def _rounded_up(nbytes: int) -> int:
     return -(-nbytes // _ALIGNED) * _ALIGNED
 
 
-# --------------------------------------------------------------------------------------------------- how it is read
+# -------------------------------------------------------------------------------------------------------------- threads
 
 
 class _Buffer:
-    """Memory between a file and a target; pinned where a GPU copies from it."""
+    """Memory between a file and a target; pinned if a GPU copies from it."""
 
     def __init__(self) -> None:
         self.bytes = torch.empty(0, dtype=torch.uint8)
-        self.arrived: Any = None  # an event of the stream that copies from it
-        self.products: list[tuple[Copy, tuple[Tensor, Tensor]]] = []  # of block-FP8, with their bounds
+        self.copied: Any = None  # an event of the stream that copies from the buffer
+        self.bounds: list[tuple[Copy, tuple[Tensor, Tensor]]] = []  # least and largest numbers after dequantisation
 
     def make_room(self, nbytes: int, pinned: bool) -> None:
         if len(self.bytes) < nbytes or self.bytes.is_pinned() < pinned:
             self.bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
 
     def wait(self) -> None:
-        """Until everything in it has arrived. Only now bounds are looked at: a GPU would be waited for."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        products, self.products = self.products, []
-        for piece, bounds in products:
+        """Wait until all contents have been copied; then check the bounds, which would make the CPU wait for a GPU."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        waiting, self.bounds = self.bounds, []
+        for piece, bounds in waiting:
             _check(piece, *(bound.item() for bound in bounds))
 
 
-class _Lane:
-    """What one thread has."""
+class _Worker:
+    """One thread's buffers and streams."""
 
     def __init__(self, descriptors: Mapping[Path, int], staged: bool) -> None:
         self.descriptors = descriptors
@@ -202,7 +204,7 @@ class _Lane:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @torch.no_grad()
-    def carry(self, batch: Sequence[Copy]) -> None:
+    def copy(self, batch: Sequence[Copy]) -> None:
         device = batch[0].target.device
         if device.type == "cpu" and not self.staged and batch[0].is_plain:
             for piece in batch:
@@ -211,20 +213,20 @@ class _Lane:
         self.buffers.reverse()
         buffer = self.buffers[0]
         buffer.wait()
-        room = sum(_up(piece.nbytes) for piece in batch)
+        room = sum(_rounded_up(piece.nbytes) for piece in batch)
         buffer.make_room(max(room, TILE if device.type == "cpu" and not self.staged else STAGE), device.type == "cuda")
         at, staged = 0, []
         for piece in batch:
             read_exactly(self.descriptors[piece.file], buffer.bytes.data_ptr() + at, piece.nbytes, piece.offset)
             staged.append(buffer.bytes[at : at + piece.nbytes].view(piece.dtype))
-            at += _up(piece.nbytes)
+            at += _rounded_up(piece.nbytes)
         if device.type == "cuda" and device not in self.streams:
             self.streams[device] = torch.cuda.Stream(device)
         stream = self.streams.get(device)
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             for piece, values in zip(batch, staged, strict=True):
                 _write(piece, values, buffer)
-            buffer.arrived = None if stream is None else stream.record_event()
+            buffer.copied = None if stream is None else stream.record_event()
 
     def finish(self) -> None:
         for buffer in self.buffers:
@@ -232,35 +234,41 @@ class _Lane:
 
 
 def _write(piece: Copy, values: Tensor, buffer: _Buffer) -> None:
-    """Numbers in a buffer to their target, converted where the target lies."""
+    """Copy numbers from a buffer to their target; conversions run on the target's device."""
     if not piece.is_plain:
         values = values.to(piece.target.device, non_blocking=True)
     if piece.scale is not None:
         values = dequantise_rows(values.view(-1, piece.columns), piece.scale).view(-1)
-        buffer.products.append((piece, torch.aminmax(values)))
-    piece.target.copy_(values if piece.through is None else values.to(piece.through), non_blocking=True)
+        buffer.bounds.append((piece, torch.aminmax(values)))
+    piece.target.copy_(values if piece.round_to is None else values.to(piece.round_to), non_blocking=True)
 
 
 def _check(piece: Copy, low: float, high: float) -> None:
-    """Of a product of block-FP8: a code that is no number, or a number beyond the target's range, is damage."""
+    """CheckpointError if a dequantised block contains NaN, or a number beyond the range of the target's dtype."""
     most = torch.finfo(piece.target.dtype).max
     if not (-most <= low and high <= most):
-        what = "holds NaN" if low != low or high != high else f"reaches {max(-low, high):.3g}"
-        dtype = str(piece.target.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{piece.name} in {piece.file} {what}: no weights that {dtype} can hold (at most {most:.3g})")
+        contents = "contains NaN" if low != low or high != high else f"reaches {max(-low, high):.3g}"
+        dtype = name_of(piece.target.dtype)
+        raise CheckpointError(f"{piece.name} in {piece.file} {contents}: {dtype} weights are at most {most:.3g}")
 
 
-def read_scales(found: Sequence[tuple[Path, int, torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
-    """Factors (file, first byte, dtype, shape) as float32, in the order given; for many of them, a few bytes each."""
-    kinds = {dtype: torch.empty(sum(math.prod(f[3]) for f in found if f[2] == dtype), dtype=dtype) for _, _, dtype, _ in found}
-    filled = dict.fromkeys(kinds, 0)
-    places: list[tuple[torch.dtype, int]] = []
-    with opened({file for file, *_ in found}) as descriptors:
-        for file, offset, dtype, shape in found:
+# -------------------------------------------------------------------------------------------------------------- scales
+
+
+def read_scales(stored: Sequence[tuple[Path, int, torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
+    """Scales (file, first byte, dtype, shape) as float32, in this order; made for thousands of a few bytes each."""
+    totals: Counter[torch.dtype] = Counter()
+    for _, _, dtype, shape in stored:
+        totals[dtype] += math.prod(shape)
+    flat = {dtype: torch.empty(total, dtype=dtype) for dtype, total in totals.items()}
+    filled = dict.fromkeys(flat, 0)
+    starts: list[tuple[torch.dtype, int]] = []
+    with opened({file for file, *_ in stored}) as descriptors:
+        for file, offset, dtype, shape in stored:
             at, count = filled[dtype], math.prod(shape)
-            read_exactly(descriptors[file], kinds[dtype].data_ptr() + at * dtype.itemsize, count * dtype.itemsize, offset)
-            places.append((dtype, at))
+            read_exactly(descriptors[file], flat[dtype].data_ptr() + at * dtype.itemsize, count * dtype.itemsize, offset)
+            starts.append((dtype, at))
             filled[dtype] += count
-    wide = {dtype: values.float() for dtype, values in kinds.items()}
+    wide = {dtype: values.float() for dtype, values in flat.items()}
     return [wide[dtype][at : at + math.prod(shape)].view(shape)
-            for (dtype, at), (_, _, _, shape) in zip(places, found, strict=True)]  # fmt: skip
+            for (dtype, at), (_, _, _, shape) in zip(starts, stored, strict=True)]  # fmt: skip

@@ -1,9 +1,10 @@
-"""Saving: from a model to a folder in the published layout, with every tensor at an address that is good to compute on.
+"""Saves a model to a folder in the published layout, with aligned tensors.
 
-A file's header is padded with spaces so that its data begins at a multiple of 64 bytes, and the tensors whose size is a
-multiple of 64 come first: so each of them starts at one, and a file that is mapped as memory (`weights="map"`) is read
-at full speed (matrix-vector products run 1.3 times faster than on misaligned rows). The small rest follows by falling
-element size, so that no number lies across its natural address. The format allows no holes; this order needs none.
+The header of a file is padded with spaces so that its data begins at a multiple of 64 bytes, and the tensors whose size is
+a multiple of 64 come first. So each of them is aligned to 64 bytes, and a file that is mapped as memory (`weights="map"`)
+is read at full speed (matrix-vector products run 1.3 times faster than on misaligned rows). The few other tensors follow
+in order of decreasing element size, so that every number is aligned to its own size. The format allows no holes; this
+order needs none.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ import torch
 from torch import Tensor, nn
 
 from . import names
-from .assemble import Slot, slots_of
+from .assemble import ModelParameter, parameters_of, parts_in
 from .blocks import SCALE
-from .dtypes import FLOATS
+from .dtypes import CODES, FLOATS, name_of
 from .folder import GENERATION_CONFIG, replacing
 from .headers import SAVE_ID
-from .problems import CheckpointError
+from .problems import CheckpointError, check_choice
 
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
-_CODES = {dtype: code for code, dtype in FLOATS.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
+LAYOUTS = ("grouped", "per_expert")  # of experts
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written, under its published name and in the dtype it gets on disk.
+    """A tensor to write, with its published name and its dtype on disk.
 
-    `pieces` gives its numbers in order, as tensors of any shape, dtype and device: one for a parameter, many for what
-    is itself read piece by piece. It may be called once for each time the tensor is written.
+    pieces() yields its numbers in order, as tensors of any shape, dtype and device: one for a parameter, many for a tensor
+    that is itself read in pieces. It is called each time the tensor is written.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, value: Tensor, dtype: torch.dtype) -> Entry:
-        """A tensor that is there already."""
+        """The entry of a tensor in memory."""
         return cls(name, tuple(value.shape), dtype, lambda: (value,))
 
     @property
@@ -71,22 +72,21 @@ def save_model(
     layout: str = "grouped",
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write the checkpoint of `model` into the folder `path`: config.json and model.safetensors, or shards and index.
+    """Write the checkpoint of `model` to the folder `path`: config.json and model.safetensors, or shards and an index.
 
     layout: "grouped" stores the experts of a layer as two tensors, as published; "per_expert" as three per expert, as
-        transformers saves them. Both are read by both.
+        transformers saves them. Both libraries read both layouts.
     max_shard_size: bytes, or a number with KB, MB, GB (powers of ten) or KiB, MiB, GiB. One file if everything fits.
 
-    The folder holds the old checkpoint or the new one at any moment, see folder.py; files that are no weights stay.
-    Islands are written as they were stored when that loses nothing, otherwise as they are.
+    At any moment the folder contains the old checkpoint or the new one, see folder.py; files other than weights stay.
+    Parameters kept in fp32 are written in the dtype they were stored in if that loses nothing, otherwise in their own.
     """
-    if layout not in ("grouped", "per_expert"):
-        raise ValueError(f"layout={layout!r}; it is 'grouped' or 'per_expert'")
+    check_choice("layout", layout, LAYOUTS)
     limit = bytes_of(max_shard_size)
-    slots = slots_of(model)
-    config, multimodal = _config(model, slots)
-    entries = [entry for slot in slots for entry in _entries(slot, layout, multimodal)]
-    _tell_what_is_left_out(model)
+    parameters = parameters_of(model)
+    config, multimodal = _config(model, parameters)
+    entries = [entry for parameter in parameters for entry in _entries(parameter, layout, multimodal)]
+    _log_left_out(model)
     write_checkpoint(path, config, entries, limit, _generation_config(model))
 
 
@@ -100,8 +100,8 @@ def write_checkpoint(
 ) -> None:
     """Make `entries` and `config` (the text of config.json) the checkpoint in the folder `path`.
 
-    limit: bytes of data per file, see `split`. others: small files beside the weights. wrote: told of every piece that
-    was written, in bytes of tensors.
+    limit: bytes of data per file, see `split`. others: small files beside the weights. wrote: called with the number of
+    tensor bytes of every written piece.
     """
     shards = split(entries, limit)
     with replacing(path, config, sum(entry.nbytes for entry in entries)) as new:
@@ -119,28 +119,27 @@ def write_checkpoint(
 
 
 def bytes_of(size: int | str) -> int:
-    """5000000000 for "5GB"; ValueError for what is no size."""
+    """5000000000 for "5GB"; ValueError for anything but a size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(size).upper())
     if match is None or match[2] not in (*_UNITS, "B"):
-        raise ValueError(f'max_shard_size={size!r}; it is a number of bytes, or like "5GB" or "500MiB"')
+        raise ValueError(f'max_shard_size={size!r} must be a number of bytes, or a size such as "5GB" or "500MiB"')
     limit = int(float(match[1]) * _UNITS["" if match[2] == "B" else match[2]])
     if limit < 1:
-        raise ValueError(f"max_shard_size={size!r} is less than one byte")
+        raise ValueError(f"max_shard_size={size!r} must be at least one byte")
     return limit
 
 
-def _config(model: Any, slots: Sequence[Slot]) -> tuple[bytes, bool]:
-    """The text of config.json, and whether the model has a vision tower: what is written is what the model holds."""
-    held = {names.part_of(name) for slot in slots for name in slot.names if names.canonical(name)}
-    multimodal = "visual" in held
+def _config(model: Any, parameters: Sequence[ModelParameter]) -> tuple[bytes, bool]:
+    """The text of config.json, and whether the model has a vision tower. It describes the parameters of the model."""
+    model_parts = parts_in(parameters)
+    multimodal = "visual" in model_parts
     config = model.config
     if not multimodal and not config.is_flat:
         config = config.text_only()
-    tied = any({"embed_tokens.weight", "lm_head.weight"} <= set(slot.names) for slot in slots)
-    if "head" in held and tied != config.tie_word_embeddings:
+    tied = any({"embed_tokens.weight", "lm_head.weight"} <= set(parameter.names) for parameter in parameters)
+    if "head" in model_parts and tied != config.tie_word_embeddings:
         config = config.replace(tie_word_embeddings=tied)
-    ordinary = next(slot.parameter.dtype for slot in slots if not slot.is_island)
-    dtype = str(ordinary).removeprefix("torch.")
+    dtype = name_of(next(parameter.tensor.dtype for parameter in parameters if not parameter.is_fp32))
     content = config.to_dict() | {"architectures": [type(model).__name__], "dtype": dtype}
     if "text_config" in content:
         content["text_config"] = content["text_config"] | {"dtype": dtype}
@@ -148,22 +147,22 @@ def _config(model: Any, slots: Sequence[Slot]) -> tuple[bytes, bool]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The text of a file, the same for equal values."""
+    """A JSON text; equal values give equal texts."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _entries(slot: Slot, layout: str, multimodal: bool) -> Iterator[Entry]:
-    """What one parameter is on disk. Tied weights are written once, under the first of their names."""
-    if slot.parameter.is_meta:
-        raise CheckpointError(f"{slot.name} is on the meta device and has no values to save")
-    if slot.parameter.dtype not in FLOATS.values():
-        raise CheckpointError(f"{slot.name} is {slot.parameter.dtype}; weights are saved as {', '.join(FLOATS)}")
-    value = slot.parameter.detach()
-    if not names.canonical(slot.name):
-        raise CheckpointError(f"{slot.name} is no part of this architecture: merge or remove what was added")
-    experts = names.grouped_experts(slot.name)
+def _entries(parameter: ModelParameter, layout: str, multimodal: bool) -> Iterator[Entry]:
+    """The tensors on disk of one parameter. Tied weights are written once, under the first of their names."""
+    if parameter.tensor.is_meta:
+        raise CheckpointError(f"{parameter.name} is on the meta device and has no values: initialise or load the model first")
+    if parameter.tensor.dtype not in FLOATS.values():
+        raise CheckpointError(f"{parameter.name} is {parameter.tensor.dtype}; weights are saved as {', '.join(FLOATS)}")
+    value = parameter.tensor.detach()
+    if not names.canonical(parameter.name):
+        raise CheckpointError(f"{parameter.name} is not part of this architecture: merge or remove added modules")
+    experts = names.grouped_experts(parameter.name)
     if experts is None or layout == "grouped":
-        yield Entry.of(names.published(slot.name, multimodal=multimodal), value, _stored_dtype(slot, value))
+        yield Entry.of(names.published(parameter.name, multimodal=multimodal), value, _stored_dtype(parameter, value))
         return
     module, projections = experts
     for expert, rows in enumerate(value):
@@ -172,15 +171,15 @@ def _entries(slot: Slot, layout: str, multimodal: bool) -> Iterator[Entry]:
             yield Entry.of(name, part, part.dtype)
 
 
-def _stored_dtype(slot: Slot, value: Tensor) -> torch.dtype:
-    owner, leaf = slot.places[0]
+def _stored_dtype(parameter: ModelParameter, value: Tensor) -> torch.dtype:
+    owner, leaf = parameter.owners[0]
     stored = getattr(owner, "stored_dtypes", {}).get(leaf, value.dtype)
     lossless = stored == value.dtype or torch.equal(value.to(stored).to(value.dtype), value)
     return stored if lossless else value.dtype
 
 
 def split(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    """Files of at most `limit` bytes of data, in the order of the model; a larger tensor gets a file of its own."""
+    """Files of at most `limit` bytes of data, in the order of the model; a larger tensor gets its own file."""
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -195,12 +194,12 @@ def split(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
 def _contents(
     entries: Sequence[Entry], metadata: dict[str, str], wrote: Callable[[int], object] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of one file: header, then each tensor."""
+    """The bytes of one file: the header, then the tensors."""
     ordered = sorted(entries, key=lambda entry: (entry.nbytes % ALIGNMENT != 0, -_odd(entry)))
     header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for entry in ordered:
-        header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape),
+        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape),
                               "data_offsets": [at, at + entry.nbytes]}  # fmt: skip
         at += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -219,9 +218,9 @@ def _odd(entry: Entry) -> int:
 
 
 def _data(entry: Entry) -> Iterator[memoryview]:
-    """A tensor's bytes; a piece that is not contiguous, on a device or of another dtype is copied first, by itself.
+    """A tensor's bytes; a piece that is not contiguous, on a device or of another dtype is copied first.
 
-    The bytes may be used until the generator goes on: it holds the copy until then.
+    The bytes are valid until the generator is advanced, which frees the copy.
     """
     left = entry.nbytes
     for piece in entry.pieces():
@@ -230,19 +229,19 @@ def _data(entry: Entry) -> Iterator[memoryview]:
         if value.numel():
             yield memoryview((ctypes.c_char * value.nbytes).from_address(value.data_ptr())).cast("B")
     if left:
-        raise AssertionError(f"{entry.name}: its pieces have {entry.nbytes - left} bytes, its shape {entry.nbytes}")
+        raise AssertionError(f"{entry.name}: its pieces have {entry.nbytes - left} bytes, its shape needs {entry.nbytes}")
 
 
 def _generation_config(model: nn.Module) -> dict[str, bytes]:
-    found: Any = getattr(model, "generation_config", None)
-    if hasattr(found, "to_dict"):
-        found = found.to_dict()
-    return {GENERATION_CONFIG: json_bytes(found)} if isinstance(found, dict) else {}
+    settings: Any = getattr(model, "generation_config", None)
+    if hasattr(settings, "to_dict"):
+        settings = settings.to_dict()
+    return {GENERATION_CONFIG: json_bytes(settings)} if isinstance(settings, dict) else {}
 
 
-def _tell_what_is_left_out(model: nn.Module) -> None:
-    """A model that was loaded without parts of its checkpoint is saved without them: said once more, here."""
+def _log_left_out(model: nn.Module) -> None:
+    """A model that was loaded without parts of its checkpoint is saved without them: log their names again."""
     report = getattr(model, "loading_report", None)
     if report is not None and report.left_out:
-        parts = ", ".join(f"{what} ({count} tensors)" for what, count in report.left_out.items())
-        log.info("%s saves what it holds; its checkpoint also had %s", type(model).__name__, parts)
+        parts = ", ".join(f"{name} ({count} tensors)" for name, count in report.left_out.items())
+        log.info("%s saves its own parameters; its checkpoint also had %s", type(model).__name__, parts)

@@ -1,8 +1,8 @@
-"""`qwen35moe chat`: a conversation on the terminal, or through a pipe, with text, images and videos.
+"""`qwen35moe chat`: a conversation on the terminal or through a pipe, with text, images and videos.
 
-A line is a turn; /image PATH and /video PATH put a picture before the next one. What was said before is not computed
-again: after each prompt the cache's state is kept as a snapshot, because templates leave earlier reasoning out of the next
-prompt, and the state after the reply is then of no use.
+One line is one message; /image PATH and /video PATH attach a file to the next one. Earlier messages are not computed again:
+the cache is snapshotted at the end of each prompt's messages, because chat templates remove earlier reasoning from later
+prompts, so that the state after a reply cannot be reused.
 """
 
 from __future__ import annotations
@@ -12,158 +12,179 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .generate import Clock, printable, shown
+from .options import add_device, add_images, add_max_new_tokens, add_sampling, sampling
+from .terminal import TokenTimer, printable
+from .visual import visual_inputs
 
+HELP = "Chat with a model, one line per message; /image PATH attaches an image."
 DIM, PLAIN = "\033[2m", "\033[0m"
-COMMANDS = "/image PATH, /video PATH: show it with the next message; /new: begin again; /help; /exit"
+COMMANDS = "/image PATH, /video PATH: attach a file to the next message; /new: new conversation; /help; /exit"
+
+Media = list[tuple[str, Any]]  # ("image" or "video", path) in order
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("folder", help="a checkpoint with a chat template: a folder, a Hub name, or tiny")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    add_images(parser, "to attach to the first message")
+    thinking = parser.add_mutually_exclusive_group()
+    thinking.add_argument("--think", dest="thinking", action="store_true", default=None, help="turn reasoning on")
+    thinking.add_argument("--no-think", dest="thinking", action="store_false", help="turn reasoning off")
+    add_max_new_tokens(parser, 4096)
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely token (default: sample)")
+    add_sampling(parser)
+    add_device(parser)
 
 
 class Conversation:
-    """Messages, and a cache that holds a beginning of their tokens.
+    """The messages, and a cache that holds a prefix of their tokens.
 
-    for thinking, piece in conversation.say("What is this?", ["cat.png"]): ...
+    for thinking, piece in conversation.send("What is this?", [("image", "cat.png")]): ...
     """
 
     def __init__(
         self, model: Any, processor: Any, *, system: str | None = None, variables: dict[str, Any], **options: Any
     ) -> None:
-        """variables: for the template (enable_thinking, ...). options: those of `model.generate`."""
+        """variables: of the template (enable_thinking, ...). options: of `model.generate`."""
         self.model, self.processor, self.variables, self.options = model, processor, variables, options
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-        self.clock = Clock()
-        self.prompt_tokens = self.reused = 0
+        self.timer = TokenTimer()
+        self.prompt_tokens = self.reused_tokens = 0
         self._cache = model.new_cache(1)
-        self._held: list[int] | None = []  # what the cache holds; None where a reply was broken off
-        self._point: tuple[Any, list[int]] | None = None  # a snapshot of it, and what it held then
+        self._cached: list[int] | None = []  # the tokens in the cache; None after an interrupted reply
+        self._snapshot: tuple[Any, list[int]] | None = None  # of the cache, with its tokens
 
-    def say(self, text: str, pictures: list[tuple[str, Any]] | None = None) -> Iterator[tuple[bool, str]]:
-        """The reply to a message, in pieces: (is it reasoning, text). The message counts as said once the reply ends."""
+    def send(self, text: str, media: Media | None = None) -> Iterator[tuple[bool, str]]:
+        """The reply to a message, in pieces: (is reasoning, text). Message and reply are recorded when the reply ends."""
         content: Any = text
-        if pictures:
-            content = [{"type": kind, kind: picture} for kind, picture in pictures] + [{"type": "text", "text": text}]
+        if media:
+            content = [{"type": kind, kind: item} for kind, item in media] + [{"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": content}]
-        given = self.processor.apply_chat_template(messages, add_generation_prompt=True, progress=True, **self.variables)
-        ids = given["input_ids"][0].tolist()
-        kept = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-        seen = shown(self.model, {name: given[name] for name in kept if name in given})
-        self.prompt_tokens, self.clock = len(ids), Clock()
-        self._prepare(messages, ids, seen)
+        inputs = self.processor.apply_chat_template(messages, add_generation_prompt=True, progress=True, **self.variables)
+        ids = inputs["input_ids"][0].tolist()
+        visual = visual_inputs(self.model, inputs)
+        self.prompt_tokens, self.timer = len(ids), TokenTimer()
+        self._prefill(messages, ids, visual)
         new: list[int] = []
-        yield from self._stream(ids, seen, new)
-        self._held = ids + new[:-1]  # the last token of a reply is not fed
+        yield from self._stream(ids, visual, new)
+        self._cached = ids + new[:-1]  # the last token of a reply is not fed to the model
         self.messages = [*messages, self.processor.parse(new, prompt=ids).message()]
 
-    def _prepare(self, messages: list[dict[str, Any]], ids: list[int], seen: dict[str, Any]) -> None:
-        """Bring the cache to the longest state that it has of a beginning of `ids`, then to the end of the messages."""
-        held, self._held = self._held, None  # until the model has run
-        if held is None or held != ids[: len(held)] or len(held) == len(ids):
-            point, held = self._point or (None, ids)
-            if point is not None and len(held) < len(ids) and held == ids[: len(held)]:
-                self._cache.restore(point)
+    def _prefill(self, messages: list[dict[str, Any]], ids: list[int], visual: dict[str, Any]) -> None:
+        """Bring the cache to the longest available prefix of `ids`, run the messages, and take a snapshot."""
+        cached, self._cached = self._cached, None  # unknown until the model has run
+        if cached is None or cached != ids[: len(cached)] or len(cached) == len(ids):
+            snapshot, cached = self._snapshot or (None, ids)
+            if snapshot is not None and len(cached) < len(ids) and cached == ids[: len(cached)]:
+                self._cache.restore(snapshot)
             else:
-                self._cache, held = self.model.new_cache(1), []
-        self.reused, stable = len(held), self._said(messages, ids)
-        if len(held) < stable < len(ids):
-            self.model.generate(ids[:stable], cache=self._cache, max_new_tokens=1, eos_token_id=[], **seen)
-            held = ids[:stable]
-        self._point = (self._cache.snapshot(), held)
+                self._cache, cached = self.model.new_cache(1), []
+        self.reused_tokens, end = len(cached), self._messages_end(messages, ids)
+        if len(cached) < end < len(ids):
+            self.model.generate(ids[:end], cache=self._cache, max_new_tokens=1, eos_token_id=[], **visual)
+            cached = ids[:end]
+        self._snapshot = (self._cache.snapshot(), cached)
 
-    def _said(self, messages: list[dict[str, Any]], ids: list[int]) -> int:
-        """How many of the ids the messages take, without the beginning of the reply: later prompts begin with these."""
+    def _messages_end(self, messages: list[dict[str, Any]], ids: list[int]) -> int:
+        """The number of ids before the generation prompt: later prompts start with these. 0 if it cannot be determined."""
         text = self.processor.render(messages, **self.variables)
-        whole = self.processor.render(messages, add_generation_prompt=True, **self.variables)
-        if not whole.startswith(text):
+        prompt = self.processor.render(messages, add_generation_prompt=True, **self.variables)
+        if not prompt.startswith(text):
             return 0
-        rest = self.processor.tokenizer.encode(whole[len(text) :], special=True)  # it is the template's own
-        return len(ids) - len(rest) if rest and ids[-len(rest) :] == rest else 0
+        generation_prompt = self.processor.tokenizer.encode(prompt[len(text) :], special=True)
+        n = len(generation_prompt)
+        return len(ids) - n if n and ids[-n:] == generation_prompt else 0
 
-    def _stream(self, ids: list[int], seen: dict[str, Any], new: list[int]) -> Iterator[tuple[bool, str]]:
+    def _stream(self, ids: list[int], visual: dict[str, Any], new: list[int]) -> Iterator[tuple[bool, str]]:
+        """Generate the reply; its ids are appended to `new`."""
         from ..generation import TextStream
         from ..generation.settings import end_tokens
-        from ..processing.reply import THINK, THOUGHT
+        from ..processing.reply import THINK_END, THINK_START
 
         tokenizer, ends = self.processor.tokenizer, set(end_tokens(self.model))
-        begin, end = (tokenizer.token_to_id(each) for each in (THINK, THOUGHT))
-        thinking = next((each == begin for each in reversed(ids) if each in (begin, end)), False)
+        start, end = (tokenizer.token_to_id(token) for token in (THINK_START, THINK_END))
+        thinking = next((token == start for token in reversed(ids) if token in (start, end)), False)
         text = TextStream(tokenizer)
-        for step in self.model.stream(ids, cache=self._cache, **seen, **self.options):
+        for step in self.model.stream(ids, cache=self._cache, **visual, **self.options):
             token = int(step)
             new.append(token)
-            self.clock.tick(token)
+            self.timer.add(token)
             if token in ends:
                 break
-            if token in (begin, end):
+            if token in (start, end):
                 yield thinking, text.end()
-                thinking = token == begin
+                thinking = token == start
             else:
                 yield thinking, text.put(token)
         yield thinking, text.end()
 
 
 def run(options: argparse.Namespace) -> None:
-    """Read messages until the input ends; write replies on standard output, all else on standard error."""
+    """Read messages until the input ends; replies go to standard output, everything else to standard error."""
     from ..loading import load, load_processor
 
-    shaping = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
-    if options.greedy and any(value is not None for value in shaping.values()):
-        raise ValueError("--greedy takes the most likely token: temperature, top-k, top-p, min-p and seed have no say in it")
-    shaping |= {"do_sample": not options.greedy, "max_new_tokens": options.max_new_tokens}
+    settings, sampled = sampling(options)
+    if options.greedy and sampled:
+        raise ValueError("--greedy cannot be combined with --temperature, --top-k, --top-p, --min-p or --seed")
+    settings |= {"do_sample": not options.greedy, "max_new_tokens": options.max_new_tokens}
     processor = load_processor(options.folder)
     if processor.template is None:
         raise ValueError(f"{options.folder} has no chat template (chat_template.jinja): use `qwen35moe generate`")
     model, _ = load(options.folder, dtype=options.dtype, device=options.device)
     variables: dict[str, Any] = {} if options.thinking is None else {"enable_thinking": options.thinking}
 
-    def begin() -> Conversation:
-        return Conversation(model, processor, system=options.system, variables=variables, **shaping)
+    def new_conversation() -> Conversation:
+        return Conversation(model, processor, system=options.system, variables=variables, **settings)
 
-    _talk(begin, [("image", each) for each in options.image or ()] + [("video", each) for each in options.video or ()])
+    _loop(new_conversation, [("image", path) for path in options.image] + [("video", path) for path in options.video])
 
 
-def _talk(begin: Callable[[], Conversation], pictures: list[tuple[str, Any]]) -> None:
-    conversation, asks = begin(), sys.stdin.isatty()
-    if asks:
+def _loop(new_conversation: Callable[[], Conversation], media: Media) -> None:
+    """Read lines and answer them. media: attached to the first message."""
+    conversation, interactive = new_conversation(), sys.stdin.isatty()
+    if interactive:
         print(COMMANDS, file=sys.stderr)
     while True:
-        if asks:
+        if interactive:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line or line.strip() == "/exit":
             return
         command, _, rest = line.strip().partition(" ")
         if command in ("/image", "/video"):
-            pictures.append((command[1:], rest.strip()))
+            media.append((command[1:], rest.strip()))
         elif command == "/new":
-            conversation, pictures = begin(), []
+            conversation, media = new_conversation(), []
         elif command == "/help":
             print(COMMANDS, file=sys.stderr)
         elif command.startswith("/") and "/" not in command[1:]:
-            _complain(f"there is no command {command}: {COMMANDS}", asks)
+            _report(f"unknown command {command}. {COMMANDS}", interactive)
         elif line.strip():
             try:
-                _write(conversation.say(line.strip(), pictures))
-                if asks:
-                    print(f"({conversation.clock.summary(conversation.prompt_tokens)})", file=sys.stderr)
+                _write(conversation.send(line.strip(), media))
+                if interactive:
+                    print(f"({conversation.timer.summary(conversation.prompt_tokens)})", file=sys.stderr)
             except ValueError as error:
-                _complain(str(error), asks)
-            pictures = []
+                _report(str(error), interactive)
+            media = []
 
 
-def _complain(text: str, asks: bool) -> None:
-    """A mistake ends a pipe, and not a conversation."""
-    if not asks:
+def _report(text: str, interactive: bool) -> None:
+    """Print an error and go on in a terminal; raise it in a pipe."""
+    if not interactive:
         raise ValueError(text)
     print(f"qwen35moe: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _write(pieces: Iterator[tuple[bool, str]]) -> None:
-    """Reasoning dim on a terminal; elsewhere it goes to standard error, so that a pipe gets the answer."""
-    colours, dim, begun = sys.stdout.isatty(), False, False
+    """Write a reply. Reasoning is dim on a terminal; otherwise it goes to standard error, so that a pipe gets the answer."""
+    terminal, dim, started = sys.stdout.isatty(), False, False
     for thinking, piece in pieces:
-        if not begun and not thinking:
+        if not started and not thinking:
             piece = piece.lstrip("\n")
-            begun = bool(piece)
-        if thinking and not colours:
+            started = bool(piece)
+        if thinking and not terminal:
             sys.stderr.write(printable(piece))
             continue
         if thinking != dim:

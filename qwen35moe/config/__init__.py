@@ -1,8 +1,8 @@
-"""What a model is: sizes and switches, named as in config.json, checked once, then fixed.
+"""Configurations: the sizes and switches of a model, named as in config.json, checked once, then fixed.
 
-`Config` is a whole model (text, perhaps vision), `TextConfig` the decoder, `VisionConfig` the tower. All values are
-checked when the object is made, so that code further up may rely on them; changing one makes a new object
-(`config.replace(num_hidden_layers=8)`). Only keys that decide nothing about the mathematics may be assigned.
+`Config` describes a whole model (text and optionally vision), `TextConfig` the decoder, `VisionConfig` the vision tower.
+All values are checked when the object is made, so that other code may rely on them; `config.replace(num_hidden_layers=8)`
+makes a changed copy. Only keys that do not affect the mathematics may be assigned.
 """
 
 from .checks import ConfigError

@@ -1,7 +1,7 @@
-"""Checks of single values, and the base class whose fields they guard.
+"""Checks of single values, and the base class of configurations, whose fields they check.
 
-A check takes (name, value) and returns the value to keep, or raises ConfigError with the name, the value and what is
-supported. Values come from untrusted files: JSON of any type, size and depth.
+A check takes (name, value) and returns the value to keep, or raises ConfigError with the name, the value and the supported
+values. Values come from untrusted files: JSON of any type, size and depth.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from typing import Any, ClassVar
 
-MAX_LAYERS = 10_000  # a loop over layers must end; the largest published model has 92
+MAX_LAYERS = 10_000  # limits loops over layers; the largest published model has 92
 MAX_SIZE = 2**31 - 1
 MAX_PARAMETERS = 10**14  # forty times the largest published model
 
@@ -20,20 +20,20 @@ Check = Callable[[str, Any], Any]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be honoured; the message names the key, its value, and what is supported."""
+    """An invalid or unsupported configuration; the message names the key, its value, and the supported values."""
 
 
 # ---- checks of one value: (name, value) -> the value to keep, or ConfigError
 
 
 def whole(low: int = 1, high: int = MAX_SIZE) -> Check:
-    """An integer within [low, high]. JSON's true is a bool and no integer, though Python says isinstance(True, int)."""
+    """An integer within [low, high]. JSON's true is not an integer, although isinstance(True, int) in Python."""
 
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{name} = {shown(value)} must be a whole number, not {kind(value)}")
         if not low <= value <= high:
-            raise ConfigError(f"{name} = {shown(value)} must lie within {low}..{high}")
+            raise ConfigError(f"{name} = {shown(value)} must be within {low}..{high}")
         return value
 
     return check
@@ -89,7 +89,7 @@ def optional(check: Check) -> Check:
 
 
 def token_ids(name: str, value: Any) -> int | list[int] | None:
-    """null, one id, or a list of ids. Ids beyond the vocabulary are legal: they stand for tokens that never occur."""
+    """null, one id, or a list of ids. Ids beyond the vocabulary are legal: their tokens never occur."""
     check = whole(low=-1)
     if isinstance(value, (list, tuple)):
         return [check(f"{name}[{i}]", item) for i, item in enumerate(value)]
@@ -109,7 +109,7 @@ def dtype_name(name: str, value: Any) -> str:
         raise ConfigError(f"{name} = {shown(value)} must name a dtype, not be {kind(value)}")
     text = str(value).removeprefix("torch.")
     if text not in ("float64", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"{name} = {shown(value)} is not supported; known are float64, float32, bfloat16, float16")
+        raise ConfigError(f"{name} = {shown(value)} is not supported; use float64, float32, bfloat16 or float16")
     return text
 
 
@@ -123,7 +123,7 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def shown(value: Any, width: int = 80) -> str:
-    """A value as the message shows it: short, however large the value is."""
+    """A value for a message, shortened."""
     if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to print more than 4,300 digits
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, (list, tuple)) and len(value) > 12:
@@ -148,7 +148,7 @@ def kind(value: Any) -> str:
 
 # ---- fields that are fixed
 
-# May be assigned on a checked config: read at each call, or only by other programs.
+# May be assigned on a checked config: these are read at each call, or only by other programs.
 RUNTIME: dict[str, Check] = {
     "use_cache": flag,
     "output_router_logits": flag,
@@ -170,13 +170,13 @@ def field_names(cls: Any) -> tuple[str, ...]:
 
 
 class Fixed:
-    """Base of the configurations: each field's check runs once; then assignment is refused, with the way out."""
+    """Base class of configurations: the check of every field runs once; later assignments raise and name `replace`."""
 
     keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ("past_key_values",)  # read by transformers' Trainer
     is_encoder_decoder: ClassVar[bool] = False
     return_dict = True
     _name_or_path = ""
-    _attn_implementation = None  # read by Trainer and TRL; what runs is chosen in backends
+    _attn_implementation = None  # read by Trainer and TRL; backends chooses the implementation
     _prefix = ""  # of field names in messages
 
     def _check_fields(self) -> None:
@@ -190,9 +190,9 @@ class Fixed:
         elif name in RUNTIME:
             object.__setattr__(self, name, RUNTIME[name](name, value))
         elif not hasattr(self, name) or getattr(self, name) != value:
-            now = f"; it is {shown(getattr(self, name))}" if hasattr(self, name) else ""
+            present = f"; it is {shown(getattr(self, name))}" if hasattr(self, name) else ""
             raise ConfigError(
-                f"{name} cannot be assigned, because a checked configuration is fixed{now}. Make another one: "
+                f"{name} cannot be assigned, because a checked configuration is fixed{present}. Make a changed copy: "
                 f"config.replace({name}=...). Assignable are {', '.join(RUNTIME)} and names that begin with _"
             )
 
@@ -204,19 +204,19 @@ class Fixed:
         raise NotImplementedError
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The same as to_dict: defaults are written too, because other programs have other defaults."""
+        """The same as to_dict: defaults are included, because other programs have other defaults."""
         return self.to_dict()
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """The text of config.json. use_diff is taken because Trainer and peft pass it; all keys are written."""
+        """The text of config.json, with all keys. use_diff is accepted because Trainer and peft pass it."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 class FixedDict(dict):
-    """A dict that cannot be changed in place, so that a checked configuration stays as it was checked."""
+    """A dict that cannot be changed in place, so that a checked configuration stays valid."""
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise ConfigError("this part of a checked configuration is fixed; use config.replace(...)")
+        raise ConfigError("this part of a checked configuration is fixed: use config.replace(...)")
 
     __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
     update = pop = popitem = clear = setdefault = _refuse  # type: ignore[assignment]
@@ -239,6 +239,6 @@ def divides(config: Fixed, divisor: str, name: str) -> None:
 
 
 def limit(parameters: int) -> None:
-    """Refuse sizes no machine could hold, before anybody asks for the memory."""
+    """Refuse sizes that fit into no machine, before memory is allocated."""
     if parameters > MAX_PARAMETERS:
         raise ConfigError(f"these sizes give {shown(parameters)} parameters; at most {MAX_PARAMETERS:.0e} are accepted")

@@ -1,9 +1,8 @@
-"""The keys of a configuration that are not fields, and what to do about a key that nobody knows.
+"""Keys of a configuration that are not fields, and the check for unknown keys.
 
-Files live long and other programs add to them. Each key is one of four things: a field (declared by the classes), a key
-with only one supported value (`FIXED_*`: any other value would change the mathematics), a key without effect here
-(`INERT*`, each with its reason), or unknown. The last is an error, because a key that nobody reads may be the one
-that decides what the model computes.
+Other programs add keys to files. Every key is one of four: a field (declared by the classes), a key with only one supported
+value (`FIXED_*`: any other value would change the mathematics), a key without effect in this library (`INERT*`, each with
+its reason), or unknown. An unknown key is an error, because ignoring it may change what the model computes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ MAX_DEPTH = 32  # nesting of a configuration; published files reach 4
 
 
 def family(model_type: Any) -> str:
-    """MOE or DENSE, from any of the names that the text, vision and whole models go by."""
+    """MOE or DENSE, from a model_type of a text, vision or whole model."""
     name = model_type.removesuffix("_text").removesuffix("_vision") if isinstance(model_type, str) else model_type
     if name not in (MOE, DENSE):
         raise ConfigError(
@@ -29,23 +28,23 @@ def family(model_type: Any) -> str:
     return name
 
 
-# Keys with one supported meaning. Other values select mathematics that no published Qwen3.5 model uses and that the
-# original implementation does not read either.
+# Keys with one supported value. Other values select mathematics that no published Qwen3.5 model uses and that the original
+# implementation does not read either.
 FIXED_TEXT: dict[str, Check] = {
-    "attn_output_gate": one_of(True),  # q_proj always makes a gate beside each query
-    "output_gate_type": one_of("swish", "silu", None),  # the gate of the delta rule's output norm; two names of one
-    "mamba_ssm_dtype": one_of("float32", None),  # the delta rule's memory; tests and kernels rely on it
+    "attn_output_gate": one_of(True),  # q_proj always contains a gate for every query
+    "output_gate_type": one_of("swish", "silu", None),  # the gate of the delta rule's output norm; two names of one function
+    "mamba_ssm_dtype": one_of("float32", None),  # the recurrent state's dtype; tests and kernels rely on it
     "mlp_only_layers": one_of([], (), None),  # every layer of a MoE model is sparse
     "decoder_sparse_step": one_of(1, None),
     "moe_layer_freq": one_of(1, None),
-    "norm_topk_prob": one_of(True, None),  # the weights of the chosen experts always sum to 1
+    "norm_topk_prob": one_of(True, None),  # the weights of the top-k experts always sum to 1
     "scoring_func": one_of("softmax", None),
     "routed_scaling_factor": one_of(1, None),
     "mtp_use_dedicated_embeddings": one_of(False, None),  # the MTP head shares the embedding
     "use_sliding_window": one_of(False, None),
     "sliding_window": one_of(None),
     "is_causal": one_of(True, None),
-    "per_layer_config": one_of(None),  # transformers' overrides of single layers
+    "per_layer_config": one_of(None),  # transformers' overrides for single layers
 }
 FIXED_VISION: dict[str, Check] = {
     "deepstack_visual_indexes": one_of([], (), None),  # no published file has deepstack mergers
@@ -53,23 +52,23 @@ FIXED_VISION: dict[str, Check] = {
 
 
 def _axial(name: str, value: Any) -> None:
-    """transformers writes the tower's rotation out; it is the same in every published model."""
+    """transformers writes the parameters of the tower's rotation; they are the same in every published model."""
     if not isinstance(value, Mapping):
         return one_of(None)(name, value)
-    given = {key: item for key, item in value.items() if item is not None}
+    rest = {key: item for key, item in value.items() if item is not None}
     for key, check in (("rope_type", one_of("axial", "default")), ("rope_theta", one_of(10_000))):
-        if key in given:
-            check(f"{name}.{key}", given.pop(key))
-    if given:
-        raise ConfigError(unknown_message(name, list(given), given, ("rope_type", "rope_theta")))
+        if key in rest:
+            check(f"{name}.{key}", rest.pop(key))
+    if rest:
+        raise ConfigError(unknown_message(name, list(rest), rest, ("rope_type", "rope_theta")))
 
 
 FIXED_VISION["rope_parameters"] = _axial
 
 _GENERATION = "a default of generate(): kept in generation_config.json, and passed to generate() here"
 _TASK = "belongs to transformers' classification heads, which this library does not have"
-_RETURN = "what a call returns is an argument of the call"
-_WRITTEN = "says which program wrote the file"
+_RETURN = "an argument of each call decides what it returns"
+_WRITTEN = "names the program that wrote the file"
 _BERT = "an option of other architectures that transformers writes into every file"
 INERT: dict[str, str] = {
     "transformers_version": _WRITTEN,
@@ -77,9 +76,9 @@ INERT: dict[str, str] = {
     "unsloth_fixed": _WRITTEN,
     "name_or_path": _WRITTEN,
     "auto_map": "names code inside the checkpoint; code from a checkpoint is never run",
-    "tokenizer_class": "the tokenizer's files say it",
-    "processor_class": "the processor's files say it",
-    "language_model_only": "tells servers to leave out the vision tower; the class decides that here",
+    "tokenizer_class": "the tokenizer's own files decide it",
+    "processor_class": "the processor's own files decide it",
+    "language_model_only": "makes servers leave out the vision tower; here the class decides that",
     "return_dict": _RETURN,
     "output_hidden_states": _RETURN,
     "output_attentions": _RETURN,
@@ -111,23 +110,23 @@ INERT: dict[str, str] = {
 )
 INERT_TOP = INERT | dict.fromkeys(
     ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
-    "text_config has the value that is read; beside it other programs leave a copy",
+    "the value in text_config is used; other programs write a copy beside it",
 )
 
 
 INERT_VISION = INERT | dict.fromkeys(("dtype", "torch_dtype"), "the tower has the dtype of its tensors on disk")
 
 
-def check_keys(where: str, given: Mapping[str, Any], known: Iterable[str], fixed: Mapping[str, Check],
+def check_keys(where: str, values: Mapping[str, Any], known: Iterable[str], fixed: Mapping[str, Check],
                inert: Mapping[str, str]) -> dict[str, Any]:
-    """The fields among `given`. Fixed keys must have their supported value; unknown keys are one error, all named.
+    """The fields in `values`. Fixed keys must have their supported value; one error names all unknown keys.
 
-    A null value sets nothing and a key that starts with an underscore is a private note of the program that wrote
-    it, so neither is unknown.
+    A key with the value null has no effect, and a key that starts with an underscore is a note of the program that wrote
+    it, so neither counts as unknown.
     """
     known = set(known)
     kept, unknown = {}, []
-    for key, value in given.items():
+    for key, value in values.items():
         if key in known:
             kept[key] = value
         elif key in fixed:
@@ -135,28 +134,28 @@ def check_keys(where: str, given: Mapping[str, Any], known: Iterable[str], fixed
         elif key not in inert and not key.startswith("_") and value is not None:
             unknown.append(key)
     if unknown:
-        raise ConfigError(unknown_message(where, unknown, given, known | set(fixed)))
+        raise ConfigError(unknown_message(where, unknown, values, known | set(fixed)))
     return kept
 
 
-def unknown_message(where: str, unknown: list[str], given: Mapping[str, Any], known: Iterable[str]) -> str:
-    """Every unknown key with its value and the known names close to it."""
+def unknown_message(where: str, unknown: list[str], values: Mapping[str, Any], known: Iterable[str]) -> str:
+    """Every unknown key with its value and similar known names."""
     lines = []
     for key in unknown[:20]:
         near = difflib.get_close_matches(key[:100], sorted(known), n=3, cutoff=0.6)
         hint = f" (close to {', '.join(near)})" if near else ""
         name = key if key.isidentifier() and len(key) < 80 else shown(key)
-        lines.append(f"{name} = {shown(given[key])}{hint}")
+        lines.append(f"{name} = {shown(values[key])}{hint}")
     more = f"; and {len(unknown) - 20} more" if len(unknown) > 20 else ""
     place = where or "the configuration"
     return (
-        f"unknown in {place}: {'; '.join(lines)}{more}. A key that nobody reads may change what the model computes: "
+        f"unknown in {place}: {'; '.join(lines)}{more}. Ignoring a key could change what the model computes: "
         "correct its name, or remove it if it is a note of another program"
     )
 
 
 def check_depth(value: Any, limit: int = MAX_DEPTH) -> None:
-    """Refuse nesting deeper than `limit`, without recursion: later steps (copies, repr, JSON) do recurse."""
+    """Refuse nesting deeper than `limit`, without recursion; later steps (copies, repr, JSON) recurse."""
     level = [value]
     for _ in range(limit):
         level = [

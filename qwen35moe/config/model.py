@@ -1,4 +1,4 @@
-"""Config: a whole model, text and perhaps vision, and how it is read from config.json."""
+"""Config: a whole model, text and optionally vision, and its conversion from and to config.json."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .vision import VisionConfig
 
 
 def _of_text(name: str) -> Any:
-    """A key that text_config holds for the whole model: read here too, and (the run-time ones) assigned from here."""
+    """A key of text_config for the whole model: it can also be read here, and run-time keys can be assigned here."""
     return property(lambda self: getattr(self.text_config, name), doc=f"text_config.{name}.")
 
 
 @dataclass(kw_only=True)
 class Config(Fixed):
-    """A whole model. Without vision_config it is text only, and its file is flat (model_type ends in _text)."""
+    """A whole model. Without vision_config it is text only, and its file is flat (model_type ends with _text)."""
 
     text_config: TextConfig
     vision_config: VisionConfig | None = None
     model_type: str = UNSET
-    architectures: list[str] = checked(UNSET, names)  # by default the class that would be built
+    architectures: list[str] = checked(UNSET, names)  # by default the class for this configuration
     image_token_id: int = checked(248056, whole(low=-1))
     video_token_id: int = checked(248057, whole(low=-1))
     vision_start_token_id: int = checked(248053, whole(low=-1))
     vision_end_token_id: int = checked(248054, whole(low=-1))
-    # In the nested form this value alone decides for the multimodal class, and absent means false, whatever
-    # text_config says; the text-only class reads text_config's. In the flat form the two are one.
+    # In the nested form this value decides for the multimodal class (absent: false), and text_config's value for the
+    # text-only class. In the flat form there is one value.
     tie_word_embeddings: bool = checked(UNSET, flag)
     quantization_config: dict[str, Any] | None = checked(None, optional(mapping))
 
@@ -63,18 +63,18 @@ class Config(Fixed):
         if self.is_flat and self.tie_word_embeddings != self.text_config.tie_word_embeddings:
             raise ConfigError(
                 f"tie_word_embeddings = {self.tie_word_embeddings} contradicts text_config's "
-                f"{self.text_config.tie_word_embeddings}; a text-only model has one value"
+                f"{self.text_config.tie_word_embeddings}; a text-only model has one value: set both alike"
             )
         if self.vision_config is None:
             return
         if self.is_flat:
-            raise ConfigError(f"model_type = {self.model_type} is text only but there is a vision_config")
+            raise ConfigError(f"model_type = {self.model_type} is text only, but there is a vision_config: remove one of them")
         if family(self.vision_config.model_type) != kind:  # the tower is the same in both families
             self.vision_config = self.vision_config.replace(model_type=kind)
         if self.vision_config.out_hidden_size != self.text_config.hidden_size:
             raise ConfigError(
                 f"vision_config.out_hidden_size = {self.vision_config.out_hidden_size} must equal text_config."
-                f"hidden_size = {self.text_config.hidden_size}: image features stand among the token embeddings"
+                f"hidden_size = {self.text_config.hidden_size}: image features take the place of token embeddings"
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -85,7 +85,7 @@ class Config(Fixed):
 
     @property
     def is_flat(self) -> bool:
-        """Text only, written without text_config, its tensors named model.* rather than model.language_model.*"""
+        """Text only: the file has no text_config, and tensors are named model.* rather than model.language_model.*"""
         return self.model_type.endswith("_text")
 
     dtype = _of_text("dtype")
@@ -96,22 +96,22 @@ class Config(Fixed):
     pad_token_id = _of_text("pad_token_id")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> TextConfig:
-        """text_config; the arguments are those of transformers' method of this name, and decide nothing here."""
+        """text_config. The arguments exist in transformers' method of this name; they have no effect here."""
         return self.text_config
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike[str]) -> Config:
-        """From a folder with config.json, or from that file. Nothing is downloaded and nothing in it is executed."""
+        """From a folder with config.json, or from that file. Nothing is downloaded, and no code in it is executed."""
         return cls.from_dict(read_json(path))
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """A published size: `Config.preset("35b-a3b")`; see `Config.presets()`. Full names are understood too."""
+        """A published size: `Config.preset("35b-a3b")`; see `Config.presets()`. Full names are accepted too."""
         key = canonical(name) if isinstance(name, str) else name
         if key not in PRESETS:
             near = difflib.get_close_matches(str(key), PRESETS, n=3, cutoff=0.4)
-            close = f"close are {', '.join(near)}; " if near else ""
-            raise ConfigError(f"no preset {shown(name)}; {close}there are {', '.join(PRESETS)}")
+            similar = f"similar are {', '.join(near)}; " if near else ""
+            raise ConfigError(f"no preset {shown(name)}; {similar}the presets are {', '.join(PRESETS)}")
         return cls.from_dict(PRESETS[key])
 
     @classmethod
@@ -120,17 +120,17 @@ class Config(Fixed):
         return tuple(PRESETS)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Config:
-        """From the content of a config.json: nested or flat, MoE or dense. ConfigError names what is wrong."""
-        check_depth(given)
-        values = mapping("the configuration", given)
+    def from_dict(cls, config_dict: Mapping[str, Any]) -> Config:
+        """From the contents of a config.json: nested or flat, MoE or dense. ConfigError names the key and its value."""
+        check_depth(config_dict)
+        values = mapping("the configuration", config_dict)
         read = read_flat if values.get("text_config") is None else read_nested
         return cls(**read(values))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, as transformers reads it: flat for a text-only model, otherwise nested."""
-        names_here = [name for name in field_names(Config) if name not in ("text_config", "vision_config")]
-        own = {name: copy.deepcopy(getattr(self, name)) for name in names_here}
+        """The contents of config.json, as transformers reads it: flat for a text-only model, otherwise nested."""
+        own_names = [name for name in field_names(Config) if name not in ("text_config", "vision_config")]
+        own = {name: copy.deepcopy(getattr(self, name)) for name in own_names}
         if self.quantization_config is None:
             del own["quantization_config"]
         if not self.is_flat:
@@ -138,16 +138,16 @@ class Config(Fixed):
             if self.vision_config is not None:
                 own["vision_config"] = self.vision_config.to_dict()
             return own
-        for f in fields(self):  # placeholder tokens mean nothing without vision
+        for f in fields(self):  # placeholder tokens have no use without vision
             if f.name.endswith("_token_id") and own[f.name] == f.default:
                 del own[f.name]
         return self.text_config.to_dict() | own
 
     def replace(self, **changes: Any) -> Config:
-        """A changed copy: fields of this object, or of text_config by their bare names.
+        """A changed copy. Keywords are fields of this object, or of text_config by their bare names.
 
         text_config and vision_config may be objects or dicts of changes. The vision tower's out_hidden_size follows
-        hidden_size; tie_word_embeddings is set in both places. See TextConfig.replace for what else follows.
+        hidden_size; tie_word_embeddings is set in both places. TextConfig.replace lists the other dependent fields.
         """
         own = {name: getattr(self, name) for name in field_names(Config)}
         text, vision = changes.pop("text_config", {}), changes.pop("vision_config", {})
@@ -174,30 +174,31 @@ class Config(Fixed):
         return Config(**own)
 
     def text_only(self) -> Config:
-        """The decoder alone, in the flat form. Its tie_word_embeddings is text_config's, as transformers has it."""
+        """The decoder alone, in the flat form, with text_config's tie_word_embeddings, as in transformers."""
         if self.is_flat:
             return self
         return Config(text_config=copy.copy(self.text_config), quantization_config=self.quantization_config)
 
     def num_parameters(self, vision: bool = True, lm_head: bool = True, mtp: bool = False, active: bool = False) -> int:
-        """How many parameters; with `active`, how many one token uses (S of E routed experts, all of the rest).
+        """The number of parameters; with `active`, of those that one token uses (k of E routed experts, and all others).
 
-        The output head counts only where it is not tied to the embedding; the MTP head only with `mtp`.
+        The output head counts only if it is not tied to the embedding; the MTP head only with `mtp`.
         """
         return parameters.num_parameters(self, vision=vision, lm_head=lm_head, mtp=mtp, active=active)
 
     def tensor_shapes(
         self, vision: bool = True, lm_head: bool = True, mtp: bool = False, experts: str = "grouped",
-        mtp_experts: str = "grouped", islands: str = "F32",
+        mtp_experts: str = "grouped", fp32_stored_as: str = "F32",
     ) -> Iterator[parameters.TensorShape]:
         """Name, shape and stored dtype of every tensor of a checkpoint.
 
         experts, mtp_experts: "grouped" (one tensor for all) or "per_expert". Published bf16 repositories store grouped
-        experts; their MTP experts are per expert in Qwen3.5 and grouped from 3.6 on. islands: the stored dtype of A_log
-        and of the delta rule's output norm, F32 in Qwen3.5 and BF16 from 3.6 on.
+        experts; their MTP experts are per expert in Qwen3.5 and grouped since 3.6. fp32_stored_as: the stored dtype of
+        A_log and of the delta rule's output norm, F32 in Qwen3.5 and BF16 since 3.6.
         """
         return parameters.tensor_shapes(
-            self, vision=vision, lm_head=lm_head, mtp=mtp, experts=experts, mtp_experts=mtp_experts, islands=islands
+            self, vision=vision, lm_head=lm_head, mtp=mtp, experts=experts, mtp_experts=mtp_experts,
+            fp32_stored_as=fp32_stored_as,
         )
 
 

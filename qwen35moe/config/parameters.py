@@ -1,7 +1,6 @@
-"""Every tensor of a model, by name and shape, from its configuration alone; parameter counts are sums over it.
+"""Names and shapes of all tensors of a model, from its configuration alone, and parameter counts.
 
-The names and the grouped expert layout are those of the published bf16 checkpoints. H, D, ... as in docs/notation.md:
-D model width, H/G value/key heads of the delta rule, K/V their widths, E experts, F expert width, W taps.
+Names and the grouped expert layout are those of the published bf16 checkpoints.
 """
 
 from __future__ import annotations
@@ -14,6 +13,9 @@ if TYPE_CHECKING:
     from . import Config, TextConfig, VisionConfig
 
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+# Parameters that stay float32 in a model of any dtype, by the end of their names.
+FP32_PARAMETERS = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight")
+_STORED_FP32 = ("linear_attn.A_log", "linear_attn.norm.weight")  # of these, F32 on disk in Qwen3.5
 _WIDTH = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -32,19 +34,18 @@ class TensorShape(NamedTuple):
 
 def tensor_shapes(
     config: Config, *, vision: bool = True, lm_head: bool = True, mtp: bool = False, experts: str = "grouped",
-    mtp_experts: str = "grouped", islands: str = "F32",
+    mtp_experts: str = "grouped", fp32_stored_as: str = "F32",
 ) -> Iterator[TensorShape]:
     """All tensors of a checkpoint of `config`, in the order of the modules. See Config.tensor_shapes."""
     for layout in (experts, mtp_experts):
         if layout not in ("grouped", "per_expert"):
-            raise ValueError(f'experts are stored "grouped" or "per_expert", not {layout!r}')
-    if islands not in ("F32", "BF16"):
-        raise ValueError(f"A_log and the delta rule's norm are stored as F32 or BF16, not {islands!r}")
+            raise ValueError(f'experts={layout!r} must be "grouped" or "per_expert"')
+    if fp32_stored_as not in ("F32", "BF16"):
+        raise ValueError(f'fp32_stored_as={fp32_stored_as!r} must be "F32" or "BF16"')
     stored = _STORED[config.text_config.dtype or "bfloat16"]
     prefix = "model." if config.is_flat else "model.language_model."
     for name, shape in text_tensors(config.text_config, experts):
-        is_island = name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
-        yield TensorShape(prefix + name, shape, islands if is_island else stored)
+        yield TensorShape(prefix + name, shape, fp32_stored_as if name.endswith(_STORED_FP32) else stored)
     if vision and config.vision_config is not None:
         for name, shape in vision_tensors(config.vision_config):
             yield TensorShape("model.visual." + name, shape, stored)
@@ -58,7 +59,7 @@ def tensor_shapes(
 def num_parameters(
     config: Config, *, vision: bool = True, lm_head: bool = True, mtp: bool = False, active: bool = False
 ) -> int:
-    """The number of parameters, or of those one token uses: S of every E routed experts and everything else."""
+    """The number of parameters, or of those that one token uses: k of every E routed experts and all others."""
     text = config.text_config
     total = 0
     for name, shape, _ in tensor_shapes(config, vision=vision, lm_head=lm_head, mtp=mtp):
@@ -70,7 +71,7 @@ def num_parameters(
 
 
 def text_tensors(text: TextConfig, experts: str = "grouped") -> Shapes:
-    """The text model without its head, named from `embed_tokens` on."""
+    """The text model without its head; names start at `embed_tokens`."""
     yield "embed_tokens.weight", (text.vocab_size, text.hidden_size)
     for index, kind in enumerate(text.layer_types):
         yield from decoder_layer(text, f"layers.{index}.", kind, experts)
@@ -78,7 +79,7 @@ def text_tensors(text: TextConfig, experts: str = "grouped") -> Shapes:
 
 
 def decoder_layer(text: TextConfig, prefix: str, kind: str, experts: str) -> Shapes:
-    """One layer: a mixer of tokens, a mixture of experts or a dense MLP, and the norms before both."""
+    """One layer: attention or Gated DeltaNet, a mixture of experts or a dense MLP, and the norms before both."""
     mixer = delta_net(text) if kind == "linear_attention" else attention(text)
     yield from ((prefix + name, shape) for name, shape in mixer)
     block = sparse_mlp(text, experts) if text.is_moe else mlp("mlp.", text.hidden_size, text.intermediate_size)
@@ -88,7 +89,7 @@ def decoder_layer(text: TextConfig, prefix: str, kind: str, experts: str) -> Sha
 
 
 def delta_net(text: TextConfig) -> Shapes:
-    """Gated DeltaNet. The convolution's channels, like in_proj_qkv's rows, are queries, keys, values."""
+    """Gated DeltaNet. The convolution's channels and in_proj_qkv's rows are queries, keys, values, in this order."""
     width, heads = text.hidden_size, text.linear_num_value_heads
     yield "linear_attn.dt_bias", (heads,)
     yield "linear_attn.A_log", (heads,)
@@ -102,7 +103,7 @@ def delta_net(text: TextConfig) -> Shapes:
 
 
 def attention(text: TextConfig) -> Shapes:
-    """Gated attention; q_proj holds, per head, the query's rows and then its gate's."""
+    """Gated attention; q_proj contains, per head, the query's rows and then the gate's."""
     width, head = text.hidden_size, text.head_dim
     query, key_value = text.num_attention_heads * head, text.num_key_value_heads * head
     projections = {"q_proj": (2 * query, width), "k_proj": (key_value, width), "v_proj": (key_value, width),
@@ -137,7 +138,7 @@ def mlp(prefix: str, width: int, inner: int) -> Shapes:
 
 
 def mtp_tensors(text: TextConfig, experts: str = "grouped") -> Shapes:
-    """The multi-token-prediction head: full-attention layers behind one projection of (embedding, hidden)."""
+    """The multi-token-prediction head: one projection of (embedding, hidden), then full-attention layers."""
     if text.mtp_num_hidden_layers == 0:
         return
     width = text.hidden_size
@@ -150,7 +151,7 @@ def mtp_tensors(text: TextConfig, experts: str = "grouped") -> Shapes:
 
 
 def vision_tensors(vision: VisionConfig) -> Shapes:
-    """Patch embedding, positions, blocks and merger; everything has biases."""
+    """Patch embedding, positions, blocks and merger; all linear layers and norms have biases."""
     width, inner = vision.hidden_size, vision.intermediate_size
     patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     merged = width * vision.spatial_merge_size**2

@@ -1,15 +1,15 @@
-"""Every published size, in the order of its publication.
+"""All published sizes, in order of publication.
 
-Sources: the config.json of each repository under huggingface.co/Qwen, except 3.8-2.4t-a95b (dimensions from the
-test-suite of another loader, confirmed by its published byte count) and moe-4.54b (kshitijthakkar's mixture grown out
-of Qwen3.5-4B: dimensions derived from its two published parameter counts).
+Sources: the config.json of each repository under huggingface.co/Qwen, except 3.8-2.4t-a95b (dimensions from the tests of
+another loader, confirmed by its published byte count) and moe-4.54b (kshitijthakkar's mixture grown from Qwen3.5-4B:
+dimensions derived from its two published parameter counts).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# What all members share and no default of TextConfig says.
+# Values of all members that differ from the defaults of TextConfig.
 _ROPE = {"rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25,
          "mrope_section": [11, 11, 10], "mrope_interleaved": True}
 _TEXT: dict[str, Any] = dict(rope_parameters=_ROPE, mtp_num_hidden_layers=1, eos_token_id=248044, dtype="bfloat16")
@@ -45,7 +45,7 @@ def _text(
 
 
 def _with_vision(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
-    """The nested form. The top-level tie decides; the inner one repeats it for the text-only class."""
+    """The nested form. The top-level tie_word_embeddings decides; the inner one repeats it for the text-only class."""
     tied = text.get("tie_word_embeddings", False)
     return {"model_type": text["model_type"].removesuffix("_text"), "text_config": text,
             "vision_config": {**vision, "out_hidden_size": text["hidden_size"]}, "tie_word_embeddings": tied}
@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "4b": _with_vision(_dense(2560, 32, (16, 4), 32, 9216, tie_word_embeddings=True), _VISION_M),
     "9b": _with_vision(_dense(4096, 32, (16, 4), 32, 12288), _VISION_L),
     "27b": _with_vision(_dense(5120, 64, (24, 4), 48, 17408), _VISION_L),
-    # Qwen3.5, mixture of experts          D     L     heads       H    (E, S)     F
+    # Qwen3.5, mixture of experts          D     L     heads       H    (E, k)     F
     "35b-a3b": _with_vision(_moe(2048, 40, (16, 2), 32, (256, 8), 512), _VISION_L),
     "122b-a10b": _with_vision(_moe(3072, 48, (32, 2), 64, (256, 8), 1024), _VISION_L),
     "397b-a17b": _with_vision(_moe(4096, 60, (32, 2), 64, (512, 10), 1024), _VISION_L),

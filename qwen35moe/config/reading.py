@@ -1,13 +1,14 @@
-"""From a file to the arguments of Config: nested files (text_config, vision_config) and flat ones (text only)."""
+"""From a config.json to the arguments of Config: nested files (text_config, vision_config) and flat ones (text only)."""
 
 from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from qwen35moe.files import UnreadableFile, read_limited
 
 from .checks import ConfigError, field_names, mapping, shown
 from .keys import DENSE, FIXED_TEXT, INERT_TOP, MOE, check_keys, family
@@ -23,47 +24,40 @@ TOP_KEYS = ("model_type", "architectures", "image_token_id", "video_token_id", "
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a config.json, or in the config.json of a folder. The size is checked before it is read."""
+    """The object in a config.json, or in the config.json of a folder. Its size is checked before it is read."""
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
     try:
-        status = file.stat()
-    except (OSError, ValueError) as error:
+        content = json.loads(read_limited(file, MAX_FILE_BYTES), object_pairs_hook=_unique)
+    except UnreadableFile as error:
         raise ConfigError(
-            f"no configuration at {shown(str(file))}: {error}. Nothing is downloaded here; "
+            f"no configuration at {shown(str(file))}: {error}. Config does not download files; "
             "for the sizes of a published model use Config.preset(name)"
         ) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"{shown(str(file))} is not a regular file")
-    if status.st_size > MAX_FILE_BYTES:
-        raise ConfigError(f"{shown(str(file))} has {status.st_size} bytes; a config.json has at most {MAX_FILE_BYTES}")
-    try:
-        with file.open("rb") as stream:  # read one byte more at most, should the file grow meanwhile
-            content = json.loads(stream.read(MAX_FILE_BYTES + 1), object_pairs_hook=_once)
     except ConfigError as error:
         raise ConfigError(f"{shown(str(file))}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8 and integers of 4,301 digits
         raise ConfigError(f"{shown(str(file))} is not valid JSON: {shown(str(error), 200)}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{shown(str(file))} holds {shown(content)}, not an object")
+        raise ConfigError(f"{shown(str(file))} contains {shown(content)}, not an object")
     return content
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON leaves open which of two equal keys counts; two that differ are a contradiction."""
-    found: dict[str, Any] = {}
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON does not define which of two equal keys counts; two with different values are a contradiction."""
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found and found[key] != value:
-            raise ConfigError(f"{shown(key)} stands twice, as {shown(found[key])} and as {shown(value)}")
-        found[key] = value
-    return found
+        if key in values and values[key] != value:
+            raise ConfigError(f"{shown(key)} occurs twice, as {shown(values[key])} and as {shown(value)}")
+        values[key] = value
+    return values
 
 
 def read_flat(values: dict[str, Any]) -> dict[str, Any]:
     """A text-only file: the keys of the text model and of the whole model side by side."""
     if values.get("vision_config") is not None:
-        raise ConfigError("there is a vision_config but no text_config; a model with vision is written nested")
+        raise ConfigError("there is a vision_config but no text_config: a model with vision needs both")
     own = {key: values[key] for key in TOP_KEYS if values.get(key) is not None}
     text = {key: value for key, value in values.items() if key not in TOP_KEYS}
     kind = _family_of(own.get("model_type"), text)
@@ -83,7 +77,7 @@ def read_nested(values: dict[str, Any]) -> dict[str, Any]:
     if family(text.get("model_type") or kind) != kind:
         outer, inner = values.get("model_type"), text.get("model_type")
         raise ConfigError(f"model_type = {outer} contradicts text_config.model_type = {inner}")
-    # transformers writes the dtype of the whole model beside text_config too, and then reads that one
+    # transformers also writes the dtype of the whole model beside text_config, and reads that one
     for name in ("torch_dtype", "dtype"):
         if values.get(name) is not None:
             text["dtype"] = values[name]
@@ -100,7 +94,7 @@ def read_nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lift_quantization(values: dict[str, Any], text: dict[str, Any]) -> None:
-    """Some programs write quantization_config into text_config; it is one description of one checkpoint."""
+    """Move quantization_config to the top level: some programs write it into text_config."""
     inner = text.pop("quantization_config", None)
     if inner is None:
         return
@@ -110,7 +104,8 @@ def _lift_quantization(values: dict[str, Any], text: dict[str, Any]) -> None:
 
 
 def _drop_copies(values: dict[str, Any], text: TextConfig) -> None:
-    """Keys of the text model beside text_config: copies for scripts that look there, and an error if they differ."""
+    """Remove keys of the text model beside text_config: copies for scripts that read them there. A different value is an
+    error."""
     for key in [key for key in values if key in TEXT_KEYS and key not in TOP_KEYS and key not in INERT_TOP]:
         value = values.pop(key)
         if value is None:
@@ -122,12 +117,13 @@ def _drop_copies(values: dict[str, Any], text: TextConfig) -> None:
         inside = getattr(source, "rope_parameters" if key == "rope_scaling" else key)
         if (list(inside) if isinstance(inside, tuple) else inside) != value:
             raise ConfigError(
-                f"{key} = {shown(value)} stands beside text_config, where nobody reads it; inside it is {shown(inside)}"
+                f"{key} = {shown(value)} beside text_config, but {shown(inside)} in text_config, which is used: "
+                "remove the first one"
             )
 
 
 def _family_of(model_type: Any, text: Mapping[str, Any]) -> str:
-    """From model_type, or in a file without one from the MLP it describes."""
+    """The family of a model_type, or without one of the MLP that the file describes."""
     if model_type is not None:
         return family(model_type)
     if text.get("num_experts"):

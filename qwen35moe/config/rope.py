@@ -1,7 +1,7 @@
-"""Rotary position parameters as a configuration states them: `rope_parameters`, its aliases, and what they mean.
+"""Rotary position parameters of a configuration: `rope_parameters`, its aliases, and their meaning.
 
 Sources: transformers' rotary configuration (rope_type "default" and "yarn"), Peng et al. 2023 (YaRN), Qwen3-VL
-(interleaved M-RoPE: the frequencies of one head are dealt to the time, height and width axes in turn).
+(interleaved M-RoPE: the frequencies of one head are assigned to the time, height and width axes in turn).
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any
 from .checks import ConfigError, flag, kind, mapping, number, one_of, shown, whole
 from .keys import check_keys
 
-# Where neither the file nor the caller says anything: the defaults of transformers' text classes. Published files
-# always state rope_theta = 1e7.
+# The defaults of transformers' text classes. Published files always have rope_theta = 1e7.
 DEFAULTS: dict[str, Any] = {
     "rope_type": "default",
     "rope_theta": 10_000.0,
@@ -29,9 +28,9 @@ YARN = ("factor", "original_max_position_embeddings", "attention_factor", "beta_
 class RopeParameters:
     """theta_i = rope_theta ** (-2i / R) for i < R/2, with R = int(head_dim * partial_rotary_factor).
 
-    mrope_section: how many of the R/2 frequencies follow the time, height and width axes. The sum may differ from R/2:
-    only the height and width entries are read, and frequencies beyond them follow time.
-    factor ... truncate belong to rope_type "yarn"; None of attention_factor means 0.1 ln(factor) + 1.
+    mrope_section: how many of the R/2 frequencies use the time, height and width axes. The sum may differ from R/2: only
+    the height and width entries are read, and frequencies beyond them use time.
+    factor ... truncate belong to rope_type "yarn"; attention_factor None means 0.1 ln(factor) + 1.
     """
 
     rope_type: str = "default"
@@ -49,7 +48,7 @@ class RopeParameters:
     truncate: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json writes it: yarn's keys only for yarn, and of those only the ones that are set."""
+        """As in config.json: yarn's keys only for yarn, and only those that are set."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.rope_type != "yarn":
             values = {key: value for key, value in values.items() if key not in YARN}
@@ -83,15 +82,15 @@ _CHECKS = {
 }
 
 
-def read_rope(given: Any, max_position_embeddings: int) -> RopeParameters:
+def read_rope(parameters: Any, max_position_embeddings: int) -> RopeParameters:
     """`rope_parameters` of a file (or None), checked, with defaults filled in.
 
-    Keys of yarn under rope_type "default" are an error: somebody who wrote a factor wanted it applied.
+    Keys of yarn with rope_type "default" are an error: ignoring a factor would change the mathematics.
     """
     where = "rope_parameters"
-    if isinstance(given, RopeParameters):
-        given = given.to_dict()
-    values = DEFAULTS | _spelled(where, given)
+    if isinstance(parameters, RopeParameters):
+        parameters = parameters.to_dict()
+    values = DEFAULTS | _renamed(where, parameters)
     values = {key: _CHECKS[key](f"{where}.{key}", value) for key, value in values.items()}
     if values["rope_type"] == "yarn":
         if "factor" not in values:
@@ -104,52 +103,52 @@ def read_rope(given: Any, max_position_embeddings: int) -> RopeParameters:
             raise ConfigError(f"{where}: beta_fast = {fast} must not be below beta_slow = {slow}")
     elif unused := [key for key in YARN if key in values]:
         listed = ", ".join(f"{key} = {shown(values[key])}" for key in unused)
-        raise ConfigError(f'{where}: {listed} would have no effect under rope_type "default"; set rope_type "yarn"')
+        raise ConfigError(f'{where}: {listed} would have no effect with rope_type "default": set rope_type "yarn"')
     return RopeParameters(**values)
 
 
 def merge_rope(values: dict[str, Any]) -> None:
     """Fold `rope_scaling` and flat `rope_theta` / `partial_rotary_factor` into values["rope_parameters"], in place.
 
-    rope_scaling is the older name of rope_parameters. Where both stand, rope_scaling may add keys and set the type;
-    any other key in both must agree, and so must the flat ones: two values for one number are an error with both.
+    rope_scaling is the older name of rope_parameters. If both occur, rope_scaling may add keys and set the type; any other
+    key in both must agree, and so must the flat keys. Two different values are an error that names both.
     """
     parameters = values.pop("rope_parameters", None)
     if isinstance(parameters, RopeParameters):
         parameters = parameters.to_dict()
-    merged = _spelled("rope_parameters", parameters)
-    scaling = _spelled("rope_scaling", values.pop("rope_scaling", None))
-    theta_and_part = {key: values.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in values}
-    for where, addition in (("rope_scaling", scaling), ("the flat key", theta_and_part)):
+    merged = _renamed("rope_parameters", parameters)
+    scaling = _renamed("rope_scaling", values.pop("rope_scaling", None))
+    flat = {key: values.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in values}
+    for where, addition in (("rope_scaling", scaling), ("the flat key", flat)):
         for key, value in addition.items():
             if value is None:
                 continue
             if key in merged and merged[key] != value and not (where == "rope_scaling" and key == "rope_type"):
                 raise ConfigError(
-                    f"{key} is {shown(value)} as {where} but {shown(merged[key])} in rope_parameters; keep one of them"
+                    f"{key} is {shown(value)} as {where} but {shown(merged[key])} in rope_parameters: keep one of them"
                 )
             merged[key] = value
     if merged:
         values["rope_parameters"] = merged
 
 
-def lay_over(present: RopeParameters, changes: Any) -> dict[str, Any]:
-    """What `replace(rope_parameters=...)` means: what is not named stays, and leaving yarn drops yarn's keys."""
-    given = _spelled("rope_parameters", changes.to_dict() if isinstance(changes, RopeParameters) else changes)
+def updated(present: RopeParameters, changes: Any) -> dict[str, Any]:
+    """The effect of `replace(rope_parameters=...)`: other keys stay, but a change from yarn drops yarn's keys."""
+    new = _renamed("rope_parameters", changes.to_dict() if isinstance(changes, RopeParameters) else changes)
     base = present.to_dict()
-    if given.get("rope_type", present.rope_type) != "yarn":
+    if new.get("rope_type", present.rope_type) != "yarn":
         base = {key: value for key, value in base.items() if key not in YARN}
-    return base | given
+    return base | new
 
 
-def _spelled(where: str, given: Any) -> dict[str, Any]:
-    """The keys of one rope object under their present names, nulls left out; unknown keys are an error."""
-    if given is None:
+def _renamed(where: str, rope: Any) -> dict[str, Any]:
+    """The keys of one rope object by their present names, without nulls; unknown keys are an error."""
+    if rope is None:
         return {}
-    given = mapping(where, given)
-    if "type" in given:  # the name before transformers 4.43
-        old = given.pop("type")
-        if old is not None and given.setdefault("rope_type", old) != old:
-            raise ConfigError(f"{where}: type = {shown(old)} contradicts rope_type = {shown(given['rope_type'])}")
-    kept = check_keys(where, given, _CHECKS, {}, {})
+    rope = mapping(where, rope)
+    if "type" in rope:  # the name before transformers 4.43
+        old = rope.pop("type")
+        if old is not None and rope.setdefault("rope_type", old) != old:
+            raise ConfigError(f"{where}: type = {shown(old)} contradicts rope_type = {shown(rope['rope_type'])}")
+    kept = check_keys(where, rope, _CHECKS, {}, {})
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items() if value is not None}

@@ -30,7 +30,7 @@ from .checks import (
     whole,
 )
 from .keys import DENSE, FIXED_TEXT, INERT, MOE, check_depth, check_keys, family
-from .rope import RopeParameters, lay_over, merge_rope, read_rope
+from .rope import RopeParameters, merge_rope, read_rope, updated
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -40,7 +40,7 @@ class _Unset:
         return "<unset>"
 
 
-UNSET: Any = _Unset()  # told apart from null, which a file may say
+UNSET: Any = _Unset()  # differs from None, which a file may contain as null
 ONLY_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {  # those of transformers' two text classes
     MOE: dict(hidden_size=2048, num_hidden_layers=40, num_key_value_heads=2, intermediate_size=None)
@@ -52,7 +52,7 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {  # those of transformers' two te
 
 @dataclass(kw_only=True)
 class TextConfig(Fixed):
-    """The decoder. Defaults are those of transformers' text classes, but for max_position_embeddings (262144)."""
+    """The decoder. Defaults are those of transformers' text classes, except max_position_embeddings (262144)."""
 
     model_type: str = UNSET
     vocab_size: int = checked(248320, whole())
@@ -114,15 +114,15 @@ class TextConfig(Fixed):
         self._closed = True
 
     def _resolve_layers(self) -> None:
-        """layer_types decides; the interval is kept only where it says the same, so that `replace` can continue it."""
+        """layer_types decides; the interval is kept only if it gives the same layers, so that `replace` can continue it."""
         length, interval = self.num_hidden_layers, self.full_attention_interval
         if self.layer_types is None:
             self.full_attention_interval = interval or 4
             self.layer_types = _pattern(length, self.full_attention_interval)
             return
         types = tuple(names("layer_types", self.layer_types))
-        if strange := sorted(set(types) - {LINEAR, FULL}):
-            raise ConfigError(f"layer_types contains {shown(strange)}; supported are {LINEAR} and {FULL}")
+        if unknown := sorted(set(types) - {LINEAR, FULL}):
+            raise ConfigError(f"layer_types contains {shown(unknown)}; supported are {LINEAR} and {FULL}")
         if len(types) != length:
             raise ConfigError(f"layer_types has {len(types)} entries but num_hidden_layers = {length}")
         guesses = (interval, 4, types.index(FULL) + 1 if FULL in types else None)
@@ -138,8 +138,8 @@ class TextConfig(Fixed):
                 f"{self.rotary_dim} rotary dimensions; the rotation needs a positive even number"
             )
         if kind == DENSE:
-            if given := {name: getattr(self, name) for name in ONLY_MOE if getattr(self, name)}:
-                raise ConfigError(f"{shown(given)} in a {self.model_type} model, which is dense; MoE is {MOE}_text")
+            if sizes := {name: getattr(self, name) for name in ONLY_MOE if getattr(self, name)}:
+                raise ConfigError(f"{shown(sizes)} in a {self.model_type} model, which is dense; MoE is {MOE}_text")
         else:
             if zeros := [name for name in ONLY_MOE if not getattr(self, name)]:
                 raise ConfigError(f"{', '.join(zeros)} = 0 in a {self.model_type} model; dense is {DENSE}_text")
@@ -157,7 +157,7 @@ class TextConfig(Fixed):
 
     @property
     def rotary_dim(self) -> int:
-        """How many of head_dim rotate, R; the rest carries no position."""
+        """R, the part of head_dim that is rotated; the rest carries no position."""
         return int(self.head_dim * self._rope.partial_rotary_factor)
 
     @property
@@ -181,18 +181,18 @@ class TextConfig(Fixed):
         return 2 * self.key_dim + self.value_dim
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any], where: str = "text_config") -> TextConfig:
-        """From the `text_config` object of a file, or from a flat file's keys. ConfigError names what is wrong."""
-        check_depth(given)
-        values = mapping(where, given)
-        if "torch_dtype" in values:  # the name before transformers 4.56; dtype wins where both stand, as there
+    def from_dict(cls, config_dict: Mapping[str, Any], where: str = "text_config") -> TextConfig:
+        """From the `text_config` object of a file, or from a flat file's keys. ConfigError names the key and its value."""
+        check_depth(config_dict)
+        values = mapping(where, config_dict)
+        if "torch_dtype" in values:  # the name before transformers 4.56; if both occur dtype counts, as in transformers
             older = values.pop("torch_dtype")
             values["dtype"] = values.get("dtype") or older
         merge_rope(values)
         return cls(**check_keys(where, values, field_names(cls), FIXED_TEXT, INERT))
 
     def to_dict(self) -> dict[str, Any]:
-        """As `text_config` of a file. MoE keys only in a MoE model, and the fixed keys that other programs look for."""
+        """As `text_config` of a file: MoE keys only for a MoE model, and the fixed keys that other programs read."""
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self)}
         values |= {"layer_types": list(self.layer_types), "rope_parameters": self._rope.to_dict()}
         dropped = {name for name in ("intermediate_size", "full_attention_interval", "dtype") if values[name] is None}
@@ -203,11 +203,11 @@ class TextConfig(Fixed):
         return {name: value for name, value in values.items() if name not in dropped} | always
 
     def replace(self, **changes: Any) -> TextConfig:
-        """A changed copy, checked like any other.
+        """A changed copy, with all checks.
 
         layer_types follow: a periodic pattern is continued or shortened to a new num_hidden_layers, any other is
-        truncated; a new layer_types sets num_hidden_layers, a new full_attention_interval the pattern. Of the rotary
-        parameters, what is not named stays.
+        truncated; a new layer_types sets num_hidden_layers, a new full_attention_interval the pattern. Rotary parameters
+        that are not named stay.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         self._replace_rope(changes)
@@ -216,7 +216,7 @@ class TextConfig(Fixed):
         if family(changes.get("model_type", self.model_type)) != family(self.model_type):
             values |= dict.fromkeys(ONLY_MOE, 0) if self.is_moe else {"intermediate_size": None}
             if self.is_moe and not changes.get("intermediate_size"):
-                raise ConfigError("a dense model needs intermediate_size; give it beside model_type")
+                raise ConfigError("a dense model needs intermediate_size: pass it with model_type")
         if changes.get("layer_types") is not None:
             values["full_attention_interval"] = None
             changes.setdefault("num_hidden_layers", len(names("layer_types", changes["layer_types"])))
@@ -225,32 +225,32 @@ class TextConfig(Fixed):
         return TextConfig.from_dict(values | changes)
 
     def _replace_rope(self, changes: dict[str, Any]) -> None:
-        """Fold every way to name rotary parameters into changes["rope_parameters"], laid over the present ones."""
-        given = [changes.pop(name) for name in ("rope_parameters", "rope_scaling") if name in changes]
-        given = [item for item in given if item is not None]
-        if len(given) == 2:
-            raise ConfigError("rope_parameters and rope_scaling are two names of one thing; give one of them")
+        """Merge all names of rotary parameters into changes["rope_parameters"], with the present ones as defaults."""
+        objects = [changes.pop(name) for name in ("rope_parameters", "rope_scaling") if name in changes]
+        objects = [item for item in objects if item is not None]
+        if len(objects) == 2:
+            raise ConfigError("rope_parameters and rope_scaling are two names of one object: pass one of them")
         single = {name: changes.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in changes}
-        if given or single:
-            changes["rope_parameters"] = lay_over(self._rope, given[0] if given else {}) | single
+        if objects or single:
+            changes["rope_parameters"] = updated(self._rope, objects[0] if objects else {}) | single
 
     def _layers_for(self, changes: dict[str, Any]) -> tuple[str, ...] | None:
-        """layer_types for a new length or interval; None lets the interval make them."""
+        """layer_types for a new length or interval; None if the interval determines them."""
         if self.full_attention_interval is not None or changes.get("full_attention_interval") is not None:
             return None
         length = whole(high=MAX_LAYERS)("num_hidden_layers", changes.get("num_hidden_layers", self.num_hidden_layers))
         if length > self.num_hidden_layers:
             raise ConfigError(
-                f"num_hidden_layers = {length} is more than the {self.num_hidden_layers} of layer_types, which follow "
-                "no period that could be continued; give layer_types, or full_attention_interval"
+                f"num_hidden_layers = {length} is more than the {self.num_hidden_layers} of layer_types, which are not "
+                "periodic: pass layer_types, or full_attention_interval"
             )
         return self.layer_types[:length]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> TextConfig:
-        """Itself, as transformers' configurations answer."""
+        """self, as in transformers' text configurations."""
         return self
 
 
 def _pattern(length: int, interval: int) -> tuple[str, ...]:
-    """Every interval-th layer attends fully."""
+    """Every interval-th layer is full attention."""
     return tuple(LINEAR if (index + 1) % interval else FULL for index in range(length))

@@ -27,7 +27,7 @@ from .keys import FIXED_VISION, INERT_VISION, MOE, check_depth, check_keys, fami
 
 @dataclass(kw_only=True)
 class VisionConfig(Fixed):
-    """The vision tower, ending in a merger of spatial_merge_size ** 2 patches into one token of out_hidden_size."""
+    """The vision tower, with a merger of spatial_merge_size ** 2 patches into one token of out_hidden_size."""
 
     _prefix = "vision_config."
 
@@ -46,13 +46,13 @@ class VisionConfig(Fixed):
     initializer_range: float = checked(0.02, number())
 
     def __post_init__(self) -> None:
-        self.model_type = family(self.model_type) + "_vision"  # published files say the name of the whole model
+        self.model_type = family(self.model_type) + "_vision"  # published files have the name of the whole model
         self._check_fields()
         divides(self, "num_heads", "hidden_size")
         if self.head_dim % 4:
             raise ConfigError(
                 f"vision hidden_size = {self.hidden_size} over num_heads = {self.num_heads} gives heads of "
-                f"{self.head_dim}; the rotation over height and width needs a multiple of 4"
+                f"{self.head_dim}; the rotation over height and width needs a head width that is a multiple of 4"
             )
         limit(sum(prod(shape) for _, shape in parameters.vision_tensors(self)))
         self._closed = True
@@ -63,13 +63,13 @@ class VisionConfig(Fixed):
         return self.hidden_size // self.num_heads
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> VisionConfig:
-        """From the `vision_config` object of a file. ConfigError names what is wrong."""
-        check_depth(given)
-        values = dict(mapping("vision_config", given))
-        other = values.pop("in_chans", None)  # another name of in_channels, in some files beside it
-        if other is not None and (given := values.setdefault("in_channels", other)) != other:
-            raise ConfigError(f"vision_config.in_chans = {shown(other)} contradicts in_channels = {shown(given)}")
+    def from_dict(cls, config_dict: Mapping[str, Any]) -> VisionConfig:
+        """From the `vision_config` object of a file. ConfigError names the key and its value."""
+        check_depth(config_dict)
+        values = dict(mapping("vision_config", config_dict))
+        alias = values.pop("in_chans", None)  # another name of in_channels; some files have both
+        if alias is not None and (channels := values.setdefault("in_channels", alias)) != alias:
+            raise ConfigError(f"vision_config.in_chans = {shown(alias)} contradicts in_channels = {shown(channels)}")
         return cls(**check_keys("vision_config", values, field_names(cls), FIXED_VISION, INERT_VISION))
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class VisionConfig(Fixed):
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"deepstack_visual_indexes": []}
 
     def replace(self, **changes: Any) -> VisionConfig:
-        """A changed copy, checked like any other."""
+        """A changed copy, with all checks."""
         return VisionConfig.from_dict({f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
 

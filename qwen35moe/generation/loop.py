@@ -2,81 +2,39 @@
 
     prefill -> [penalties -> the caller's processors -> temperature, top-k, top-p, min-p] -> pick -> feed it -> ...
 
-The rules are transformers' (`generate`), so that greedy tokens are the same; where it goes wrong we do not follow:
-padding counts as nothing, on either side, and each row's answer is the one it gets alone.
+The rules are those of transformers' `generate`, so that greedy tokens are the same. Unlike there, padding on either side
+changes nothing: each row's answer is the one it gets alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ..models.arguments import takes
 from ..ops import sampling
 from .prompt import Prompt
 from .prompt import read as read_prompt
-from .settings import Settings, end_tokens, padding_token, resolve
+from .settings import GenerateInputs, Settings, StreamInputs, end_tokens, padding_token, resolve
 from .stop import Decoder, StopStrings
 from .streams import Uniforms
 
-_ROOM = 64  # columns for new tokens made at a time, at least
-_CHECK_EVERY = 32  # steps between looks at the error flag when nothing else makes the loop look at the device
+_MIN_COLUMNS = 64  # columns for new tokens allocated at a time, at least
+_CHECK_EVERY = 32  # steps between reads of the error flag when nothing else synchronises with the device
 
 
-def generate(
-    model: Any,
-    input_ids: Any,
-    attention_mask: Any = None,
-    *,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    do_sample: bool = False,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    presence_penalty: float | None = None,
-    repetition_penalty: float | None = None,
-    eos_token_id: int | Sequence[int] | Tensor | None = None,
-    pad_token_id: int | None = None,
-    seed: int | Sequence[int] | None = None,
-    streamer: Any = None,
-    cache: Any = None,
-    stopping_criteria: Any = None,
-    logits_processor: Any = None,
-    speculative: Any = None,
-    stop: str | Sequence[str] | None = None,
-    tokenizer: Decoder | None = None,
-    pictures: Any = None,
-) -> Tensor:
-    """Continue the prompts: [B, prompt + new] int64, the caller's columns first, `pad_token_id` after a row has ended.
-
-    input_ids: [B, T] or [T], a list of ids, or a list of lists of any lengths. attention_mask: 1 for tokens, 0 for
-    padding, on either side; without it every id is a token. max_new_tokens counts new tokens (default 20), max_length
-    the prompt too; one of them.
-
-    do_sample=False takes the most likely token. do_sample=True draws; temperature, top_k, top_p and min_p then
-    default to the checkpoint's generation_config.json. repetition_penalty (prompt and answer) and presence_penalty
-    (answer) act in both. seed: a number; row r draws from `row_seed(seed, r)` and no other row or call moves it. A
-    list gives each row its own.
-
-    A row ends with one of eos_token_id (default: the checkpoint's; [] for none), with a stop string in its new text
-    (`stop=`, needs `tokenizer=`), or when a function in stopping_criteria says so: (input_ids, scores) -> bool or [B]
-    bool. logits_processor: functions (input_ids, scores) -> scores, after the penalties and before the temperature.
-    transformers' LogitsProcessor and StoppingCriteria objects are such functions. `scores` of the criteria is None.
-
-    pictures: what a multimodal model is to see (its own `generate` takes pixel_values and the like by name).
-    streamer: an object with put(ids) and end(), as in transformers; it is given the prompt first.
-    cache: from `model.new_cache`; may hold a beginning of the rows. input_ids is the whole of them all the same, what
-    is cached included. Afterwards it holds everything but each row's last token.
+@takes(GenerateInputs)
+def generate(model: Any, inputs: GenerateInputs) -> Tensor:
+    """Continues the prompts: [B, prompt + new] int64, the caller's columns first, `pad_token_id` after a row has ended.
 
     ValueError: empty prompt, ids outside the vocabulary, a prompt that does not fit the cache, NaN logits, an
-    argument out of range; each names the values, and nothing has been computed then (NaN excepted).
+    argument out of range; each names the values. All but NaN are raised before anything is computed.
     """
-    run = _Run(**{name: value for name, value in locals().items() if name != "streamer"})
+    run, streamer = _Run(model, inputs), inputs.streamer
     if streamer is not None:
         streamer.put(run.prompt.ids.cpu())
     try:
@@ -85,82 +43,45 @@ def generate(
                 streamer.put(token.cpu())
     finally:
         if streamer is not None:
-            streamer.end()  # after an error too: a thread may be waiting at the other end
+            streamer.end()  # after an error too: another thread may be waiting for the end
     return run.sequences()
 
 
-def stream(
-    model: Any,
-    input_ids: Any,
-    attention_mask: Any = None,
-    *,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    do_sample: bool = False,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    presence_penalty: float | None = None,
-    repetition_penalty: float | None = None,
-    eos_token_id: int | Sequence[int] | Tensor | None = None,
-    pad_token_id: int | None = None,
-    seed: int | Sequence[int] | None = None,
-    cache: Any = None,
-    stopping_criteria: Any = None,
-    logits_processor: Any = None,
-    speculative: Any = None,
-    stop: str | Sequence[str] | None = None,
-    tokenizer: Decoder | None = None,
-    pictures: Any = None,
-) -> Iterator[Tensor]:
+@takes(StreamInputs)
+def stream(model: Any, inputs: StreamInputs) -> Iterator[Tensor]:
     """`generate` as an iterator: each step's new ids [B], `pad_token_id` for rows that have ended.
 
-    Arguments are checked here, at the call; the model runs as the iterator is asked. Leaving early is fine.
+    Arguments are checked by this call; the model runs while the iterator is read, which may stop early.
     """
-    return iter(_Run(**locals()))
+    return iter(_Run(model, inputs))
 
 
 class _Run:
-    """One call of generate(): the prompt, what has been produced, and who has finished."""
+    """One call of generate(): the prompt, the tokens so far, and which rows have ended."""
 
-    def __init__(
-        self,
-        model: Any,
-        input_ids: Any,
-        attention_mask: Any,
-        *,
-        eos_token_id: Any,
-        pad_token_id: int | None,
-        cache: Any,
-        stop: Any,
-        tokenizer: Decoder | None,
-        seed: Any,
-        pictures: Any = None,
-        **options: Any,
-    ) -> None:
-        self.model, self.pictures = model, pictures
+    def __init__(self, model: Any, inputs: StreamInputs) -> None:
+        self.model, self.visual_inputs = model, inputs.visual_inputs
         self.device = torch.device(model.device)
         self.vocabulary = _vocabulary(model)
-        ends = end_tokens(model, eos_token_id)
-        pad = padding_token(model, pad_token_id, ends)
+        ends = end_tokens(model, inputs.eos_token_id)
+        pad = padding_token(model, inputs.pad_token_id, ends)
         self.prompt: Prompt = read_prompt(
-            input_ids, attention_mask, vocabulary=self.vocabulary, device=self.device, pad_token_id=pad
+            inputs.input_ids, inputs.attention_mask, vocabulary=self.vocabulary, device=self.device, pad_token_id=pad
         )
         rows, width = self.prompt.ids.shape
-        self.settings: Settings = resolve(model, width, eos_token_id=ends, pad_token_id=pad, stop=stop, seed=seed, **options)
+        self.settings: Settings = resolve(model, inputs, width, ends, pad)
         self._check_pad(rows)
-        self.stops = self._stop_strings(tokenizer, rows)
+        self.stops = self._stop_strings(inputs.tokenizer, rows)
         self.uniforms = Uniforms(self.settings.seed, rows, self.device) if self.settings.do_sample else None
-        self.cache, self.cached = self._cache(cache, rows)
+        self.cache, self.cached = self._cache(inputs.cache, rows)
 
         pad = 0 if pad is None else pad  # then no row can need it
         self.ids = self.prompt.ids  # grows by doubling
         self.pad = self.ids.new_tensor(pad)
-        self.width = width  # columns of self.ids that hold something
+        self.width = width  # columns of self.ids in use
         self.eos = torch.tensor(self.settings.eos_token_ids, dtype=torch.int64, device=self.device)
         self.done = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self.finished = [False] * rows  # the same, as the host last saw it
+        self.finished = [False] * rows  # `done` when the host last read it
         self.error = torch.zeros(rows, dtype=torch.bool, device=self.device)  # rows without a usable logit
         self.seen = self.generated = None
         if self.settings.repetition_penalty is not None:
@@ -178,7 +99,7 @@ class _Run:
         if not self.settings.stop:
             return None
         if tokenizer is None:
-            raise ValueError(f"stop={list(self.settings.stop)!r} is looked for in decoded text: pass tokenizer= too")
+            raise ValueError(f"stop={list(self.settings.stop)!r} is searched in decoded text: pass tokenizer= too")
         return StopStrings(self.settings.stop, tokenizer, rows)
 
     def _cache(self, cache: Any, rows: int) -> tuple[Any, tuple[int, ...]]:
@@ -187,12 +108,12 @@ class _Run:
             return (self.model.new_cache(rows) if self.settings.max_new_tokens else None), (0,) * rows
         if cache.batch_size != rows:
             raise ValueError(f"the cache is for {cache.batch_size} rows, the prompt has {rows}")
-        cached = tuple(int(each) for each in cache.lengths.tolist())
-        for row, (held, given) in enumerate(zip(cached, self.prompt.lengths, strict=True)):
-            if held >= given:
+        cached = tuple(int(length) for length in cache.lengths.tolist())
+        for row, (held, length) in enumerate(zip(cached, self.prompt.lengths, strict=True)):
+            if held >= length:
                 raise ValueError(
-                    f"row {row}: the cache already holds {held} tokens and input_ids has {given}; input_ids is the "
-                    "whole row, with what is cached, and at least one token more"
+                    f"row {row}: the cache already holds {held} tokens and input_ids has {length}; input_ids is the "
+                    "whole row, cached tokens included, and at least one token more"
                 )
         longest, new = max(self.prompt.lengths), self.settings.max_new_tokens
         if cache.max_length is not None and longest + max(new - 1, 0) > cache.max_length:  # the last token is not fed
@@ -212,35 +133,35 @@ class _Run:
         for step in range(self.settings.max_new_tokens):
             token = self._pick(logits)
             last = step + 1 == self.settings.max_new_tokens
-            over = self._look(token, last, step)
+            all_done = self._read_flags(token, last, step)
             yield token
-            if over or last:
+            if all_done or last:
                 return
             logits = self._feed(token)
 
     @torch.no_grad()
     def _prefill(self) -> Tensor:
-        """Run what the cache does not hold yet; the logits after each row's last token [B, V]."""
+        """Runs the tokens that the cache does not hold; returns the logits after each row's last token [B, V]."""
         tokens, lengths = self.prompt.tokens, self.prompt.lengths
-        fresh = [given - held for given, held in zip(lengths, self.cached, strict=True)]
-        tokens = tokens[:, tokens.shape[1] - max(fresh) :]
+        counts = [length - held for length, held in zip(lengths, self.cached, strict=True)]
+        tokens = tokens[:, tokens.shape[1] - max(counts) :]
         mask = None
-        if min(fresh) != max(fresh):
-            new = self._right(max(fresh), torch.tensor(fresh, device=self.device))
+        if min(counts) != max(counts):
+            new = self._right(max(counts), torch.tensor(counts, device=self.device))
             tokens, mask = tokens.masked_fill(~new, 0), torch.cat([self._past(), new], 1).long()
-        return self._forward(tokens, mask, **self._seen_first())
+        return self._forward(tokens, mask, **self._visual_arguments())
 
-    def _seen_first(self) -> dict[str, Any]:
-        """The pictures that the prefill is to see: those whose tokens the cache does not hold."""
-        if self.pictures is None:
+    def _visual_arguments(self) -> dict[str, Any]:
+        """The images and videos of the prefill: those whose tokens the cache does not hold."""
+        if self.visual_inputs is None:
             return {}
         tokens, width = self.prompt.tokens, self.prompt.tokens.shape[1]
         rows = [row[width - length :] for row, length in zip(tokens, self.prompt.lengths, strict=True)]
-        return self.model.see(self.pictures, rows, self.cached)
+        return self.model.visual_arguments(self.visual_inputs, rows, self.cached)
 
     @torch.no_grad()
     def _feed(self, token: Tensor) -> Tensor:
-        """Run one token of each row. Rows that have ended are padding: their memory stays as it is."""
+        """Runs one token of each row. Rows that have ended are padding: their state in the cache stays as it is."""
         mask = None
         if any(self.finished):
             ended = self.done[:, None]
@@ -248,9 +169,9 @@ class _Run:
             mask = torch.cat([self._past(), ~ended], 1).long()
         return self._forward(token[:, None], mask)
 
-    def _forward(self, tokens: Tensor, mask: Tensor | None, **pictures: Any) -> Tensor:
-        # Router logits, if the configuration asks for them, are for training: here they would be thrown away.
-        options = {"cache": self.cache, "logits_to_keep": 1, "output_router_logits": False, **pictures}
+    def _forward(self, tokens: Tensor, mask: Tensor | None, **visual: Any) -> Tensor:
+        # Router logits, where the configuration has them on, are for training and not needed here.
+        options = {"cache": self.cache, "logits_to_keep": 1, "output_router_logits": False, **visual}
         return self.model(input_ids=tokens, attention_mask=mask, **options).logits[:, -1].to(self.device)
 
     @torch.no_grad()
@@ -268,7 +189,7 @@ class _Run:
             token = token if ids is None else ids.gather(1, token[:, None])[:, 0]
         token = torch.where(self.done, self.pad, token)
         if self.width == self.ids.shape[1]:
-            self.ids = functional.pad(self.ids, (0, max(self.width, _ROOM)))
+            self.ids = functional.pad(self.ids, (0, max(self.width, _MIN_COLUMNS)))
         self.ids[:, self.width] = token
         self.width += 1
         for marks in (self.seen, self.generated):
@@ -281,7 +202,7 @@ class _Run:
         return token
 
     def _penalised(self, scores: Tensor) -> Tensor:
-        """What greedy decoding picks from [B, V]: the penalties, then the caller's processors."""
+        """Scores [B, V] after the penalties and the caller's processors: greedy decoding picks from them."""
         s = self.settings
         if s.repetition_penalty is not None and self.seen is not None:
             scores = sampling.repetition_penalty(scores, self.seen, s.repetition_penalty)
@@ -292,7 +213,7 @@ class _Run:
         return scores
 
     def _filtered(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is drawn from: scores [B, V]; or scores [B, n] of some tokens and their ids [B, n]."""
+        """The scores to sample from: [B, V] and None, or [B, n] of some tokens and the ids [B, n] of these."""
         s, ids = self.settings, None
         if s.temperature is not None:
             scores = sampling.temperature(scores, s.temperature)
@@ -307,26 +228,26 @@ class _Run:
             scores = sampling.min_p(scores, s.min_p)
         return scores, ids
 
-    def _look(self, token: Tensor, last: bool, step: int) -> bool:
-        """Bring what the host must know from the device, in one transfer; True when every row has ended."""
+    def _read_flags(self, token: Tensor, last: bool, step: int) -> bool:
+        """Copies the step's tokens and flags from the device, in one transfer; True when every row has ended."""
         if not (self.settings.can_finish_early or last or step % _CHECK_EVERY == 0):
             return False
         tokens, done, error = torch.stack([token, self.done.long(), self.error.long()]).tolist()
         if any(error):
-            rows = [row for row, wrong in enumerate(error) if wrong]
+            rows = [row for row, flag in enumerate(error) if flag]
             raise ValueError(
                 f"no token can be chosen for rows {rows} (new token {step + 1}, or shortly before): the logits hold "
                 "NaN, +inf, or nothing but -inf; look at the model's weights, or at the logits_processor"
             )
         if self.stops is not None:
-            for row, each in enumerate(tokens):
-                if not self.finished[row] and self.stops.put(row, each) and not done[row]:
+            for row, new in enumerate(tokens):
+                if not self.finished[row] and self.stops.put(row, new) and not done[row]:
                     done[row] = 1
                     self.done[row] = True
-        self.finished = [bool(each) for each in done]
+        self.finished = [bool(flag) for flag in done]
         return all(self.finished)
 
-    # --------------------------------------------------------------------------------------------------------- small
+    # -------------------------------------------------------------------------------------------------------- helpers
 
     def sequences(self) -> Tensor:
         """Everything so far, [B, prompt + new]."""
@@ -337,7 +258,7 @@ class _Run:
         return torch.ones_like(self.prompt.ids, dtype=torch.bool) if mask is None else mask != 0
 
     def _past(self) -> Tensor:
-        """What the cache holds, as the past part of a mask [B, positions seen]."""
+        """The mask [B, positions seen] of the tokens in the cache."""
         return self._right(self.cache.seen, self.cache.lengths.to(self.device))
 
     def _right(self, width: int, lengths: Tensor) -> Tensor:
@@ -346,5 +267,5 @@ class _Run:
 
 
 def _vocabulary(model: Any) -> int:
-    """How many tokens the model knows: the rows of its embedding, padding rows included."""
+    """The rows of the model's embedding, padding rows included."""
     return int(model.get_input_embeddings().weight.shape[0])

@@ -1,8 +1,8 @@
-"""What a call of generate() asks for, checked once: the caller's arguments first, then the checkpoint's own defaults.
+"""The arguments of generate() and stream(), named and described once, and checked once into `Settings`.
 
-The defaults come from the checkpoint's generation_config.json (`model.generation_config`, a dict), because it knows
-all end tokens: the published text configs name one of two. How to sample (temperature, top_k, top_p, min_p) is taken
-from there only with do_sample=True, and do_sample itself never: sampling is asked for.
+An argument that is left out takes its default from the checkpoint's generation_config.json (`model.generation_config`, a
+dict), which has all end tokens: the published text configs name one of two. temperature, top_k, top_p and min_p are taken
+from there only with do_sample=True, and do_sample itself never.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor
 
-DEFAULT_NEW_TOKENS = 20  # as in transformers, when neither the call nor the checkpoint says how many
+from ..ops.sampling import check_range
+from .stop import Decoder
 
-# Keys of a generation_config.json that would change the answer and are not implemented, with the values that change
-# nothing.
+DEFAULT_NEW_TOKENS = 20  # as in transformers, when neither the call nor the checkpoint has a number
+
+# Keys of a generation_config.json that would change the answer and are not implemented, with their neutral values.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -48,9 +50,63 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class StreamInputs:
+    """input_ids: [B, T] or [T], a list of ids, or a list of lists of any lengths. attention_mask: 1 for tokens, 0 for
+    padding, on either side; without it every id is a token. max_new_tokens counts new tokens (default 20), max_length
+    the prompt too; one of them.
+
+    do_sample=False takes the most likely token. do_sample=True samples; temperature, top_k, top_p and min_p then
+    default to the checkpoint's generation_config.json. repetition_penalty (prompt and answer) and presence_penalty
+    (answer) act in both. seed: a number; row r uses the stream `row_seed(seed, r)`, independent of other rows and calls.
+    A list gives each row its own.
+
+    A row ends with one of eos_token_id (default: the checkpoint's; [] for none), with a stop string in its new text
+    (`stop=`, needs `tokenizer=`), or when a function in stopping_criteria returns True: (input_ids, scores) -> bool or
+    [B] bool. logits_processor: functions (input_ids, scores) -> scores, after the penalties and before the temperature.
+    transformers' LogitsProcessor and StoppingCriteria objects are such functions. `scores` of the criteria is None.
+
+    cache: from `model.new_cache`; may hold a beginning of the rows. input_ids is the whole of them all the same, cached
+    tokens included. Afterwards it holds everything but each row's last token.
+    visual_inputs: images and videos as `VisualInputs` (a multimodal model's own `generate` takes pixel_values and the
+    like by name). speculative: reserved.
+    """
+
+    input_ids: Any
+    attention_mask: Any = None
+    _: KW_ONLY
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_id: int | Sequence[int] | Tensor | None = None
+    pad_token_id: int | None = None
+    seed: int | Sequence[int] | Tensor | None = None
+    cache: Any = None
+    stopping_criteria: Any = None
+    logits_processor: Any = None
+    speculative: Any = None
+    stop: str | Sequence[str] | None = None
+    tokenizer: Decoder | None = None
+    visual_inputs: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateInputs(StreamInputs):
+    """streamer: an object with put(ids) and end(), as in transformers; it gets the prompt first."""
+
+    _: KW_ONLY
+    streamer: Any = None
+
+
 @dataclass(frozen=True)
 class Settings:
-    """A checked request. `None` means: not applied."""
+    """The checked settings of one call. None: not applied."""
 
     max_new_tokens: int
     do_sample: bool
@@ -72,91 +128,68 @@ class Settings:
         return bool(self.eos_token_ids or self.stop or self.stopping_criteria)
 
 
-def resolve(
-    model: Any,
-    prompt_length: int,
-    *,
-    max_new_tokens: int | None,
-    max_length: int | None,
-    do_sample: bool,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    presence_penalty: float | None,
-    repetition_penalty: float | None,
-    eos_token_id: int | Sequence[int] | Tensor | None,
-    pad_token_id: int | None,
-    seed: int | Sequence[int] | Tensor | None,
-    stop: str | Sequence[str] | None,
-    stopping_criteria: Any,
-    logits_processor: Any,
-    speculative: Any,
-) -> Settings:
-    """Check the arguments, fill in the checkpoint's defaults. ValueError names the argument, its value and the way
-    out."""
-    if speculative is not None:
+def resolve(model: Any, inputs: StreamInputs, prompt_length: int, ends: tuple[int, ...], pad: int | None) -> Settings:
+    """Checks the arguments and fills in the checkpoint's defaults. ValueError names the argument, its value and what to
+    do. ends and pad: from `end_tokens` and `padding_token`."""
+    if inputs.speculative is not None:
         raise ValueError(
-            f"speculative={speculative!r}: speculative decoding comes with the multi-token-prediction head, which this "
+            f"speculative={inputs.speculative!r}: speculative decoding comes with the multi-token-prediction head, which this "
             "version does not have yet; leave speculative=None"
         )
-    if not isinstance(do_sample, bool):
-        raise ValueError(f"do_sample must be True or False, got {do_sample!r}")
+    if not isinstance(inputs.do_sample, bool):
+        raise ValueError(f"do_sample must be True or False, got {inputs.do_sample!r}")
     defaults = checkpoint_defaults(model)
-    shaping = _shaping(do_sample, defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    eos = end_tokens(model, eos_token_id)
-    repetition = _number("repetition_penalty", repetition_penalty, defaults.get("repetition_penalty"))
-    if repetition is not None and repetition <= 0:
-        raise ValueError(f"repetition_penalty must be greater than 0 (1 is none), got {repetition}")
-    presence = _number("presence_penalty", presence_penalty, defaults.get("presence_penalty"))
+    repetition = _number("repetition_penalty", inputs.repetition_penalty, defaults.get("repetition_penalty"))
+    if repetition is not None:
+        check_range("repetition_penalty", repetition)
+    presence = _number("presence_penalty", inputs.presence_penalty, defaults.get("presence_penalty"))
     return Settings(
-        max_new_tokens=_new_tokens(max_new_tokens, max_length, prompt_length, defaults),
-        do_sample=do_sample,
-        **shaping,
+        max_new_tokens=_new_tokens(inputs.max_new_tokens, inputs.max_length, prompt_length, defaults),
+        do_sample=inputs.do_sample,
+        **_shaping(inputs, defaults),
         repetition_penalty=None if repetition == 1 else repetition,
         presence_penalty=presence or None,
-        eos_token_ids=eos,
-        pad_token_id=padding_token(model, pad_token_id, eos),
-        seed=_seed(seed),
-        stop=_strings(stop if stop is not None else defaults.get("stop_strings")),
-        stopping_criteria=_callables("stopping_criteria", stopping_criteria),
-        logits_processor=_callables("logits_processor", logits_processor),
+        eos_token_ids=ends,
+        pad_token_id=pad,
+        seed=_seed(inputs.seed),
+        stop=_strings(inputs.stop if inputs.stop is not None else defaults.get("stop_strings")),
+        stopping_criteria=_callables("stopping_criteria", inputs.stopping_criteria),
+        logits_processor=_callables("logits_processor", inputs.logits_processor),
     )
 
 
 def checkpoint_defaults(model: Any) -> dict[str, Any]:
-    """model.generation_config as a dict ({} without one). ValueError for keys in it that would be ignored silently."""
-    found = getattr(model, "generation_config", None)
-    if found is None:
+    """model.generation_config as a dict ({} without one). ValueError for a key in it that is not implemented."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
         return {}
-    if not isinstance(found, Mapping):
-        if not callable(getattr(found, "to_dict", None)):
-            raise ValueError(f"model.generation_config must be a dict, got {type(found).__name__}")
-        found = found.to_dict()  # a transformers GenerationConfig
+    if not isinstance(config, Mapping):
+        if not callable(getattr(config, "to_dict", None)):
+            raise ValueError(f"model.generation_config must be a dict, got {type(config).__name__}")
+        config = config.to_dict()  # a transformers GenerationConfig
     for key, neutral in _UNSUPPORTED.items():
-        value = found.get(key)
+        value = config.get(key)
         if value is not None and value not in neutral:
             raise ValueError(
                 f"the checkpoint's generation_config asks for {key}={value!r}, which is not implemented: "
                 f"model.generation_config.pop({key!r}) to generate without it"
             )
-    return dict(found)
+    return dict(config)
 
 
-def end_tokens(model: Any, given: int | Sequence[int] | Tensor | None = None) -> tuple[int, ...]:
-    """The tokens that end a row: `given`, or what the checkpoint says; () for none."""
-    if given is None:
-        given = default(model, checkpoint_defaults(model), "eos_token_id")
-    return _token_ids("eos_token_id", given)
+def end_tokens(model: Any, eos_token_id: int | Sequence[int] | Tensor | None = None) -> tuple[int, ...]:
+    """The tokens that end a row: the argument, by default the checkpoint's; () for none."""
+    if eos_token_id is None:
+        eos_token_id = default(model, checkpoint_defaults(model), "eos_token_id")
+    return _token_ids("eos_token_id", eos_token_id)
 
 
-def padding_token(model: Any, given: int | None, ends: Sequence[int]) -> int | None:
-    """The token that fills rows up: `given`, or what the checkpoint says, or the first end token, as in
-    transformers."""
-    if given is None:
-        given = default(model, checkpoint_defaults(model), "pad_token_id")
-    if given is not None:
-        return _token_ids("pad_token_id", given)[0]
+def padding_token(model: Any, pad_token_id: int | None, ends: Sequence[int]) -> int | None:
+    """The padding token: the argument, else the checkpoint's, else the first end token, as in transformers."""
+    if pad_token_id is None:
+        pad_token_id = default(model, checkpoint_defaults(model), "pad_token_id")
+    if pad_token_id is not None:
+        return _token_ids("pad_token_id", pad_token_id)[0]
     return ends[0] if ends else None
 
 
@@ -194,33 +227,27 @@ def _new_tokens(max_new_tokens: int | None, max_length: int | None, prompt: int,
     return int(value)
 
 
-def _shaping(do_sample: bool, defaults: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+def _shaping(inputs: StreamInputs, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """temperature, top_k, top_p, min_p, each None where it changes nothing."""
-    fallback = defaults if do_sample else {}
-    values = {name: _number(name, value, fallback.get(name)) for name, value in given.items()}
-    warmth, k, p, floor = values["temperature"], values["top_k"], values["top_p"], values["min_p"]
-    if warmth is not None and warmth <= 0:
-        raise ValueError(f"temperature must be greater than 0, got {warmth}: for greedy decoding leave do_sample=False")
-    if k is not None and (k < 0 or k != int(k)):
-        raise ValueError(f"top_k must be a whole number, at least 1 (0 or None is none), got {k}")
-    if p is not None and not 0 < p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1] (1 is none), got {p}")
-    if floor is not None and not 0 <= floor <= 1:
-        raise ValueError(f"min_p must lie in [0, 1] (0 is none), got {floor}")
-    result = {
-        "temperature": None if warmth == 1 else warmth,
-        "top_k": int(k) if k else None,
-        "top_p": None if p == 1 else p,
-        "min_p": floor or None,
-    }
-    unused = [f"{name}={value}" for name, value in result.items() if value is not None]
-    if unused and not do_sample:
+    fallback = defaults if inputs.do_sample else {}
+    neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
+    values: dict[str, Any] = {}
+    for name, no_effect in neutral.items():
+        value = _number(name, getattr(inputs, name), fallback.get(name))
+        if value == no_effect:
+            value = None
+        if value is not None:
+            check_range(name, value)
+        values[name] = int(value) if value is not None and name == "top_k" else value
+    unused = [f"{name}={value}" for name, value in values.items() if value is not None]
+    if unused and not inputs.do_sample:
         raise ValueError(f"{', '.join(unused)}: has an effect only when sampling; pass do_sample=True, or leave it out")
-    return result
+    return values
 
 
-def _number(name: str, given: Any, fallback: Any) -> float | None:
-    value = fallback if given is None else given
+def _number(name: str, argument: Any, fallback: Any) -> float | None:
+    """The argument, else the fallback, as a finite number."""
+    value = fallback if argument is None else argument
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
@@ -235,12 +262,12 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, Tensor):
         value = value.tolist()
     ids = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else (value,)
-    for each in ids:
-        if isinstance(each, bool) or not isinstance(each, numbers.Integral):
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
             raise ValueError(f"{name} must be a token id or several, got {value!r}")
     if name == "pad_token_id" and len(ids) != 1:
         raise ValueError(f"pad_token_id must be one token id, got {value!r}")
-    return tuple(int(each) for each in ids)
+    return tuple(int(token) for token in ids)
 
 
 def _seed(seed: Any) -> int | tuple[int, ...] | None:
@@ -249,24 +276,24 @@ def _seed(seed: Any) -> int | tuple[int, ...] | None:
     if isinstance(seed, Tensor):
         seed = seed.tolist()
     values: tuple[Any, ...] = tuple(seed) if isinstance(seed, (list, tuple)) else (seed,)
-    for each in values:
-        if isinstance(each, bool) or not isinstance(each, numbers.Integral):
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise ValueError(f"seed must be a whole number, or one for each row, got {seed!r}")
-    return tuple(int(each) for each in values) if isinstance(seed, (list, tuple)) else int(values[0])
+    return tuple(int(value) for value in values) if isinstance(seed, (list, tuple)) else int(values[0])
 
 
 def _strings(stop: Any) -> tuple[str, ...]:
     stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    for each in stop:
-        if not isinstance(each, str) or not each:
-            raise ValueError(f"stop must be one or more non-empty strings, got {each!r}")
+    for string in stop:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop must be one or more non-empty strings, got {string!r}")
     return stop
 
 
 def _callables(name: str, value: Any) -> tuple[Callable[..., Any], ...]:
     # transformers' LogitsProcessorList and StoppingCriteriaList are lists *and* callable: they are unpacked as lists.
     value = () if value is None else tuple(value) if isinstance(value, Iterable) else (value,)
-    for each in value:
-        if not callable(each):
-            raise ValueError(f"{name} must hold functions (input_ids, scores) -> ..., got {type(each).__name__}")
+    for function in value:
+        if not callable(function):
+            raise ValueError(f"{name} must hold functions (input_ids, scores) -> ..., got {type(function).__name__}")
     return value

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qwen35moe import backends
 from qwen35moe.cache import Cache
 from qwen35moe.config import Config, ConfigError, TextConfig
-from qwen35moe.models.device_map import DeviceMap, Devices, placement
+from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 from qwen35moe.modules.gated_deltanet import GatedDeltaNet, ShortConvolution
 from qwen35moe.modules.moe import Experts, Router, SparseMoeBlock
 from qwen35moe.modules.norm import GatedRMSNorm, RMSNorm
@@ -29,7 +29,7 @@ class PretrainedModel(nn.Module):
 
     dense = False
     main_input_name = "input_ids"
-    placement: DeviceMap | None = None  # None: everything lies on one device
+    device_map: DeviceMap | None = None  # None: everything is on one device
     supports_gradient_checkpointing = True
 
     def __init__(self, config: Config | TextConfig) -> None:
@@ -77,7 +77,7 @@ class PretrainedModel(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int | None = None, record: int = 0) -> Cache:
         """An empty memory for this model's layers, of its dtype and on its device. See `Cache`."""
-        devices = None if self.placement is None else self.placement.layers
+        devices = None if self.device_map is None else self.device_map.layers
         return Cache(
             self.config.text_config, batch_size, max_length=max_length, record=record, dtype=self.dtype, device=self.device,
             devices=devices,
@@ -89,26 +89,26 @@ class PretrainedModel(nn.Module):
         In one process and without torchrun, one device after the other: for models that do not fit one device. See
         `qwen35moe.models.device_map`. `model.to(device)` brings everything together again.
         """
-        where = placement(self, devices)
+        device_map = plan_device_map(self, devices)
         for name, module in self.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
-                module.to(where.of(f"{name}.weight"))
+                module.to(device_map.of(f"{name}.weight"))
         self.tie_weights()
-        self.adopt_placement(where)
+        self.set_device_map(device_map)
         return self
 
-    def adopt_placement(self, where: DeviceMap | None) -> None:
-        """Takes note of where the parameters already lie."""
-        several = where is not None and len({*where.layers, where.head}) > 1
+    def set_device_map(self, device_map: DeviceMap | None) -> None:
+        """Records where the parameters are already."""
+        several = device_map is not None and len({*device_map.layers, device_map.head}) > 1
         for module in self.modules():
             if isinstance(module, PretrainedModel):
-                module.placement = where if several else None
+                module.device_map = device_map if several else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        found = super()._apply(fn, recurse)
-        if self.placement is not None and len({p.device for p in self.parameters()}) == 1:
-            self.adopt_placement(None)  # .to(device) has brought all layers together
-        return found
+        super()._apply(fn, recurse)
+        if self.device_map is not None and len({p.device for p in self.parameters()}) == 1:
+            self.set_device_map(None)  # .to(device) has brought all layers together
+        return self
 
     def use_backends(self, **choices: str) -> None:
         """Chooses implementations for this model alone: use_backends(experts="loop"); "auto" takes a choice back."""

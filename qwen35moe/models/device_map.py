@@ -63,7 +63,7 @@ def chosen_devices(devices: Devices) -> list[torch.device]:
     return [torch.device("cuda", here) if d.type == "cuda" and d.index is None else d for d in found]
 
 
-def placement(model: nn.Module, devices: Devices, itemsize: int | None = None) -> DeviceMap:
+def plan_device_map(model: nn.Module, devices: Devices, itemsize: int | None = None) -> DeviceMap:
     """Lays a model's layers out over devices, in order and by bytes: in proportion to free memory where all are GPUs,
     evenly otherwise. ValueError when they do not fit.
 

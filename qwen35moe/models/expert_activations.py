@@ -107,10 +107,10 @@ class _Listener(Recording):
         super().__init__(model, names)
         self.values: dict[nn.Module, dict[str, Tensor]] = {}
 
-    def hear(self, module: nn.Module, leaf: str, value: Tensor) -> None:
+    def read(self, module: nn.Module, name: str, value: Tensor) -> None:
         """A named value of the forward in progress."""
-        if (module, leaf) in self.targets:
-            self.values.setdefault(module, {})[leaf] = value
+        if (module, name) in self.targets:
+            self.values.setdefault(module, {})[name] = value
 
 
 def _split(layer: int, values: dict[str, Tensor], valid: Tensor | None) -> Iterator[ExpertActivations]:

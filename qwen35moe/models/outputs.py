@@ -1,15 +1,22 @@
-"""What a forward returns."""
+"""Results: `ModelOutput` in the order of the caller's tokens, made of a `DecoderOutput` in the order of the layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from qwen35moe.cache import Cache
-from qwen35moe.routing import Routing
+from qwen35moe.cache.layout import TokenLayout
+from qwen35moe.models.inputs import TextInputs
+from qwen35moe.modules.context import LayerOutput
+from qwen35moe.routing import RouterOutput, Routing
+
+if TYPE_CHECKING:
+    from qwen35moe.models.text import Qwen3_5MoeTextModel
 
 
 @dataclass
@@ -20,7 +27,7 @@ class ModelOutput:
     [B*T, E] per sparse layer; hidden_states, the embedding, then one [B, T, D] per layer, the last after the final norm;
     attentions, one per layer: softmax weights [B, H, T, slots] of an attention layer, over the tokens in the cache and the
     new ones; the exact map [B, H, T, T] of a delta-net layer, over the new tokens only (what it has from before is in its
-    memory, see docs/attention_maps.md); routing; cache, the one that was given. Values at padded positions are zero.
+    memory, see docs/guide/attention_maps.md); routing; cache, the one that was given. Values at padded positions are zero.
     """
 
     logits: Tensor | None = None
@@ -74,3 +81,67 @@ class LossOutput(ModelOutput):
     @logits.setter
     def logits(self, value: Tensor | None) -> None:
         """The constructor's None."""
+
+
+@dataclass
+class DecoderOutput:
+    """What the decoder computed, in the layers' arrangement `layout`: hidden [rows, tokens, D] after the final norm;
+    states, the embedding and each layer's output but the last, when they are to be returned; one LayerOutput per layer."""
+
+    layout: TokenLayout
+    hidden: Tensor
+    states: list[Tensor]
+    layers: list[LayerOutput]
+
+    @property
+    def choices(self) -> list[RouterOutput]:
+        """What the routers chose, one per sparse layer."""
+        return [layer.router for layer in self.layers if layer.router is not None]
+
+    def results(self, inputs: TextInputs, model: Qwen3_5MoeTextModel) -> ModelOutput:
+        """The results that the call asks for, in the caller's order."""
+        layout, layers = self.layout, self.layers
+        output = ModelOutput(last_hidden_state=layout.restore(self.hidden), cache=inputs.cache)
+        if inputs.output_hidden_states:
+            output.hidden_states = tuple(layout.restore(state) for state in [*self.states, self.hidden])
+        if inputs.output_attentions:
+            weights = [layer.attention for layer in layers if layer.attention is not None]
+            output.attentions = tuple(restore_attention(each, layout) for each in weights)
+        router_logits = inputs.output_router_logits
+        if router_logits is None:
+            router_logits = not model.dense and model.config.output_router_logits
+        if router_logits:
+            output.router_logits = tuple(restore_flat(choice.logits, layout) for choice in self.choices)
+        if inputs.output_routing:
+            output.routing = self._routing(model)
+        return output
+
+    def _routing(self, model: Qwen3_5MoeTextModel) -> Routing:
+        """The choices of all sparse layers, which are named by their numbers in the checkpoint."""
+        layers = tuple(model.source_layers[i] for i, layer in enumerate(self.layers) if layer.router is not None)
+        indices, weights, logits = (
+            torch.stack([restore_flat(getattr(choice, name), self.layout) for choice in self.choices])
+            for name in ("indices", "weights", "logits")
+        )
+        experts = model.config.text_config.num_experts
+        return Routing(indices, weights, logits, layers, experts, self.layout.shape, self.layout.mask())
+
+
+def restore_flat(values: Tensor, layout: TokenLayout) -> Tensor:
+    """[rows * tokens, ...] of the layers to [B * T, ...] of the caller."""
+    return layout.restore(values.unflatten(0, (layout.rows, layout.tokens))).flatten(0, 1)
+
+
+def restore_attention(weights: Tensor, layout: TokenLayout) -> Tensor:
+    """Attention weights [rows, H, tokens, keys] to the caller's [B, H, T, keys]; the keys too where they are the tokens."""
+    if layout.source is None:
+        return weights
+    if weights.shape[-1] != layout.tokens:
+        return layout.restore(weights.transpose(1, 2)).transpose(1, 2)
+    row, column = layout.source // layout.shape[1], layout.source % layout.shape[1]
+    valid = torch.ones_like(row, dtype=torch.bool) if layout.valid is None else layout.valid
+    together = valid[:, :, None] & valid[:, None] & (row[:, :, None] == row[:, None])
+    r, i, j = together.nonzero(as_tuple=True)
+    whole = weights.new_zeros(layout.shape[0], *[layout.shape[1]] * 2, weights.shape[1])
+    index = (row[r, i], column[r, i], column[r, j])
+    return whole.index_put(index, weights.permute(0, 2, 3, 1)[r, i, j]).permute(0, 3, 1, 2)

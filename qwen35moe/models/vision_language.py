@@ -1,6 +1,6 @@
-"""Text and pictures in one model: the tower's tokens take the places of placeholders, and the decoder goes on as with text.
+"""Text, images and videos in one model: the tower's features take the places of placeholder tokens, and the decoder runs.
 
-    features = tower(pixels);  h = embed(tokens), features where the placeholders are;  logits = head(decoder(h))
+    features = tower(pixels);  h = embed(tokens), features at the placeholders;  logits = head(decoder(h))
 """
 
 from __future__ import annotations
@@ -10,27 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35moe.cache import Cache
+from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.config import Config, ConfigError, TextConfig
+from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
-from qwen35moe.models.inputs import checked_positions, new_mask
-from qwen35moe.models.outputs import ModelOutput
-from qwen35moe.models.text import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel, check_cache, check_tensors
+from qwen35moe.models.inputs import check
+from qwen35moe.models.outputs import DecoderOutput, ModelOutput
+from qwen35moe.models.plan import with_positions
+from qwen35moe.models.text import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel
 from qwen35moe.models.vision_inputs import (
     IMAGE,
     TEXT,
     VIDEO,
+    ConditionalGenerationInputs,
+    MultimodalInputs,
     VisualInputs,
     as_features,
     check_counts,
     checked_types,
-    following,
-    positions,
-    scattered,
+    insert_features,
     token_types,
 )
+from qwen35moe.models.vision_positions import next_positions, positions
 from qwen35moe.modules.vision import Qwen3_5MoeVisionModel, VisionOutput
-from qwen35moe.routing import Intervention, Routing
 
 
 class Qwen3_5MoeModel(PretrainedModel):
@@ -50,127 +52,85 @@ class Qwen3_5MoeModel(PretrainedModel):
         """The token embedding."""
         return self.language_model.embed_tokens
 
+    @takes(MultimodalInputs)
+    def forward(self, inputs: MultimodalInputs) -> ModelOutput:
+        """Hidden states [B, T, D] of a batch of token rows."""
+        return self.run(inputs).results(inputs, self.language_model)
+
+    def run(self, inputs: MultimodalInputs) -> DecoderOutput:
+        """Checks a call, embeds its tokens, images and videos, and runs the decoder's layers."""
+        decoder, cache = self.language_model, inputs.cache
+        layout = check(inputs, decoder)
+        embeds, layout, following = self.embed(inputs, layout)
+        decoded = decoder.run_layers(inputs, layout, embeds)
+        if cache is not None and following is not None:
+            cache.set_next_positions(following)
+        return decoded
+
+    def embed(self, inputs: MultimodalInputs, layout: TokenLayout) -> tuple[Tensor, TokenLayout, Tensor | None]:
+        """(embeddings [B, T, D] with the features in them; the layout with three-axis positions; the position after the
+        last token of each row [B], None where it is the number of tokens)."""
+        embeds, cache = self.language_model.embed(inputs), inputs.cache
+        visual = inputs.any_visual
+        three_axes = inputs.position_ids is not None and inputs.position_ids.dim() == 3
+        # A prompt with placeholders needs images or videos. A single token is one that was just generated: a word.
+        is_prompt = inputs.input_ids is not None and embeds.shape[1] > 1 and not torch.compiler.is_compiling()
+        if visual or is_prompt:
+            mask = None if inputs.attention_mask is None else inputs.attention_mask[:, -embeds.shape[1] :].bool()
+            types = self._types(inputs, embeds, mask)
+            embeds = self._with_features(inputs, embeds, types)
+            if visual and inputs.position_ids is None:
+                bounds = None if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
+                before = None if cache is None else cache.next_positions.tolist()
+                placed, following = positions(types, inputs, self._merge, mask=mask, before=before, bounds=bounds)
+                return embeds, with_positions(layout, placed), following
+        if cache is None or not (visual or three_axes):
+            return embeds, layout, None
+        return embeds, layout, next_positions(layout, cache.next_positions)
+
     @property
-    def merge(self) -> int:
+    def _merge(self) -> int:
         return self.visual.config.spatial_merge_size
 
-    def features(self, pictures: VisualInputs, kind: int) -> Tensor | None:
-        """[tokens, D] of all images (or videos), made now or before; None where there are none."""
-        made, pixels, grid_thw = pictures.features(kind), pictures.pixels(kind), pictures.grid_thw(kind)
-        if made is not None:
-            return as_features(made)
-        if pixels is None or grid_thw is None:
-            return None
-        return as_features(self.visual(pixels.to(self.visual.device), grid_thw))
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        cache: Cache | None = None,
-        cu_seqlens: Tensor | None = None,
-        routing: Routing | Tensor | Intervention | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        output_router_logits: bool | None = None,
-        output_routing: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> ModelOutput:
-        """Hidden states; arguments as in `Qwen3_5MoeForConditionalGeneration.forward`."""
-        pictures = VisualInputs(
-            pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids, mm_encoder_outputs
-        )
-        embedded, places, after = self.embed(
-            input_ids, inputs_embeds, position_ids, attention_mask, cache, cu_seqlens, pictures
-        )
-        output = self.language_model(
-            None, attention_mask, places, embedded, cache, cu_seqlens, routing,
-            output_router_logits, output_routing, output_hidden_states, output_attentions,
-        )
-        if cache is not None and after is not None:
-            cache.moved_on(after)
-        return output
-
-    def embed(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor | None,
-        attention_mask: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None, pictures: VisualInputs,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(embeddings [B, T, D] with the pictures in them; positions, None for those of plain text; and the position
-        that follows in each row [B], where it may not be the number of tokens)."""
-        given = {name: value for name, value in vars(pictures).items() if name != "mm_encoder_outputs"}
-        check_tensors(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                      inputs_embeds=inputs_embeds, cu_seqlens=cu_seqlens, **given)
-        batch, tokens = self.language_model._check_inputs(input_ids, inputs_embeds)
-        check_cache(cache, batch)
-        position_ids = checked_positions(position_ids, batch, tokens)
-        embedded = inputs_embeds if inputs_embeds is not None else self.language_model.embed_tokens(input_ids)
-        seeing = pictures.present(IMAGE) or pictures.present(VIDEO)
-        three_axes = position_ids is not None and position_ids.dim() == 3
-        # A single token is one that was just chosen; if it is a placeholder, then as a word like others.
-        forgotten = input_ids is not None and tokens > 1 and not torch.compiler.is_compiling()
-        if not (seeing or forgotten or (three_axes and cache is not None)):
-            return embedded, position_ids, None
-        mask = new_mask(attention_mask, batch, tokens, cache)
-        if seeing or forgotten:
-            embedded, types = self._seen(input_ids, embedded, position_ids, mask, pictures)
-        if not (seeing or three_axes):
-            return embedded, position_ids, None
-        bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-        rows = batch if bounds is None else len(bounds) - 1
-        if cache is not None and cache.batch_size != rows:
-            raise ValueError(f"the cache holds {cache.batch_size} rows, the input has {rows}: make one with new_cache({rows})")
-        if position_ids is None:
-            before = None if cache is None else cache.next_positions.tolist()
-            return embedded, *positions(types, pictures, self.merge, mask=mask, before=before, bounds=bounds)
-        after = None if cache is None else following(position_ids, cache.next_positions, mask=mask, bounds=bounds)
-        return embedded, position_ids, after
-
-    def _seen(
-        self, input_ids: Tensor | None, embedded: Tensor, position_ids: Tensor | None, mask: Tensor | None,
-        pictures: VisualInputs,
-    ) -> tuple[Tensor, Tensor]:
-        """The embeddings with the features in their places, and the types [B, T] of the tokens, padding being text."""
-        pictures.check(ids=input_ids is not None)
-        types = self._types(input_ids, embedded, pictures, position_ids)
-        if mask is not None:
-            types = types.masked_fill(~mask, TEXT)
-        check_counts(types, pictures, self.merge)
+    def _with_features(self, inputs: MultimodalInputs, embeds: Tensor, types: Tensor) -> Tensor:
+        """The embeddings with the features of images and videos, computed now or given, at their placeholders."""
+        check_counts(types, inputs, self._merge)
         for kind in (IMAGE, VIDEO):
-            features = self.features(pictures, kind)
+            features, pixels, grid_thw = inputs.features(kind), inputs.pixels(kind), inputs.grid_thw(kind)
+            if features is None and pixels is not None and grid_thw is not None:
+                features = self.visual(pixels.to(self.visual.device), grid_thw)
             if features is not None:
-                embedded = scattered(embedded, types, kind, features)
-        return embedded, types
+                embeds = insert_features(embeds, types, kind, as_features(features))
+        return embeds
 
-    def _types(
-        self, input_ids: Tensor | None, embedded: Tensor, pictures: VisualInputs, position_ids: Tensor | None
-    ) -> Tensor:
-        given, tokens = pictures.mm_token_type_ids, embedded.shape[1]
-        if input_ids is not None:
-            return checked_types(given, input_ids, self.config)
-        if given is not None:
-            given = given[:, -tokens:]  # of the whole row, as with the mask, or of the new tokens
-            if given.shape != embedded.shape[:2]:
-                raise ValueError(f"mm_token_type_ids {list(given.shape)} do not fit inputs_embeds {list(embedded.shape)}")
-            return given.to(embedded.device)
-        if position_ids is None:
+    def _types(self, inputs: MultimodalInputs, embeds: Tensor, mask: Tensor | None) -> Tensor:
+        """The types [B, T] of the tokens; padding counts as text."""
+        inputs.check_visual(ids=inputs.input_ids is not None)
+        if inputs.input_ids is not None:
+            types = checked_types(inputs.mm_token_type_ids, inputs.input_ids, self.config)
+        else:
+            types = self._types_of_embeddings(inputs, embeds)
+        return types if mask is None else types.masked_fill(~mask, TEXT)
+
+    def _types_of_embeddings(self, inputs: MultimodalInputs, embeds: Tensor) -> Tensor:
+        """From mm_token_type_ids; with positions given, from the embeddings that are a placeholder's."""
+        types = inputs.mm_token_type_ids
+        if types is not None:
+            types = types[:, -embeds.shape[1] :]  # of the whole row, as with the mask, or of the new tokens
+            if types.shape != embeds.shape[:2]:
+                raise ValueError(f"mm_token_type_ids {list(types.shape)} do not fit inputs_embeds {list(embeds.shape)}")
+            return types.to(embeds.device)
+        if inputs.position_ids is None:
             raise ValueError(
                 "inputs_embeds with images or videos: give mm_token_type_ids (0 text, 1 image, 2 video) as well, or input_ids "
-                "instead: without them nobody can say where the pictures lie, nor the positions of what follows"
+                "instead: embeddings alone do not tell where the placeholders are, nor the positions of what follows"
             )
-        # With positions given, places are enough: those whose embedding is a placeholder's.
         table = self.language_model.embed_tokens.weight
-        found = torch.zeros(embedded.shape[:2], dtype=torch.long, device=embedded.device)
+        types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         for kind, token in ((IMAGE, self.config.image_token_id), (VIDEO, self.config.video_token_id)):
             if 0 <= token < table.shape[0]:
-                found = found.masked_fill((embedded == table[token].to(embedded)).all(-1), kind)
-        return found
+                types = types.masked_fill((embeds == table[token].to(embeds)).all(-1), kind)
+        return types
 
 
 class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
@@ -196,85 +156,44 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
         return self.model.language_model
 
     def tie_weights(self) -> None:
-        """Shares the embedding with the head where the whole configuration says tie_word_embeddings."""
+        """Shares the embedding with the head where the whole configuration has tie_word_embeddings."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> VisionOutput:
-        """What the tower makes of images; to be passed back as mm_encoder_outputs={"image": ...} as often as wanted."""
+        """The tower's features of images, to pass as mm_encoder_outputs={"image": ...} in any number of calls."""
         return self.visual(pixel_values.to(self.visual.device), image_grid_thw)
 
     def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor) -> VisionOutput:
-        """What the tower makes of videos; to be passed back as mm_encoder_outputs={"video": ...}."""
+        """The tower's features of videos, to pass as mm_encoder_outputs={"video": ...}."""
         return self.visual(pixel_values_videos.to(self.visual.device), video_grid_thw)
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        cache: Cache | None = None,
-        cu_seqlens: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        routing: Routing | Tensor | Intervention | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        output_router_logits: bool | None = None,
-        output_routing: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        output_logits: bool = True,
-        logits_to_keep: int | Tensor = 0,
-    ) -> ModelOutput:
-        """As `Qwen3_5MoeForCausalLM.forward`, with pictures.
-
-        pixel_values [patches, values] and image_grid_thw [images, 3] (frames, rows, columns of patches), the same for
-        videos; all images of the batch in the order of their placeholders, row by row. mm_token_type_ids [B, T] (or of the
-        whole row, past included): needed with inputs_embeds, otherwise read from the ids. mm_encoder_outputs: features
-        made before, instead of pixels. Positions have three axes; a cache keeps each row's offset, so conversations with
-        images may take turns on one model, and a later turn may bring new images.
-        """
-        pictures = VisualInputs(
-            pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids, mm_encoder_outputs
-        )
-        embedded, places, after = self.model.embed(
-            input_ids, inputs_embeds, position_ids, attention_mask, cache, cu_seqlens, pictures
-        )
-        output = super().forward(
-            None, attention_mask, places, embedded, cache, cu_seqlens, labels, num_items_in_batch, routing,
-            output_router_logits, output_routing, output_hidden_states, output_attentions, output_logits, logits_to_keep,
-        )
-        if cache is not None and after is not None:
-            cache.moved_on(after)
-        return output
+    @takes(ConditionalGenerationInputs)
+    def forward(self, inputs: ConditionalGenerationInputs) -> ModelOutput:
+        """As `Qwen3_5MoeForCausalLM.forward`, with images and videos."""
+        return self.predict(inputs, self.model.run(inputs))
 
     def generate(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Prompt and continuation [B, T + new]; takes a processor's output whole. Options: see `qwen35moe.generation`."""
-        return super().generate(input_ids, attention_mask, **self._with_pictures(input_ids, options))
+        """Prompt and continuation [B, T + new]; takes all that a processor returns. Options: see `qwen35moe.generation`."""
+        return super().generate(input_ids, attention_mask, **self._with_visual_inputs(input_ids, options))
 
     def stream(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """The new tokens [B], step by step. Options as in `generate`."""
-        return super().stream(input_ids, attention_mask, **self._with_pictures(input_ids, options))
+        return super().stream(input_ids, attention_mask, **self._with_visual_inputs(input_ids, options))
 
-    def see(self, pictures: VisualInputs, rows: list[Tensor], held: tuple[int, ...]) -> dict[str, Any]:
-        """The vision arguments of a prefill whose cache holds the first `held` tokens of each of the `rows` of ids."""
-        pictures.check(ids=True)
+    def visual_arguments(self, visual: VisualInputs, rows: list[Tensor], cached: tuple[int, ...]) -> dict[str, Any]:
+        """The vision arguments of a prefill whose cache holds the first cached[r] tokens of row r of the ids `rows`."""
+        visual.check_visual(ids=True)
         types = [token_types(row, self.config).cpu() for row in rows]
-        left = pictures.after_cached(types, held, self.model.merge)
-        return {name: value for name, value in vars(left).items() if value is not None}
+        new = visual.after_cached(types, cached, self.visual.config.spatial_merge_size)
+        return {name: value for name, value in vars(new).items() if value is not None}
 
-    def _with_pictures(self, input_ids: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of `generate` with the vision arguments among them as one."""
-        given = VisualInputs(**{name: options.pop(name) for name in VisualInputs.__dataclass_fields__ if name in options})
-        if given.mm_token_type_ids is not None and isinstance(input_ids, Tensor) and input_ids.dim() == 2:
-            checked_types(given.mm_token_type_ids, input_ids, self.config)
-        return {**options, "pictures": given} if any(value is not None for value in vars(given).values()) else options
+    def _with_visual_inputs(self, input_ids: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of `generate` with the vision arguments among them as one value."""
+        visual = VisualInputs(**{name: options.pop(name) for name in VisualInputs.__dataclass_fields__ if name in options})
+        if visual.mm_token_type_ids is not None and isinstance(input_ids, Tensor) and input_ids.dim() == 2:
+            checked_types(visual.mm_token_type_ids, input_ids, self.config)
+        return {**options, "visual_inputs": visual} if any(value is not None for value in vars(visual).values()) else options
 
 
 class Qwen3_5Model(Qwen3_5MoeModel):

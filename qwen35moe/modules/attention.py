@@ -1,4 +1,4 @@
-"""Gated Attention: softmax attention with normalised queries and keys, whose output each query head gates itself.
+"""Gated Attention: softmax attention with normalised queries and keys, and an output gate for every query head.
 
 project -> normalise query and key -> rotate -> attend -> gate -> project
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qwen35moe import backends
-from qwen35moe.cache.layout import TokenLayout
-from qwen35moe.cache.states import KVCache
+from qwen35moe import ops
+from qwen35moe.cache import KVCache, LayerState
 from qwen35moe.config import TextConfig
+from qwen35moe.modules.context import LayerContext
 from qwen35moe.modules.norm import RMSNorm
-from qwen35moe.ops.attention import Visibility, attention_weights, weighted_values
+from qwen35moe.ops.attention import attention_weights, weighted_values
 from qwen35moe.taps import tap, tapped
 
 
@@ -35,29 +35,30 @@ class GatedAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, layout: TokenLayout, rotation: tuple[Tensor, Tensor], memory: KVCache | None = None,
-        with_weights: bool = False,
+        self, x: Tensor, context: LayerContext, state: LayerState | None = None
     ) -> tuple[Tensor, KVCache | None, Tensor | None]:
-        """x [B, T, D], rotation: cos and sin [B, T, R/2]. Returns the output [B, T, D], the memory with the new tokens,
-        and the attention weights [B, H, T, slots] when asked for."""
+        """x [B, T, D]. Returns the output [B, T, D], the keys and values with those of the new tokens, and the attention
+        weights [B, H, T, P] if the context asks for them."""
+        assert state is None or isinstance(state, KVCache)
         query, gate = self.q_proj(x).unflatten(-1, (self.heads, 2, self.head_dim)).unbind(-2)
         key = self.k_norm(self.k_proj(x).unflatten(-1, (self.groups, self.head_dim)))
         value = self.v_proj(x).unflatten(-1, (self.groups, self.head_dim))
-        query, key = backends.run("rotary", self.q_norm(query), key, *rotation, caller=self)
+        query, key = ops.rotary(self.q_norm(query), key, *context.rotation, caller=self)
         query, key = tap(self, "query", query), tap(self, "key", key)
         value, gate = tap(self, "value", value), tap(self, "gate", gate)
-        if memory is not None:
-            memory = memory.extended(key, value, layout)
-            key, value = memory.key, memory.value
-        visible = Visibility(layout.starts, layout.cu_seqlens)
-        weights = None
-        if with_weights or tapped(self, ("scores",)):
-            weights = tap(self, "scores", attention_weights(query, key, scale=self.scale, visible=visible))
+        if state is not None:
+            state = state.append(key, value, context.layout)
+            key, value = state.key, state.value
+        core, weights = self._attend(query, key, value, context)
+        out = self.o_proj((core * gate.sigmoid()).flatten(2))
+        return tap(self, "output", out), state, weights
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: LayerContext) -> tuple[Tensor, Tensor | None]:
+        """softmax(scale * query key^T) value, with the weights themselves if they are returned or tapped."""
+        visible = {"starts": context.layout.starts, "cu_seqlens": context.layout.cu_seqlens}
+        if context.attentions or tapped(self, ("scores",)):
+            weights = tap(self, "scores", attention_weights(query, key, scale=self.scale, **visible))
             dropped = nn.functional.dropout(weights, self.dropout, self.training)
-            out = weighted_values(dropped, value).to(x.dtype)
-        else:
-            dropout = self.dropout if self.training else 0.0
-            options = {"scale": self.scale, "visible": visible, "dropout": dropout}
-            out = backends.run("attention", query, key, value, **options, caller=self)
-        out = self.o_proj((out * gate.sigmoid()).flatten(2))
-        return tap(self, "output", out), memory, weights if with_weights else None
+            return weighted_values(dropped, value).to(query.dtype), weights if context.attentions else None
+        dropout = self.dropout if self.training else 0.0
+        return ops.attention(query, key, value, scale=self.scale, dropout=dropout, **visible, caller=self), None

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: a causal mixer whose memory is a matrix, corrected rather than accumulated.
+"""Gated DeltaNet: a causal mixer whose state is a matrix, corrected rather than accumulated.
 
 project -> short causal convolution -> gated delta rule -> gated norm -> project
 """
@@ -6,21 +6,20 @@ project -> short causal convolution -> gated delta rule -> gated norm -> project
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen35moe import backends
+from qwen35moe import ops
+from qwen35moe.cache import DeltaNetState, DeltaNetUpdate, LayerState
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.cache.rollback import Segment
-from qwen35moe.cache.states import DeltaNetState
 from qwen35moe.config import TextConfig
+from qwen35moe.modules.context import LayerContext
 from qwen35moe.modules.fp32_parameters import FP32Parameters
 from qwen35moe.modules.hooks import is_plain
 from qwen35moe.modules.norm import GatedRMSNorm
 from qwen35moe.ops.attention import weighted_values
 from qwen35moe.ops.attention_map import attention_map
-from qwen35moe.ops.decode_step import fused_step_may_run
-from qwen35moe.ops.precision import wide_dtype
+from qwen35moe.ops.delta_rule import decay_and_beta
 from qwen35moe.taps import tap, tapped
 
 
@@ -34,8 +33,8 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        options = {"state": state, "lengths": lengths, "cu_seqlens": cu_seqlens}
-        return backends.run("short_convolution", x, self.weight.squeeze(1), **options, caller=self)
+        weight = self.weight.squeeze(1)
+        return ops.short_convolution(x, weight, state=state, lengths=lengths, cu_seqlens=cu_seqlens, caller=self)
 
 
 class GatedDeltaNet(FP32Parameters):
@@ -45,7 +44,7 @@ class GatedDeltaNet(FP32Parameters):
     bfloat16 changes it by up to 0.5 % at each.
     """
 
-    island = ("A_log", "dt_bias")
+    fp32_parameters = ("A_log", "dt_bias")
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -63,70 +62,61 @@ class GatedDeltaNet(FP32Parameters):
         self.out_proj = nn.Linear(config.value_dim, width, bias=False)
 
     def forward(
-        self, x: Tensor, layout: TokenLayout, state: DeltaNetState | None = None, record: bool = False,
-        with_weights: bool = False,
-    ) -> tuple[Tensor, DeltaNetState, Tensor | None]:
-        """x [B, T, D]. Returns the output [B, T, D], the state after the last token of each row, and, when asked for,
-        the attention map [B, H, T, T] of the new tokens (`ops.attention_map`)."""
-        qkv, ahead = tap(self, "qkv", self.in_proj_qkv(x)), None
-        with_map = with_weights or tapped(self, ("scores",))
-        if not record and not with_map and state is not None and self._may_step(layout):
-            ahead = self.in_proj_a(x), self.in_proj_b(x), self.in_proj_z(x)
-            if stepped := self._step(qkv, *ahead, state):
-                return *stepped, None
-        before = None if state is None else state.conv_state
-        mixed, inputs = self.conv1d(qkv, before, layout.lengths, layout.cu_seqlens)
-        query, key, value = self._heads(tap(self, "conv", mixed))
-        decay, beta = self._gates(x, layout, ahead)
-        memory = None if state is None else state.recurrent_state
-        core, memory = backends.run(
-            "gated_delta_rule", query, key, value, decay=decay, beta=beta, state=memory, cu_seqlens=layout.cu_seqlens,
-            caller=self,
-        )
-        memory = tap(self, "state", memory)
+        self, x: Tensor, context: LayerContext, state: LayerState | None = None
+    ) -> tuple[Tensor, DeltaNetUpdate, Tensor | None]:
+        """x [B, T, D]. Returns the output [B, T, D], the state after the last token of each row, and, if the context asks
+        for it, the attention map [B, H, T, T] of the new tokens (`ops.attention_map`)."""
+        assert state is None or isinstance(state, DeltaNetState)
+        qkv, a, b, z = self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x), self.in_proj_z(x)
+        qkv, gate = tap(self, "qkv", qkv), tap(self, "gate", z.unflatten(-1, (self.heads, self.value_width)))
         weights = None
-        if with_map:
-            own = attention_map(query, key, decay=decay, beta=beta, cu_seqlens=layout.cu_seqlens)
-            weights = tap(self, "scores", own)
-            if weights is not own:  # patched: the rule is linear in the values, so only the difference is missing
-                core = core + weighted_values(weights - own, value).to(core.dtype)
-        z = ahead[2] if ahead else self.in_proj_z(x)
-        gate = tap(self, "gate", z.unflatten(-1, (self.heads, self.value_width)))
-        normed = tap(self, "normed", self.norm(tap(self, "core", core), gate))
-        out = tap(self, "output", self.out_proj(normed.flatten(2)))
-        segment = None
-        if record:
-            valid = layout.valid
-            present = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
-            segment = Segment(qkv, key, value, decay, beta, present)
-        return out, DeltaNetState(inputs, memory, segment), weights if with_weights else None
+        step = self.decode_step(qkv, gate, a, b, context, state)
+        if step is not None:
+            normed, after = step
+        else:
+            layout = context.layout
+            conv_state, recurrent_state = (None, None) if state is None else (state.conv_state, state.recurrent_state)
+            mixed, conv_state = self.conv1d(qkv, conv_state, layout.lengths, layout.cu_seqlens)
+            query, key, value = self._heads(tap(self, "conv", mixed))
+            decay, beta = self._gates(a, b, layout)
+            core, recurrent_state = ops.gated_delta_rule(
+                query, key, value, decay=decay, beta=beta, state=recurrent_state, cu_seqlens=layout.cu_seqlens,
+                caller=self,
+            )
+            recurrent_state = tap(self, "state", recurrent_state)
+            if context.attentions or tapped(self, ("scores",)):
+                core, weights = self._attention_map(core, query, key, value, decay, beta, layout)
+            normed = self.norm(tap(self, "core", core), gate)
+            recorded = _segment(qkv, key, value, decay, beta, layout) if context.record else None
+            after = DeltaNetUpdate(conv_state, recurrent_state, recorded)
+        out = self.out_proj(tap(self, "normed", normed).flatten(2))
+        return tap(self, "output", out), after, weights if context.attentions else None
 
-    def _may_step(self, layout: TokenLayout) -> bool:
-        """Whether a fused `delta_net_step` could take over: one token of every row, no gradient, no choice that it would
-        go around, and nothing that acts when the convolution or the norm is called."""
-        if layout.tokens != 1 or layout.lengths is not None or layout.cu_seqlens is not None:
-            return False
-        whole = is_plain(self.conv1d, ShortConvolution) and is_plain(self.norm, GatedRMSNorm)
-        return whole and fused_step_may_run(self)
+    def decode_step(
+        self, qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, context: LayerContext, state: DeltaNetState | None
+    ) -> tuple[Tensor, DeltaNetUpdate] | None:
+        """The normed output [B, 1, H, V] and the state of one cached token per row by a fused implementation of
+        `ops.delta_net_step`; None where `forward` composes the operations.
 
-    def _step(
-        self, qkv: Tensor, a: Tensor, b: Tensor, z: Tensor, state: DeltaNetState
-    ) -> tuple[Tensor, DeltaNetState] | None:
-        """The output and the state by a fused implementation; None where the definition would run, which the layer is."""
-        gate = z.unflatten(-1, (self.heads, self.value_width))
-        args = qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0]
-        options = {
-            "conv_state": state.conv_state, "recurrent_state": state.recurrent_state,
-            "conv_weight": self.conv1d.weight.squeeze(1),
-            "A_log": self.A_log, "dt_bias": self.dt_bias, "norm_weight": self.norm.weight, "groups": self.groups,
-            "eps": self.norm.eps,
-        }
-        if backends.resolve("delta_net_step", *args, **options, caller=self).name == "torch":
+        A fused implementation reads the weights of conv1d and norm without calling them, so it steps aside where anything is
+        attached to them.
+        """
+        layout = context.layout
+        if state is None or layout.tokens != 1 or layout.lengths is not None or layout.cu_seqlens is not None:
             return None
-        args = args[0], tap(self, "gate", gate)[:, 0], *args[2:]
-        normed, inputs, memory = backends.run("delta_net_step", *args, **options, caller=self)
-        memory, normed = tap(self, "state", memory), tap(self, "normed", normed[:, None])
-        return tap(self, "output", self.out_proj(normed.flatten(2))), DeltaNetState(inputs, memory)
+        if torch.is_grad_enabled() or context.record or context.attentions or tapped(self, ("scores",)):
+            return None
+        if not is_plain(self.conv1d, ShortConvolution) or not is_plain(self.norm, GatedRMSNorm):
+            return None
+        result = ops.delta_net_step.fused(
+            qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0], conv_state=state.conv_state, recurrent_state=state.recurrent_state,
+            conv_weight=self.conv1d.weight.squeeze(1), A_log=self.A_log, dt_bias=self.dt_bias,
+            norm_weight=self.norm.weight, groups=self.groups, eps=self.norm.eps, caller=self,
+        )
+        if result is None:
+            return None
+        normed, conv_state, recurrent_state = result
+        return normed[:, None], DeltaNetUpdate(conv_state, tap(self, "state", recurrent_state))
 
     def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, C] to query, key [B, T, G, K] and value [B, T, H, V]."""
@@ -136,17 +126,28 @@ class GatedDeltaNet(FP32Parameters):
         key = tap(self, "key", key.unflatten(-1, (self.groups, self.key_width)))
         return query, key, tap(self, "value", value.unflatten(-1, (self.heads, self.value_width)))
 
-    def _gates(self, x: Tensor, layout: TokenLayout, ahead: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
-        """decay = -exp(A_log) softplus(W_a x + dt_bias) and beta = sigmoid(W_b x), [B, T, H], float32 at least.
-
-        A 64-step decay summed in bfloat16 is off by 2.5 % (median), in float32 by 2e-7. Padding neither forgets nor
-        writes.
-        """
-        a, b = ahead[:2] if ahead else (self.in_proj_a(x), self.in_proj_b(x))
-        dtype = wide_dtype(x, self.A_log)
-        decay = -self.A_log.to(dtype).exp() * F.softplus(a.to(dtype) + self.dt_bias.to(dtype))
-        beta = b.to(dtype).sigmoid()
+    def _gates(self, a: Tensor, b: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """decay and beta [B, T, H]; zero at padding, which neither forgets nor writes."""
+        decay, beta = decay_and_beta(a, b, self.A_log, self.dt_bias)
         valid = layout.valid
         if valid is not None:
             decay, beta = (torch.where(valid[..., None], gate, gate.new_zeros(())) for gate in (decay, beta))
         return tap(self, "decay", decay), tap(self, "beta", beta)
+
+    def _attention_map(
+        self, core: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor]:
+        """The output of the rule with a patch of its attention map applied, and the map [B, H, T, T]."""
+        own = attention_map(query, key, decay=decay, beta=beta, cu_seqlens=layout.cu_seqlens)
+        weights = tap(self, "scores", own)
+        if weights is not own:  # the rule is linear in the values: add the difference
+            core = core + weighted_values(weights - own, value).to(core.dtype)
+        return core, weights
+
+
+def _segment(qkv: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, layout: TokenLayout) -> Segment:
+    """What a rollback needs of these tokens."""
+    valid = layout.valid
+    if valid is None:
+        valid = torch.ones(qkv.shape[:2], dtype=torch.bool, device=qkv.device)
+    return Segment(qkv, key, value, decay, beta, valid)

@@ -5,16 +5,15 @@ route -> chosen experts, weighted  +  sigmoid(gate) * shared expert
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen35moe import backends
+from qwen35moe import ops
 from qwen35moe.config import TextConfig
-from qwen35moe.ops.experts import router_choice
+from qwen35moe.ops.experts import Tap, router_choice
 from qwen35moe.routing import ForcedRouting, RouterOutput
 from qwen35moe.taps import tap, tapped
 
@@ -38,12 +37,16 @@ class MLP(nn.Module):
 class DenseMLP(MLP):
     """The feed-forward of the dense siblings, with its named value."""
 
+    def __init__(self, config: TextConfig) -> None:
+        assert config.intermediate_size is not None  # the configuration has checked it for a dense model
+        super().__init__(config.hidden_size, config.intermediate_size)
+
     def forward(self, x: Tensor) -> Tensor:
         return tap(self, "output", super().forward(x))
 
 
 class Router(nn.Module):
-    """weight [E, D]; hidden [N, D] to logits [N, E], weights [N, S] and indices [N, S]. See `ops.experts.router`."""
+    """weight [E, D]; hidden [N, D] to logits [N, E], weights [N, k] and indices [N, k]. See `ops.router`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -51,7 +54,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return backends.run("router", hidden, self.weight, top_k=self.top_k, caller=self)
+        return ops.router(hidden, self.weight, top_k=self.top_k, caller=self)
 
 
 class Experts(nn.Module):
@@ -63,12 +66,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.zeros(experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.zeros(experts, width, inner))
 
-    def forward(
-        self, hidden: Tensor, indices: Tensor, weights: Tensor, watch: Callable[[str, Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """hidden [N, D], indices and weights [N, S]; returns [N, D]. `watch` is shown the values inside."""
-        arguments = (hidden, self.gate_up_proj, self.down_proj, indices, weights)
-        return backends.run("experts", *arguments, watch=watch, caller=self)
+    def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, tap: Tap | None = None) -> Tensor:
+        """hidden [N, D], indices and weights [N, k]; returns [N, D]. `tap` receives the values inside."""
+        return ops.experts(hidden, self.gate_up_proj, self.down_proj, indices, weights, tap=tap, caller=self)
 
 
 class SparseMoeBlock(nn.Module):
@@ -82,23 +82,23 @@ class SparseMoeBlock(nn.Module):
         self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def route(self, hidden: Tensor, replay: ForcedRouting | None = None) -> RouterOutput:
-        """What the router chooses for hidden [N, D], or what `replay` says instead."""
+    def route(self, hidden: Tensor, forced: ForcedRouting | None = None) -> RouterOutput:
+        """What the router chooses for hidden [N, D], or what `forced` puts in its place."""
         logits, weights, indices = self.gate(hidden)
         if tapped(self, ("router_logits",)):
             logits = tap(self, "router_logits", logits)
             indices, weights = router_choice(logits, self.gate.top_k)
-        if replay is not None:
-            indices, weights = replay(self.layer, logits)
+        if forced is not None:
+            indices, weights = forced(self.layer, logits)
         return RouterOutput(logits, tap(self, "indices", indices), tap(self, "weights", weights))
 
-    def forward(self, hidden: Tensor, choice: RouterOutput | None = None) -> Tensor:
-        """hidden [B, T, D]; returns [B, T, D]. Routes by itself when no choice is given."""
+    def forward(self, hidden: Tensor, router: RouterOutput | None = None) -> Tensor:
+        """hidden [B, T, D]; returns [B, T, D]. router: what `route` returned; routes by itself without."""
         rows = hidden.flatten(0, -2)
-        if choice is None:
-            choice = self.route(rows)
-        watch = partial(tap, self) if tapped(self, _EXPERT_VALUES) else None
-        routed = tap(self, "routed", self.experts(rows, choice.indices, choice.weights, watch))
-        opened = self.shared_expert_gate(rows).sigmoid()
-        shared = tap(self, "shared", opened * self.shared_expert(rows))
+        if router is None:
+            router = self.route(rows)
+        inner_tap = partial(tap, self) if tapped(self, _EXPERT_VALUES) else None
+        routed = tap(self, "routed", self.experts(rows, router.indices, router.weights, inner_tap))
+        gate = self.shared_expert_gate(rows).sigmoid()
+        shared = tap(self, "shared", gate * self.shared_expert(rows))
         return tap(self, "output", (routed + shared).view_as(hidden))

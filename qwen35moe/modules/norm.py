@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen35moe import backends
+from qwen35moe import ops
 from qwen35moe.modules.fp32_parameters import FP32Parameters
 
 
@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return backends.run("rms_norm", x, self.weight, eps=self.eps, caller=self)
+        return ops.rms_norm(x, self.weight, eps=self.eps, caller=self)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -31,7 +31,7 @@ class GatedRMSNorm(FP32Parameters):
     of the layer.
     """
 
-    island = ("weight",)
+    fp32_parameters = ("weight",)
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class GatedRMSNorm(FP32Parameters):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return backends.run("gated_rms_norm", x, gate, self.weight, eps=self.eps, caller=self)
+        return ops.gated_rms_norm(x, gate, self.weight, eps=self.eps, caller=self)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

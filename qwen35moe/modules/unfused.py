@@ -1,6 +1,6 @@
 """A layer's experts as modules of their own: for adapters, quantisers and hooks that look for nn.Linear.
 
-The Linears are views of the grouped parameters, so nothing is held twice and a step on one is a step on the other.
+The Linears are views of the grouped parameters: nothing is stored twice, and an optimizer step on one changes the other.
 Names are those of transformers' per-expert layout: `experts.7.gate_proj.weight`, `.up_proj.weight`, `.down_proj.weight`.
 """
 
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen35moe.backends.choice import choice_of
+from qwen35moe.backends import choice_of
 from qwen35moe.modules.moe import MLP, Experts
-from qwen35moe.ops.precision import wide_dtype
+from qwen35moe.ops.experts import Tap, by_expert
 
 
 class UnfusedExperts(nn.ModuleList):
@@ -39,28 +39,22 @@ class UnfusedExperts(nn.ModuleList):
             linear.weight.grad = None if grad is None else view(grad)
         self.train(experts.training)
 
-    def forward(
-        self, hidden: Tensor, indices: Tensor, weights: Tensor, watch: Callable[[str, Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """As `Experts.forward`: hidden [N, D], indices and weights [N, S]; returns [N, D], summed in float32 at least."""
+    def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, tap: Tap | None = None) -> Tensor:
+        """As `Experts.forward`: hidden [N, D], indices and weights [N, k]; returns [N, D], summed in float32 at least."""
         choice = choice_of("experts", self)
         if choice is not None:
             raise ValueError(f"backend={choice!r} cannot run experts: they are unfused; call model.fuse_experts() first")
-        flat, slots = indices.reshape(-1), indices.shape[1]
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(self)).tolist()
-        rows = hidden[order // slots]
-        if watch is None:
-            hit = [expert(x) for expert, x in self._hit(rows, counts)]
-            out = torch.cat(hit) if hit else rows
-        else:
-            rows = watch("expert_in", rows)
-            acts = [F.silu(expert.gate_proj(x)) * expert.up_proj(x) for expert, x in self._hit(rows, counts)]
-            inner = watch("expert_act", torch.cat(acts))
-            out = watch("expert_out", torch.cat([expert.down_proj(x) for expert, x in self._hit(inner, counts)]))
-        dtype = wide_dtype(hidden)
-        scaled = out.to(dtype) * weights.reshape(-1)[order].to(dtype)[:, None]
-        return torch.zeros_like(hidden, dtype=dtype).index_add(0, order // slots, scaled).to(hidden.dtype)
+        if tap is None:  # each expert is called as a module, so that its hooks fire
+            return by_expert(hidden, indices, weights, len(self), lambda expert, x: self[expert](x), _unchanged)
+        return by_expert(hidden, indices, weights, len(self), self._activate, self._project, tap)
+
+    def _activate(self, expert: int, x: Tensor) -> Tensor:
+        mlp: Any = self[expert]
+        return F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+
+    def _project(self, expert: int, x: Tensor) -> Tensor:
+        mlp: Any = self[expert]
+        return mlp.down_proj(x)
 
     def grouped(self) -> Experts:
         """The grouped module with the values that the Linears have now; no copy while they are still its views."""
@@ -93,7 +87,9 @@ class UnfusedExperts(nn.ModuleList):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """.to(), .cuda(), .float(): the grouped parameters move, and the Linears become views of what they are then."""
-        shared = [type(each) is nn.Linear and self._is_view(each.weight, name, view) for each, name, view in self._views()]
+        shared = [
+            type(linear) is nn.Linear and self._is_view(linear.weight, name, view) for linear, name, view in self._views()
+        ]
         super()._apply(fn, recurse)
         self.__dict__["fused"]._apply(fn)
         for (linear, name, view), was_view in zip(self._views(), shared, strict=True):
@@ -105,15 +101,13 @@ class UnfusedExperts(nn.ModuleList):
         return not weight.is_meta and weight.data_ptr() == view(getattr(self.__dict__["fused"], name)).data_ptr()
 
     def _views(self) -> Iterator[tuple[Any, str, Callable[[Tensor], Tensor]]]:
-        """(Linear, name of the grouped parameter, what cuts its weight out of that)."""
+        """(Linear, name of the grouped parameter, function that slices the Linear's weight out of it)."""
         inner = self.__dict__["fused"].down_proj.shape[-1]
         for number, expert in enumerate(self):
             yield expert.gate_proj, "gate_up_proj", lambda grouped, e=number: grouped[e, :inner]
             yield expert.up_proj, "gate_up_proj", lambda grouped, e=number: grouped[e, inner:]
             yield expert.down_proj, "down_proj", lambda grouped, e=number: grouped[e]
 
-    def _hit(self, rows: Tensor, counts: list[int]) -> Iterator[tuple[Any, Tensor]]:
-        """(expert, its rows) for every expert that has any."""
-        for expert, x in zip(self, rows.split(counts), strict=True):
-            if x.shape[0]:
-                yield expert, x
+
+def _unchanged(expert: int, x: Tensor) -> Tensor:
+    return x

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen35moe import backends
+from qwen35moe import backends, ops
 from qwen35moe.config import Config, VisionConfig
 from qwen35moe.modules.hooks import is_plain
 from qwen35moe.ops.precision import wide_dtype, widen
@@ -78,9 +78,9 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """x [patches, width] to the same; cu_seqlens [frames + 1], cos and sin [1, patches, head_dim / 2]."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        query, key = backends.run("rotary", query[None], key[None], *rotation, caller=self)
+        query, key = ops.rotary(query[None], key[None], *rotation, caller=self)
         query, key, value = tap(self, "query", query[0]), tap(self, "key", key[0]), tap(self, "value", value)
-        out = backends.run("vision_attention", query, key, value, cu_seqlens=cu_seqlens, scale=self.scale, caller=self)
+        out = ops.vision_attention(query, key, value, cu_seqlens=cu_seqlens, scale=self.scale, caller=self)
         return tap(self, "output", self.proj(out.flatten(1)))
 
 
@@ -101,7 +101,7 @@ def _gelu(caller: VisionMLP | PatchMerger, x: Tensor, approximate: str) -> Tenso
     """gelu(W_1 x), as one operation unless somebody hears the call of W_1 or has replaced it."""
     linear = caller.linear_fc1
     if is_plain(linear, nn.Linear):
-        return backends.run("gelu_linear", x, linear.weight, linear.bias, approximate=approximate, caller=caller)
+        return ops.gelu_linear(x, linear.weight, linear.bias, approximate=approximate, caller=caller)
     return F.gelu(linear(x), approximate=approximate)
 
 

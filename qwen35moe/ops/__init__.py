@@ -1,1 +1,38 @@
-"""Functions of tensors: each operation's definition first, its fast PyTorch forms beside it, one contract for all."""
+"""The mathematics: one operation per file, as a short definition that runs in float64 and has gradients.
+
+    from qwen35moe import ops
+    output, state = ops.gated_delta_rule(query, key, value, decay=decay, beta=beta)
+
+A call runs the fastest implementation that supports its arguments (`qwen35moe.backends`); `ops.gated_delta_rule.definition`
+is the definition itself. Fast forms in plain PyTorch are in `ops.cpu`, Triton kernels in the package qwen35moe_kernels.
+"""
+
+from __future__ import annotations
+
+from . import cpu
+from .attention import attention
+from .convolution import short_convolution
+from .decode_step import delta_net_step
+from .delta_rule import gated_delta_rule
+from .experts import experts, router
+from .gelu_linear import gelu_linear
+from .losses import linear_cross_entropy
+from .norm import gated_rms_norm, rms_norm
+from .rope import rotary
+from .vision_attention import vision_attention
+
+__all__ = [
+    "attention",
+    "cpu",
+    "delta_net_step",
+    "experts",
+    "gated_delta_rule",
+    "gated_rms_norm",
+    "gelu_linear",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "router",
+    "short_convolution",
+    "vision_attention",
+]

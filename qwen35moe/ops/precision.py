@@ -28,7 +28,10 @@ def without_autocast(function: Function) -> Function:
 
     @functools.wraps(function)
     def exact(*args: Any, **options: Any) -> Any:
-        kind = next(x.device.type for x in args if isinstance(x, Tensor))
+        for x in args:  # the first tensor tells the device; a generator would cost another call
+            if isinstance(x, Tensor):
+                break
+        kind = x.device.type  # pyright: ignore[reportPossiblyUnboundVariable]
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return function(*args, **options)
         with torch.autocast(kind, enabled=False):

@@ -7,8 +7,26 @@ applied in transformers' order: repetition penalty, presence penalty, temperatur
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+# setting: (whether a value is in its range, the range in words, a remark)
+_RANGES: dict[str, tuple[Callable[[float], bool], str, str]] = {
+    "repetition_penalty": (lambda x: x > 0, "be greater than 0", " (1 is none)"),
+    "temperature": (lambda x: 0 < x < torch.inf, "be greater than 0 and finite", ": for greedy decoding leave do_sample=False"),
+    "top_k": (lambda x: x >= 1 and x == int(x), "be at least 1 and a whole number", " (None or 0 in generate() is none)"),
+    "top_p": (lambda x: 0 < x <= 1, "lie in (0, 1]", " (1 is none)"),
+    "min_p": (lambda x: 0 <= x <= 1, "lie in [0, 1]", " (0 is none)"),
+}
+
+
+def check_range(setting: str, value: float) -> None:
+    """ValueError unless the value is in the range of `setting`, a function below: the one place that defines these ranges."""
+    in_range, words, remark = _RANGES[setting]
+    if not in_range(value):
+        raise ValueError(f"{setting} must {words}, got {value}{remark}")
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -31,8 +49,7 @@ def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
     seen [B, V] bool: tokens of the prompt and of the answer so far. penalty > 1 discourages repetition; must be > 0.
     """
-    if not penalty > 0:
-        raise ValueError(f"repetition_penalty must be greater than 0 (1 is none), got {penalty}")
+    check_range("repetition_penalty", penalty)
     x = _wide(logits)
     return torch.where(seen, torch.where(x < 0, x * penalty, x / penalty), x)
 
@@ -47,17 +64,13 @@ def presence_penalty(logits: Tensor, generated: Tensor, penalty: float) -> Tenso
 
 def temperature(logits: Tensor, value: float) -> Tensor:
     """x / value: below 1 sharpens, above 1 flattens. value must be > 0."""
-    if not 0 < value < float("inf"):
-        raise ValueError(
-            f"temperature must be greater than 0 and finite, got {value}: for greedy decoding leave do_sample=False"
-        )
+    check_range("temperature", value)
     return _wide(logits) / value
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Keep the k largest logits, and whatever equals the k-th (ties are common in bfloat16). k >= 1."""
-    if k < 1:
-        raise ValueError(f"top_k must be at least 1 (None or 0 in generate() is none), got {k}")
+    check_range("top_k", k)
     kth = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < kth, -torch.inf)
 
@@ -83,8 +96,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     As in transformers: in ascending order of probability, what has a cumulative probability <= 1 - p is removed; the
     most likely token always stays. 0 < p <= 1.
     """
-    if not 0 < p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {p}")
+    check_range("top_p", p)
     x = _wide(logits)
     ascending, order = x.sort(-1)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
@@ -94,8 +106,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 def min_p(logits: Tensor, p: float) -> Tensor:
     """Keep tokens with probability >= p * (probability of the most likely token), arXiv 2407.01082. 0 <= p <= 1."""
-    if not 0 <= p <= 1:
-        raise ValueError(f"min_p must lie in [0, 1], got {p}")
+    check_range("min_p", p)
     x = _wide(logits)
     probability = x.softmax(-1)
     return x.masked_fill(probability < p * probability.amax(-1, keepdim=True), -torch.inf)

@@ -1,4 +1,4 @@
-"""Text, chat, images and video, to and from what the model takes. Needs the extras [text], [vision], [video]."""
+"""Text, chat messages, images and videos to a model's inputs, and replies back. Extras: [text], [vision], [video]."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Images to what the vision tower takes. Needs the extra [vision] (Pillow).
+"""Images to the inputs of the vision tower. Needs the extra [vision] (Pillow).
 
-Files are untrusted: only common still formats are opened, sizes are looked at before anything is decoded, and whatever a
-decoder raises becomes a ValueError.
+Files are untrusted: only common still-image formats are opened, sizes are checked before decoding, and every decoder error
+becomes a ValueError.
 """
 
 from __future__ import annotations
@@ -18,42 +18,38 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import check_local_file, decoder_errors, item_errors
+from .optional import require
 from .pixels import (
     IMAGE_DEFAULTS,
     MAX_PIXELS,
     PixelSettings,
-    check_divides,
-    fitted_size,
-    into_patches,
+    check_divisible,
+    patchify,
     read_settings,
+    smart_resize,
     value_table,
     write_values,
 )
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "AVIF")
-_MANY = 8  # from so many images on, progress is worth showing
+_PROGRESS_FROM = 8  # number of images from which a progress bar is shown
 
 
 def pillow() -> Any:
-    """The module PIL.Image. ModuleNotFoundError says how to get it."""
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        if error.name != "PIL":
-            raise
-        raise ModuleNotFoundError("images need the package Pillow: pip install 'qwen35moe[vision]'", name="PIL") from None
-    return Image
+    """The module PIL.Image. ModuleNotFoundError names the extra that installs it."""
+    return require("PIL.Image", "images need the package Pillow", "vision")
 
 
 class ImageProcessor:
-    """Images, of whatever kind, to pixel_values and image_grid_thw.
+    """Images to pixel_values and image_grid_thw.
 
         processor = ImageProcessor.from_pretrained(folder)
-        inputs = processor(["cat.png", array])        # pixel_values [patches, 3 * T * p * p] float32, image_grid_thw [n, 3]
+        inputs = processor(["cat.png", array])        # pixel_values [patches, 3 * f * p * p] float32, image_grid_thw [n, 3]
 
-    An image is a path, bytes of a file, a PIL image, or an array or tensor [H, W], [H, W, C] or [C, H, W] of bytes,
-    16-bit integers or floats in 0..1. Orientation in EXIF is obeyed, transparency laid on white, 16 bits reduced to 8 by
-    rounding value / 257. Pixel values are those of transformers' Pillow-based Qwen2VLImageProcessor, bit for bit.
+    An image is a path, the bytes of a file, a PIL image, or an array or tensor [H, W], [H, W, C] or [C, H, W] of uint8,
+    16-bit integers or floats in 0..1. EXIF orientation is applied, transparency is composited on white, 16 bits become
+    8 bits by rounding value / 257. Pixel values equal those of transformers' Pillow-based Qwen2VLImageProcessor bit for bit.
     """
 
     def __init__(self, settings: PixelSettings = IMAGE_DEFAULTS) -> None:
@@ -61,84 +57,84 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> ImageProcessor:
-        """Settings from preprocessor_config.json (or processor_config.json). ValueError where the folder has neither."""
+        """Settings from preprocessor_config.json or processor_config.json. ValueError if the folder has neither."""
         settings = read_settings(Path(folder), "image")
         if settings is None:
-            raise ValueError(f"{folder} holds no preprocessor_config.json: this checkpoint does not say how it sees images")
+            raise ValueError(f"{folder} has no preprocessor_config.json: the settings for images are missing")
         return cls(settings)
 
     def __call__(self, images: Any, *, progress: bool = False, **changes: Any) -> dict[str, Tensor]:
-        """{"pixel_values", "image_grid_thw"} of one image or of a list (which may be nested).
+        """{"pixel_values", "image_grid_thw"} of one image or of a list, which may be nested.
 
-        progress: show a bar where there are many and stderr is a terminal. changes: settings for this call (max_pixels=...).
+        progress: show a bar for 8 or more images if stderr is a terminal. changes: settings of this call (max_pixels=...).
         """
         pillow()
         settings = replace(self.settings, **changes)
-        given = list(flat(images))
-        if not given:
-            raise ValueError("no image was given")
-        bar = tqdm(total=len(given), unit="image", leave=False, disable=None if progress and len(given) >= _MANY else True)
-        with bar, ThreadPoolExecutor(max(1, min(len(given), torch.get_num_threads()))) as pool:
-            found: list[tuple[Tensor, tuple[int, int]]] = []
-            for each in pool.map(lambda numbered: self._one(numbered[0], numbered[1], settings), enumerate(given)):
-                found.append(each)
+        items = list(flatten(images))
+        if not items:
+            raise ValueError("no images")
+        bar = tqdm(total=len(items), unit="image", leave=False,
+                   disable=None if progress and len(items) >= _PROGRESS_FROM else True)  # fmt: skip
+        processed: list[tuple[Tensor, tuple[int, int]]] = []
+        with bar, ThreadPoolExecutor(max(1, min(len(items), torch.get_num_threads()))) as pool:
+            for result in pool.map(lambda item: self._process(item[0], item[1], settings), enumerate(items)):
+                processed.append(result)
                 bar.update()
-        still = [[patches] * settings.temporal_patch_size for patches, _ in found]
-        grids = torch.tensor([(1, *grid) for _, grid in found])
-        return {"pixel_values": values_of(still, settings, fused=False), "image_grid_thw": grids}
+        frames = [[patches] * settings.temporal_patch_size for patches, _ in processed]
+        grids = torch.tensor([(1, *grid) for _, grid in processed])
+        return {"pixel_values": pixel_values(frames, settings, fused=False), "image_grid_thw": grids}
 
-    def _one(self, number: int, image: Any, settings: PixelSettings) -> tuple[Tensor, tuple[int, int]]:
-        """(patches [n, 3, p, p] of bytes, (rows, columns) of patches)."""
-        try:
-            picture = as_rgb(image)
+    def _process(self, index: int, item: Any, settings: PixelSettings) -> tuple[Tensor, tuple[int, int]]:
+        """(patches [n, 3, p, p] uint8, (rows, columns) of patches)."""
+        with item_errors("image", index, item):
+            image = as_rgb(item)
             if settings.do_resize:
-                rows, columns = fitted_size(picture.height, picture.width, settings)
-                picture = picture.resize((columns, rows), pillow().Resampling.BICUBIC)
-            check_divides(picture.height, picture.width, settings)
-        except ValueError as error:
-            what = f" ({os.fspath(image)})" if isinstance(image, (str, os.PathLike)) else ""
-            raise ValueError(f"image {number}{what}: {error}") from error
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
+                height, width = smart_resize(image.height, image.width, settings)
+                image = image.resize((width, height), pillow().Resampling.BICUBIC)
+            check_divisible(image.height, image.width, settings)
         p = settings.patch_size
-        return into_patches(pixels, settings), (picture.height // p, picture.width // p)
+        return patchify(to_tensor(image), settings), (image.height // p, image.width // p)
 
 
-def flat(images: Any) -> Iterator[Any]:
-    """One picture, or those of a list, in order."""
+def flatten(images: Any) -> Iterator[Any]:
+    """The images of a nested list, in order; a single image as it is."""
     if isinstance(images, (list, tuple)):
-        for each in images:
-            yield from flat(each)
+        for image in images:
+            yield from flatten(image)
     else:
         yield images
 
 
-def values_of(items: Sequence[Sequence[Tensor]], settings: PixelSettings, *, fused: bool) -> Tensor:
-    """[patches, 3 * T * p * p] float32 of items, each T frames of patches [n, 3, p, p] of bytes."""
+def to_tensor(image: Any) -> Tensor:
+    """[H, W, 3] uint8 of a PIL image of mode RGB."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def pixel_values(items: Sequence[Sequence[Tensor]], settings: PixelSettings, *, fused: bool) -> Tensor:
+    """[patches, 3 * f * p * p] float32 of items, each f frames of patches [n, 3, p, p] uint8. fused: see `value_table`."""
     table = value_table(settings, fused=fused)
     width = 3 * settings.temporal_patch_size * settings.patch_size**2
-    out, at = torch.empty(sum(len(frames[0]) for frames in items), width), 0
+    out, start = torch.empty(sum(len(frames[0]) for frames in items), width), 0
     for frames in items:
-        write_values(frames, table, out[at : at + len(frames[0])])
-        at += len(frames[0])
+        end = start + len(frames[0])
+        write_values(frames, table, out[start:end])
+        start = end
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------- opening
+# ------------------------------------------------------------------------------------------------------------- decoding
 
 
 def as_rgb(image: Any) -> Any:
-    """A PIL image of mode RGB from anything that may be given. ValueError when it cannot be read or is too large."""
+    """A PIL image of mode RGB. ValueError if the image cannot be read or is too large."""
     library = pillow()
     if isinstance(image, (str, os.PathLike)):
-        if str(image).startswith(("http://", "https://", "data:")):
-            raise ValueError("addresses are not fetched: download the file and give its path")
-        if not Path(image).is_file():
-            raise ValueError("there is no such file")
-        return _upright(lambda: library.open(image, formats=_formats(library)))
+        check_local_file(image)
+        return _decode(lambda: library.open(image, formats=_formats(library)))
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return _upright(lambda: library.open(io.BytesIO(image), formats=_formats(library)))
+        return _decode(lambda: library.open(io.BytesIO(image), formats=_formats(library)))
     if isinstance(image, library.Image):
-        return _upright(lambda: image)
+        return _decode(lambda: image)
     if isinstance(image, Tensor) or hasattr(image, "__array_interface__"):
         return _from_tensor(image if isinstance(image, Tensor) else torch.as_tensor(image.copy()))
     raise ValueError(f"an image is a path, bytes, a PIL image, an array or a tensor, got {type(image).__name__}")
@@ -146,25 +142,22 @@ def as_rgb(image: Any) -> Any:
 
 def _formats(library: Any) -> list[str]:
     library.init()
-    return [each for each in FORMATS if each in library.OPEN]
+    return [name for name in FORMATS if name in library.OPEN]
 
 
-def _upright(opened: Any) -> Any:
-    """Decode, turn as EXIF says, and bring to RGB."""
+def _decode(open_image: Any) -> Any:
+    """Open, check the size, decode, apply the EXIF orientation, convert to RGB."""
     from PIL import ImageOps
 
-    try:
-        image = opened()
+    with decoder_errors():
+        image = open_image()
         width, height = image.size
         if width < 1 or height < 1 or width * height > MAX_PIXELS:
-            raise ValueError(f"it has {height} x {width} pixels; 1 to {MAX_PIXELS:,} in all are accepted")
-        return _colours(ImageOps.exif_transpose(image))
-    except Exception as error:  # decoders raise anything on damaged files
-        said = str(error) if isinstance(error, (ValueError, OSError)) and str(error) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"it cannot be read: {said}") from error
+            raise ValueError(f"{height} x {width} pixels; 1 to {MAX_PIXELS:,} pixels are supported")
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
-def _colours(image: Any) -> Any:
+def _to_rgb(image: Any) -> Any:
     library = pillow()
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
@@ -179,7 +172,7 @@ def _colours(image: Any) -> Any:
 
 
 def _from_tensor(image: Tensor, bits: int | None = None) -> Any:
-    """A PIL image of [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4 (the fourth is opacity)."""
+    """A PIL image of [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4 (RGBA)."""
     library, shape = pillow(), tuple(image.shape)
     if image.dim() == 2:
         image = image[..., None]
@@ -189,25 +182,24 @@ def _from_tensor(image: Tensor, bits: int | None = None) -> Any:
         image = image.permute(1, 2, 0)
     height, width, channels = image.shape
     if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f"it has {height} x {width} pixels; 1 to {MAX_PIXELS:,} in all are accepted")
+        raise ValueError(f"{height} x {width} pixels; 1 to {MAX_PIXELS:,} pixels are supported")
     data = bytearray(image.numel())
-    torch.frombuffer(data, dtype=torch.uint8).copy_(_bytes(image.detach().cpu(), bits).reshape(-1))
-    return _colours(library.frombytes({1: "L", 3: "RGB", 4: "RGBA"}[channels], (width, height), bytes(data)))
+    torch.frombuffer(data, dtype=torch.uint8).copy_(_to_uint8(image.detach().cpu(), bits).reshape(-1))
+    return _to_rgb(library.frombytes({1: "L", 3: "RGB", 4: "RGBA"}[channels], (width, height), bytes(data)))
 
 
-def _bytes(image: Tensor, bits: int | None) -> Tensor:
+def _to_uint8(image: Tensor, bits: int | None) -> Tensor:
     """uint8 of integers of 8 or 16 bits, or of floats in 0..1."""
     if image.dtype == torch.uint8:
         return image
     if image.dtype == torch.uint16 or bits == 16:
         image = image.to(torch.int32)
         if bool(((image < 0) | (image > 65_535)).any()):
-            raise ValueError(f"its values {int(image.min())}..{int(image.max())} are not those of 16 bits")
-        return ((image + 128) // 257).to(torch.uint8)  # value / 257 rounded: 65535 is 255 exactly
+            raise ValueError(f"values {int(image.min())}..{int(image.max())} do not fit in 16 bits")
+        return ((image + 128) // 257).to(torch.uint8)  # value / 257 rounded: 65535 gives exactly 255
     if not image.is_floating_point():
         raise ValueError(f"pixels are uint8, uint16 or floats in 0..1, got {image.dtype}")
     if not bool(((image >= 0) & (image <= 1)).all()):
         low, high = float(image.min()), float(image.max())
-        raise ValueError(f"floating pixels lie in 0..1, got {low:.4g}..{high:.4g}: divide by 255, or give uint8")
+        raise ValueError(f"float pixels must lie in 0..1, got {low:.4g}..{high:.4g}: divide by 255, or pass uint8")
     return (image.float() * 255).round().to(torch.uint8)
-

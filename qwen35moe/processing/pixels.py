@@ -1,14 +1,13 @@
-"""From pictures of any size to the patches that the vision tower takes: how large, in which order, with which values.
+"""Pixels of images and video frames to the rows of pixel_values, and back: size, order of patches, values.
 
-    value = (byte / 255 - mean) / std          row = one patch, its values in the order [C, T, p, p]
+    value = (byte / 255 - mean) / std          row = one patch, its values in the order [3, f, p, p]
 
-C channels, T frames that a patch covers, p its side in pixels. The rows of a frame come in groups of m x m neighbours,
-because the tower merges each such group into one token.
+3 channels, f frames per patch, p the side of a patch in pixels. The rows of a frame come in groups of m x m neighbouring
+patches, because the vision tower merges each group into one token.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_ASPECT = 200  # a longer side more than so many times the shorter one is refused, as in transformers
-MAX_PIXELS = 1 << 27  # of one picture in a file (134 million): more is taken for a decompression bomb
-BICUBIC = 3  # as Pillow numbers its filters
+from .files import read_json
 
-# Keys of the files that say nothing about the pixels, or what the code below does anyway.
+MAX_ASPECT = 200  # larger ratios of the sides are refused, as in transformers
+MAX_PIXELS = 1 << 27  # of one image (134 million): larger files are treated as decompression bombs
+BICUBIC = 3  # Pillow's number of the filter
+
+# Keys of the config files that do not change the pixels, or whose effect is always on.
 _INERT = {
     *("processor_class", "image_processor_type", "video_processor_type", "feature_extractor_type", "auto_map", "backend"),
     *("do_convert_rgb", "default_to_square", "data_format", "input_data_format", "device", "disable_grouping"),
@@ -33,7 +34,8 @@ _INERT = {
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """What preprocessor_config.json and video_preprocessor_config.json say. Pixels of a video count over all frames."""
+    """Settings of preprocessor_config.json and video_preprocessor_config.json. For a video, min_pixels and max_pixels
+    count the pixels of all frames."""
 
     min_pixels: int = 65_536
     max_pixels: int = 16_777_216
@@ -56,53 +58,53 @@ class PixelSettings:
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "min_frames", "max_frames"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.num_frames is not None and (not isinstance(self.num_frames, int) or self.num_frames < 1):
-            raise ValueError(f"num_frames must be a whole number of at least 1 or absent, got {self.num_frames!r}")
+            raise ValueError(f"num_frames must be an integer of at least 1 or None, got {self.num_frames!r}")
         for name in ("rescale_factor", "fps", "image_std"):
             value = getattr(self, name)
             numbers = value if isinstance(value, tuple) else (value,)
-            if not all(isinstance(each, (int, float)) and 0 < each < math.inf for each in numbers):
+            if not all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers):
                 raise ValueError(f"{name} must be positive, got {value!r}")
         if len(self.image_mean) != 3 or len(self.image_std) != 3:
             raise ValueError(f"image_mean {self.image_mean} and image_std {self.image_std} must have 3 values, for 3 channels")
-        if not all(isinstance(each, (int, float)) and abs(each) < math.inf for each in self.image_mean):
+        if not all(isinstance(number, (int, float)) and abs(number) < math.inf for number in self.image_mean):
             raise ValueError(f"image_mean must hold numbers, got {self.image_mean!r}")
         if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}")
+            raise ValueError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
 
     @property
     def factor(self) -> int:
-        """Sides are multiples of this: a token is so many pixels wide."""
+        """The side of a token in pixels; image sides are multiples of it."""
         return self.patch_size * self.merge_size
 
-    def with_values(self, given: dict[str, Any], where: str) -> PixelSettings:
-        """These settings with what a file (or a caller) says. ValueError names a key that is not implemented."""
-        values, known = dict(given), {each.name for each in fields(self)}
-        size = values.pop("size", None) or {}
+    def with_values(self, values: dict[str, Any], source: str) -> PixelSettings:
+        """These settings updated with the values of a config file. ValueError names `source` and a key that is not
+        implemented."""
+        updates, names = dict(values), {field.name for field in fields(self)}
+        size = updates.pop("size", None) or {}
         if not isinstance(size, dict) or set(size) - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}:
-            raise ValueError(f"{where}: size must hold shortest_edge and longest_edge (numbers of pixels), got {size!r}")
-        for name, old in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            found = values.get(name) or size.get(name) or size.get(old)
-            if found is not None:
-                values[name] = found
-        if values.pop("resample", BICUBIC) not in (None, BICUBIC):
-            raise ValueError(f"{where}: resample {given['resample']!r} is not implemented; bicubic ({BICUBIC}) is")
-        for name in [name for name in values if name not in known]:
-            if name in _INERT or not values[name]:
-                values.pop(name)
-                continue
-            raise ValueError(f"{where}: {name} = {values[name]!r} is not implemented")
+            raise ValueError(f"{source}: size must hold shortest_edge and longest_edge (numbers of pixels), got {size!r}")
+        for name, old_name in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            value = updates.get(name) or size.get(name) or size.get(old_name)
+            if value is not None:
+                updates[name] = value
+        if updates.pop("resample", BICUBIC) not in (None, BICUBIC):
+            raise ValueError(f"{source}: resample {values['resample']!r} is not implemented, only bicubic ({BICUBIC}) is")
+        for name in [name for name in updates if name not in names]:
+            value = updates.pop(name)
+            if value and name not in _INERT:
+                raise ValueError(f"{source}: {name} = {value!r} is not implemented")
         for name in ("image_mean", "image_std"):
-            if isinstance(found := values.get(name), (int, float)):
-                values[name] = (found,) * 3
-            elif isinstance(found, list):
-                values[name] = tuple(found)
-        values = {name: value for name, value in values.items() if value is not None}
+            if isinstance(value := updates.get(name), (int, float)):
+                updates[name] = (value,) * 3
+            elif isinstance(value, list):
+                updates[name] = tuple(value)
+        updates = {name: value for name, value in updates.items() if value is not None}
         try:
-            return replace(self, **values)
+            return replace(self, **updates)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{source}: {error}") from None
 
 
 IMAGE_DEFAULTS = PixelSettings()
@@ -110,44 +112,34 @@ VIDEO_DEFAULTS = PixelSettings(min_pixels=4_096, max_pixels=25_165_824)
 
 
 def read_settings(folder: Path, kind: str) -> PixelSettings | None:
-    """The settings for kind "image" or "video" in a checkpoint's folder; None where no file has any.
+    """The settings for kind "image" or "video" in a checkpoint folder; None if no file has any.
 
-    A part of processor_config.json (as transformers 5 saves it) comes before the published file of its own.
+    A section of processor_config.json, which transformers 5 writes, takes precedence over the kind's own file.
     """
     defaults = VIDEO_DEFAULTS if kind == "video" else IMAGE_DEFAULTS
-    own = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}[kind]
-    for name in ("processor_config.json", own):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is no JSON: {error}") from error
-        if name != own:
-            values = values.get(f"{kind}_processor") if isinstance(values, dict) else None
-            if values is None:
-                continue
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} must hold an object, got {type(values).__name__}")
-        return defaults.with_values(values, str(file))
-    return None
+    joint, own = folder / "processor_config.json", folder / f"{'video_' if kind == 'video' else ''}preprocessor_config.json"
+    section = read_json(joint).get(f"{kind}_processor")
+    if section is not None:
+        if not isinstance(section, dict):
+            raise ValueError(f"{joint}: {kind}_processor must hold an object, got {type(section).__name__}")
+        return defaults.with_values(section, str(joint))
+    return defaults.with_values(read_json(own), str(own)) if own.is_file() else None
 
 
-def fitted_size(height: int, width: int, settings: PixelSettings, frames: int | None = None) -> tuple[int, int]:
-    """The size [height, width] that a picture is brought to: multiples of patch * merge, nearly its own shape, with
+def smart_resize(height: int, width: int, settings: PixelSettings, frames: int | None = None) -> tuple[int, int]:
+    """The size (height, width) to resize to: multiples of patch * merge, nearly the same aspect ratio, and
     min_pixels <= pixels <= max_pixels. For a video of `frames` frames the pixels of all frames count.
 
-    Qwen's rule: round both sides; if that is too much or too little, scale both by the same factor first.
+    Qwen's rule: round both sides; if the result has too many or too few pixels, scale both sides by the same factor first.
     """
     factor, count = settings.factor, frames or 1
     if height < 1 or width < 1:
-        raise ValueError(f"a picture of {height} x {width} pixels has nothing to show")
+        raise ValueError(f"{height} x {width} pixels: both sides must be at least 1")
     if frames is not None and min(height, width) < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) / min(height, width) > MAX_ASPECT:
-        raise ValueError(f"a picture of {height} x {width} pixels is more than {MAX_ASPECT} times as long as wide: crop it")
+        raise ValueError(f"{height} x {width} pixels: the aspect ratio is above {MAX_ASPECT}, crop it")
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     counted = 1 if frames is None else round(frames / settings.temporal_patch_size) * settings.temporal_patch_size
     if counted * rows * columns > settings.max_pixels:
@@ -159,26 +151,26 @@ def fitted_size(height: int, width: int, settings: PixelSettings, frames: int | 
     return max(rows, factor), max(columns, factor)
 
 
-def check_divides(height: int, width: int, settings: PixelSettings) -> None:
-    """ValueError unless the sides are whole tokens, for pictures that are not resized."""
+def check_divisible(height: int, width: int, settings: PixelSettings) -> None:
+    """ValueError unless the sides are multiples of a token's side."""
     if height % settings.factor or width % settings.factor or not height * width:
         raise ValueError(
-            f"a picture of {height} x {width} pixels does not divide into tokens of {settings.factor} x {settings.factor}: "
-            "resize it, or leave do_resize on"
+            f"{height} x {width} pixels do not divide into tokens of {settings.factor} x {settings.factor} pixels: "
+            "resize, or leave do_resize on"
         )
 
 
 def value_table(settings: PixelSettings, *, fused: bool) -> Tensor:
-    """[3, 256] float32: what each byte becomes in each channel.
+    """[3, 256] float32: the value of each byte in each channel.
 
-    transformers rounds differently in its two ways of doing this, and a table holds either exactly: images through
-    Pillow are scaled in float64 and normalised in float32; videos have the scale folded into mean and deviation (`fused`).
+    transformers rounds differently in its two code paths, and the table reproduces both exactly: its Pillow path for images
+    rescales in float64 and normalises in float32; its video path folds the rescaling into mean and std (`fused`).
     """
     byte = torch.arange(256)
-    mean, std = (torch.tensor(each, dtype=torch.float32)[:, None] for each in (settings.image_mean, settings.image_std))
+    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None] for values in (settings.image_mean, settings.image_std))
     if fused and settings.do_rescale and settings.do_normalize:
-        undo = 1.0 / settings.rescale_factor
-        return (byte.float() - mean * undo) / (std * undo)
+        scale = 1.0 / settings.rescale_factor
+        return (byte.float() - mean * scale) / (std * scale)
     if fused and settings.do_rescale:
         values = byte * settings.rescale_factor
     else:
@@ -186,58 +178,58 @@ def value_table(settings: PixelSettings, *, fused: bool) -> Tensor:
     return (values - mean) / std if settings.do_normalize else values.expand(3, -1)
 
 
-def into_patches(picture: Tensor, settings: PixelSettings) -> Tensor:
-    """[patches, 3, p, p] bytes of a picture [H, W, 3], in the tower's order: groups of m x m neighbours, row by row."""
-    height, width, _ = picture.shape
+def patchify(image: Tensor, settings: PixelSettings) -> Tensor:
+    """[patches, 3, p, p] of an image [H, W, 3], in the order of the vision tower: groups of m x m patches, row by row."""
+    height, width, _ = image.shape
     p, m = settings.patch_size, settings.merge_size
-    split = picture.view(height // (p * m), m, p, width // (p * m), m, p, 3)
-    return split.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, p, p)
+    groups = image.view(height // (p * m), m, p, width // (p * m), m, p, 3)
+    return groups.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, p, p)
 
 
-def from_patches(patches: Tensor, rows: int, columns: int, settings: PixelSettings) -> Tensor:
-    """The picture [rows * p, columns * p, 3] of patches [rows * columns, 3, p, p] in the tower's order, of any dtype:
-    the inverse of `into_patches`. rows and columns count patches. ValueError where that is not their number."""
+def unpatchify(patches: Tensor, rows: int, columns: int, settings: PixelSettings) -> Tensor:
+    """The inverse of `patchify`: the image [rows * p, columns * p, 3] of patches [rows * columns, 3, p, p], in any dtype.
+    ValueError if the number or the size of the patches does not fit."""
     p, m = settings.patch_size, settings.merge_size
     if rows % m or columns % m or list(patches.shape) != [rows * columns, 3, p, p]:
         raise ValueError(
             f"{rows} x {columns} patches, multiples of {m}, are [{rows * columns}, 3, {p}, {p}], got {list(patches.shape)}: "
-            "these are other settings than the picture was cut with"
+            "pass the settings that the patches were made with"
         )
     groups = patches.reshape(rows // m, columns // m, m, m, 3, p, p)
     return groups.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * p, columns * p, 3)
 
 
-def pictures_of(values: Tensor, grid: tuple[int, int, int], settings: PixelSettings) -> Tensor:
-    """The pictures [t * T, rows * p, columns * p, 3] in bytes that became the rows of pixel_values of one item.
+def images_from_values(values: Tensor, grid: tuple[int, int, int], settings: PixelSettings) -> Tensor:
+    """The frames [t * f, rows * p, columns * p, 3] uint8 of one item of pixel_values, exactly as the processor resized them.
 
-    values [t * rows * columns, 3 * T * p * p], grid (t, rows, columns) as in image_grid_thw or video_grid_thw:
-    byte = 255 (value std + mean), rounded. What a processor made comes back bit for bit. ValueError where shapes differ.
+    values [t * rows * columns, 3 * f * p * p], grid (t, rows, columns) as in image_grid_thw or video_grid_thw;
+    byte = 255 (value std + mean), rounded. ValueError if the shapes do not fit.
     """
     t, rows, columns = grid
-    p, pictures = settings.patch_size, settings.temporal_patch_size
-    if list(values.shape) != (wanted := [t * rows * columns, 3 * pictures * p * p]):
-        raise ValueError(f"a grid of {t} x {rows} x {columns} patches has values {wanted}, got {list(values.shape)}")
-    found = values.double().view(t, rows * columns, 3, pictures, p, p)
+    p, f = settings.patch_size, settings.temporal_patch_size
+    if list(values.shape) != (expected := [t * rows * columns, 3 * f * p * p]):
+        raise ValueError(f"a grid of {t} x {rows} x {columns} patches has values {expected}, got {list(values.shape)}")
+    pixels = values.double().view(t, rows * columns, 3, f, p, p)
     if settings.do_normalize:
-        mean, std = (torch.tensor(each, dtype=torch.float64, device=values.device).view(3, 1, 1, 1)
-                     for each in (settings.image_mean, settings.image_std))  # fmt: skip
-        found = found * std + mean
+        mean, std = (torch.tensor(numbers, dtype=torch.float64, device=values.device).view(3, 1, 1, 1)
+                     for numbers in (settings.image_mean, settings.image_std))  # fmt: skip
+        pixels = pixels * std + mean
     if settings.do_rescale:
-        found = found / settings.rescale_factor
-    frames = found.round().clamp(0, 255).to(torch.uint8).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
-    return torch.stack([from_patches(patches, rows, columns, settings) for patches in frames])
+        pixels = pixels / settings.rescale_factor
+    frames = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
+    return torch.stack([unpatchify(patches, rows, columns, settings) for patches in frames])
 
 
 def write_values(frames: Sequence[Tensor], table: Tensor, out: Tensor) -> None:
-    """The values of T frames' patches, each [patches, 3, p, p] bytes, into out [patches, 3 * T * p * p] float32."""
+    """Write the values of f frames, patches [patches, 3, p, p] uint8 each, into out [patches, 3 * f * p * p] float32."""
     patches, channels, p, _ = frames[0].shape
-    places = out.view(patches, channels, len(frames), p * p)
+    values = out.view(patches, channels, len(frames), p * p)
     offsets = 256 * torch.arange(channels, dtype=torch.int32)[:, None]
     previous = None
-    for number, frame in enumerate(frames):
-        if frame is previous:  # a still image is shown T times
-            places[:, :, number] = places[:, :, number - 1]
+    for t, frame in enumerate(frames):
+        if frame is previous:  # an image is repeated f times
+            values[:, :, t] = values[:, :, t - 1]
             continue
         index = frame.flatten(2).to(torch.int32).add_(offsets)
-        places[:, :, number] = table.flatten().index_select(0, index.flatten()).view(index.shape)
+        values[:, :, t] = table.flatten().index_select(0, index.flatten()).view(index.shape)
         previous = frame

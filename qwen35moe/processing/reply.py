@@ -1,4 +1,4 @@
-"""What a model answered, taken apart: its reasoning, the answer, the calls of tools.
+"""A model's reply, parsed: reasoning, answer and tool calls.
 
     reasoning </think> answer <tool_call><function=NAME><parameter=KEY> value </parameter></function></tool_call>
 """
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-THINK, THOUGHT, CALL, CALLED = "<think>", "</think>", "<tool_call>", "</tool_call>"
-MARKUP = (THINK, THOUGHT, CALL, CALLED)
+THINK_START, THINK_END, CALL_START, CALL_END = "<think>", "</think>", "<tool_call>", "</tool_call>"
+MARKUP = (THINK_START, THINK_END, CALL_START, CALL_END)
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
@@ -20,7 +20,7 @@ _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.D
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function's name and its arguments: strings as written, or values where the tool's schema says their type."""
+    """A function's name and its arguments: strings, or values of the types that the tool's schema declares."""
 
     name: str
     arguments: dict[str, Any]
@@ -28,9 +28,9 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Reply:
-    """reasoning and content without the newlines at their ends; a call that cannot be read stays in the content.
+    """reasoning and content without newlines at their ends; a malformed tool call stays in the content.
 
-    thinking: the reply ended before its reasoning did.
+    thinking: the reply ended inside its reasoning.
     """
 
     reasoning: str
@@ -39,7 +39,7 @@ class Reply:
     thinking: bool = False
 
     def message(self) -> dict[str, Any]:
-        """The reply as a message, to go on with."""
+        """The reply as an assistant message, to append to the conversation."""
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
@@ -52,38 +52,39 @@ class Reply:
 def parse_pieces(
     pieces: Sequence[tuple[bool, str]], *, thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
 ) -> Reply:
-    """A Reply from (is a control token, text) in turn. thinking: the prompt ended inside <think>, so the reply begins there."""
+    """A Reply from (is a control token, text) in order. thinking: the prompt ended inside <think>."""
     reasoning, content, calls = "", "", []
-    schemas = {each["name"]: each for tool in tools or () if (each := tool.get("function", tool)).get("name")}
-    inside: str | None = None  # the text of a call so far
+    functions = (tool.get("function", tool) for tool in tools or ())
+    schemas = {function["name"]: function for function in functions if function.get("name")}
+    call_text: str | None = None  # the text of an open call so far
     for control, text in pieces:
-        mark = text if control else None
-        if mark == THOUGHT and thinking:
+        token = text if control else None
+        if token == THINK_END and thinking:
             thinking = False
-        elif mark == THINK and not thinking and not content.strip() and not calls and inside is None:
+        elif token == THINK_START and not thinking and not content.strip() and not calls and call_text is None:
             thinking = True
         elif thinking:
             reasoning += text
-        elif mark == CALL:
-            content += "" if inside is None else CALL + inside
-            inside = ""
-        elif mark == CALLED and inside is not None:
-            call = _call(inside, schemas)
+        elif token == CALL_START:
+            content += "" if call_text is None else CALL_START + call_text
+            call_text = ""
+        elif token == CALL_END and call_text is not None:
+            call = _parse_call(call_text, schemas)
             if call is None:
-                content += CALL + inside + CALLED
+                content += CALL_START + call_text + CALL_END
             else:
                 calls.append(call)
-            inside = None
-        elif inside is not None:
-            inside += text
+            call_text = None
+        elif call_text is not None:
+            call_text += text
         else:
             content += text
-    content += "" if inside is None else CALL + inside
+    content += "" if call_text is None else CALL_START + call_text
     return Reply(reasoning.strip("\n"), content.strip("\n"), tuple(calls), thinking)
 
 
-def _call(text: str, schemas: Mapping[str, Any]) -> ToolCall | None:
-    """The call written in the text, or None."""
+def _parse_call(text: str, schemas: Mapping[str, Any]) -> ToolCall | None:
+    """The tool call written in the text, or None if it is malformed."""
     function = _FUNCTION.fullmatch(text)
     if function is None:
         return None
@@ -91,14 +92,15 @@ def _call(text: str, schemas: Mapping[str, Any]) -> ToolCall | None:
     if _PARAMETER.sub("", body).strip():
         return None
     types = (schemas.get(name, {}).get("parameters") or {}).get("properties") or {}
-    return ToolCall(name, {each[1].strip(): _value(each[2], types.get(each[1].strip())) for each in _PARAMETER.finditer(body)})
+    parameters = ((match[1].strip(), match[2]) for match in _PARAMETER.finditer(body))
+    return ToolCall(name, {key: _value(text, types.get(key)) for key, text in parameters})
 
 
 def _value(text: str, schema: Any) -> Any:
-    """The text, or its value where the schema allows no string."""
-    kinds = schema.get("type") if isinstance(schema, Mapping) else None
-    kinds = [kinds] if isinstance(kinds, str) else kinds or ["string"]
-    if "string" in kinds:
+    """The text itself, or its JSON value if the schema does not allow a string."""
+    types = schema.get("type") if isinstance(schema, Mapping) else None
+    types = [types] if isinstance(types, str) else types or ["string"]
+    if "string" in types:
         return text
     try:
         return json.loads(text)

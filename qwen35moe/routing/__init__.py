@@ -1,13 +1,17 @@
-"""What the routers chose, as data: captured by one run, replayed or decided in another, counted and drawn.
+"""The experts that the routers choose, as data: recorded by one forward, forced on another, counted and drawn.
 
     out = model(ids, output_routing=True)             out.routing: a Routing
-    model(ids, routing=out.routing)                   indices and weights as given
-    model(ids, routing=out.routing.indices_only())    indices as given, weights from the live logits, gradient to the router
-    model(ids, routing=lambda layer, logits: ...)     (indices, weights) or indices decided by a function
-    model(ids, routing=ablate([5], top_k=8))          ... or by one that is ready-made: decisions.py
+    model(ids, routing=out.routing)                   these indices and weights
+    model(ids, routing=out.routing.indices_only())    these indices, weights from the live logits, gradient to the router
+    model(ids, routing=lambda layer, logits: ...)     (indices, weights) or indices returned by a function
+    model(ids, routing=ablate([5], top_k=8))          ... by a ready-made one
 
-value.py holds the value and how it is put together, file.py its form on disk, replay.py what a forward call makes of
-`routing=`, decisions.py ready-made functions, statistics.py what is counted, plots.py the pictures (needs matplotlib).
+value.py          `Routing` and how sequences are combined
+file.py           saving and loading
+forced.py         `ForcedRouting`: the argument `routing=` of a forward call
+interventions.py  ready-made functions for `routing=`
+statistics.py     load, entropy, co-activation, margins, agreement
+plots.py          figures of them (needs matplotlib)
 """
 
 from __future__ import annotations
@@ -15,13 +19,13 @@ from __future__ import annotations
 from .forced import ForcedRouting, Intervention
 from .interventions import ablate, balance, bias, force, sample
 from .statistics import agreement, coactivation, dead_experts, entropy, expert_load, flips, imbalance, margins
-from .value import FREE, RouterOutput, Routing
+from .value import UNFORCED, RouterOutput, Routing
 
 __all__ = [
-    "FREE",
-    "RouterOutput",
-    "Intervention",
+    "UNFORCED",
     "ForcedRouting",
+    "Intervention",
+    "RouterOutput",
     "Routing",
     "ablate",
     "agreement",

@@ -1,7 +1,7 @@
-"""VisualInputs of a routing: load by layer and expert, margins, co-activation. Needs matplotlib (extra `plot`).
+"""Figures of a routing: load by layer and expert, margins, co-activation. Needs matplotlib (extra `plot`).
 
-    draw(routing, "routing.png")                      all of them on one page
-    plot_load(routing, axes)                          one, on axes of the caller's own figure
+    draw(routing, "routing.png")                      all plots on one page
+    plot_load(routing, axes)                          one plot, on axes of the caller's figure
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .value import Routing
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib Figure without a window; ValueError with the way out where there is no matplotlib."""
+    """A matplotlib Figure without a window; ValueError with the install command where matplotlib is missing."""
     try:
         from matplotlib import figure
     except ModuleNotFoundError as error:
@@ -29,7 +29,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def plot_load(routing: Routing, axes: Any) -> None:
-    """Heat map, a row per layer, a column per expert: load over the even load, E f_e; 1 is white."""
+    """Heat map, a row per layer, a column per expert: load divided by the even load, E f_e; 1 is white."""
     relative = (expert_load(routing) * routing.num_experts).cpu().numpy()
     farthest = max(float(abs(relative - 1).max()), 1e-9)
     image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=1 - farthest, vmax=1 + farthest, interpolation="nearest")
@@ -40,35 +40,35 @@ def plot_load(routing: Routing, axes: Any) -> None:
 
 
 def plot_margins(routing: Routing, axes: Any, values: Tensor | None = None) -> None:
-    """For each layer the share of tokens whose top-k margin lies below x. values [L, N']: margins from elsewhere, when
-    the routing has no logits."""
+    """For each layer the share of tokens whose top-k margin is below x. values [L, N]: the margins, for a routing without
+    logits."""
     values = (margins(routing) if values is None else values).detach().double().cpu()
     for row, layer in zip(values, routing.layers, strict=True):
         finite = row[row.isfinite() & (row > 0)].sort().values
         if finite.numel():
-            place = (torch.arange(finite.numel()) + 1 + (row.numel() - finite.numel())) / row.numel()
-            axes.plot(finite.numpy(), place.numpy(), label=f"layer {layer}", linewidth=1)
+            share = (torch.arange(finite.numel()) + 1 + (row.numel() - finite.numel())) / row.numel()
+            axes.plot(finite.numpy(), share.numpy(), label=f"layer {layer}", linewidth=1)
     axes.set(title="top-k margin of the logits", xlabel="margin", ylabel="share of tokens below", xscale="log", ylim=(0, 1))
     if len(routing.layers) <= 8:
         axes.legend(fontsize=7)
 
 
 def plot_coactivation(routing: Routing, axes: Any, layer: int | None = None) -> None:
-    """Heat map over pairs of experts of one layer (the first one by default): log2 of C_ij over what independent choices
-    of S different experts with these loads would give about, C_ii C_jj (S-1) E / (S (E-1)). 0: as often as by chance.
+    """Heat map over pairs of experts of one layer (by default the first): log2 of C_ij divided by its approximate value for
+    independent choices of k different experts with these loads, C_ii C_jj (k-1) E / (k (E-1)). 0: as often as by chance.
 
-    The diagonal and pairs that were never seen stay blank.
+    The diagonal and pairs that were never chosen together are blank.
     """
     number = routing.layers[0] if layer is None else layer
     if number not in routing.layers:
-        raise ValueError(f"the routing holds layers {routing.layers}, not {number}")
+        raise ValueError(f"the routing has layers {routing.layers}, not {number}")
     together = coactivation(routing)[routing.layers.index(number)].cpu()
-    alone, slots, experts = together.diagonal(), routing.indices.shape[-1], routing.num_experts
-    chance = (slots - 1) * experts / (slots * max(experts - 1, 1))
-    lift = (together / (alone[:, None] * alone[None] * chance)).log2().fill_diagonal_(math.nan)
+    single, k, experts = together.diagonal(), routing.indices.shape[-1], routing.num_experts
+    chance = (k - 1) * experts / (k * max(experts - 1, 1))
+    lift = (together / (single[:, None] * single[None] * chance)).log2().fill_diagonal_(math.nan)
     lift[~lift.isfinite()] = math.nan
-    seen = lift[~lift.isnan()]
-    farthest = float(seen.abs().max()) if seen.numel() else 1.0
+    finite = lift[~lift.isnan()]
+    farthest = float(finite.abs().max()) if finite.numel() else 1.0
     image = axes.imshow(lift.numpy(), cmap="PuOr", vmin=-farthest, vmax=farthest, interpolation="nearest")
     axes.figure.colorbar(image, ax=axes)
     axes.set(title=f"chosen together, layer {number}: log2 of C / chance", xlabel="expert", ylabel="expert")
@@ -77,16 +77,16 @@ def plot_coactivation(routing: Routing, axes: Any, layer: int | None = None) -> 
 
 
 def draw(routing: Routing, path: str | os.PathLike[str], *, margin: Tensor | None = None, title: str | None = None) -> None:
-    """All pictures on one page, co-activation of the first and the last layer; the ending of `path` says the format."""
+    """All plots on one page, co-activation of the first and the last layer; the suffix of `path` sets the file format."""
     has_margins = margin is not None or routing.logits is not None
-    ends = list(dict.fromkeys((routing.layers[0], routing.layers[-1])))
+    outer_layers = list(dict.fromkeys((routing.layers[0], routing.layers[-1])))
     figure = new_figure(9, 2.6 + 0.12 * len(routing.layers) + 3.4)
     rows = figure.add_gridspec(2, 2, height_ratios=(1.6 + 0.12 * len(routing.layers), 3.4))
     plot_load(routing, figure.add_subplot(rows[0, 0] if has_margins else rows[0, :]))
     if has_margins:
         plot_margins(routing, figure.add_subplot(rows[0, 1]), margin)
-    for place, layer in enumerate(ends):
-        plot_coactivation(routing, figure.add_subplot(rows[1, place]), layer)
+    for column, layer in enumerate(outer_layers):
+        plot_coactivation(routing, figure.add_subplot(rows[1, column]), layer)
     if title:
         figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwen35moe import backends, taps
-from qwen35moe.backends import calls as calls_module
-from qwen35moe.backends import choice, table
+from qwen35moe import backends, ops, taps
+from qwen35moe.backends import record
+from qwen35moe.backends.operation import CHOICES, TABLE, recomputing
+
+cases_module: Any = importlib.import_module("qwen35moe.backends.cases")
+table: Any = importlib.import_module("qwen35moe.backends.operation")  # `backends.operation` is the decorator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,18 +46,22 @@ def even(x: Tensor, weight: Tensor, *, eps: float) -> str | None:
 def own_table() -> Iterator[None]:
     """All process-wide state as it was afterwards; meanwhile rms_norm has one implementation, `plain`."""
     backends.implementations("rms_norm")
-    stores: list[Any] = [table.TABLE, table.CASES, choice.LAST, choice.REFUSED, choice._choices]
-    before = [{key: list(value) if isinstance(value, list) else value for key, value in s.items()} for s in stores]
-    said = set(choice._said)
-    for store in (choice._said, choice.LAST, choice.REFUSED, choice._choices, table.TABLE["rms_norm"]):
+    entries = {name: op.entries for name, op in TABLE.items()}
+    last = {name: (op.last, op.refused, dict(op.reasons)) for name, op in TABLE.items()}
+    choices, logged, added = dict(CHOICES), set(record._logged), dict(cases_module._added)
+    for op in TABLE.values():
+        op.last, op.refused, op.reasons = None, (), {}
+    for store in (record._logged, CHOICES):
         store.clear()
+    TABLE["rms_norm"].assign([])
     backends.register("rms_norm", "torch", plain)
     yield
-    for store, old in zip(stores, before, strict=True):
+    for name, op in TABLE.items():
+        op.assign(entries[name])
+        op.last, op.refused, op.reasons = last[name]
+    for store, before in ((CHOICES, choices), (record._logged, logged), (cases_module._added, added)):
         store.clear()
-        store.update(old)
-    choice._said.clear()
-    choice._said.update(said)
+        store.update(before)
 
 
 @pytest.fixture
@@ -97,7 +105,7 @@ class TestAuto:
 
     def test_resolve_says_who_would_run_and_leaves_no_trace(self, arguments: tuple[Tensor, Tensor]) -> None:
         assert backends.resolve("rms_norm", *arguments, eps=1.0).fn is plain
-        assert "rms_norm" not in choice.LAST
+        assert TABLE["rms_norm"].last is None
 
     def test_a_form_without_backward_steps_aside_for_gradients(self, arguments: tuple[Tensor, Tensor]) -> None:
         backends.register("rms_norm", "fast", twice, before="torch", differentiable=False)
@@ -190,12 +198,12 @@ class TestForcedChoice:
             backends.run("norm", 1)
         with pytest.raises(ValueError, match="unknown operation"):
             backends.describe("norm")
-        assert choice._choices == {}
+        assert CHOICES == {}
 
     def test_nothing_is_set_when_one_of_several_names_is_wrong(self) -> None:
         with pytest.raises(ValueError):
             backends.use(rms_norm="torch", experts="nobody's")
-        assert choice._choices == {}
+        assert CHOICES == {}
 
     def test_short_names(self) -> None:
         assert backends.checked_choices({"delta_rule": "torch", "convolution": "auto"}) == {
@@ -227,6 +235,18 @@ class TestRegister:
         backends.use(rms_norm="fast")
         backends.unregister("rms_norm", "fast")
         assert run(arguments) == 1.0
+
+    def test_every_implementation_takes_the_arguments_of_the_definition(self) -> None:
+        """An argument that an implementation lacks would be lost, one more would never be passed."""
+        for operation in backends.OPERATIONS:
+            parameters = inspect.signature(TABLE[operation].definition).parameters
+            for entry in backends.implementations(operation):
+                if entry.fn is not None and operation != "rms_norm":  # rms_norm has the test's own here
+                    assert inspect.signature(entry.fn).parameters.keys() == parameters.keys(), (operation, entry.name)
+
+    def test_the_table_is_the_public_list(self) -> None:
+        assert tuple(sorted(TABLE)) == tuple(sorted(backends.OPERATIONS))
+        assert all(getattr(ops, operation) is TABLE[operation] for operation in backends.OPERATIONS)
 
     def test_every_operation_of_the_design_is_known(self) -> None:
         assert backends.OPERATIONS == (
@@ -270,7 +290,7 @@ class TestRan:
             with backends.ran() as inner:
                 run(arguments)
         assert (len(outer.calls), len(inner.calls)) == (2, 1)
-        assert not calls_module.RECORDING
+        assert not record.RECORDING
         assert str(backends.ran()) == "nothing ran"
 
     def test_sees_what_backward_computes_again(self, arguments: tuple[Tensor, Tensor]) -> None:
@@ -326,7 +346,7 @@ class TestDescribe:
         backends.register("rms_norm", "slow", twice)
         assert self.lines() == {
             "gone": "not on this machine: gone is not installed",
-            "fast": "not asked yet",
+            "fast": "not needed yet",
             "torch": "runs anything",
             "slow": "only when chosen: torch comes first and runs anything",
         }
@@ -385,7 +405,7 @@ class TestTapsAndCheckpoints:
         with taps.record(model, "layers.0.linear_attn.decay"):
             assert model(x).max() == 1.0
             assert Model()(x).max() == 2.0  # nobody listens to this one
-            with backends.use(rms_norm="fused"), pytest.raises(ValueError, match="listens to decay, which it never"):
+            with backends.use(rms_norm="fused"), pytest.raises(ValueError, match="a tap reads decay, which this"):
                 model(x)
         assert model(x).max() == 2.0
 
@@ -401,7 +421,7 @@ class TestTapsAndCheckpoints:
             backends.use(rms_norm="fast")
             z.sum().backward()
         assert [call.name for call in ran.calls] == ["fast", "fast", "torch", "torch"]
-        assert not choice._recomputing
+        assert not recomputing
 
     def test_also_that_of_auto_and_of_a_nested_checkpoint(self) -> None:
         backends.register("rms_norm", "fast", twice)
@@ -652,9 +672,9 @@ class TestVerify:
             backends.verify("nobody")
         assert {row.operation for row in backends.verify("rms_norm").rows} == {"rms_norm"}
         assert backends.cases("rms_norm") == (plain, norm_cases)
-        table.CASES.pop("delta_net_step", None)
-        with pytest.raises(ValueError, match="delta_net_step has no cases"):
-            backends.cases("delta_net_step")
+        assert backends.cases("delta_net_step")[0] is ops.delta_net_step.definition
+        with pytest.raises(ValueError, match="unknown operation 'delta_step'; known: rms_norm"):
+            backends.cases("delta_step")
 
 
 def test_every_registered_implementation_is_right() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen35moe import Config, Qwen3_5MoeForConditionalGeneration, backends
-from qwen35moe.backends import OPERATIONS, table
+from qwen35moe.backends import OPERATIONS
 
 # (operation, with gradients) -> what a CPU takes, in the order in which the forms of an operation stand.
 ON_A_CPU = {
@@ -71,7 +71,7 @@ def test_a_cached_token_takes_the_step_as_one_operation() -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_named_form_is_the_one_that_runs_or_says_why_not(operation: str) -> None:
-    _, cases = table.cases(operation)
+    _, cases = backends.cases(operation)
     args, options = next(iter(cases(torch.float32, "cpu", torch.Generator().manual_seed(0))))
     for entry in backends.implementations(operation):
         with backends.use(**{operation: entry.name}), backends.ran() as ran, torch.no_grad():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import platform
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
+import qwen35moe
 from benchmarks.__main__ import TOOLS, main, suites
+from benchmarks.text_4b.breakdown import Breakdown
 from benchmarks.tools.common import Case, Report, arguments, interleave, plot, relative_error, rotating, touch
-from benchmarks.tools.machine import environment
+from benchmarks.tools.machine import environment, header
 
 
 def test_implementations_run_in_turns_and_the_order_turns_too() -> None:
@@ -65,6 +68,13 @@ def test_the_header_names_no_machine() -> None:
     assert {"processor", "cores", "threads", "torch", "python"} <= environment().keys()
 
 
+def test_the_header_names_the_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels from PyPI call themselves 2.14.1, torch 2.14.1+cu130: what a measurement ran on is the second."""
+    monkeypatch.setattr(metadata, "version", lambda package: "2.14.1")
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
+    assert environment()["torch"] == "2.14.1+cu130" and "torch 2.14.1+cu130 " in header(environment())
+
+
 def test_weights_come_back_cold_and_touched() -> None:
     made: list[torch.Tensor] = []
 
@@ -89,6 +99,18 @@ def test_a_plot_is_drawn_or_asks_for_its_extra(tmp_path: Path) -> None:
         report["cases"] = [{"id": "sum/N5", "implementations": {"a": {"ratio": 1.0}, "b": {"ratio": 0.5}}}]
         plot(report, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_breakdown_names_modules_and_operations() -> None:
+    model, _ = qwen35moe.load("tiny")
+    with torch.no_grad(), Breakdown(model, "ours") as breakdown:
+        model(torch.tensor([[1, 2, 3]]))
+    parts = breakdown.table(wall=60.0)
+    assert {"gated_delta_rule", "experts", "router", "in_proj_qkv", "mlp (rest)", "rest"} <= parts.keys()
+    assert sum(row["ms"] for name, row in parts.items() if name != "total") == pytest.approx(parts["total"]["ms"]) == 60e3
+    before = breakdown.calls.copy()
+    model(torch.tensor([[1, 2, 3]]))
+    assert breakdown.calls == before  # hooks and wrappers are removed
 
 
 def test_the_command_lists_benchmarks_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from benchmarks.delta.scenarios import GATES, Scenario, Sizes, draw_gates
 from benchmarks.tools import numerics
 from benchmarks.tools.common import Case, Timing, saved_bytes
 from qwen35moe import backends
-from qwen35moe.ops.delta_rule import gated_delta_rule
+from qwen35moe.ops.cpu.delta_rule import gated_delta_rule_torch
 
 SMALL = Sizes(hidden=40, groups=2, heads=6, key=16, value=8, taps=4)
 
@@ -33,7 +33,7 @@ def wrong() -> Iterator[None]:
     """An implementation in front of all others whose output is 5 % too large."""
 
     def off(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        out, state = gated_delta_rule(*args, **options)
+        out, state = gated_delta_rule_torch(*args, **options)
         return out * 1.05, state
 
     backends.register("gated_delta_rule", "off", off, before=backends.implementations("gated_delta_rule")[0].name)

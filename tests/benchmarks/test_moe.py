@@ -21,7 +21,9 @@ from benchmarks.moe.measure import AnswerCheck, measure, peak
 from benchmarks.moe.report import markdown, plot
 from benchmarks.moe.roofline import limit, work
 from benchmarks.tools import common, limits
-from qwen35moe.ops.experts import loop_experts
+from qwen35moe import ops
+
+loop_experts = ops.experts.definition
 
 QUICK = ["--preset", "tiny", "--rounds", "3", "--no-memory", "--seconds", "0.01", "--cache", "1"]
 ROOF = {"copy_gbps": 10.0, "matmul_tflops": 1.0}

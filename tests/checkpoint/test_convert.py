@@ -1,9 +1,10 @@
-"""`qwen35moe convert`: every layout into every other, bit for bit, in bounded memory, and nothing dropped unseen."""
+"""`qwen35moe convert`: every layout to every other, bit for bit, in bounded memory, without dropping a tensor."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -24,17 +25,13 @@ from qwen35moe.cli import main
 from qwen35moe.config import Config
 from qwen35moe.models.text import Qwen3_5MoeForCausalLM
 from tests.checkpoint.test_published import dequantised_from_bytes, raw
-from tests.checkpoint.test_write import in_child, memory_of
+from tests.support.memory import memory_taken
 from tests.support.peer import generator
 
 EXPERTS = ("grouped", "per_expert")
-ISLANDS = ("A_log", "dt_bias", "linear_attn.norm.weight")
+FP32_PARAMETERS = ("A_log", "dt_bias", "linear_attn.norm.weight")
 CONFIG = tiny_config(mtp=True, vision=True, changes={"hidden_size": 144, "vocab_size": 2070})
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +51,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def stored(path: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        tensors |= load_file(file)
+    return tensors
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -76,8 +73,8 @@ def equal_files(first: Path, second: Path) -> bool:
 
 @pytest.mark.parametrize("new", [f"{a}/{b}" for a in EXPERTS for b in EXPERTS])
 @pytest.mark.parametrize("old", [f"{a}/{b}" for a in EXPERTS for b in EXPERTS])
-def test_every_layout_into_every_other(old: str, new: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """The result is, byte for byte, what was written in that layout in the first place: vision, MTP, config, tokenizer."""
+def test_every_layout_converts_to_every_other(old: str, new: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """The result equals, byte for byte, a checkpoint that was written in that layout: vision, MTP, config, tokenizer."""
     layout, mtp_layout = new.split("/")
     convert(folders(old), tmp_path / "new", layout=layout, mtp_layout=mtp_layout, max_shard_size="700KB")
     assert equal_files(tmp_path / "new", folders(new))
@@ -96,7 +93,7 @@ def test_without_options_a_checkpoint_is_copied(folders: Callable[[str], Path], 
 def test_fp8_is_dequantised(
     layout: str, chunk: int, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the bytes of the file, decoded number by number; in one piece and in many."""
+    """Compared with the bytes of the file, decoded number by number; in one chunk and in many."""
     monkeypatch.setattr(module, "CHUNK", chunk)
     convert(folders("fp8"), tmp_path / "new", layout=layout, dtype="bfloat16")
     old, new = stored(folders("fp8")), stored(tmp_path / "new")
@@ -118,35 +115,35 @@ def test_fp8_is_dequantised(
                 found = new[whole + "down_proj"][single[1]]
             else:
                 found = new[whole + "gate_up_proj"][single[1]].chunk(2)[single[2] == "up_proj"]
-        if single is None or single[1] == 3:  # the independent form takes its time
+        if single is None or single[1] == 3:  # the independent form is slow
             expected = dequantised_from_bytes(raw(value), raw(old[name + "_scale_inv"]), (value.shape[0], value.shape[1]))
             assert torch.equal(found, expected.float().bfloat16()), name
             checked += 1
-    assert checked == 3 * 3 + 4 + 4 * 3 + 4 * 3 + 4 + 3 + 3  # GDN, attention, expert 3, shared; the MTP head
+    assert checked == 3 * 3 + 4 + 4 * 3 + 4 * 3 + 4 + 3 + 3  # GDN, attention, expert 3, shared expert; the MTP head
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", torch.float64])
 def test_dtypes(dtype: Any, folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """Everything is converted; A_log and its like never to anything narrower than they have."""
+    """All tensors are converted; parameters kept in fp32 are never narrowed."""
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     convert(folders("grouped/per_expert"), tmp_path / "new", dtype=dtype)
     old, new = stored(folders("grouped/per_expert")), stored(tmp_path / "new")
     assert old.keys() == new.keys()
     for name, value in new.items():
-        island = name.endswith(ISLANDS)
-        assert value.dtype == (old[name].dtype if island and wanted.itemsize == 2 else wanted), name
+        fp32 = name.endswith(FP32_PARAMETERS)
+        assert value.dtype == (old[name].dtype if fp32 and wanted.itemsize == 2 else wanted), name
         assert torch.equal(value, old[name].to(value.dtype)), name
     assert Config.from_pretrained(tmp_path / "new").dtype == str(wanted).removeprefix("torch.")
     convert(tmp_path / "new", tmp_path / "back", dtype="bfloat16")
     for name, value in stored(tmp_path / "back").items():
-        if not name.endswith(ISLANDS):
+        if not name.endswith(FP32_PARAMETERS):
             assert torch.equal(value, new[name].to(torch.bfloat16))
         else:
             assert value.dtype == (torch.float32 if wanted.itemsize > 2 else new[name].dtype)
 
 
 def test_a_subset_of_layers(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """Layers 3, 0, 2 in this order: the same numbers under new names, and a model that runs."""
+    """Layers 3, 0, 2 in this order: the same numbers with new names, and a model that runs."""
     kept = [3, 0, 2]
     for name in ("grouped/per_expert", "fp8"):
         convert(folders(name), tmp_path / "new", layers=kept, max_shard_size="300KB")
@@ -188,10 +185,10 @@ def test_transformers_reads_what_was_converted(folders: Callable[[str], Path], t
     assert all(torch.equal(found[name], value.bfloat16()) for name, value in expected.items())
 
 
-# --------------------------------------------------------------------------------------------- what stands beside, and how
+# --------------------------------------------------------------------------------------------- side files, forms, memory
 
 
-def test_side_files_are_copied_and_others_are_not(folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_side_files_are_copied_but_weights_and_links_are_not(folders: Callable[[str], Path], tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(folders("grouped/grouped"), source)
     (source / "chat_template.jinja").write_text("{{ messages }}")
@@ -229,26 +226,29 @@ def test_a_stored_copy_of_a_tied_head_stays(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the page counts of /proc")
 @pytest.mark.parametrize("layout", EXPERTS)
-def test_memory_does_not_grow_with_the_checkpoint(layout: str, tmp_path: Path) -> None:
-    """38 MiB of experts from one layout to the other within 8 MiB, code that is paged in included."""
-    config = tiny_config(layers=1, changes={"hidden_size": 1024, "moe_intermediate_size": 800})
-    drawn = {t.name: torch.zeros(t.shape, dtype=torch.bfloat16) for t in config.tensor_shapes(experts=layout)}
-    assert sum(v.nbytes for n, v in drawn.items() if ".experts." in n) > 37 * 2**20
-    (tmp_path / "old").mkdir()
-    save_file(drawn, tmp_path / "old" / "model.safetensors")
-    (tmp_path / "old" / "config.json").write_text(json.dumps(config.to_dict()))
-    del drawn
+def test_memory_does_not_grow_with_the_checkpoint(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """38 MiB of experts from one layout to the other within 8 MiB, in a process that has converted a small model before."""
+
+    def written(name: str, **changes: Any) -> Config:
+        config = tiny_config(layers=1, changes=changes)
+        drawn = {t.name: torch.zeros(t.shape, dtype=torch.bfloat16) for t in config.tensor_shapes(experts=layout)}
+        (tmp_path / name).mkdir()
+        save_file(drawn, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps(config.to_dict()))
+        return config
+
+    written("small")
+    config = written("large", hidden_size=1024, moe_intermediate_size=800)
+    experts = [t.shape for t in config.tensor_shapes(experts=layout) if ".experts." in t.name]
+    assert sum(2 * math.prod(shape) for shape in experts) > 37 * 2**20
     other = EXPERTS[layout == "grouped"]
+    monkeypatch.setattr(module, "CHUNK", 2**20)
 
-    def run() -> bool:
-        module.CHUNK = 2**20
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
-        before = memory_of("VmRSS")
-        convert(tmp_path / "old", tmp_path / "new", layout=other)
-        return memory_of("VmHWM") - before < 8 * 2**20
+    def run(name: str) -> None:
+        convert(tmp_path / name, tmp_path / f"new {name}", layout=other)
 
-    assert in_child(run) == 0
-    assert len(read_headers(tmp_path / "new").tensors) == len(list(config.tensor_shapes(experts=other)))
+    assert memory_taken(lambda: run("large"), lambda: run("small")) < 8 * 2**20
+    assert len(read_headers(tmp_path / "new large").tensors) == len(list(config.tensor_shapes(experts=other)))
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -273,44 +273,44 @@ EDITS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
                        "missing: layers.0.mlp.experts.2.up_proj.weight"),
     "unexpected": ("grouped/grouped", lambda t: t.update({LAYER + "mlp.extra.weight": torch.zeros(3)}),
                    "unexpected: model.language_model.layers.0.mlp.extra.weight"),
-    "foreign": ("grouped/grouped", lambda t: t.update({"audio.x": torch.zeros(3)}), "unexpected: audio.x: no name"),
+    "unknown": ("grouped/grouped", lambda t: t.update({"audio.x": torch.zeros(3)}), "unexpected: audio.x: not a tensor name"),
     "ninth expert": ("per_expert/grouped", lambda t: t.update({LAYER + "mlp.experts.8.up_proj.weight": torch.zeros(3)}),
                      "unexpected: model.language_model.layers.0.mlp.experts.8.up_proj.weight"),
     "shape": ("grouped/grouped", lambda t: t.update({LAYER + "linear_attn.A_log": torch.zeros(3)}), "on disk [3]"),
     "integers": ("grouped/grouped", lambda t: t.update({LAYER + "linear_attn.A_log": torch.zeros(4, dtype=torch.int32)}),
-                 "I32; converted are"),
+                 "I32; supported are"),
     "twice": ("grouped/grouped", lambda t: t.update({"lm_head.x": torch.zeros(2), "model.lm_head.x": torch.zeros(2)}),
               "stored twice"),
-    "no scale": ("fp8", lambda t: t.pop(LAYER + "mlp.experts.0.up_proj.weight_scale_inv"), "FP8 without a scale"),
+    "no scale": ("fp8", lambda t: t.pop(LAYER + "mlp.experts.0.up_proj.weight_scale_inv"), "scale missing"),
     "scales of another shape": ("fp8", lambda t: t.update({LAYER + "linear_attn.in_proj_z.weight_scale_inv": torch.ones(7, 1)}),
                                 "F32 [7, 1] for a weight [112, 144] in blocks of 128"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_what_does_not_fit_is_named(name: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
-    source, edit, words = EDITS[name]
+def test_errors_name_the_tensor(name: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    source, edit, message = EDITS[name]
     old = edited(folders(source), tmp_path / "old", edit)
     for options in ({}, {"dtype": "bfloat16"}, {"layout": "per_expert"}):
         with pytest.raises(CheckpointError) as error:
             convert(old, tmp_path / "new", **options)
-        assert words in str(error.value) and not (tmp_path / "new").exists()
+        assert message in str(error.value) and not (tmp_path / "new").exists()
 
 
-def test_what_cannot_be_asked_for(folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
     fp8, plain, new = folders("fp8"), folders("grouped/grouped"), tmp_path / "new"
-    with pytest.raises(CheckpointError, match="cannot be grouped: .*choose --layout per_expert, or a dtype"):
+    with pytest.raises(CheckpointError, match="cannot be grouped: .*use --layout per_expert, or a dtype"):
         convert(fp8, new, layout="grouped")
-    for wrong, words in (
-        ({"layers": [4]}, "layers=.4.; they are different numbers out of 0 ... 3"),
-        ({"layers": []}, "at least one"),
+    for wrong, message in (
+        ({"layers": [4]}, "layers=.4. must be one or more different numbers out of 0 ... 3"),
+        ({"layers": []}, "one or more"),
         ({"layers": [1, 1]}, "different numbers"),
         ({"layout": "flat"}, "layout='flat'"),
-        ({"mtp_layout": "flat"}, "layout='flat'"),
+        ({"mtp_layout": "flat"}, "mtp_layout='flat'"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"max_shard_size": "0"}, "max_shard_size"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             convert(plain, new, **wrong)
     other = edited(plain, tmp_path / "other", lambda t: None, quantization_config={"quant_method": "gptq"})
     with pytest.raises(CheckpointError, match="quantised by 'gptq'; supported are block-FP8"):
@@ -348,17 +348,17 @@ def test_the_command(folders: Callable[[str], Path], tmp_path: Path, capsys: pyt
     out = capsys.readouterr()
     header = read_headers(tmp_path / "new")
     assert f"{len(header.tensors)} tensors in {len(header.files)} file(s)" in out.out and len(header.files) > 2
-    assert out.err == ""  # no bar where there is no terminal
+    assert out.err == ""  # no progress bar without a terminal
     assert Config.from_pretrained(tmp_path / "new").text_config.num_hidden_layers == 3
     assert main(["convert", source, str(tmp_path / "new"), "--layout", "grouped"]) == 2
     assert "cannot be grouped" in capsys.readouterr().err
     for wrong in ("3-", "a", "-1", "1,,2", "1-b"):
         with pytest.raises(SystemExit):
             main(["convert", source, str(tmp_path / "new"), f"--layers={wrong}"])
-        assert "is no layer and no range" in capsys.readouterr().err
+        assert "is not a layer or a range" in capsys.readouterr().err
 
 
-def test_the_bar_counts_every_byte_on_a_terminal(
+def test_the_progress_bar_counts_every_byte_on_a_terminal(
     folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Terminal(io.StringIO):

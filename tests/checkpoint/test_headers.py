@@ -1,4 +1,4 @@
-"""Headers are read without trust: every way in which a file or an index can lie is found, and all of them at once."""
+"""Headers are untrusted: every invalid header or index is detected, and all problems are reported at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen35moe.checkpoint.problems import MAX_ROWS, fold, ranges, shown
 
 
 def safetensors(entries: dict[str, Any] | bytes, data: int | bytes = 0, length: int | None = None) -> bytes:
-    """The bytes of a file with this header, true or not."""
+    """The bytes of a file with this header, valid or not."""
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     body = data if isinstance(data, bytes) else bytes(data)
     return (len(text) if length is None else length).to_bytes(8, "little") + text + body
@@ -66,7 +66,7 @@ def test_a_file_of_the_safetensors_library_is_read_as_it_was_written(tmp_path: P
     assert header.nbytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
-LIES = {
+INVALID = {
     "shorter than a header": (b"\1\2\3", "bad header", "3"),
     "empty": (b"", "bad header", "file of 0"),
     "header longer than the file": (safetensors({}, length=999), "bad header", "999 bytes of header"),
@@ -76,11 +76,11 @@ LIES = {
     "nested too deep": (safetensors(b"[" * 200_000), "not JSON", ""),
     "a number of many digits": (safetensors(b'{"a": ' + b"9" * 5000 + b"}"), "not JSON", ""),
     "a list": (safetensors(b"[]"), "not a JSON object", ""),
-    "metadata that is no map of strings": (safetensors({"__metadata__": {"a": 1}}), "bad header", "__metadata__"),
-    "an entry that is no object": (safetensors({"a": 3}), "bad entry", "not exactly"),
-    "an entry with a further key": (safetensors({"a": entry([1], 0, 4) | {"x": 1}}, 4), "bad entry", "not exactly"),
+    "metadata that are not a map of strings": (safetensors({"__metadata__": {"a": 1}}), "bad header", "__metadata__"),
+    "an entry that is not an object": (safetensors({"a": 3}), "bad entry", "its keys must be"),
+    "an entry with an extra key": (safetensors({"a": entry([1], 0, 4) | {"x": 1}}, 4), "bad entry", "its keys must be"),
     "an unknown dtype": (safetensors({"a": entry([1], 0, 4, "F33")}, 4), "bad entry", "F33"),
-    "a dtype that is no string": (safetensors({"a": entry([1], 0, 4, ["F32"])}, 4), "bad entry", "unknown dtype"),
+    "a dtype that is not a string": (safetensors({"a": entry([1], 0, 4, ["F32"])}, 4), "bad entry", "unknown dtype"),
     "a negative size": (safetensors({"a": entry([-1], 0, 4)}, 4), "bad entry", "shape"),
     "a size that is a boolean": (safetensors({"a": entry([True], 0, 4)}, 4), "bad entry", "shape"),
     "a size that is a fraction": (safetensors({"a": entry([1.0], 0, 4)}, 4), "bad entry", "shape"),
@@ -94,9 +94,9 @@ LIES = {
     "the same bytes twice": (safetensors({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, 8), "overlaps", ""),
     "a hole": (safetensors({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, 12), "hole before", "begins at byte 8"),
     "a hole at the start": (safetensors({"a": entry([1], 4, 8)}, 8), "hole before", "begins at byte 4"),
-    "bytes that belong to nothing": (safetensors({"a": entry([1], 0, 4)}, 9), "bad header", "5 bytes after"),
+    "bytes after the last tensor": (safetensors({"a": entry([1], 0, 4)}, 9), "bad header", "5 bytes after"),
     "data cut off": (safetensors({"a": entry([4], 0, 16)}, 15), "cut off", "the file has"),
-    "data far beyond the file": (safetensors({"a": entry([2**50], 0, 2**52)}, 4), "cut off", "promises"),
+    "data far beyond the file": (safetensors({"a": entry([2**50], 0, 2**52)}, 4), "cut off", "the header describes"),
     "a name twice": (safetensors(b'{"a": {}, "a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', 4),
                      "name occurs twice", ""),
     "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "not downloaded",
@@ -104,15 +104,15 @@ LIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_lie_in_a_file_is_named(lie: str, tmp_path: Path) -> None:
-    content, kind, detail = LIES[lie]
-    found = problems_of(single(tmp_path, content))
-    assert any(problem.kind == kind and detail in problem.detail for problem in found), found
-    assert len(found) == 1, found
+@pytest.mark.parametrize("case", INVALID)
+def test_an_invalid_header_is_reported(case: str, tmp_path: Path) -> None:
+    content, kind, detail = INVALID[case]
+    problems = problems_of(single(tmp_path, content))
+    assert any(problem.kind == kind and detail in problem.detail for problem in problems), problems
+    assert len(problems) == 1, problems
 
 
-def test_several_lies_are_told_together(tmp_path: Path) -> None:
+def test_several_problems_are_reported_together(tmp_path: Path) -> None:
     wrong = {"a": entry([-1], 0, 4), "b": entry([2], 0, 4), "c": entry([1], 0, 4, "?")}
     assert {problem.subject for problem in problems_of(single(tmp_path, safetensors(wrong, 4)))} == {"a", "b", "c"}
 
@@ -125,10 +125,9 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
 
 def test_index_and_shards_that_disagree(tmp_path: Path) -> None:
     weight_map = {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors", "w": "gone.safetensors"}
-    found = problems_of(sharded(tmp_path, weight_map, a={"x": 1, "y": 2, "extra": 3}, b={"y": 2}))
-    told = {(problem.kind, problem.subject) for problem in found}
-    assert told == {
-        ("index and shard disagree", "y"),  # it is in a.safetensors too
+    problems = problems_of(sharded(tmp_path, weight_map, a={"x": 1, "y": 2, "extra": 3}, b={"y": 2}))
+    assert {(problem.kind, problem.subject) for problem in problems} == {
+        ("index and shard disagree", "y"),  # also in a.safetensors
         ("index and shard disagree", "extra"),
         ("index and shard disagree", "z"),
         ("missing file", "gone.safetensors"),
@@ -136,7 +135,7 @@ def test_index_and_shards_that_disagree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", '"x"'])
-def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
+def test_an_invalid_index_is_reported(content: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     assert problems_of(tmp_path)
 
@@ -152,12 +151,12 @@ def test_an_index_that_names_a_tensor_twice(tmp_path: Path) -> None:
 def test_an_index_may_not_point_outside(name: str, tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "out.safetensors")
     (tmp_path / "inside").mkdir()
-    found = problems_of(sharded(tmp_path / "inside", {"x": name}))
-    assert [problem.kind for problem in found] == ["bad file name"]
+    problems = problems_of(sharded(tmp_path / "inside", {"x": name}))
+    assert [problem.kind for problem in problems] == ["bad file name"]
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "index", "single", "loop", "fifo"])
-def test_a_link_may_not_lead_outside(form: str, tmp_path: Path) -> None:
+def test_a_link_may_not_point_outside(form: str, tmp_path: Path) -> None:
     outside, inside = tmp_path / "outside", tmp_path / "inside"
     outside.mkdir()
     inside.mkdir()
@@ -175,7 +174,7 @@ def test_a_link_may_not_lead_outside(form: str, tmp_path: Path) -> None:
     elif form == "loop":
         (inside / "model.safetensors").symlink_to(inside / "model.safetensors")
     else:
-        os.mkfifo(inside / "model.safetensors")  # opening it would wait for ever
+        os.mkfifo(inside / "model.safetensors")  # opening it would wait forever
     expected = {"loop": "missing file", "fifo": "not a file"}.get(form, "outside the folder")
     assert [problem.kind for problem in problems_of(inside)] == [expected]
 
@@ -193,20 +192,20 @@ def test_links_of_the_hub_cache_and_inside_the_folder_are_followed(tmp_path: Pat
     assert list(read_headers(tmp_path).tensors) == ["x"]
 
 
-def test_the_single_file_is_the_checkpoint_where_there_is_an_index_too(tmp_path: Path) -> None:
-    """As in transformers; an interrupted save may leave the other one behind."""
+def test_the_single_file_takes_precedence_over_an_index(tmp_path: Path) -> None:
+    """As in transformers; an interrupted save may leave the index."""
     sharded(tmp_path, {"x": "a.safetensors"}, a={"x": 1})
     save_file({"y": torch.ones(1)}, tmp_path / "model.safetensors")
     assert list(read_headers(tmp_path).tensors) == ["y"]
 
 
-def test_folders_without_a_checkpoint_say_what_they_hold(tmp_path: Path) -> None:
+def test_errors_list_the_files_of_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no folder .*nowhere"):
         read_headers(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="it holds nothing"):
+    with pytest.raises(CheckpointError, match="it contains nothing"):
         read_headers(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02.")
-    with pytest.raises(CheckpointError, match="pickles .*safetensors files are needed"):
+    with pytest.raises(CheckpointError, match="pickles .*Convert them to safetensors files"):
         read_headers(tmp_path)
 
 
@@ -215,7 +214,7 @@ def test_an_index_of_pickles_is_not_read(tmp_path: Path) -> None:
     assert problems_of(sharded(tmp_path, {"x": "x.bin"}))[0].kind == "bad header"
 
 
-def test_no_memory_is_taken_for_what_a_header_claims(tmp_path: Path) -> None:
+def test_no_memory_is_allocated_for_sizes_in_a_header(tmp_path: Path) -> None:
     """A header of 2 ** 60 bytes is refused by comparing it with the file; reading it would end the process."""
     single(tmp_path, safetensors({}, length=2**60))
     assert problems_of(tmp_path)[0].kind == "bad header"
@@ -226,13 +225,13 @@ def test_no_memory_is_taken_for_what_a_header_claims(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "language_model.", "model.", "",
                                     "model.language_model.language_model.language_model."])  # fmt: skip
-def test_every_wrapper_of_the_text_model_is_taken_off(prefix: str) -> None:
+def test_every_wrapper_of_the_text_model_is_removed(prefix: str) -> None:
     assert names.canonical(prefix + "layers.3.mlp.gate.weight") == "layers.3.mlp.gate.weight"
     assert names.canonical(prefix + "embed_tokens.weight") == "embed_tokens.weight"
     assert names.canonical(prefix + "lm_head.weight") == "lm_head.weight"
 
 
-def test_the_other_parts_and_strangers() -> None:
+def test_other_parts_and_unknown_names() -> None:
     for name in ("model.visual.blocks.0.norm1.bias", "visual.blocks.0.norm1.bias", "vision_tower.blocks.0.norm1.bias",
                  "model.language_model.visual.blocks.0.norm1.bias"):  # fmt: skip
         assert names.canonical(name) == "visual.blocks.0.norm1.bias"
@@ -241,7 +240,7 @@ def test_the_other_parts_and_strangers() -> None:
         assert names.canonical(name) is None
 
 
-def test_names_are_published_as_they_were() -> None:
+def test_published_names() -> None:
     assert names.published("layers.3.x", multimodal=True) == "model.language_model.layers.3.x"
     assert names.published("layers.3.x", multimodal=False) == "model.layers.3.x"
     for multimodal in (True, False):
@@ -273,7 +272,7 @@ def test_problems_that_differ_in_a_number_are_one_row() -> None:
     assert ranges(range(0, 40, 2)) == "{0,2,4,6,8,10,12,...,38}"
 
 
-def test_a_long_report_is_cut_and_kept_whole_in_the_error() -> None:
+def test_a_long_report_is_cut_and_the_error_has_all_problems() -> None:
     many = [Problem("unexpected", f"name{chr(65 + n)}.weight") for n in range(26)]
     error = CheckpointError("bad", many)
     assert len(str(error).splitlines()) == 1 + MAX_ROWS + 1 and "6 more rows" in str(error)
@@ -288,7 +287,7 @@ def test_names_from_files_are_made_safe_to_print() -> None:
 
 
 def test_every_dtype_of_the_format_has_its_size() -> None:
-    """Against the library's own table, as far as torch has the type."""
+    """Compared with the library's own table, for all dtypes of torch."""
     codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
              torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
              torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",

@@ -1,4 +1,4 @@
-"""Checkpoints from the Hub, against a server on loopback that answers as the Hub does, and a cache prepared by it."""
+"""Checkpoints from the Hub: a local server that behaves like the Hub, and the cache of its downloads."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ NAME, OLD, NEW = "owner/tiny-moe", "1" * 40, "2" * 40
 
 
 class Hub:
-    """Repositories as folders: {name: {revision: (commit, folder)}}, and what was asked for."""
+    """A server for one repository, {revision: (commit, folder)}, that records its requests."""
 
     def __init__(self) -> None:
         self.revisions: dict[str, tuple[str, Path]] = {}
-        self.asked: list[tuple[str, str]] = []  # (method, file)
+        self.requests: list[tuple[str, str]] = []  # (method, file)
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,9 +42,9 @@ class Hub:
             def answer(self, body: bool) -> None:
                 owner, repository, kind, revision, *rest = [*self.path.strip("/").split("/"), *4 * [""]]
                 if kind != "resolve":
-                    return self.refuse("EntryNotFound")  # the library also looks for things beside the files
+                    return self.refuse("EntryNotFound")  # the library sends other requests too
                 file = "/".join(filter(None, rest))
-                hub.asked.append((self.command, file))
+                hub.requests.append((self.command, file))
                 if f"{owner}/{repository}" != NAME:
                     return self.refuse("RepoNotFound")
                 if revision not in hub.revisions:
@@ -74,7 +74,7 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def downloaded(self) -> set[str]:
-        return {file for method, file in self.asked if method == "GET"}
+        return {file for method, file in self.requests if method == "GET"}
 
 
 def save(folder: Path, seed: int) -> Qwen3_5MoeForCausalLM:
@@ -118,7 +118,7 @@ def hub(
     }
     for name, value in settings.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    hub.asked.clear()
+    hub.requests.clear()
     revisions = dict(hub.revisions)
     yield hub
     hub.revisions = revisions
@@ -130,8 +130,8 @@ def models(repository: tuple[Hub, dict[str, Qwen3_5MoeForCausalLM]]) -> dict[str
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    found, expected = a.state_dict(), b.state_dict()
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_hub_name_loads_and_only_what_is_needed_is_downloaded(hub: Hub, models: dict[str, Qwen3_5MoeForCausalLM]) -> None:
@@ -141,14 +141,14 @@ def test_a_hub_name_loads_and_only_what_is_needed_is_downloaded(hub: Hub, models
     assert all(file.endswith((".json", ".safetensors")) for file in got) and "tokenizer.json" not in got
 
 
-def test_a_second_start_asks_nobody(
+def test_a_second_start_sends_no_request(
     hub: Hub, models: dict[str, Qwen3_5MoeForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch(NAME)
-    hub.asked.clear()
-    assert same(Qwen3_5MoeForCausalLM.from_pretrained(NAME), models[NEW]) and hub.asked == []
+    hub.requests.clear()
+    assert same(Qwen3_5MoeForCausalLM.from_pretrained(NAME), models[NEW]) and hub.requests == []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert same(Qwen3_5MoeForCausalLM.from_pretrained(NAME), models[NEW]) and hub.asked == []
+    assert same(Qwen3_5MoeForCausalLM.from_pretrained(NAME), models[NEW]) and hub.requests == []
 
 
 def test_a_revision_is_pinned(hub: Hub, models: dict[str, Qwen3_5MoeForCausalLM]) -> None:
@@ -162,9 +162,9 @@ def test_a_branch_that_moves_while_it_is_fetched_is_read_from_one_commit(hub: Hu
     real = huggingface_hub.hf_hub_download
 
     def moving(name: str, file: str, **options: object) -> str:
-        found = real(name, file, **options)  # type: ignore[arg-type]
+        path = real(name, file, **options)  # type: ignore[arg-type]
         hub.revisions["main"] = hub.revisions[NEW]
-        return found
+        return path
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", moving)
     folder = fetch(NAME)
@@ -178,7 +178,7 @@ def test_an_interrupted_download_is_completed(hub: Hub) -> None:
     shard = next(folder.glob("*.safetensors"))
     shard.resolve().unlink()
     shard.unlink()
-    hub.asked.clear()
+    hub.requests.clear()
     assert fetch(NAME) == folder and shard.exists()
     assert hub.downloaded() == {shard.name}
 
@@ -197,19 +197,19 @@ def test_required_and_optional_files(hub: Hub) -> None:
         fetch(NAME, required=["vocabulary.json"])
 
 
-def test_what_cannot_be_had_is_said(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_files_are_reported(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="no folder owner/other, and owner/other cannot be fetched from the Hub"):
         fetch("owner/other")
     with pytest.raises(CheckpointError, match="owner/tiny-moe at revision v9 cannot be fetched"):
         fetch(NAME, revision="v9")
-    with pytest.raises(CheckpointError, match=r"revision='v1' is for names on the Hub"):
+    with pytest.raises(CheckpointError, match=r"revision='v1' needs a name on the Hub"):
         folder_of(tmp_path, revision="v1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="cannot be fetched from the Hub"):
         fetch(NAME)
 
 
-def test_an_index_cannot_name_files_elsewhere(hub: Hub, tmp_path: Path) -> None:
+def test_an_index_may_not_name_files_outside(hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "hostile"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -217,5 +217,5 @@ def test_an_index_cannot_name_files_elsewhere(hub: Hub, tmp_path: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
         commit = "3" * 39 + str(number)
         hub.revisions["main"] = hub.revisions[commit] = (commit, folder)
-        with pytest.raises(CheckpointError, match="no .safetensors file of the repository"):
+        with pytest.raises(CheckpointError, match="must name a .safetensors file of the repository"):
             fetch(NAME)

@@ -1,4 +1,4 @@
-"""A save that is killed at any moment: the folder holds one checkpoint or the other, whole."""
+"""A save that is killed at any moment leaves the old checkpoint or the new one, whole."""
 
 from __future__ import annotations
 
@@ -12,23 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.test_write import FORMS, drawn, outcome_of
+from tests.checkpoint.test_replace import FORMS, outcome_of
+from tests.checkpoint.test_write import drawn
 
 KILLS = 100
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a killed process wrote survives it; only a power cut would need the disk."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def saving(path: Path, models: list[Any], first: int, pipe: int) -> int:
-    """A child that saves the models in turn, in changing forms, and says so after each; returns its process id."""
+    """A child process that saves the models in turn, in varying forms, and writes a byte after each; returns its id."""
     child = os.fork()
     if child == 0:
         try:
-            torch.set_num_threads(1)  # the threads of the parent's pool are not there
+            torch.set_num_threads(1)  # the threads of the parent's pool do not exist in the child
             forms = list(FORMS.values())
             os.write(pipe, b"+")
             for number in range(first, first + 10_000):
@@ -42,11 +38,11 @@ def saving(path: Path, models: list[Any], first: int, pipe: int) -> int:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_hundred_kills_at_random_moments(tmp_path: Path) -> None:
-    """Three models of different sizes are saved in turn over one another until the process is killed, a hundred times and,
-    on a busy machine, until a quarter of a hundred came while files were being written.
+    """Three models of different sizes are saved over one another in turn until the process is killed: a hundred times, and
+    on a busy machine until 25 kills came while files were being written.
 
-    After k saves were finished the folder holds the model of save k or, if that was just made the checkpoint, the one of
-    save k + 1; never an older one, a mixture, or nothing.
+    After k finished saves the folder contains the model of save k or, if it was just committed, of save k + 1; never an
+    older one, a mixture, or no model.
     """
     models = [drawn(1), drawn(2, num_experts=3), drawn(3, num_experts=4, num_hidden_layers=1, layer_types=["full_attention"])]
     models[0].save_pretrained(tmp_path)
@@ -66,10 +62,10 @@ def test_a_hundred_kills_at_random_moments(tmp_path: Path) -> None:
             os.close(read)
         assert status == -signal.SIGKILL
         interrupted += any(tmp_path.glob(".saving-*"))
-        found = outcome_of(tmp_path, *models)
-        assert found in ((now + finished) % 3, (now + finished + 1) % 3)
-        later += found == (now + finished + 1) % 3
-        now += finished + (found != (now + finished) % 3)
+        outcome = outcome_of(tmp_path, *models)
+        assert outcome in ((now + finished) % 3, (now + finished + 1) % 3)
+        later += outcome == (now + finished + 1) % 3
+        now += finished + (outcome != (now + finished) % 3)
     assert interrupted >= KILLS // 4, f"only {interrupted} kills came while files were being written"
     assert now >= 20 and later >= 1, (now, later)
     models[0].save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Every published layout, in small, loads to the right weights; quantised ones that are not read say so."""
+"""Every published layout, at small size, loads exactly; unsupported quantised formats are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen35moe.config import Config
 from qwen35moe.models.text import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 from tests.support import peer
 from tests.support.checkpoints import (
-    ISLANDS,
+    FP32_PARAMETERS,
     LAYOUTS,
     TEXT,
     Layout,
@@ -45,8 +45,8 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
 
 
 @pytest.mark.parametrize("row", LAYOUTS)
-def test_a_published_layout_is_read_whole(row: str, tmp_path: Path) -> None:
-    """Text, vision and MTP, by a class that has them all."""
+def test_a_published_layout_is_read_completely(row: str, tmp_path: Path) -> None:
+    """Text, vision and MTP, with a class that has all parts."""
     layout = LAYOUTS[row]
     folder, expected = publish(tmp_path, layout)
     model = (WholeDense if layout.dense else Whole).from_pretrained(folder, parts=parts_of(layout))
@@ -61,7 +61,7 @@ def test_a_published_layout_is_read_whole(row: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", LAYOUTS)
-def test_the_text_class_takes_its_part_of_it(row: str, tmp_path: Path) -> None:
+def test_the_text_class_reads_its_part(row: str, tmp_path: Path) -> None:
     layout = LAYOUTS[row]
     folder, expected = publish(tmp_path, layout)
     model = (Qwen3_5ForCausalLM if layout.dense else MODEL).from_pretrained(folder)
@@ -78,21 +78,21 @@ def test_the_text_class_takes_its_part_of_it(row: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", [name for name, layout in LAYOUTS.items() if "fine-tune" not in name and "saved" not in name])
-def test_the_names_are_the_published_ones(row: str, tmp_path: Path) -> None:
-    """What these tests read has the names, shapes and dtypes that the configuration predicts for full size."""
+def test_names_equal_the_published_ones(row: str, tmp_path: Path) -> None:
+    """The test checkpoints have the names, shapes and dtypes that the configuration predicts for full size."""
     layout = LAYOUTS[row]
     folder, _ = publish(tmp_path, layout, shards=1)
     config = Config.from_dict(layout.config())
-    islands = "F32" if layout.islands == torch.float32 else "BF16"
+    stored_as = "F32" if layout.fp32_stored_as == torch.float32 else "BF16"
     mtp = layout.mtp or "grouped"
     predicted = {tensor.name: tensor for tensor in config.tensor_shapes(
-        mtp=layout.mtp is not None, experts=layout.experts, mtp_experts=mtp, islands=islands)}  # fmt: skip
+        mtp=layout.mtp is not None, experts=layout.experts, mtp_experts=mtp, fp32_stored_as=stored_as)}  # fmt: skip
     header = read.read_headers(folder)
     weights = {name: tensor for name, tensor in header.tensors.items() if not name.endswith("_scale_inv")}
     assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in predicted.items()}
     scaled = {name for name in weights if f"{name}_scale_inv" in header.tensors}
     assert scaled == {name for name, tensor in weights.items() if tensor.dtype == "F8_E4M3"}
-    assert {weights[name].dtype for name in weights.keys() - scaled if name.endswith("A_log")} <= {islands}
+    assert {weights[name].dtype for name in weights.keys() - scaled if name.endswith("A_log")} <= {stored_as}
     if layout.fp8 and layout.experts == "per_expert":  # 3E + 3 per layer; 4 or 3 in the mixer, 4 in the MTP head's
         experts = 3 * TEXT["num_experts"]
         assert len(scaled) == (3 + 4 + 2 * (experts + 3)) + (4 + 3 + experts)
@@ -104,8 +104,8 @@ def test_the_names_are_the_published_ones(row: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("top", [True, False, None])
 @pytest.mark.parametrize("inner", [True, False, None])
-def test_the_text_class_is_tied_as_text_config_says(top: bool | None, inner: bool | None, tmp_path: Path) -> None:
-    """As in transformers: the outer value is the multimodal class's, absent is false."""
+def test_text_config_decides_whether_the_text_class_is_tied(top: bool | None, inner: bool | None, tmp_path: Path) -> None:
+    """As in transformers: the outer value is for the multimodal class, and the default is false."""
     layout = Layout(mtp=None)
     folder, expected = publish(tmp_path, layout)
     config = layout.config()
@@ -126,7 +126,7 @@ def test_the_text_class_is_tied_as_text_config_says(top: bool | None, inner: boo
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 127), (300, 257), (3, 130, 140)])
-def test_the_definition_is_the_product_per_block(shape: tuple[int, ...]) -> None:
+def test_the_definition_multiplies_per_block(shape: tuple[int, ...]) -> None:
     values, scale = random_fp8(shape, peer.generator(3))
     assert scale.shape == blocks.scale_shape(shape)
     expected = block_by_block(values, scale)
@@ -178,52 +178,52 @@ def changed(folder: Path, name: str, value: Tensor | None, also: str | None = No
 WEIGHT = "model.language_model.layers.0.mlp.experts.2.up_proj.weight"
 SCALE = f"{WEIGHT}_scale_inv"
 SCALES = {
-    "missing": (SCALE, None, "scale missing: .*experts.2.up_proj.weight: F8_E4M3 without weight_scale_inv"),
+    "missing": (SCALE, None, "scale missing: .*experts.2.up_proj.weight: F8_E4M3 needs weight_scale_inv"),
     "alone": (WEIGHT, None, "missing: layers.0.mlp.experts.2.up_proj.weight"),
     "of another shape": (SCALE, torch.ones(2, 1).bfloat16(), r"wrong shape: .*_scale_inv: on disk \[2, 1\].* need \[2, 2\]"),
     "per tensor": (SCALE, torch.ones(()).bfloat16(), r"wrong shape: .*_scale_inv: on disk \[\]"),
     "integer": (SCALE, torch.ones(2, 2, dtype=torch.int16), "wrong dtype: .*_scale_inv: I16"),
     "NaN": (SCALE, torch.tensor([[1, 2], [float("nan"), 3]]).bfloat16(), r"scale not finite: .*: nan for block \[1, 0\]"),
     "infinite": (SCALE, torch.tensor([[1, float("inf")], [1, 3]]).bfloat16(), r"scale not finite: .*: inf for block \[0, 1\]"),
-    "beside bf16": (WEIGHT, torch.ones(136, 200).bfloat16(), "wrong dtype: .*up_proj.weight: BF16; beside it there is"),
+    "beside bf16": (WEIGHT, torch.ones(136, 200).bfloat16(), "wrong dtype: .*up_proj.weight: BF16; .*_scale_inv is stored too"),
     "of E5M2": (WEIGHT, torch.ones(136, 200).to(torch.float8_e5m2), "wrong dtype: .*up_proj.weight: F8_E5M2"),
 }
 
 
 @pytest.mark.parametrize("how", SCALES)
-def test_a_scale_that_is_wrong(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_scale_is_reported(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, value, message = SCALES[how]
     folder = changed(publish(tmp_path, LAYOUTS[FP8], shards=1)[0], name, value)
     for function in ("map_file", "new_memory", "read_into", "view_of"):
-        monkeypatch.setattr(fill, function, lambda *_, **__: pytest.fail("memory was taken"))
+        monkeypatch.setattr(fill, function, lambda *_, **__: pytest.fail("memory was allocated"))
     with pytest.raises(CheckpointError, match=message) as caught:
         MODEL.from_pretrained(folder)
     assert len(caught.value.problems) == (2 if how == "alone" else 1)
 
 
-def test_a_scale_of_a_weight_that_does_not_exist(tmp_path: Path) -> None:
+def test_a_scale_without_a_weight_is_reported(tmp_path: Path) -> None:
     folder, _ = publish(tmp_path, LAYOUTS[FP8], shards=1)
     name = "model.language_model.layers.0.mlp.gated.weight_scale_inv"
     with pytest.raises(CheckpointError, match="scale without its weight: .*there is no layers.0.mlp.gated.weight"):
         MODEL.from_pretrained(changed(folder, name, torch.ones(1, 2)))
 
 
-def test_fp8_codes_that_are_no_number_and_products_too_large(tmp_path: Path) -> None:
+def test_fp8_nan_codes_and_too_large_products_are_reported(tmp_path: Path) -> None:
     folder, _ = publish(tmp_path, LAYOUTS[FP8], shards=1)
     weight = load_file(folder / "model.safetensors")[WEIGHT]
     codes = weight.view(torch.uint8).clone()
     codes[135, 199] = 0x7F
-    with pytest.raises(CheckpointError, match=r"experts.2.up_proj.weight in .* holds NaN"):
+    with pytest.raises(CheckpointError, match=r"experts.2.up_proj.weight in .* contains NaN"):
         MODEL.from_pretrained(changed(folder, WEIGHT, codes.view(torch.float8_e4m3fn)))
     changed(folder, WEIGHT, weight)
     changed(folder, SCALE, torch.full((2, 2), 3e4).bfloat16())
     assert MODEL.from_pretrained(folder) is not None
-    with pytest.raises(CheckpointError, match=r"up_proj.weight in .* reaches 1.34e\+07: .*float16 can hold"):
+    with pytest.raises(CheckpointError, match=r"up_proj.weight in .* reaches 1.34e\+07: float16 weights are at most"):
         MODEL.from_pretrained(folder, dtype="float16")
 
 
-def test_fp8_without_a_word_in_the_configuration_and_bf16_in_spite_of_one(tmp_path: Path) -> None:
-    """The tensors decide."""
+def test_tensors_and_not_the_configuration_decide_about_fp8(tmp_path: Path) -> None:
+    """FP8 without quantization_config, and bf16 with one."""
     folder, expected = publish(tmp_path / "fp8", LAYOUTS[FP8])
     config = LAYOUTS[FP8].config()
     del config["quantization_config"]
@@ -235,7 +235,7 @@ def test_fp8_without_a_word_in_the_configuration_and_bf16_in_spite_of_one(tmp_pa
 
 
 def test_fp8_is_read_in_bounded_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No staging buffer grows with the tensor, and each product is written to the parameter's own memory."""
+    """Staging buffers do not grow with the tensor, and products are written straight to the parameter's memory."""
     largest: list[int] = []
     original = transfer.dequantise_rows
     monkeypatch.setattr(transfer, "TILE", 128 * 200)
@@ -246,25 +246,25 @@ def test_fp8_is_read_in_bounded_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     assert max(largest) == 128 * 200 and len(largest) > 60
 
 
-FOREIGN: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
+UNSUPPORTED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "NVFP4 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, {}, "quant_method='modelopt', quant_algo=NVFP4"),
     "GPTQ": ({"quant_method": "gptq", "bits": 4}, {}, "quant_method='gptq', bits=4"),
     "AWQ": ({"quant_method": "awq"}, {}, "quant_method='awq'"),
     "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, {}, "format=pack-quantized"),
     "unknown": ({"quant_method": "magic"}, {}, "quant_method='magic'"),
     "without a method": ({"bits": 4}, {}, "quant_method=None, bits=4"),
-    "a method that is no string": ({"quant_method": [1]}, {}, r"quant_method=\[1\]"),
+    "a method that is not a string": ({"quant_method": [1]}, {}, r"quant_method=\[1\]"),
     "FP8 in other blocks": ({"quant_method": "fp8", "weight_block_size": [64, 64]}, {}, r"weight_block_size=\[64, 64\]"),
-    "GPTQ without a word": ({}, {"qweight": torch.ones(3, 2, dtype=torch.int32)}, r"1 tensors \*.qweight \(GPTQ or AWQ\)"),
-    "NVFP4 without a word": ({}, {"weight_scale_2": torch.ones(())}, r"\*.weight_scale_2 \(ModelOpt"),
-    "packed without a word": ({}, {"weight_packed": torch.ones(3, dtype=torch.uint8)}, r"\*.weight_packed \(compressed"),
+    "GPTQ without config": ({}, {"qweight": torch.ones(3, 2, dtype=torch.int32)}, r"1 tensors \*.qweight \(GPTQ or AWQ\)"),
+    "NVFP4 without config": ({}, {"weight_scale_2": torch.ones(())}, r"\*.weight_scale_2 \(ModelOpt"),
+    "packed without config": ({}, {"weight_packed": torch.ones(3, dtype=torch.uint8)}, r"\*.weight_packed \(compressed"),
     "MLX": ({}, {"scales": torch.ones(3), "biases": torch.ones(3)}, r"\*.biases \(MLX\).*\*.scales"),
 }
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("kind", UNSUPPORTED)
 def test_other_quantisations_are_refused_in_one_message(kind: str, tmp_path: Path) -> None:
-    quantised, tensors, message = FOREIGN[kind]
+    quantised, tensors, message = UNSUPPORTED[kind]
     folder, _ = publish(tmp_path, LAYOUTS["4.54B community"], shards=1)
     config = LAYOUTS["4.54B community"].config() | ({"quantization_config": quantised} if quantised else {})
     stored = load_file(folder / "model.safetensors")
@@ -272,14 +272,14 @@ def test_other_quantisations_are_refused_in_one_message(kind: str, tmp_path: Pat
     write(folder, stored, config)
     with pytest.raises(CheckpointError, match=message) as caught:
         MODEL.from_pretrained(folder)
-    assert "Read are weights stored as F64, F32, F16, BF16, and block-FP8" in str(caught.value)
+    assert "Supported are weights stored as F64, F32, F16, BF16, and block-FP8" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_islands_of_every_layout_are_float32(tmp_path: Path) -> None:
+def test_parameters_kept_in_fp32_are_float32_in_every_layout(tmp_path: Path) -> None:
     for number, layout in enumerate(LAYOUTS.values()):
-        if layout.islands == torch.bfloat16:
+        if layout.fp32_stored_as == torch.bfloat16:
             folder, expected = publish(tmp_path / str(number), layout)
-            found = canonical((Qwen3_5ForCausalLM if layout.dense else MODEL).from_pretrained(folder))
-            islands = [name for name in found if name.endswith(ISLANDS)]
-            assert len(islands) == 3 and all(torch.equal(found[name], expected[name]) for name in islands)
+            tensors = canonical((Qwen3_5ForCausalLM if layout.dense else MODEL).from_pretrained(folder))
+            kept = [name for name in tensors if name.endswith(FP32_PARAMETERS)]
+            assert len(kept) == 3 and all(torch.equal(tensors[name], expected[name]) for name in kept)

@@ -1,4 +1,4 @@
-"""Some layers, experts and parts of a checkpoint: the full model's values, the smaller model's names, no byte more."""
+"""Selected layers, experts and parts: values of the full model, names of the smaller model, and no other byte is read."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def folder_of(path: Path, five: tuple[Case, Any], layout: str, shards: int = 1) 
 
 
 def expected(full: Tensors, layers: list[int], experts: dict[int, list[int]] | None) -> Tensors:
-    """The smaller model's weights, picked from the full one's one by one."""
-    found: Tensors = {}
+    """The smaller model's weights, selected from the full model's."""
+    selected: Tensors = {}
     for name, value in full.items():
         if not name.startswith("model.layers."):
-            found[name] = value
+            selected[name] = value
             continue
         _, _, number, rest = name.split(".", 3)
         if int(number) not in layers:
             continue
         if experts is not None and (rest == "mlp.gate.weight" or rest.startswith("mlp.experts.")):
             value = torch.stack([value[expert] for expert in experts[int(number)]])
-        found[f"model.layers.{layers.index(int(number))}.{rest}"] = value
-    return found
+        selected[f"model.layers.{layers.index(int(number))}.{rest}"] = value
+    return selected
 
 
 def assert_equal(model: torch.nn.Module, wanted: Tensors) -> None:
@@ -68,7 +68,7 @@ CHOICES: dict[str, tuple[dict[str, Any], list[int], dict[int, list[int]] | None]
     "one MoE layer": ({"layers": [3]}, [3], None),
     "in any order": ({"layers": iter([4, 1, 3])}, [1, 3, 4], None),
     "experts of all layers": ({"experts": range(3)}, [0, 1, 2, 3, 4], dict.fromkeys(range(5), [0, 1, 2])),
-    "experts in the order given": ({"experts": [6, 0, 1, 4], "layers": {2, 4}}, [2, 4], dict.fromkeys((2, 4), [6, 0, 1, 4])),
+    "experts in another order": ({"experts": [6, 0, 1, 4], "layers": {2, 4}}, [2, 4], dict.fromkeys((2, 4), [6, 0, 1, 4])),
     "experts per layer": ({"experts": {1: [2, 3], 4: [6, 0]}, "layers": (1, 4)}, [1, 4], {1: [2, 3], 4: [6, 0]}),
     "tensors as numbers": ({"experts": torch.tensor([5, 2]), "layers": torch.arange(1, 3)}, [1, 2],
                            dict.fromkeys((1, 2), [5, 2])),
@@ -78,7 +78,7 @@ CHOICES: dict[str, tuple[dict[str, Any], list[int], dict[int, list[int]] | None]
 @pytest.mark.parametrize("how", ["map", "copy"])
 @pytest.mark.parametrize("layout", ["grouped", "per_expert"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_what_is_asked_for_is_loaded_bit_for_bit(
+def test_the_selection_is_loaded_bit_for_bit(
     choice: str, layout: str, how: str, five: tuple[Case, Any], tmp_path: Path
 ) -> None:
     options, layers, experts = CHOICES[choice]
@@ -91,7 +91,7 @@ def test_what_is_asked_for_is_loaded_bit_for_bit(
     assert text.num_hidden_layers == len(layers) and list(text.layer_types) == [PATTERN[layer] for layer in layers]
     assert text.num_experts == (7 if experts is None else len(experts[layers[0]]))
     assert model.model.source_layers == tuple(layers)
-    # It is a model like any other: it runs, it is saved, and what is saved is loaded without these options.
+    # The model runs and can be saved, and the saved checkpoint loads without these options.
     with torch.no_grad():
         logits = model(five[0].ids()).logits
     assert logits.isfinite().all()
@@ -102,7 +102,7 @@ def test_what_is_asked_for_is_loaded_bit_for_bit(
         assert torch.equal(again(five[0].ids()).logits, logits)
 
 
-def test_the_first_layers_compute_what_they_compute_in_the_full_model(five: tuple[Case, Any], tmp_path: Path) -> None:
+def test_the_first_layers_compute_the_same_as_in_the_full_model(five: tuple[Case, Any], tmp_path: Path) -> None:
     model = MODEL.from_pretrained(folder_of(tmp_path, five, "grouped"), layers=range(3), weights="copy")
     ids = five[0].ids()
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_experts_in_another_order_are_the_same_model(five: tuple[Case, Any], tmp
 
 
 class Bytes:
-    """Which bytes of which file were mapped, read or fetched ahead."""
+    """Records which bytes of which file were mapped, read or read ahead."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: dict[str, set[tuple[int, int]]] = {}
@@ -140,7 +140,7 @@ class Bytes:
 
         def view_of(mapped: Any, offset: int, shape: Any, dtype: torch.dtype) -> Any:
             count = int(torch.Size(shape).numel()) * dtype.itemsize
-            if id(mapped) in open_maps:  # and not fresh memory
+            if id(mapped) in open_maps:  # not new memory
                 self.seen.setdefault(open_maps[id(mapped)], set()).add((offset, offset + count))
             return view(mapped, offset, shape, dtype)
 
@@ -174,10 +174,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bytes]:
 @pytest.mark.parametrize("how", ["map", "copy"])
 @pytest.mark.parametrize("layout", ["grouped", "per_expert"])
 @pytest.mark.parametrize("options", [{}, {"layers": [1, 3]}, {"experts": [5, 1, 2]}, {"layers": [4], "experts": {4: [0, 6]}}])
-def test_only_the_bytes_asked_for_are_read(
+def test_only_selected_bytes_are_read(
     options: dict[str, Any], layout: str, how: str, five: tuple[Case, Any], tmp_path: Path, counted: Bytes
 ) -> None:
-    """Every byte of the parameters once, as it is stored, and none else."""
+    """Every stored byte of the parameters once, and no other byte."""
     model = MODEL.from_pretrained(folder_of(tmp_path, five, layout, shards=3), weights=how, **options)
     assert counted.total == sum(parameter.nbytes for parameter in model.parameters())
     ranges = sorted((file, *pair) for file, pairs in counted.seen.items() for pair in pairs)
@@ -198,7 +198,7 @@ def test_fp8_bytes_are_read_once_with_their_scales(tmp_path: Path, counted: Byte
     assert torch.equal(up, full["layers.1.mlp.experts.gate_up_proj"][[3, 0]])
 
 
-def test_grouped_fp8_experts_are_chosen_too(tmp_path: Path) -> None:
+def test_grouped_fp8_experts_can_be_selected(tmp_path: Path) -> None:
     folder, full = publish(tmp_path, LAYOUTS["FP8, experts grouped"])
     model = MODEL.from_pretrained(folder, experts=[4, 1, 2])
     for layer in (0, 1):
@@ -207,7 +207,7 @@ def test_grouped_fp8_experts_are_chosen_too(tmp_path: Path) -> None:
             assert torch.equal(found, full[f"layers.{layer}.{name}"][[4, 1, 2]])
 
 
-def test_files_that_hold_nothing_asked_for_are_neither_opened_nor_missed(five: tuple[Case, Any], tmp_path: Path) -> None:
+def test_files_without_selected_tensors_are_not_opened_and_may_be_missing(five: tuple[Case, Any], tmp_path: Path) -> None:
     case, model = five
     folder = folder_of(tmp_path, five, "grouped")
     index: dict[str, str] = {}
@@ -225,18 +225,18 @@ def test_files_that_hold_nothing_asked_for_are_neither_opened_nor_missed(five: t
     assert_equal(MODEL.from_pretrained(folder), model.state_dict())
     for layer in (0, 3):
         (folder / f"layer{layer}.safetensors").unlink()
-    (folder / "layer4.safetensors").write_bytes(b"not a file of tensors")
+    (folder / "layer4.safetensors").write_bytes(b"not a safetensors file")
     small = MODEL.from_pretrained(folder, layers=[1, 2])
     assert_equal(small, expected(model.state_dict(), [1, 2], None))
     assert small.loading_report.files == 3
     others = sum(f".layers.{layer}." in name for name in index for layer in (0, 3, 4))
-    assert small.loading_report.left_out == {"layers and experts that were not asked for": others}
+    assert small.loading_report.left_out == {"layers and experts that were not selected": others}
     with pytest.raises(CheckpointError, match="missing file: layer3.safetensors"):
         MODEL.from_pretrained(folder, layers=[1, 3])
 
 
-def test_a_layer_of_full_size_maps_its_own_bytes(tmp_path: Path, counted: Bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen3.5-35B-A3B in a file that is all hole: 72 GB of it on no disk, one layer's 1.6 GB and the rest of the model."""
+def test_a_layer_of_full_size_maps_only_its_own_bytes(tmp_path: Path, counted: Bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3.5-35B-A3B in a sparse file of 72 GB; one layer of 1.6 GB and the parts outside the layers are mapped."""
     config = Config.preset("35b-a3b")
     at, entries = 0, {}
     for tensor in config.tensor_shapes(mtp=True, mtp_experts="per_expert"):
@@ -307,7 +307,7 @@ def test_parts_of_a_class_that_has_them(parts: Any, tmp_path: Path) -> None:
     assert "mtp" in parts or Whole.from_pretrained(folder).state_dict().keys().isdisjoint({"mtp.fc.weight"})
 
 
-def test_the_mtp_heads_experts_can_be_chosen_by_themselves(tmp_path: Path) -> None:
+def test_the_mtp_heads_experts_can_be_selected_separately(tmp_path: Path) -> None:
     folder, full = publish(tmp_path, LAYOUTS["3.5 MoE, bf16"])
     ids = {0: [2, 4], 1: [0, 1], "mtp": [3, 1]}
     model = Whole.from_pretrained(folder, parts={"text", "mtp"}, experts=ids)
@@ -318,7 +318,7 @@ def test_the_mtp_heads_experts_can_be_chosen_by_themselves(tmp_path: Path) -> No
         Whole.from_pretrained(folder, parts={"text", "mtp"}, experts=ids)
 
 
-def test_text_is_the_part_of_the_text_classes(five: tuple[Case, Any], tmp_path: Path) -> None:
+def test_text_classes_have_the_part_text(five: tuple[Case, Any], tmp_path: Path) -> None:
     folder = folder_of(tmp_path, five, "grouped")
     assert_equal(MODEL.from_pretrained(folder, parts={"text"}), five[1].state_dict())
     assert len(Qwen3_5MoeTextModel.from_pretrained(folder, parts="text", layers=[2]).layers) == 1
@@ -332,20 +332,21 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a negative layer": ({"layers": [-1]}, r"layer -1; the checkpoint has layers 0 \.\.\. 4"),
     "a layer twice": ({"layers": [1, 1]}, "layers= names 1 twice"),
     "no layer": ({"layers": []}, "layers= is empty"),
-    "a number for layers": ({"layers": 3}, r"layers=3; it is a list of numbers"),
-    "a word for layers": ({"layers": "3"}, r"layers='3'; it is a list of numbers"),
+    "a number for layers": ({"layers": 3}, r"layers=3 must be a list of numbers"),
+    "a word for layers": ({"layers": "3"}, r"layers='3' must be a list of numbers"),
     "a fraction": ({"layers": [1.5]}, "a whole number, not 1.5"),
     "true": ({"layers": [True]}, "a whole number, not True"),
     "an expert beyond": ({"experts": [0, 7]}, r"experts= names expert 7; the checkpoint has experts 0 \.\.\. 6"),
     "an expert twice": ({"experts": [3, 3, 1]}, "experts= names 3 twice"),
-    "fewer than top-k": ({"experts": [3]}, "names 1 experts; a token takes num_experts_per_tok = 2"),
+    "fewer than top-k": ({"experts": [3]}, "names 1 experts; a token uses num_experts_per_tok = 2"),
     "different numbers": ({"experts": {0: [1, 2], 1: [1, 2, 3]}, "layers": [0, 1]}, r"names \[2, 3\] experts: .* the same"),
     "no ids at all": ({"experts": {}}, "names no experts"),
     "a layer without ids": ({"experts": {0: [1, 2]}}, r"no ids for the layers \[1, 2, 3, 4\]"),
-    "ids for a layer left out": ({"experts": {0: [1, 2], 1: [1, 2]}, "layers": [0]}, r"ids for \[1\], which are not among"),
+    "ids for a layer left out": ({"experts": {0: [1, 2], 1: [1, 2]}, "layers": [0]},
+                                 r"ids for the layers \[1\], which are not loaded"),
     "a wrong expert of one layer": ({"experts": {0: [1, 9]}, "layers": [0]}, r"experts\[0\] names expert 9"),
-    "an unknown part": ({"parts": {"text", "audio"}}, "it is a set of some of 'text', 'vision', 'mtp'"),
-    "no part": ({"parts": ()}, "it is a set of some of"),
+    "an unknown part": ({"parts": {"text", "audio"}}, "must be a set of one or more of 'text', 'vision', 'mtp'"),
+    "no part": ({"parts": ()}, "must be a set of one or more of"),
     "a part without a module": ({"parts": {"text", "vision", "mtp"}},
                                 "mtp, vision, for which Qwen3_5MoeForCausalLM has no module; it has text"),
     "a part that is always there": ({"parts": {"mtp"}}, "mtp, for which Qwen3_5MoeForCausalLM has no module"),
@@ -353,15 +354,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_choice_names_the_right_ones(what: str, five: tuple[Case, Any], tmp_path: Path) -> None:
+def test_errors_name_the_valid_choices(what: str, five: tuple[Case, Any], tmp_path: Path) -> None:
     options, message = WRONG[what]
     with pytest.raises(ValueError, match=message):
         MODEL.from_pretrained(folder_of(tmp_path, five, "grouped", shards=2), **options)
 
 
-def test_a_dense_checkpoint_has_no_experts_to_choose(tmp_path: Path) -> None:
+def test_a_dense_checkpoint_has_no_experts_to_select(tmp_path: Path) -> None:
     folder, full = publish(tmp_path, LAYOUTS["3.5 dense, untied"])
-    with pytest.raises(ValueError, match="experts= chooses among experts, and this checkpoint is dense"):
+    with pytest.raises(ValueError, match="experts= needs a mixture of experts, and this checkpoint is dense"):
         Qwen3_5ForCausalLM.from_pretrained(folder, experts=[0, 1])
     model = Qwen3_5ForCausalLM.from_pretrained(folder, layers=[1])
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, full["layers.1.mlp.down_proj.weight"])
@@ -369,21 +370,21 @@ def test_a_dense_checkpoint_has_no_experts_to_choose(tmp_path: Path) -> None:
         Whole.from_pretrained(publish(tmp_path / "moe", LAYOUTS["3.6 MoE, bf16"])[0], parts={"mtp"})
 
 
-def test_what_is_missing_is_told_in_the_checkpoints_numbers(five: tuple[Case, Any], tmp_path: Path) -> None:
+def test_missing_tensors_have_the_checkpoints_numbers(five: tuple[Case, Any], tmp_path: Path) -> None:
     case, model = five
-    lost = ("layers.4.self_attn.o_proj.weight", "layers.4.mlp.experts.6.up_proj.weight")
-    tensors = {name: value for name, value in per_expert(model.state_dict()).items() if not any(each in name for each in lost)}
+    missing = ("layers.4.self_attn.o_proj.weight", "layers.4.mlp.experts.6.up_proj.weight")
+    tensors = {name: value for name, value in per_expert(model.state_dict()).items() if not name.endswith(missing)}
     folder = write(tmp_path, tensors, case.text)
     assert MODEL.from_pretrained(folder, layers=[0, 1]) is not None
     with pytest.raises(CheckpointError) as caught:
         MODEL.from_pretrained(folder, layers=[0, 4], experts=[6, 2])
     assert {(problem.kind, problem.subject) for problem in caught.value.problems} == {
-        ("missing", name) for name in lost}  # fmt: skip
+        ("missing", name) for name in missing}  # fmt: skip
 
 
-def test_neighbouring_rows_are_one_piece() -> None:
+def test_consecutive_rows_are_one_range() -> None:
     assert runs([3, 4, 5, 1, 2, 0]) == [(3, 6), (1, 3), (0, 1)]
 
 
-def test_the_parts_of_a_layout_are_what_it_stores() -> None:
+def test_the_parts_of_a_layout() -> None:
     assert parts_of(LAYOUTS["3.8 text only"]) == {"text", "mtp"}

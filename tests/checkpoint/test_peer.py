@@ -1,9 +1,8 @@
-"""Checkpoints go back and forth between transformers and this library without losing a bit."""
+"""Checkpoints round-trip between transformers and this library bit for bit."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,11 @@ from torch import Tensor, nn
 from qwen35moe.config import Config
 from qwen35moe.models.text import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel
 from tests.support import peer
+from tests.support.checkpoints import FP32_PARAMETERS
 from tests.support.peer import FULL, LINEAR, Case, odd_shape
 
-ISLANDS = ("A_log", "dt_bias", "linear_attn.norm.weight")
 VISION = dict(depth=2, hidden_size=24, intermediate_size=36, num_heads=2, num_position_embeddings=16)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written need not survive a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def moe(tied: bool) -> Case:
@@ -36,20 +30,20 @@ def dense(tied: bool) -> Case:
 
 
 def load_theirs(cls: Any, path: Path, dtype: torch.dtype) -> Any:
-    """transformers' model, and the assurance that it found every weight and nothing else."""
+    """transformers' model; asserts that it has read every weight and no other tensor is left."""
     model, info = cls.from_pretrained(path, dtype=dtype, attn_implementation="eager", experts_implementation="eager",
                                       output_loading_info=True)  # fmt: skip
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model
 
 
-def agree(ours: nn.Module, theirs: nn.Module, islands: torch.dtype | None = None) -> None:
-    """All weights equal bit by bit. `islands`: the dtype to which transformers has rounded A_log and its like."""
+def agree(ours: nn.Module, theirs: nn.Module, fp32_rounded_to: torch.dtype | None = None) -> None:
+    """All weights are equal bit by bit. fp32_rounded_to: the dtype in which transformers keeps the parameters kept in fp32."""
     a, b = ours.state_dict(), theirs.state_dict()
     assert a.keys() == b.keys()
     for name, value in a.items():
-        if name.endswith(ISLANDS) and islands is not None:
-            value = value.to(islands)
+        if name.endswith(FP32_PARAMETERS) and fp32_rounded_to is not None:
+            value = value.to(fp32_rounded_to)
         assert value.dtype == b[name].dtype and torch.equal(value, b[name]), name
 
 
@@ -67,7 +61,7 @@ CASES = {"moe": moe, "dense": dense}
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, "9KB"), (torch.bfloat16, "5GB")])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", CASES)
-def test_what_transformers_saves_is_read(
+def test_checkpoints_saved_by_transformers_are_read(
     family: str, tied: bool, dtype: torch.dtype, size: str, tmp_path: Path
 ) -> None:
     case = CASES[family](tied)
@@ -103,13 +97,13 @@ def test_ours_to_transformers_and_back(
     agree(again, theirs, dtype)
     if dtype == torch.float32:
         agree(again, ours)
-    # And over what transformers left in the folder:
+    # Saving over the checkpoint of transformers:
     ours.save_pretrained(tmp_path / "theirs", layout=layout, max_shard_size=size)
     agree(our_class.from_pretrained(tmp_path / "theirs"), ours)
     agree(ours, load_theirs(their_class, tmp_path / "theirs", dtype), dtype)
 
 
-def test_the_configuration_survives_the_way_to_transformers_and_back(tmp_path: Path) -> None:
+def test_the_configuration_round_trips_through_transformers(tmp_path: Path) -> None:
     case = moe(True)
     ours = peer.ours(case)
     ours.save_pretrained(tmp_path / "ours")
@@ -122,7 +116,7 @@ def test_the_configuration_survives_the_way_to_transformers_and_back(tmp_path: P
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("is_dense", [True, False])
-def test_the_text_model_comes_out_of_a_multimodal_one(is_dense: bool, tied: bool, tmp_path: Path) -> None:
+def test_the_text_model_is_loaded_from_a_multimodal_checkpoint(is_dense: bool, tied: bool, tmp_path: Path) -> None:
     import transformers
 
     case = dense(tied) if is_dense else moe(tied)
@@ -143,7 +137,7 @@ def test_the_text_model_comes_out_of_a_multimodal_one(is_dense: bool, tied: bool
     assert found.keys() == {key for key in expected if not key.startswith("model.visual.")}
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
     agree(ours, their_class.from_pretrained(tmp_path / "both", dtype=torch.float32))
-    # Saved again it is a text-only checkpoint, for both libraries.
+    # Saved again, it is a text-only checkpoint for both libraries.
     ours.save_pretrained(tmp_path / "text")
     assert json.loads((tmp_path / "text" / "config.json").read_text())["model_type"].endswith("_text")
     agree(ours, load_theirs(their_class, tmp_path / "text", torch.float32))
@@ -166,8 +160,8 @@ def test_bare_text_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_loaded_models_say_the_same(family: str, tmp_path: Path) -> None:
-    """Logits of both libraries from one folder, islands rounded alike."""
+def test_loaded_models_give_the_same_logits(family: str, tmp_path: Path) -> None:
+    """Logits of both libraries from one folder, with the parameters kept in fp32 rounded alike."""
     case = CASES[family](False)
     our_class, their_class = classes(case)
     theirs = peer.theirs(case)

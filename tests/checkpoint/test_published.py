@@ -1,4 +1,4 @@
-"""What published repositories hold, computed from the presets: the published counts and bytes, to the last one."""
+"""Tensors of published repositories, computed from the presets: exactly the published counts and bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwen35moe.checkpoint.quantise import quantise
 from qwen35moe.config import Config
 from tests.support.floors import ROOT
 
-# tensors, scales, bytes. 122b-a10b FP8 and 35b-a3b FP8 are arithmetic by the same rules, not published numbers.
+# tensors, scales, bytes. Those of 122b-a10b FP8 and 35b-a3b FP8 are computed by the same rules, not published.
 REPOSITORIES = {
     "Qwen3.5-35B-A3B": ("35b-a3b", QWEN35, 1_811, 0, 71_903_655_008),
     "Qwen3.5-9B": ("9b", QWEN35, 775, 0, 19_306_216_416),
@@ -45,8 +45,8 @@ def test_counts_and_bytes_at_full_size(name: str) -> None:
 def test_dtypes_and_parts() -> None:
     dtypes = Counter(tensor.dtype for tensor in tensors(Config.preset("3.6-35b-a3b"), QWEN36.quantised()))
     assert dtypes == {"BF16": 32_451, "F8_E4M3": 31_745}
-    islands = [t.name for t in tensors(Config.preset("35b-a3b")) if t.dtype == "F32"]
-    assert len(islands) == 60 and all(name.endswith(("A_log", "linear_attn.norm.weight")) for name in islands)
+    wide = [t.name for t in tensors(Config.preset("35b-a3b")) if t.dtype == "F32"]
+    assert len(wide) == 60 and all(name.endswith(("A_log", "linear_attn.norm.weight")) for name in wide)
     for preset, layout, mtp in (("35b-a3b", QWEN35, 17 + 3 * 256), ("3.6-35b-a3b", QWEN36, 19), ("27b", QWEN35, 15)):
         found = [t.name for t in tensors(Config.preset(preset), layout)]
         assert sum(name.startswith("mtp.") for name in found) == mtp
@@ -62,14 +62,14 @@ def test_named_parameters_of_a_model(preset: str, count: int) -> None:
     assert sum(1 for _ in tensors(Config.preset(preset), Layout(mtp=False))) == count
 
 
-def test_what_transformers_saves_has_no_mtp_and_single_experts() -> None:
+def test_checkpoints_saved_by_transformers_have_single_experts_and_no_mtp() -> None:
     found = {tensor.name for tensor in tensors(Config.preset("35b-a3b"), TRANSFORMERS)}
     assert not any(name.startswith("mtp.") or name.endswith("experts.down_proj") for name in found)
     assert len(found) == 1026 - 2 * 40 + 3 * 256 * 40
 
 
-def test_the_list_of_what_is_not_quantised() -> None:
-    """259 entries for 27B, which is published; for 35B the one that facts derive from it."""
+def test_the_list_of_unquantised_modules() -> None:
+    """The published list of 27B has 259 entries; the list of 35B follows the same rule."""
     assert len(quantization_config(Config.preset("27b"), QWEN35.quantised())["modules_to_not_convert"]) == 259
     file = ROOT / "tests" / "data" / "configs" / "reconstructed--Qwen3.5-35B-A3B-FP8.json"
     expected = json.loads(file.read_text())["quantization_config"]
@@ -101,7 +101,7 @@ def bfloat16_of(pair: bytes) -> float:
 
 
 def dequantised_from_bytes(values: bytes, scales: bytes, shape: tuple[int, int]) -> Tensor:
-    """The same as quantise.dequantise from the bytes of a file: each number out of a table, times its block's scale."""
+    """block_fp8.dequantise from the bytes of a file: each number from a table, times the scale of its block."""
     rows, columns = shape
     across = math.ceil(columns / 128)
     table = torch.tensor([value_of(byte) for byte in range(256)], dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_all_numbers_of_eight_bits() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 5), (128, 7), (129, 131), (40, 260)])
 def test_dequantised_equals_an_independent_form(shape: tuple[int, int]) -> None:
-    """Ragged blocks, each with a scale of its own. In float32 the product of 4 and 8 digits is exact."""
+    """Incomplete blocks with different scales. In float32 the product of numbers with 4 and 8 binary digits is exact."""
     weight = torch.randn(shape) * torch.logspace(-6, 3, shape[1])
     values, scale = quantise(weight)
     assert values.shape == shape and scale.shape == published.scale_shape(shape) and scale.dtype is torch.bfloat16
@@ -134,7 +134,7 @@ def test_dequantised_equals_an_independent_form(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 5), (257, 300)])
 def test_quantisation_keeps_four_digits(shape: tuple[int, int]) -> None:
-    """Half of the last of 4 binary digits, or of the smallest number 2^-9 that a block of largest 448 has."""
+    """The error is at most half of the last of 4 binary digits, or half of 2^-9, the smallest number of a block up to 448."""
     weight = torch.randn(shape)
     weight[-1, -1] = 50.0
     found = dequantise(*quantise(weight))

@@ -1,4 +1,4 @@
-"""Buffers, threads and devices of a load: what a GPU gets, tried with the CPU as its target, and pieces of mapped files."""
+"""Buffers, threads and devices of loading (the path of a GPU, with a CPU as the target), and stitched pieces of files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen35moe import Qwen3_5MoeForCausalLM
-from qwen35moe.checkpoint import CheckpointError, fill, read, splice, transfer
-from qwen35moe.checkpoint.splice import Piece, Splicer
+from qwen35moe.checkpoint import CheckpointError, fill, read, stitch, transfer
+from qwen35moe.checkpoint.stitch import Piece, Stitcher
 from qwen35moe.checkpoint.transfer import Copy, read_into
 from qwen35moe.config import Config
 from tests.support import peer
@@ -31,12 +31,12 @@ PAGE = mmap.PAGESIZE
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensors]]:
-    """A folder of each kind, and what its text model holds."""
-    found = {}
+    """A folder of each kind, and the weights of its text model."""
+    by_kind = {}
     for number, name in enumerate((FP8, "3.5 MoE, bf16")):
         folder, expected = publish(tmp_path_factory.mktemp(f"kind{number}"), LAYOUTS[name])
-        found[name] = folder, {key: value for key, value in expected.items() if not key.startswith(("visual.", "mtp."))}
-    return found
+        by_kind[name] = folder, {key: value for key, value in expected.items() if not key.startswith(("visual.", "mtp."))}
+    return by_kind
 
 
 def held(model: torch.nn.Module) -> Tensors:
@@ -54,17 +54,17 @@ def assert_held(model: torch.nn.Module, expected: Tensors) -> None:
 
 
 def through_buffers(monkeypatch: pytest.MonkeyPatch, stage: int) -> list[torch.device]:
-    """Loads go the way of a GPU. What is returned gets the device of every batch."""
+    """Make loading use buffers, as for a GPU. The returned list collects the device of every batch."""
     devices: list[torch.device] = []
-    carry = transfer._Lane.carry
+    copy = transfer._Worker.copy
 
-    def counted(lane: Any, batch: Any) -> None:
-        assert lane.staged and len({piece.target.device for piece in batch}) == 1
-        carry(lane, batch)
+    def counted(worker: Any, batch: Any) -> None:
+        assert worker.staged and len({piece.target.device for piece in batch}) == 1
+        copy(worker, batch)
         devices.append(batch[0].target.device)
-        assert all(len(buffer.bytes) <= max(stage, 128 * 200) + 64 for buffer in lane.buffers)
+        assert all(len(buffer.bytes) <= max(stage, 128 * 200) + 64 for buffer in worker.buffers)
 
-    monkeypatch.setattr(transfer._Lane, "carry", counted)
+    monkeypatch.setattr(transfer._Worker, "copy", counted)
     monkeypatch.setattr(transfer, "STAGE", stage)
     monkeypatch.setattr(fill, "read_into", lambda copies: read_into(copies, threads=3, staged=True))
     return devices
@@ -75,7 +75,7 @@ def through_buffers(monkeypatch: pytest.MonkeyPatch, stage: int) -> list[torch.d
 def test_buffers_of_any_size_give_the_same_weights(
     kind: str, stage: int, folders: dict[str, tuple[Path, Tensors]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small ones carry pieces of a tensor, large ones many tensors; a block of FP8 rows is never cut."""
+    """Small buffers contain pieces of a tensor, large ones many tensors; a block of FP8 rows is never split."""
     monkeypatch.setattr(transfer, "TILE", 1)
     batches = through_buffers(monkeypatch, stage)
     folder, expected = folders[kind]
@@ -85,7 +85,7 @@ def test_buffers_of_any_size_give_the_same_weights(
     assert all(torch.equal(wide[name].to(value.dtype), value) for name, value in expected.items())
 
 
-def test_memory_beside_the_weights_is_two_buffers_per_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extra_memory_is_two_buffers_per_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.arange(100_000, dtype=torch.float32)
     save_file({"x": values}, tmp_path / "x.safetensors")
     monkeypatch.setattr(transfer, "STAGE", 4096)
@@ -100,7 +100,7 @@ def test_memory_beside_the_weights_is_two_buffers_per_thread(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_counts_bytes_on_a_terminal(
+def test_a_progress_bar_counts_bytes_on_a_terminal(
     terminal: bool, folders: dict[str, tuple[Path, Tensors]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bars: list[dict[str, Any]] = []
@@ -124,8 +124,8 @@ def test_a_bar_counts_bytes_on_a_terminal(
     assert all(bar["counted"] == bar["total"] > 10**6 and bar["unit"] == "B" for bar in bars)
 
 
-@pytest.mark.parametrize("code, message", [(0x7F, "x in .* holds NaN"), (0x7E, "x in .* reaches 4.48e")])
-def test_damage_is_found_when_a_buffer_is_taken_again_or_at_the_end(code: int, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code, message", [(0x7F, "x in .* contains NaN"), (0x7E, "x in .* reaches 4.48e")])
+def test_damage_is_reported_when_a_buffer_is_reused_or_at_the_end(code: int, message: str, tmp_path: Path) -> None:
     values, scale = random_fp8((130, 7), torch.Generator().manual_seed(1))
     values.view(torch.uint8)[129, 3] = code
     save_file({"x": values.view(torch.uint8)}, tmp_path / "x.safetensors")
@@ -141,12 +141,12 @@ def test_damage_is_found_when_a_buffer_is_taken_again_or_at_the_end(code: int, m
     assert torch.equal(good.target.view(130, 7), block_by_block(values, scale).half())
 
 
-def test_factors_go_to_a_device_once(tmp_path: Path) -> None:
+def test_scales_are_moved_to_a_device_once(tmp_path: Path) -> None:
     """However many views of them there are."""
     factors = torch.arange(12.0)
     target = torch.empty(6, device="meta")
     copies = [Copy(tmp_path / "x", 0, torch.float8_e4m3fn, target, None, factors[at : at + 2].view(1, 2)) for at in (0, 4)]
-    moved = [copy.scale for copy in transfer._beside_their_factors(copies)]
+    moved = [copy.scale for copy in transfer._with_scales_on_device(copies)]
     assert all(scale is not None and scale.device == META and scale.shape == (1, 2) for scale in moved)
     assert [scale.storage_offset() for scale in moved if scale is not None] == [0, 4]
     assert len({scale.untyped_storage()._cdata for scale in moved if scale is not None}) == 1
@@ -156,10 +156,10 @@ def test_factors_go_to_a_device_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [FP8, "3.5 MoE, bf16"])
-def test_every_layer_is_read_onto_its_device(
+def test_every_layer_is_read_to_its_device(
     kind: str, folders: dict[str, tuple[Path, Tensors]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second device is "meta": nothing of it is read, mapped or allocated."""
+    """The second device is "meta": for it no byte is read, mapped or allocated."""
     folder, expected = folders[kind]
     nbytes: list[int] = []
     exactly, view = transfer.read_exactly, fill.view_of
@@ -177,23 +177,23 @@ def test_every_layer_is_read_onto_its_device(
             fp8 = kind == FP8 and (".mlp.experts." in name or name.split(".")[-2] in QUANTISED)
             itemsize = 1 if fp8 else 2 if name.endswith("dt_bias") else parameter.itemsize
             stored += parameter.numel() * itemsize
-    assert stored <= sum(nbytes) <= stored * (1.001 if kind == FP8 else 1)  # and factors
+    assert stored <= sum(nbytes) <= stored * (1.001 if kind == FP8 else 1)  # and scales
     assert model.loading_report.nbytes == sum(p.nbytes for p in model.parameters() if not p.is_meta)
     assert bool(model.loading_report.dequantised) == (kind == FP8)
 
 
-def test_one_device_twice_is_no_placement(folders: dict[str, tuple[Path, Tensors]]) -> None:
+def test_one_device_twice_is_no_device_map(folders: dict[str, tuple[Path, Tensors]]) -> None:
     folder, expected = folders["3.5 MoE, bf16"]
     for device in (["cpu", "cpu"], "auto" if not torch.cuda.is_available() else "cpu", CPU):
         model = MODEL.from_pretrained(folder, device=device)
-        assert model.placement is None and model.loading_report.mapped == len(expected) - 1  # dt_bias is widened
+        assert model.device_map is None and model.loading_report.mapped == len(expected) - 1  # dt_bias is widened
         assert_held(model, expected)
     with pytest.raises(ValueError, match="name at least one device"):
         MODEL.from_pretrained(folder, device=[])
 
 
 @pytest.mark.parametrize("devices", ["cuda:1", ["cuda:0", "cuda:1"]])
-def test_gpus_that_are_too_small_are_told_before_anything_is_read(
+def test_insufficient_gpu_memory_is_reported_before_loading_starts(
     devices: Any, folders: dict[str, tuple[Path, Tensors]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, expected = folders[FP8]
@@ -201,7 +201,7 @@ def test_gpus_that_are_too_small_are_told_before_anything_is_read(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (whole // 3, whole))
     for module, names in ((fill, ("map_file", "new_memory", "read_into")), (read, ("read_scales",))):
         for name in names:
-            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("memory was taken"))
+            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("memory was allocated"))
     with pytest.raises(ValueError, match=r"cuda:[01] would hold .* GB of weights and has .* GB free; .* give more devices"):
         MODEL.from_pretrained(folder, device=devices)
 
@@ -210,7 +210,7 @@ def test_gpus_that_are_too_small_are_told_before_anything_is_read(
 @pytest.mark.parametrize("kind", [FP8, "3.5 MoE, bf16"])
 @pytest.mark.parametrize("stage", [2**12, 2**24])
 def test_a_gpu_gets_the_same_weights(kind: str, stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone, and with the second layer on the CPU; FP8 is multiplied on the device, whose product is the CPU's."""
+    """With one GPU, and with the second layer on the CPU; a GPU dequantises FP8 to the same numbers as a CPU."""
     folder, expected = publish(tmp_path, LAYOUTS[kind])
     expected = {key: value for key, value in expected.items() if not key.startswith(("visual.", "mtp."))}
     monkeypatch.setattr(transfer, "STAGE", stage)
@@ -225,8 +225,8 @@ def test_a_gpu_gets_the_same_weights(kind: str, stage: int, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("shift", [0, 2, 70])
-def test_pieces_become_one_tensor(shift: int, tmp_path: Path) -> None:
-    """Of two files, out of order, one with another remainder, two that are neighbours; of whole pages and not."""
+def test_pieces_are_stitched_to_one_tensor(shift: int, tmp_path: Path) -> None:
+    """Pieces of two files, out of order, one with another remainder, two adjacent ones; of whole pages and others."""
     rng = torch.Generator().manual_seed(3)
     content = {name: torch.randint(0, 2**15, (40 * PAGE,), generator=rng).to(torch.int16) for name in "ab"}
     for name, values in content.items():
@@ -241,55 +241,55 @@ def test_pieces_become_one_tensor(shift: int, tmp_path: Path) -> None:
         at += size
     before = {name: (tmp_path / name).read_bytes() for name in "ab"}
     wanted = torch.cat([content[p.file.name].view(torch.uint8)[p.offset : p.offset + p.nbytes] for p in pieces])
-    found = Splicer()((at // 2,), torch.int16, pieces)
-    assert found is not None
-    value, left = found
-    assert left == [pieces[3]] and value.data_ptr() % PAGE == shift
+    stitched = Stitcher()((at // 2,), torch.int16, pieces)
+    assert stitched is not None
+    value, remaining = stitched
+    assert remaining == [pieces[3]] and value.data_ptr() % PAGE == shift
     whole = value.view(torch.uint8)
-    for piece in left:
+    for piece in remaining:
         whole[piece.at : piece.at + piece.nbytes] = wanted[piece.at : piece.at + piece.nbytes]
     assert torch.equal(whole, wanted)
-    value.fill_(7)  # and never reaches the files
+    value.fill_(7)  # does not change the files
     assert before == {name: (tmp_path / name).read_bytes() for name in "ab"}
     lines = Path("/proc/self/maps").read_text().count(str(tmp_path))
     assert lines >= 3
-    del value, whole, found
+    del value, whole, stitched
     assert Path("/proc/self/maps").read_text().count(str(tmp_path)) == 0
 
 
 def no_mappings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splice, "_free_mappings", lambda: 2)
+    monkeypatch.setattr(stitch, "_free_mappings", lambda: 2)
 
 
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splice, "_map_at", lambda *_: False)
+    monkeypatch.setattr(stitch, "_map_at", lambda *_: False)
 
 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splice, "SMALLEST", 10**6)
+    monkeypatch.setattr(stitch, "SMALLEST", 10**6)
 
 
 @pytest.mark.parametrize("why", [None, no_mappings, refused, small])
 def test_experts_stored_one_by_one_are_mapped(
     why: Callable[[pytest.MonkeyPatch], None] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or read, where mapping them is not possible or not worth it: the same weights either way."""
+    """Or read, if mapping is impossible or too expensive: the weights are the same."""
     text = TEXT | {"hidden_size": 256, "moe_intermediate_size": 128, "mtp_num_hidden_layers": 0}
     model = MODEL(Config.from_dict(text))
     peer.draw(model, 4)
     expected = {name: value.float() if value.ndim == 1 and name.endswith(("A_log", "dt_bias")) else value
                 for name, value in model.to(torch.bfloat16).state_dict().items()}  # fmt: skip
     folder = write(tmp_path, per_expert(expected), text, shards=2)
-    monkeypatch.setattr(splice, "SMALLEST", 4096)
+    monkeypatch.setattr(stitch, "SMALLEST", 4096)
     if why is not None:
         why(monkeypatch)
     loaded = MODEL.from_pretrained(folder)
     report = loaded.loading_report
-    assert (report.spliced, report.stacked) == ((4, 0) if why is None else (0, 4))
+    assert (report.stitched, report.stacked) == ((4, 0) if why is None else (0, 4))
     found = loaded.state_dict()
     assert all(torch.equal(found[name].float(), value.float()) for name, value in expected.items())
     part = MODEL.from_pretrained(folder, experts=[4, 1, 3])
-    assert part.loading_report.spliced == report.spliced
+    assert part.loading_report.stitched == report.stitched
     name = "model.layers.1.mlp.experts.down_proj"
     assert torch.equal(part.state_dict()[name], expected[name][[4, 1, 3]])
     with torch.no_grad():
@@ -297,10 +297,10 @@ def test_experts_stored_one_by_one_are_mapped(
             torch.arange(9)[None]).logits)  # fmt: skip
 
 
-def test_a_tensor_of_which_little_can_be_mapped_is_read(tmp_path: Path) -> None:
+def test_a_tensor_that_can_mostly_not_be_mapped_is_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(80 * PAGE))
     pieces = [Piece(tmp_path / "a", 18 * PAGE * n + 2 * n, 16 * PAGE * n, 16 * PAGE) for n in range(3)]
-    assert Splicer()((24 * PAGE,), torch.int16, pieces) is None
-    value: tuple[Tensor, list[Piece]] | None = Splicer()((16 * PAGE,), torch.int16, [*pieces[:1], pieces[0]._replace(
+    assert Stitcher()((24 * PAGE,), torch.int16, pieces) is None
+    value: tuple[Tensor, list[Piece]] | None = Stitcher()((16 * PAGE,), torch.int16, [*pieces[:1], pieces[0]._replace(
         at=16 * PAGE, offset=2)])  # fmt: skip
     assert value is not None and len(value[1]) == 1

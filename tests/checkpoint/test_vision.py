@@ -1,8 +1,7 @@
-"""Checkpoints of text and vision through the class that has both: every layout, in part, tiny ones, over devices, and back."""
+"""Multimodal checkpoints: every layout, selections, tiny checkpoints, several devices, and saving."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,17 @@ from qwen35moe.checkpoint.tiny import tiny_config, write_tiny
 from tests.support.checkpoints import LAYOUTS, Tensors, publish
 
 MODEL = Qwen3_5MoeForConditionalGeneration
-SEEING = [name for name, layout in LAYOUTS.items() if layout.vision]
+WITH_VISION = [name for name, layout in LAYOUTS.items() if layout.vision]
 FP8 = "3.5 MoE, FP8"
 CPU, META = torch.device("cpu"), torch.device("meta")
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def held(model: torch.nn.Module) -> Tensors:
-    """By canonical name, a tied head once."""
-    found = {names.canonical(name) or name: value for name, value in model.state_dict().items()}
+    """The parameters by canonical name, a tied head once."""
+    tensors = {names.canonical(name) or name: value for name, value in model.state_dict().items()}
     config: Any = model.config
-    return {name: value for name, value in found.items() if name != "lm_head.weight" or not config.tie_word_embeddings}
+    return {name: value for name, value in tensors.items() if name != "lm_head.weight" or not config.tie_word_embeddings}
 
 
 def assert_held(model: torch.nn.Module, expected: Tensors) -> None:
@@ -44,7 +39,7 @@ def without_mtp(tensors: Tensors) -> Tensors:
     return {name: value for name, value in tensors.items() if not name.startswith("mtp.")}
 
 
-@pytest.mark.parametrize("row", SEEING)
+@pytest.mark.parametrize("row", WITH_VISION)
 def test_every_layout_with_a_vision_tower_is_read(row: str, tmp_path: Path) -> None:
     layout = LAYOUTS[row]
     folder, expected = publish(tmp_path, layout)
@@ -57,8 +52,8 @@ def test_every_layout_with_a_vision_tower_is_read(row: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("row", [FP8, "3.5 MoE, bf16", "saved by transformers"])
-def test_in_part(row: str, tmp_path: Path) -> None:
-    """One layer and three experts of it beside the whole tower."""
+def test_a_selection(row: str, tmp_path: Path) -> None:
+    """One layer with three of its experts, and the whole vision tower."""
     folder, expected = publish(tmp_path, LAYOUTS[row])
     model = MODEL.from_pretrained(folder, layers=[1], experts=[4, 0, 2], parts={"text", "vision"})
     found = held(model)
@@ -75,15 +70,15 @@ def test_in_part(row: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "parts, message", [({"text"}, "parts= leaves out vision, which .* always has"), ({"vision"}, "leaves out text"),
                        ({"text", "vision", "mtp"}, "parts= names mtp, for which .* has no module")])  # fmt: skip
-def test_parts_that_the_class_cannot_do_without(parts: set[str], message: str, tmp_path: Path) -> None:
+def test_required_parts_cannot_be_left_out(parts: set[str], message: str, tmp_path: Path) -> None:
     folder, _ = publish(tmp_path, LAYOUTS["3.5 MoE, bf16"])
     with pytest.raises(ValueError, match=message):
         MODEL.from_pretrained(folder, parts=parts)
 
 
 @pytest.mark.parametrize("layout", [QWEN35, QWEN36, QWEN35.quantised(), QWEN36.quantised()])
-def test_tiny_ones(layout: Layout, tmp_path: Path) -> None:
-    """Both classes read them; the text part is the same in both, and a text runs through both alike."""
+def test_tiny_checkpoints(layout: Layout, tmp_path: Path) -> None:
+    """Both classes read them, with the same text weights and the same logits for a text."""
     config = tiny_config(vision=True, mtp=True)
     write_tiny(tmp_path, config, layout)
     model, text = MODEL.from_pretrained(tmp_path), Qwen3_5MoeForCausalLM.from_pretrained(tmp_path)
@@ -100,20 +95,20 @@ def test_tiny_ones(layout: Layout, tmp_path: Path) -> None:
         assert torch.equal(model(ids).logits, text(ids).logits)
 
 
-def test_the_tower_lies_with_the_first_layer(tmp_path: Path) -> None:
+def test_the_vision_tower_is_on_the_device_of_the_first_layer(tmp_path: Path) -> None:
     folder, expected = publish(tmp_path, LAYOUTS[FP8])
     model = MODEL.from_pretrained(folder, device=["cpu", "meta"])
-    where = {names.canonical(name) or name: parameter.device for name, parameter in model.named_parameters()}
-    first = {name for name in where if name.startswith(("visual.", "embed_tokens.", "layers.0."))}
-    assert {where[name] for name in first} == {CPU} and {where[name] for name in where.keys() - first} == {META}
+    device_of = {names.canonical(name) or name: parameter.device for name, parameter in model.named_parameters()}
+    first = {name for name in device_of if name.startswith(("visual.", "embed_tokens.", "layers.0."))}
+    assert {device_of[name] for name in first} == {CPU} and {device_of[name] for name in device_of.keys() - first} == {META}
     found = held(model)
     assert all(torch.equal(found[name], expected[name]) for name in first)
-    assert model.placement is not None and model.model.language_model.placement == model.placement
+    assert model.device_map is not None and model.model.language_model.device_map == model.device_map
 
 
 @pytest.mark.parametrize("experts", ["grouped", "per_expert"])
-def test_saved_and_read_again(experts: str, tmp_path: Path) -> None:
-    """With published names, from FP8: what is read is what was held."""
+def test_saved_and_loaded_equals_the_original(experts: str, tmp_path: Path) -> None:
+    """Loaded from FP8, saved with published names, loaded again: the same weights."""
     (tmp_path / "old").mkdir()
     folder, expected = publish(tmp_path / "old", LAYOUTS[FP8])
     model = MODEL.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`qwen35moe ...` and `load`: what they print, and that errors are one line."""
+"""`qwen35moe ...` and `load`: output, and errors of one line."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import json
 import logging
 import os
 import shutil
-import struct
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,8 +21,10 @@ import qwen35moe
 from qwen35moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeVisionModel, backends, loading
 from qwen35moe.cli import demo, inspect, main
 from qwen35moe.config import Config, VisionConfig
+from qwen35moe.config.parameters import TensorShape
 from qwen35moe.generation import stream_text
 from tests.support.fakes import tokenizer_definition
+from tests.support.headers import write_headers
 from tests.support.peer import FULL, LINEAR, odd_shape, ours
 
 
@@ -80,8 +80,8 @@ def test_load_dense(tmp_path: Path) -> None:
 
 
 def test_load_of_a_multimodal_checkpoint(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The same text model inside a multimodal checkpoint, with two tensors of an MTP head: with its tower it is the
-    multimodal class, without (config.json speaks of one all the same) the text model; what is left out is said."""
+    """A multimodal checkpoint with two tensors of an MTP head: the multimodal class if the vision tower is stored, the text
+    model if only config.json describes one. A warning names what is left out."""
     text = Config.from_pretrained(folder).text_config
     vision = VisionConfig(out_hidden_size=text.hidden_size, depth=1, hidden_size=32, num_heads=2, intermediate_size=24)
     config = Config(text_config=text, vision_config=vision, tie_word_embeddings=text.tie_word_embeddings)
@@ -106,10 +106,10 @@ def test_load_of_a_multimodal_checkpoint(folder: Path, tmp_path: Path, caplog: p
     assert torch.equal(alone.generate(ids, eos_token_id=[]), same.generate(ids, eos_token_id=[]))
 
 
-def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_cannot_be_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="there is no folder nowhere: give a folder with config.json, a Hub name"):
         loading.load("nowhere")
-    with pytest.raises(ValueError, match="holds no tokenizer.json"):
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
         loading.load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a file: give the folder"):
@@ -120,27 +120,28 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint for `load` comes with its tokenizer; test_checkpoint_hub has the rest."""
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr("qwen35moe.checkpoint.hub.fetch", lambda name, **options: asked.update(options, name=name) or tmp_path)
+    """A checkpoint for `load` comes with its tokenizer; tests/checkpoint/test_hub.py has the rest."""
+    request: dict[str, Any] = {}
+    fetch = mock.Mock(side_effect=lambda name, **options: request.update(options, name=name) or tmp_path)
+    monkeypatch.setattr("qwen35moe.checkpoint.hub.fetch", fetch)
     assert loading.find("Qwen/Some", "v1") == tmp_path
-    assert asked["name"] == "Qwen/Some" and asked["revision"] == "v1" and asked["required"] == ["tokenizer.json"]
+    assert request["name"] == "Qwen/Some" and request["revision"] == "v1" and request["required"] == ["tokenizer.json"]
 
 
 # ----------------------------------------------------------------------------------------------------------- generate
 
 
-def test_generate_streams_text_and_says_how_fast(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_streams_text_and_prints_the_speed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(folder), "--prompt", "In the", "--max-new-tokens", "6"]) == 0
     out = capsys.readouterr()
     model, tokenizer = qwen35moe.load(folder)
     expected = "".join(stream_text(model, tokenizer, "In the", max_new_tokens=6))
     assert out.out == expected + "\n"
-    assert "tokens/s" in out.err and f"prompt of {len(tokenizer.encode('In the'))} tokens" in out.err
+    assert "tokens/s" in out.err and f"{len(tokenizer.encode('In the'))} prompt tokens" in out.err
 
 
 def test_generate_on_several_devices(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """--device takes a list and "auto"; where no GPU is seen, both end on the CPU."""
+    """--device takes a list and "auto"; without a GPU both use the CPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     texts = set()
     for device in ("cpu", "cpu,cpu", "auto"):
@@ -206,9 +207,9 @@ def test_a_wrong_command_line_is_one_line(capsys: pytest.CaptureFixture[str]) ->
         assert err.count("\n") == 1 and "--help" in err
 
 
-def test_an_unexpected_error_says_its_kind(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_names_its_type(capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch.object(backends, "describe", side_effect=ZeroDivisionError("of ours")):
-        assert "ZeroDivisionError: of ours (--debug says where)" in fails(capsys, "backends")
+        assert "ZeroDivisionError: of ours (--debug shows the traceback)" in fails(capsys, "backends")
         with pytest.raises(ZeroDivisionError):
             main(["backends", "--debug"])
     with mock.patch.object(backends, "describe", side_effect=KeyboardInterrupt):
@@ -218,54 +219,39 @@ def test_an_unexpected_error_says_its_kind(capsys: pytest.CaptureFixture[str]) -
 # ------------------------------------------------------------------------------------------------------------ inspect
 
 
-def write_headers(path: Path, config: Config, tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> None:
-    """A checkpoint whose weights are a hole in a file: headers as large as life, no data."""
-    header: dict[str, Any] = {}
-    at = 0
-    for name, shape, dtype in tensors:
-        nbytes = torch.Size(shape).numel() * {"BF16": 2, "F32": 4, "F8_E4M3": 1}[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
-        at += nbytes
-    text = json.dumps(header).encode()
-    with (path / "model.safetensors").open("wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        f.truncate(8 + len(text) + at)
-    (path / "config.json").write_text(json.dumps(config.to_dict()))
-
-
 def test_inspect_counts_a_published_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """35B-A3B, 70 GB of headers: the published counts, from no data at all."""
+    """35B-A3B, the headers of 70 GB: the published counts without any data."""
     config = Config.preset("35b-a3b")
     write_headers(tmp_path, config, config.tensor_shapes(mtp=True, mtp_experts="per_expert"))
     assert os.stat(tmp_path / "model.safetensors").st_blocks < 10_000
     assert main(["inspect", str(tmp_path), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    parts = {part["name"]: part for part in facts["parts"]}
+    summary = json.loads(capsys.readouterr().out)
+    parts = {part["name"]: part for part in summary["parts"]}
     mtp = parts["multi-token prediction"]
-    assert facts["parameters"] - mtp["parameters"] == 35_107_181_936 and mtp["parameters"] == 844_640_768
-    assert facts["active_text_parameters"] == 3_454_988_928
-    assert facts["parameters"] == facts["described_parameters"]
+    assert summary["parameters"] - mtp["parameters"] == 35_107_181_936 and mtp["parameters"] == 844_640_768
+    assert summary["active_text_parameters"] == 3_454_988_928
+    assert summary["parameters"] == summary["described_parameters"]
     assert parts["vision tower"]["parameters"] == 446_571_248
     assert parts["routed experts"]["experts"] == "grouped" and mtp["experts"] == "per expert"
     assert parts["routed experts"]["active_parameters"] == parts["routed experts"]["parameters"] * 8 // 256
     assert set(parts["Gated DeltaNet"]["dtypes"]) == {"BF16", "F32"}
-    assert facts["layers"] == {"linear_attention": 30, "full_attention": 10} and facts["files"] == 1
+    assert summary["layers"] == {"linear_attention": 30, "full_attention": 10} and summary["files"] == 1
     assert main(["inspect", str(tmp_path)]) == 0
     page = capsys.readouterr().out
     for words in ("256 experts, 8 per token", "per expert", "3,454,988,928", "35,951,822,704", "71.9", "F32 19.20 kB"):
         assert words in page
-    assert "the number of parameters is the one that config.json describes" in page
+    assert "the number of parameters matches config.json" in page
 
 
-def test_inspect_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_reports_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config.preset("0.8b")
     missing = "layers.0.input_layernorm.weight"
-    kept = [each for each in config.tensor_shapes(vision=False) if not each.name.endswith(missing)]
-    scale = ("model.language_model.layers.0.mlp.up_proj.weight_scale_inv", (28, 8), "F32")
-    write_headers(tmp_path, config, [*kept, ("model.audio.weight", (3, 5), "BF16"), scale])
-    facts = inspect.survey(str(tmp_path))
-    assert facts["described_parameters"] - facts["parameters"] == 1024  # the scale is no parameter
-    page = inspect.report(facts)
+    kept = [tensor for tensor in config.tensor_shapes(vision=False) if not tensor.name.endswith(missing)]
+    scale = TensorShape("model.language_model.layers.0.mlp.up_proj.weight_scale_inv", (28, 8), "F32")
+    write_headers(tmp_path, config, [*kept, TensorShape("model.audio.weight", (3, 5), "BF16"), scale])
+    summary = inspect.summarize(str(tmp_path))
+    assert summary["described_parameters"] - summary["parameters"] == 1024  # the scale is not a parameter
+    page = inspect.report(summary)
     assert "1,024 fewer are stored" in page and "1 tensors belong to no part" in page and "model.audio.weight" in page
     assert "experts" not in page.splitlines()[1]
 
@@ -292,13 +278,13 @@ def test_backends_verify(ok: bool, capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch.object(backends, "verify", return_value=report):
         assert main(["backends", "--verify"]) == (0 if ok else 2)
     out = capsys.readouterr()
-    assert "the report" in out.out and ("further from its definition" in out.err) is not ok
+    assert "the report" in out.out and ("differs from its definition" in out.err) is not ok
 
 
-def test_demo_shows_text_backends_speed_and_load(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_shows_text_implementations_speed_and_load(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", str(folder), "--prompt", "In the", "--max-new-tokens", "8"]) == 0
     first = capsys.readouterr().out
-    assert "6 experts of which 2 per token" in first and "\nIn the" in first and "tokens/s" in first
+    assert "6 experts (2 per token)" in first and "\nIn the" in first and "tokens/s" in first
     assert "gated_delta_rule" in first and "torch" in first
     layers = [line for line in first.splitlines() if line.startswith("  layer")]
     model, _ = qwen35moe.load(folder)
@@ -306,7 +292,7 @@ def test_demo_shows_text_backends_speed_and_load(folder: Path, capsys: pytest.Ca
     assert all(len(line.split("|")[1]) == 6 for line in layers)
     assert main(["demo", str(folder), "--prompt", "In the", "--max-new-tokens", "8"]) == 0
     again = capsys.readouterr().out
-    assert first.split("prompt of")[0] == again.split("prompt of")[0]  # the seed fixes the text
+    assert first.split(" prompt tokens")[0] == again.split(" prompt tokens")[0]  # the seed fixes the text
 
 
 def test_bars() -> None:
@@ -315,7 +301,7 @@ def test_bars() -> None:
         assert demo.bar(1.0) == "@"
 
 
-def test_a_poor_terminal_gets_question_marks_not_errors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_missing_in_the_encoding_become_question_marks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     assert main(["demo", str(folder), "--prompt", "é 日", "--max-new-tokens", "20"]) == 0
@@ -329,6 +315,20 @@ def test_as_a_module() -> None:
     command = [sys.executable, "-m", "qwen35moe", "--version"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert run.stdout == f"qwen35moe {qwen35moe.__version__}\n", run.stderr
+
+
+def test_the_demo_says_nothing_of_a_missing_numpy() -> None:
+    """No extra of the demo brings NumPy, and torch warns of that while it is imported: not the first thing to read."""
+    program = "import sys; sys.modules['numpy'] = None; from qwen35moe.cli import main; "
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(what: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program + what]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    assert "Failed to initialize NumPy" in run("import torch").stderr  # as on a fresh machine
+    shown = run("sys.exit(main(['demo', '--max-new-tokens', '2']))")
+    assert (shown.returncode, shown.stderr) == (0, "") and shown.stdout.startswith("tiny: "), shown
 
 
 def test_help_imports_no_torch() -> None:

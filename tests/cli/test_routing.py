@@ -1,4 +1,4 @@
-"""`qwen35moe routing`: what it prints, draws and writes; and the report on flips and arithmetic."""
+"""`qwen35moe routing`: output, plot and trace; and the benchmark that separates flips from arithmetic."""
 
 from __future__ import annotations
 
@@ -28,42 +28,42 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def test_windows_are_sequences_of_their_own(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The trace holds each window's routing as a forward of it gives it; the figures are those of the trace."""
+def test_windows_are_separate_sequences(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trace equals the routing of a forward for each window; the statistics are those of the trace."""
     out = tmp_path / "trace.safetensors"
     arguments = ["routing", "tiny", "--text", str(text), "--window", "20", "--out", str(out), "--dtype", "float32"]
     assert main([*arguments, "--logits", "--json"]) == 0
     printed = capsys.readouterr()
-    assert printed.err == ""  # no progress bar where there is no terminal
-    facts = json.loads(printed.out)
+    assert printed.err == ""  # no progress bar without a terminal
+    stats = json.loads(printed.out)
     model, tokenizer = qwen35moe.load("tiny", dtype="float32")
     ids = tokenizer.encode(TEXT)
-    assert len(ids) > 40 and facts["tokens"] == len(ids) and facts["window"] == 20
+    assert len(ids) > 40 and stats["tokens"] == len(ids) and stats["window"] == 20
     with torch.no_grad():
         windows = [model(torch.tensor([ids[i : i + 20]]), output_routing=True).routing for i in range(0, len(ids), 20)]
     whole, trace = Routing.pack(windows), Routing.load(out)
     assert torch.equal(trace.indices, whole.indices) and torch.equal(trace.weights, whole.weights)
     assert torch.equal(trace.logits, whole.logits) and (trace.num_experts, trace.layers) == (16, (0, 1, 2, 3))
-    assert facts["load"] == expert_load(trace).tolist()
-    assert facts["entropy"] == pytest.approx((entropy(trace) / torch.tensor(16.0).log()).tolist())
+    assert stats["load"] == expert_load(trace).tolist()
+    assert stats["entropy"] == pytest.approx((entropy(trace) / torch.tensor(16.0).log()).tolist())
     middle = margins(trace).sort(dim=1).values[:, (len(ids) - 1) // 2]
-    assert facts["margin_median"] == middle.tolist()
+    assert stats["margin_median"] == middle.tolist()
     about = {"model": "tiny", "text": "text.txt", "window": "20", "tokens": str(len(ids)), "dtype": "float32"}
     assert read_metadata(out) == about
     assert main(arguments) == 0
     assert Routing.load(out).logits is None
     page = capsys.readouterr().out
     assert f"{len(ids)} tokens in windows of 20, float32; 4 of 16 experts per token (even load 6.25%)" in page
-    assert len(page.splitlines()) == 3 + 4 + 2
+    assert len(page.splitlines()) == 3 + 4 + 3
 
 
-def test_a_picture(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+def test_plot(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     assert main(["routing", "tiny", "--text", str(text), "--plot", str(tmp_path / "p.png")]) == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG") and "bfloat16" in capsys.readouterr().out
 
 
-def test_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_arguments(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense = tmp_path / "dense"
     model = peer.ours(odd_shape(2, dense=True, vocab_size=320))
     model.init_weights(seed=1)
@@ -72,8 +72,8 @@ def test_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     empty = tmp_path / "empty.txt"
     empty.touch()
     for folder, file, options, words in (
-        ("tiny", text, ["--window", "0"], "at least one token"), ("tiny", text, ["--logits"], "--out TRACE"),
-        ("tiny", empty, [], "holds no text"), ("tiny", tmp_path / "absent.txt", [], "absent.txt"),
+        ("tiny", text, ["--window", "0"], "must be at least 1, got 0"), ("tiny", text, ["--logits"], "--out TRACE"),
+        ("tiny", empty, [], "is empty"), ("tiny", tmp_path / "absent.txt", [], "absent.txt"),
         (str(dense), text, [], "dense and has no routers"),
     ):  # fmt: skip
         assert main(["routing", folder, "--text", str(file), *options]) == 2
@@ -81,12 +81,12 @@ def test_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert err.startswith("qwen35moe: ") and err.count("\n") == 1 and words in err
 
 
-def test_help_tells_the_truth(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_all_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["routing", "--help"])
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     for option in ("--text FILE", "--window N", "--out TRACE", "--logits", "--plot PNG", "--json", "--dtype", "--device"):
-        assert option in told
+        assert option in text
 
 
 def test_the_report_separates_flips_from_arithmetic(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from qwen35moe import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, taps
-from qwen35moe.cache.states import state_tensors
 from qwen35moe.config import TextConfig
-from qwen35moe.models.device_map import chosen_devices, placement
+from qwen35moe.models.device_map import chosen_devices, plan_device_map
 
 LINEAR, FULL = "linear_attention", "full_attention"
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -39,8 +38,8 @@ def dense(**changes: object) -> Qwen3_5ForCausalLM:
 
 def test_layers_go_to_devices_in_order_and_by_bytes() -> None:
     model = dense().place([CPU, META])
-    assert model.placement is not None and model.placement.layers == (CPU, CPU, META, META)
-    assert str(model.placement) == "cpu: layers 0-1, meta: layers 2-3"
+    assert model.device_map is not None and model.device_map.layers == (CPU, CPU, META, META)
+    assert str(model.device_map) == "cpu: layers 0-1, meta: layers 2-3"
     where = {name: parameter.device for name, parameter in model.named_parameters()}
     assert {where[name] for name in where if ".layers.0." in name or ".layers.1." in name} == {CPU}
     assert {where[name] for name in where if ".layers.2." in name or ".layers.3." in name} == {META}
@@ -84,7 +83,7 @@ def test_the_cache_lies_beside_its_layers() -> None:
         out = model(IDS[:, :1], cache=cache)
     assert out.logits is not None and out.logits.shape == (2, 1, 61) and cache.lengths.tolist() == [8, 8]
     assert cache[0].recurrent_state.device == CPU and cache[2].recurrent_state.device == META  # type: ignore[union-attr]
-    assert cache[1].keys.device == CPU and cache[3].keys.device == META  # type: ignore[union-attr]
+    assert cache[1].key.device == CPU and cache[3].key.device == META  # type: ignore[union-attr]
 
 
 def test_a_saved_cache_comes_back_beside_its_layers(tmp_path: Path) -> None:
@@ -93,16 +92,16 @@ def test_a_saved_cache_comes_back_beside_its_layers(tmp_path: Path) -> None:
     with torch.no_grad():
         model(IDS, cache=cache)
     cache.save(tmp_path / "cache.safetensors")
-    where = model.place([CPU, META]).placement
+    where = model.place([CPU, META]).device_map
     assert where is not None
     back = type(cache).load(tmp_path / "cache.safetensors", model.config.text_config, devices=where.layers)
-    assert [state_tensors(layer)[0].device for layer in back.layers] == list(where.layers)
-    assert torch.equal(back[1].keys, cache[1].key)  # type: ignore[union-attr]
+    assert [layer.tensors()[0].device for layer in back.layers] == list(where.layers)
+    assert torch.equal(back[1].key_buffer, cache[1].key)  # type: ignore[union-attr]
 
 
 def test_a_tied_head_stays_with_the_embedding() -> None:
     model = dense(tie_word_embeddings=True).place([CPU, META])
-    assert model.placement is not None and model.placement.head == CPU == model.placement.of("lm_head.weight")
+    assert model.device_map is not None and model.device_map.head == CPU == model.device_map.of("lm_head.weight")
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.model.norm.weight.device == META
     with pytest.raises(NotImplementedError, match="meta"):  # the hidden state was on its way back to the embedding
         model(IDS)
@@ -111,10 +110,10 @@ def test_a_tied_head_stays_with_the_embedding() -> None:
 def test_one_device_is_no_placement_and_to_brings_everything_together() -> None:
     model = dense()
     before = model(IDS).logits
-    assert model.place(["cpu", "cpu"]).placement is None and torch.equal(model(IDS).logits, before)
+    assert model.place(["cpu", "cpu"]).device_map is None and torch.equal(model(IDS).logits, before)
     model.place([CPU, META])
-    assert model.placement is not None
-    assert model.to("meta").placement is None and model.model.placement is None
+    assert model.device_map is not None
+    assert model.to("meta").device_map is None and model.model.device_map is None
 
 
 def test_auto_is_all_gpus_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +129,10 @@ def test_gpus_get_layers_by_free_memory_and_too_little_is_said(monkeypatch: pyte
     whole = sum(p.numel() * 4 for p in model.parameters())
     free = {0: whole // 3 + 60_000, 1: 2 * whole}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[torch.device(device).index], 0))
-    layers = [device.index for device in placement(model, ["cuda:0", "cuda:1"]).layers]
+    layers = [device.index for device in plan_device_map(model, ["cuda:0", "cuda:1"]).layers]
     assert layers == sorted(layers) and 0 < layers.count(0) < 4
     free[0], free[1] = whole // 2, whole // 4
     with pytest.raises(ValueError, match=r"cuda:[01] would hold .* GB of weights and has .* GB free; .* give more devices"):
-        placement(model, ["cuda:0", "cuda:1"])
+        plan_device_map(model, ["cuda:0", "cuda:1"])
     with pytest.raises(ValueError, match="name at least one"):
-        placement(model, [])
+        plan_device_map(model, [])

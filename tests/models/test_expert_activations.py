@@ -52,7 +52,7 @@ def test_rows_of_every_expert(model, padded, unfused):
     recording = taps.record(model, "layers.*.mlp.routed")
     with torch.no_grad(), backends.ran() as ran, recording as seen, expert_activations(model) as rows:
         routing = model(IDS, attention_mask=mask, output_routing=True).routing
-    assert ran.counts.get(("experts", "watched"), 0) == (0 if unfused else L)
+    assert ran.counts.get(("experts", "tapped"), 0) == (0 if unfused else L)
     assert [(r.layer, r.expert) for r in rows] == sorted({(r.layer, r.expert) for r in rows})
     for layer in range(L):
         here = [r for r in rows if r.layer == layer]
@@ -79,7 +79,7 @@ def test_rows_as_they_come_of_some_layers(model):
     assert len(none) == 0 and {r.layer for r in came} == {1} and sum(len(r.tokens) for r in came) == B * T * S
     assert not any(bool(r.outputs.any()) for r in came)
     for wrong in ([2], [-1]):
-        with pytest.raises(ValueError, match=r"layer -?\d has none; those with experts: \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"layer -?\d has none; layers with experts: \[0, 1\]"):
             expert_activations(model, layers=wrong)
     with pytest.raises(ValueError, match="no layer has any"):
         expert_activations(peer.ours(odd_shape(100, dense=True)))

@@ -22,7 +22,9 @@ from qwen35moe import (
     taps,
 )
 from qwen35moe.config import ConfigError
-from qwen35moe.models.vision_inputs import VisualInputs, positions
+from qwen35moe.models.inputs import check
+from qwen35moe.models.vision_inputs import MultimodalInputs, VisualInputs
+from qwen35moe.models.vision_positions import positions
 from tests.support import peer, peer_vision
 from tests.support.peer import assert_all_close, assert_close
 from tests.support.peer_vision import END, IMAGE, START, VIDEO, Case, odd_pictures
@@ -217,7 +219,7 @@ def test_a_rollback_over_pictures_is_refused_and_one_behind_them_is_not():
         model()(torch.tensor([[1, 2, 3]]), cache=cache)
         cache.rollback(3)
         assert_close(model()(torch.tensor([[4]]), cache=cache).logits, model()(torch.tensor([[4]]), cache=after).logits, BOUND)
-        with pytest.raises(ValueError, match="pictures were seen up to .* Keep a snapshot"):
+        with pytest.raises(ValueError, match="images or videos are among the first .* Keep a snapshot"):
             cache.rollback(2)
         text = model().new_cache(1, record=64)
         model()(**row(1), cache=text)
@@ -245,8 +247,8 @@ def test_three_axis_positions_move_the_cache_on():
     pictures = VisualInputs(image_grid_thw=inputs["image_grid_thw"], video_grid_thw=inputs["video_grid_thw"])
     places, after = positions(types, pictures, 2)
     with torch.no_grad():
-        embeds, _, _ = model().model.embed(inputs["input_ids"], None, None, None, None, None, VisualInputs(
-            **{name: value for name, value in inputs.items() if name != "input_ids"}))
+        call = MultimodalInputs(**inputs)
+        embeds, _, _ = model().model.embed(call, check(call, model().language_model))
         caches = [model().new_cache(1) for _ in range(4)]
         first = model()(**inputs, cache=caches[0]).logits
         grids = {name: value for name, value in inputs.items() if "grid" in name}
@@ -327,13 +329,13 @@ def test_what_contradicts_itself_is_refused():
         model()(**rest, mm_encoder_outputs={"image": torch.zeros(5, 26)})
     with refuse(ValueError, match=r"holds \['audio'\]"):
         model()(**inputs, mm_encoder_outputs={"audio": torch.zeros(5, 26)})
-    with refuse(ValueError, match="both given: one is made of the other"):
+    with refuse(ValueError, match="exclude each other: give one of them"):
         model()(**inputs, mm_encoder_outputs={"image": torch.zeros(6, 26)})
     with refuse(ValueError, match="pixel_values is a list: give a tensor"):
         model()(**inputs | {"pixel_values": [1.0]})
     swapped = batch()
     swapped["image_grid_thw"] = swapped["image_grid_thw"].flip(0)
-    with refuse(ValueError, match="are the pictures in the order of their rows"):
+    with refuse(ValueError, match="are the images and videos in the order of their rows"):
         model()(**swapped)
     masked = batch()
     masked["attention_mask"][0, 4:7] = 0  # placeholders that nobody may see count as nothing
@@ -382,7 +384,8 @@ def test_the_tower_has_named_values_and_the_text_model_keeps_its_own():
     for entry in taps.catalogue():
         if entry.name.startswith("visual."):
             value = seen.all(re.sub("N", "0", entry.name))[0]  # of the image; the video is the second
-            sizes = {"P": patches, "J": tokens, "D": 26 if "J" in entry.shape else 24, "H": 3, "K": 8}
+            width = 26 if "visual_tokens" in entry.shape else 24
+            sizes = {"patches": patches, "visual_tokens": tokens, "D": width, "H": 3, "K": 8}
             assert list(value.shape) == [sizes[letter] for letter in entry.shape], entry.name
     text = Qwen3_5MoeForCausalLM(config().text_only())
     with torch.no_grad(), taps.record(text, "*") as plain:

@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.attention import Visibility, attention_weights, eager_attention, sdpa_attention
-from qwen35moe.ops.vision_attention import vision_attention
+from qwen35moe import ops
+from qwen35moe.ops.attention import attention_weights
+from qwen35moe.ops.cpu.attention import sdpa_attention
+from qwen35moe.ops.cpu.vision_attention import vision_attention_torch
 from tests.support.peer import assert_close, generator
+
+eager_attention = ops.attention.definition
 
 FORMS = {"eager": eager_attention, "sdpa": sdpa_attention}
 B, H, G, K = 2, 6, 3, 8
@@ -31,7 +35,7 @@ def draw(
 def test_softmax_by_hand(form):
     """Token i of a chunk that starts at slot 4 sees slots 0 ... 4 + i of its key head, and no others."""
     query, key, value = draw(3, 9, dtype=torch.float64)
-    out = form(query, key, value, scale=SCALE, visible=Visibility(4))
+    out = form(query, key, value, scale=SCALE, starts=4)
     for b, t, h in itertools.product(range(B), range(3), range(H)):
         seen = range(4 + t + 1)
         group = h // (H // G)
@@ -47,7 +51,7 @@ def test_the_fused_form_is_the_definition(tokens, slots, start, groups):
     results = []
     for form in FORMS.values():
         leaves = [tensor.requires_grad_() for tensor in draw(tokens, slots, groups=groups)]
-        out = form(*leaves, scale=SCALE, visible=Visibility(start))
+        out = form(*leaves, scale=SCALE, starts=start)
         cotangent = torch.randn(out.shape, generator=generator(1))
         results.append([out, *torch.autograd.grad(out, leaves, cotangent)])
     for name, eager, fused in zip(("out", "query", "key", "value"), *results, strict=True):
@@ -64,10 +68,10 @@ def test_rows_that_start_at_different_slots_equal_each_row_alone(form):
     starts = torch.tensor([0, 9, 4, 1])
     for r, start in enumerate(starts.tolist()):
         key[r, start + 3 :], value[r, start + 3 :] = 1e30, 1e30
-    out = form(query, key, value, scale=SCALE, visible=Visibility(starts))
+    out = form(query, key, value, scale=SCALE, starts=starts)
     for r, start in enumerate(starts.tolist()):
         row = [x[r : r + 1] for x in (query, key[:, : start + 3], value[:, : start + 3])]
-        assert_close(out[r : r + 1], form(*row, scale=SCALE, visible=Visibility(start)), 1e-5)
+        assert_close(out[r : r + 1], form(*row, scale=SCALE, starts=start), 1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[1, 3, 4], [63, 64, 65], [129, 1, 2], [5]], ids=str)
@@ -75,9 +79,9 @@ def test_rows_that_start_at_different_slots_equal_each_row_alone(form):
 def test_packed_documents_equal_separate_ones(form, lengths):
     bounds = torch.tensor([0, *itertools.accumulate(lengths)])
     leaves = [tensor.requires_grad_() for tensor in draw(sum(lengths), sum(lengths), batch=1)]
-    packed = form(*leaves, scale=SCALE, visible=Visibility(cu_seqlens=bounds))
+    packed = form(*leaves, scale=SCALE, cu_seqlens=bounds)
     parts = [
-        form(*(x[:, start:end] for x in leaves), scale=SCALE, visible=Visibility())
+        form(*(x[:, start:end] for x in leaves), scale=SCALE)
         for start, end in itertools.pairwise(bounds.tolist())
     ]
     separate = torch.cat(parts, dim=1)
@@ -90,35 +94,35 @@ def test_packed_documents_equal_separate_ones(form, lengths):
 
 def test_the_weights_sum_to_one_and_give_the_output():
     query, key, value = draw(5, 9, dtype=torch.float64)
-    weights = attention_weights(query, key, scale=SCALE, visible=Visibility(4))
+    weights = attention_weights(query, key, scale=SCALE, starts=4)
     assert weights.shape == (B, H, 5, 9)
     assert_close(weights.sum(-1), torch.ones(B, H, 5, dtype=torch.float64), 1e-14)
     assert (weights[:, :, 0, 5:] == 0).all() and (weights[:, :, 4] > 0).all()
     expected = torch.einsum("bhts,bshk->bthk", weights, value.repeat_interleave(H // G, dim=2))
-    assert_close(eager_attention(query, key, value, scale=SCALE, visible=Visibility(4)), expected, 1e-13)
+    assert_close(eager_attention(query, key, value, scale=SCALE, starts=4), expected, 1e-13)
 
 
-@pytest.mark.parametrize("visible", [Visibility(0), Visibility(torch.tensor([0, 0]))], ids=["int", "tensor"])
+@pytest.mark.parametrize("starts", [0, torch.tensor([0, 0])], ids=["int", "tensor"])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_gradcheck(form, visible):
+def test_gradcheck(form, starts):
     leaves = [tensor[..., :3].clone().requires_grad_() for tensor in draw(3, 3, heads=2, groups=1, dtype=torch.float64)]
-    assert torch.autograd.gradcheck(lambda q, k, v: form(q, k, v, scale=SCALE, visible=visible), leaves)
+    assert torch.autograd.gradcheck(lambda q, k, v: form(q, k, v, scale=SCALE, starts=starts), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_dtypes_stay(form, dtype):
     query, key, value = draw(9, 9, dtype=dtype)
-    out = form(query, key, value, scale=SCALE, visible=Visibility())
-    exact = eager_attention(query.double(), key.double(), value.double(), scale=SCALE, visible=Visibility())
+    out = form(query, key, value, scale=SCALE)
+    exact = eager_attention(query.double(), key.double(), value.double(), scale=SCALE)
     assert out.dtype == dtype
     assert_close(out, exact, {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype])
 
 
 def test_dropout_scales_what_is_left():
     query, key, value = draw(64, 64)
-    kept = [eager_attention(query, key, value, scale=SCALE, visible=Visibility(), dropout=0.5) for _ in range(200)]
-    plain = eager_attention(query, key, value, scale=SCALE, visible=Visibility())
+    kept = [eager_attention(query, key, value, scale=SCALE, dropout=0.5) for _ in range(200)]
+    plain = eager_attention(query, key, value, scale=SCALE)
     assert not torch.equal(kept[0], plain)
     assert_close(torch.stack(kept).mean(0), plain, 0.3)
 
@@ -134,15 +138,15 @@ def test_against_transformers():
     their_out, their_weights = eager_attention_forward(
         module, *(x.transpose(1, 2) for x in (query, key, value)), mask, scaling=SCALE  # pyright: ignore
     )
-    assert_close(sdpa_attention(query, key, value, scale=SCALE, visible=Visibility()), their_out, 1e-6)
-    assert_close(attention_weights(query, key, scale=SCALE, visible=Visibility()), their_weights, 1e-6)
+    assert_close(sdpa_attention(query, key, value, scale=SCALE), their_out, 1e-6)
+    assert_close(attention_weights(query, key, scale=SCALE), their_weights, 1e-6)
 
 
 def test_vision_attention_sees_its_own_frame_in_both_directions():
     rng = generator(0)
     query, key, value = (torch.randn((13, 3, 8), generator=rng, dtype=torch.float64) for _ in range(3))
     bounds = torch.tensor([0, 4, 5, 13])
-    out = vision_attention(query, key, value, cu_seqlens=bounds, scale=SCALE)
+    out = vision_attention_torch(query, key, value, cu_seqlens=bounds, scale=SCALE)
     for start, end in itertools.pairwise(bounds.tolist()):
         q, k, v = (x[start:end] for x in (query, key, value))
         weights = F.softmax(torch.einsum("nhk,mhk->hnm", q, k) * SCALE, dim=-1)

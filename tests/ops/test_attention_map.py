@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import Config, Qwen3_5MoeForCausalLM, taps
-from qwen35moe.ops.delta_rule import attention_map, chunked_gated_delta_rule, recurrent_gated_delta_rule, writers
+from qwen35moe import Config, Qwen3_5MoeForCausalLM, ops, taps
+from qwen35moe.ops.attention_map import attention_map, writers
+from qwen35moe.ops.cpu.delta_rule import chunked_gated_delta_rule
 from tests.ops.test_delta_rule import CUTS, FP32, GATES, HARD_GATE, KEYS, call, inputs, subnormal
 from tests.support.peer import assert_close, generator
+
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 EXACT = 1e-14
 

@@ -96,17 +96,19 @@ def test_a_layer_trains_under_autocast() -> None:
     """float32 weights, projections in bfloat16: output and gradients within bfloat16's rounding of float32's."""
     from qwen35moe.cache.layout import TokenLayout
     from qwen35moe.config import Config
+    from qwen35moe.modules.context import LayerContext
 
     case = odd_shape(7, layer_types=[LINEAR], num_hidden_layers=1, linear_num_key_heads=2, linear_num_value_heads=6)
     layer = GatedDeltaNet(Config.from_dict(case.text).text_config)
     peer.draw(torch.nn.ModuleDict({"linear_attn": layer}), 3)
     x = draw(2, 40, case.text["hidden_size"], dtype=torch.float32)
     layout = TokenLayout((2, 40), 2, 40, torch.zeros(3, 2, 40, dtype=torch.long))
+    context = LayerContext(layout, (torch.empty(0), torch.empty(0)))  # the rotation is not read
 
     def trained(autocast: bool) -> list[Tensor]:
         layer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), backends.ran() as ran:
-            out, state, _ = layer(x, layout)
+            out, state, _ = layer(x, context)
         assert ran.counts["gated_delta_rule", "torch"] == 1 and state.recurrent_state.dtype == torch.float32
         out.float().square().mean().backward()
         return [out, *(parameter.grad for parameter in layer.parameters() if parameter.grad is not None)]

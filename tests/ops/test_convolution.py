@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.convolution import direct_short_convolution, inplace_short_convolution, short_convolution
+from qwen35moe import ops
+from qwen35moe.ops.cpu.convolution import short_convolution_cpu, short_convolution_torch
 from tests.support.peer import assert_close, generator
 
-FORMS = {"direct": direct_short_convolution, "shifted": short_convolution, "in place": inplace_short_convolution}
+direct_short_convolution = ops.short_convolution.definition
+
+FORMS = {"direct": direct_short_convolution, "shifted": short_convolution_torch, "in place": short_convolution_cpu}
 CUTS = [1, 3, 4, 63, 64, 65, 129]
 B, C = 2, 6
 EXACT = 1e-14
@@ -70,7 +73,7 @@ def test_gradcheck(form, options):
 @pytest.mark.parametrize("taps", [2, 4, 5])
 @pytest.mark.parametrize("length", CUTS)
 def test_the_forms_agree_on_values_states_and_gradients(length, taps, monkeypatch):
-    monkeypatch.setattr("qwen35moe.ops.convolution._BLOCK_BYTES", B * C * 4 * 16)  # blocks of 16 tokens
+    monkeypatch.setattr("qwen35moe.ops.cpu.convolution._BLOCK_BYTES", B * C * 4 * 16)  # blocks of 16 tokens
     x, weight = draw(B, length, C, dtype=torch.float32), draw(C, taps, seed=1, dtype=torch.float32)
     state = draw(B, C, taps - 1, seed=2, dtype=torch.float32)
     results = []
@@ -159,10 +162,10 @@ def test_against_transformers():
     from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import causal_conv1d_fn, causal_conv1d_update
 
     x, weight = draw(B, 70, C).float(), draw(C, 4, seed=1).float()
-    y, state = short_convolution(x, weight)
+    y, state = short_convolution_torch(x, weight)
     assert_close(y, causal_conv1d_fn(x.mT, weight, activation="silu").mT, 1e-6)
     kept: Any = F.pad(state, (1, 0))  # they keep W inputs, of which the oldest is never read
     new = draw(B, 1, C, seed=3).float()
-    stepped, after = short_convolution(new, weight, state=state)
+    stepped, after = short_convolution_torch(new, weight, state=state)
     assert_close(stepped, causal_conv1d_update(new.mT.contiguous(), kept, weight, activation="silu").mT, 1e-6)
     assert torch.equal(after, kept[..., 1:])

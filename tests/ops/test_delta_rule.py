@@ -19,14 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen35moe import backends
-from qwen35moe.ops import delta_rule_chunks
-from qwen35moe.ops.delta_rule import (
-    chunked_gated_delta_rule,
-    inplace_gated_delta_rule,
-    recurrent_gated_delta_rule,
-)
+from qwen35moe import backends, ops
+from qwen35moe.ops.cpu import delta_chunks
+from qwen35moe.ops.cpu.delta_rule import chunked_gated_delta_rule, chunked_gated_delta_rule_cpu
 from tests.support.peer import assert_close, generator, relative_error
+
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 FORMS = {"recurrent": recurrent_gated_delta_rule, "chunked": chunked_gated_delta_rule}
 CUTS = [1, 3, 4, 63, 64, 65, 129]
@@ -263,7 +261,7 @@ def test_every_value_is_an_ordinary_number_or_zero(gates):
     no operation of the forward gives a subnormal number, and no gradient holds one."""
     values = inputs(130, gates=gates)
     with _Subnormals() as seen, torch.no_grad():
-        call(inplace_gated_delta_rule, values)
+        call(chunked_gated_delta_rule_cpu, values)
     assert len(seen.numbers) > 10 and seen.numbers.total() == 0, +seen.numbers
     gradients = with_gradients(chunked_gated_delta_rule, values)
     assert {name: subnormal(gradient) for name, gradient in gradients.items()} == dict.fromkeys(gradients, 0)
@@ -275,7 +273,7 @@ def test_every_value_is_an_ordinary_number_or_zero(gates):
 @pytest.mark.parametrize("bounds", [None, [0, 1, 3, 130, 131, 300], [0, 0, 128, 128, 300, 300]], ids=str)
 def test_the_backward_through_many_blocks(bounds, monkeypatch):
     """Three blocks of four chunks; packed documents begin and end inside them, at their edges, and may be empty."""
-    monkeypatch.setitem(delta_rule_chunks._BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setitem(delta_chunks._BLOCK_BYTES, "cpu", 1)
     values = inputs(300, batch=1, dtype=torch.float64, state=False)
     documents = 1 if bounds is None else len(bounds) - 1
     values["state"] = torch.randn(documents, H, K, V, generator=generator(5), dtype=torch.float64)
@@ -298,7 +296,7 @@ def test_the_backward_through_many_blocks(bounds, monkeypatch):
     found = with_gradients(lambda *args, **named: chunked_gated_delta_rule(*args, **named, **options), values)
     for name in truth:
         assert_close(found[name], truth[name], 1e-11, name)
-    out, final = call(inplace_gated_delta_rule, values, **options)
+    out, final = call(chunked_gated_delta_rule_cpu, values, **options)
     assert torch.equal(out, found["out"]) and torch.equal(final, found["final"])
 
 

@@ -12,10 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.experts import chosen_weights, gathered_experts, loop_experts, router, sorted_experts, watched_experts
+from qwen35moe import ops
+from qwen35moe.ops.cpu.experts import gathered_experts
+from qwen35moe.ops.cpu.sorted_experts import sorted_experts
+from qwen35moe.ops.experts import chosen_weights, tapped_experts
 from tests.support.peer import assert_close, generator
 
-FORMS = {"loop": loop_experts, "sorted": sorted_experts, "gathered": gathered_experts, "watched": watched_experts}
+loop_experts = ops.experts.definition
+router = ops.router.definition
+
+FORMS = {"loop": loop_experts, "sorted": sorted_experts, "gathered": gathered_experts, "tapped": tapped_experts}
 D, E, FF, N = 12, 6, 5, 17
 
 

@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qwen35moe import backends
-from qwen35moe.ops import sorted_experts as sorted_module
-from qwen35moe.ops.experts import gathered_experts, grouped_experts, loop_experts, sorted_experts, watched_experts
+from qwen35moe import backends, ops
+from qwen35moe.ops.cpu import sorted_experts as sorted_module
+from qwen35moe.ops.cpu.experts import gathered_experts, grouped_experts
+from qwen35moe.ops.cpu.sorted_experts import sorted_experts
+from qwen35moe.ops.experts import tapped_experts
 from tests.ops.test_experts import size_of_dw
 from tests.support.peer import assert_close, generator
 
+loop_experts = ops.experts.definition
+
 FORMS: dict[str, Any] = {
     "loop": loop_experts, "sorted": sorted_experts, "grouped": grouped_experts,
-    "gathered": gathered_experts, "watched": watched_experts,
+    "gathered": gathered_experts, "tapped": tapped_experts,
 }
 LOADS = ("random", "one takes all", "empty experts", "repeated in a row", "no token", "one token", "one expert")
 # values, gradients: max|a-b| / max|b| against the loop in float64
@@ -174,7 +178,7 @@ def test_the_forms_for_gpus_read_nothing_on_the_host(form: Any) -> None:
     with FakeTensorMode() as mode:
         assert form(*(mode.from_tensor(x) for x in values)).shape == values[0].shape
         with pytest.raises(Exception, match="[Dd]ata.?[Dd]ependent|aten::_local_scalar_dense|aten.bincount"):
-            watched_experts(*(mode.from_tensor(x) for x in values))
+            tapped_experts(*(mode.from_tensor(x) for x in values))
 
 
 @pytest.mark.gpu
@@ -215,9 +219,9 @@ def test_who_is_chosen() -> None:
     with backends.ran() as ran:
         backends.run("experts", *few)
         backends.run("experts", *wide)
-        backends.run("experts", *few, watch=lambda name, value: value)
+        backends.run("experts", *few, tap=lambda name, value: value)
         with backends.use(experts="grouped"):  # slower on a CPU, and yet it may be asked for
             backends.run("experts", *many)
-    assert [call.name for call in ran.calls] == ["gathered", "sorted", "watched", "grouped"]
+    assert [call.name for call in ran.calls] == ["gathered", "sorted", "tapped", "grouped"]
     said = backends.describe("experts", *wide)
     assert "sorted        runs these arguments" in said and "could run these arguments, more slowly: on a CPU" in said

@@ -13,16 +13,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwen35moe import backends
-from qwen35moe.ops import delta_rule_chunks
-from qwen35moe.ops.convolution import direct_short_convolution, inplace_short_convolution
-from qwen35moe.ops.decode_step import delta_net_step, inplace_delta_net_step
-from qwen35moe.ops.delta_rule import inplace_gated_delta_rule, recurrent_gated_delta_rule
-from qwen35moe.ops.norm import gated_rms_norm, inplace_gated_rms_norm, inplace_rms_norm, rms_norm
-from qwen35moe.ops.rope import inplace_rotary, rotary
+from qwen35moe import backends, ops
+from qwen35moe.ops.cpu import delta_chunks
+from qwen35moe.ops.cpu.convolution import short_convolution_cpu
+from qwen35moe.ops.cpu.decode_step import delta_net_step_cpu
+from qwen35moe.ops.cpu.delta_rule import chunked_gated_delta_rule_cpu
+from qwen35moe.ops.cpu.norm import gated_rms_norm_cpu, rms_norm_cpu
+from qwen35moe.ops.cpu.rope import rotary_cpu
 from tests.ops.test_delta_rule import BETAS, GATES
 from tests.support import peer
 from tests.support.peer import FULL, LINEAR, odd_shape
+
+direct_short_convolution = ops.short_convolution.definition
+delta_net_step = ops.delta_net_step.definition
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
+gated_rms_norm = ops.gated_rms_norm.definition
+rms_norm = ops.rms_norm.definition
+rotary = ops.rotary.definition
 
 CUTS = [1, 3, 4, 63, 64, 65, 129]
 EXACT, FP32 = 1e-12, 2e-5
@@ -58,34 +65,34 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
 def test_norms(shape, dtype, bound):
     x, gate = draw(*shape, dtype=dtype), draw(*shape, seed=1, dtype=dtype)
     weight = draw(shape[-1], seed=2, dtype=torch.promote_types(dtype, torch.float32))
-    compare(inplace_rms_norm, rms_norm, (x, weight), {"eps": 1e-6}, bound)
-    compare(inplace_gated_rms_norm, gated_rms_norm, (x, gate, weight), {"eps": 1e-6}, bound)
-    assert inplace_rms_norm(x, weight, eps=1e-6).dtype == dtype
+    compare(rms_norm_cpu, rms_norm, (x, weight), {"eps": 1e-6}, bound)
+    compare(gated_rms_norm_cpu, gated_rms_norm, (x, gate, weight), {"eps": 1e-6}, bound)
+    assert rms_norm_cpu(x, weight, eps=1e-6).dtype == dtype
 
 
 @pytest.mark.parametrize("dtype,bound", [(torch.float64, EXACT), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("tokens", CUTS)
 def test_rotary(tokens, dtype, bound, monkeypatch):
-    monkeypatch.setattr("qwen35moe.ops.rope._BLOCK", 2 * 16 * 5 * 8)  # blocks of 16 tokens
+    monkeypatch.setattr("qwen35moe.ops.cpu.rope._BLOCK", 2 * 16 * 5 * 8)  # blocks of 16 tokens
     query, key = draw(2, tokens, 5, 12, dtype=dtype), draw(2, tokens, 3, 12, seed=1, dtype=dtype)
     table = torch.promote_types(torch.float32, dtype)
     angle = 6 * draw(1, tokens, 4, seed=2)
-    compare(inplace_rotary, rotary, (query, key, angle.cos().to(table), angle.sin().to(table)), {}, bound)
-    turned, _ = inplace_rotary(query, key, angle.cos().to(table), angle.sin().to(table))
+    compare(rotary_cpu, rotary, (query, key, angle.cos().to(table), angle.sin().to(table)), {}, bound)
+    turned, _ = rotary_cpu(query, key, angle.cos().to(table), angle.sin().to(table))
     assert turned.transpose(1, 2).is_contiguous() and turned.dtype == dtype
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
 @pytest.mark.parametrize("tokens", CUTS)
 def test_convolution(tokens, taps, monkeypatch):
-    monkeypatch.setattr("qwen35moe.ops.convolution._BLOCK_BYTES", 3 * 10 * 4 * 16)  # blocks of 16 tokens
+    monkeypatch.setattr("qwen35moe.ops.cpu.convolution._BLOCK_BYTES", 3 * 10 * 4 * 16)  # blocks of 16 tokens
     x, weight, state = draw(3, tokens, 10), draw(10, taps, seed=1), draw(3, 10, taps - 1, seed=2)
     for dtype, bound in ((torch.float64, EXACT), (torch.float32, 1e-6)):
         args = (x.to(dtype), weight.to(dtype))
-        compare(inplace_short_convolution, direct_short_convolution, args, {}, bound)
-        compare(inplace_short_convolution, direct_short_convolution, args, {"state": state.to(dtype)}, bound)
+        compare(short_convolution_cpu, direct_short_convolution, args, {}, bound)
+        compare(short_convolution_cpu, direct_short_convolution, args, {"state": state.to(dtype)}, bound)
     lengths = torch.tensor([tokens, max(0, tokens - 2), min(tokens, 1)])
-    y, after = inplace_short_convolution(x, weight, state=state, lengths=lengths)
+    y, after = short_convolution_cpu(x, weight, state=state, lengths=lengths)
     expected, expected_after = direct_short_convolution(x, weight, state=state, lengths=lengths)
     assert torch.equal(after, expected_after)
     for row, length in enumerate(lengths.tolist()):
@@ -99,21 +106,21 @@ def test_rule_at_every_gate(gate, beta):
     shape = (2, 130, 6)
     options = {"decay": gate(shape, rng), "beta": beta(shape, rng), "state": draw(2, 6, 5, 7, seed=4)}
     args = draw(2, 130, 3, 5), draw(2, 130, 3, 5, seed=1), draw(2, 130, 6, 7, seed=2)
-    compare(inplace_gated_delta_rule, recurrent_gated_delta_rule, args, options, 1e-11)
+    compare(chunked_gated_delta_rule_cpu, recurrent_gated_delta_rule, args, options, 1e-11)
     single = {name: tensor.float() for name, tensor in options.items()}
-    compare(inplace_gated_delta_rule, recurrent_gated_delta_rule, tuple(x.float() for x in args), single, FP32)
+    compare(chunked_gated_delta_rule_cpu, recurrent_gated_delta_rule, tuple(x.float() for x in args), single, FP32)
 
 
 @pytest.mark.parametrize("tokens", [*CUTS, 600])
 def test_rule_at_every_length_and_without_a_state(tokens, monkeypatch):
-    monkeypatch.setitem(delta_rule_chunks._BLOCK_BYTES, "cpu", 1)  # four chunks at a time
+    monkeypatch.setitem(delta_chunks._BLOCK_BYTES, "cpu", 1)  # four chunks at a time
     decay, beta = -draw(2, tokens, 6).exp() * 0.1, draw(2, tokens, 6, seed=5).sigmoid()
     mixed = draw(2, tokens, 3 * 5 * 2 + 6 * 7, seed=1)  # as the layer has it: views of one tensor
     query, key, value = mixed.split([15, 15, 42], dim=-1)
     args = query.unflatten(-1, (3, 5)), key.unflatten(-1, (3, 5)), value.unflatten(-1, (6, 7))
     for keys in (args[1], torch.zeros_like(args[1]), args[1][:, :1].expand_as(args[1])):
         options = {"decay": decay, "beta": beta}
-        compare(inplace_gated_delta_rule, recurrent_gated_delta_rule, (args[0], keys, args[2]), options, 1e-11)
+        compare(chunked_gated_delta_rule_cpu, recurrent_gated_delta_rule, (args[0], keys, args[2]), options, 1e-11)
 
 
 @pytest.mark.parametrize("gates", ["ordinary", "transformers", "hard"])
@@ -137,8 +144,8 @@ def test_one_token_of_a_layer(batch, groups, heads, taps, gates):
         options |= {"groups": groups, "eps": 1e-6}
         for qkv in (args[0], silent):
             given = tuple(x.to(dtype) for x in (qkv, *args[1:]))
-            compare(inplace_delta_net_step, delta_net_step, given, options, bound)
-            found = inplace_delta_net_step(*given, **options)
+            compare(delta_net_step_cpu, delta_net_step, given, options, bound)
+            found = delta_net_step_cpu(*given, **options)
             assert [x.dtype for x in found] == [dtype, dtype, wide]
 
 

@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe.ops.norm import gated_rms_norm, inplace_gated_rms_norm, l2_norm, rms_norm
+from qwen35moe import ops
+from qwen35moe.ops.cpu.norm import gated_rms_norm_cpu
+from qwen35moe.ops.norm import l2_norm
 from tests.support.peer import assert_close, generator
+
+gated_rms_norm = ops.gated_rms_norm.definition
+rms_norm = ops.rms_norm.definition
 
 EPS = 1e-6
 
@@ -48,16 +53,16 @@ def test_gradcheck():
 
     x, weight, gate = leaf(2, 3, 5, seed=0), leaf(5, seed=1), leaf(2, 3, 5, seed=2)
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, eps=EPS), (x, weight))
-    for form in (gated_rms_norm, inplace_gated_rms_norm):
+    for form in (gated_rms_norm, gated_rms_norm_cpu):
         assert torch.autograd.gradcheck(lambda x, g, w, form=form: form(x, g, w, eps=EPS), (x, gate, weight))
     assert torch.autograd.gradcheck(l2_norm, (x,))
 
 
 def test_the_gradients_in_blocks_are_those_of_the_definition(monkeypatch):
-    monkeypatch.setattr("qwen35moe.ops.norm._BLOCK", 3 * 24)  # three rows at a time
+    monkeypatch.setattr("qwen35moe.ops.cpu.norm._BLOCK", 3 * 24)  # three rows at a time
     leaves = [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate([(2, 7, 24), (2, 7, 24), (24,)])]
     found, expected = (torch.autograd.grad(form(*leaves, eps=EPS), leaves, draw(2, 7, 24, seed=4))
-                       for form in (inplace_gated_rms_norm, gated_rms_norm))
+                       for form in (gated_rms_norm_cpu, gated_rms_norm))
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, 1e-13)
 

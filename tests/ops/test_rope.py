@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen35moe import ops
 from qwen35moe.config import Config, ConfigError
-from qwen35moe.ops.rope import inverse_frequencies, rotary, rotary_tables
+from qwen35moe.ops.mrope import rotary_tables
+from qwen35moe.ops.rope import inverse_frequencies
 from tests.support.peer import Case, assert_close, generator, odd_shape
+
+rotary = ops.rotary.definition
 
 YARNS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -1,4 +1,4 @@
-"""Chat: prompts beside transformers' apply_chat_template, inputs beside its Qwen3VLProcessor, text that stays text, replies."""
+"""Chat: prompts against transformers' apply_chat_template, inputs against its Qwen3VLProcessor, escaped tokens, replies."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ TOOLS = [{"type": "function", "function": ADD}]
 ARGUMENTS = {"x": 3, "note": "two\nlines", "all": [1, "é"]}
 CALL = {"role": "assistant", "content": "I add.", "reasoning_content": "Add them.",
         "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}]}  # fmt: skip
-PICTURE = {"type": "image", "image": torch.zeros(40, 40, 3, dtype=torch.uint8)}
+IMAGE = {"type": "image", "image": torch.zeros(40, 40, 3, dtype=torch.uint8)}
 
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "one": [{"role": "user", "content": "  In the beginning \n"}],
     "system": [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": [{"type": "text", "text": "Hi 日本"}]}],
-    "thought": [
+    "reasoning": [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"},
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d", "thinking": "older name"},
     ],
     "tool": [{"role": "user", "content": "1+2"}, CALL, {"role": "tool", "content": "3"}],
-    "pictures": [
-        {"role": "user", "content": [PICTURE, {"type": "text", "text": " and "}, PICTURE]},
+    "images": [
+        {"role": "user", "content": [IMAGE, {"type": "text", "text": " and "}, IMAGE]},
         {"role": "assistant", "content": "x"},
-        {"role": "user", "content": [{"type": "text", "text": "again"}, PICTURE]},
+        {"role": "user", "content": [{"type": "text", "text": "again"}, IMAGE]},
     ],
 }
 VARIABLES: list[dict[str, Any]] = [
@@ -58,8 +58,8 @@ def processor(folder: Path) -> Processor:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    """transformers' Qwen3VLProcessor on the same folder. Its video processor cannot be made without torchvision: a stand-in
-    hands over what ours computed, and the timestamps and placeholders are theirs."""
+    """transformers' Qwen3VLProcessor on the same folder. Its video processor needs torchvision: a stand-in returns the pixel
+    values that ours computed; timestamps and placeholders are computed by transformers."""
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -75,26 +75,26 @@ def theirs(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_prompts_and_inputs_are_transformers(processor: Processor, theirs: Any, name: str) -> None:
+def test_prompts_and_inputs_equal_transformers(processor: Processor, theirs: Any, name: str) -> None:
     messages = CONVERSATIONS[name]
-    for given in VARIABLES:
-        expected = theirs.apply_chat_template(messages, tokenize=False, **given)
-        assert processor.apply_chat_template(messages, tokenize=False, **given) == expected, given
-        inputs = processor.apply_chat_template(messages, **given)
-        pictures = [b["image"] for m in messages for b in m["content"] if isinstance(b, dict) and b["type"] == "image"]
-        images = [each.numpy() for each in pictures] or None
+    for variables in VARIABLES:
+        expected = theirs.apply_chat_template(messages, tokenize=False, **variables)
+        assert processor.apply_chat_template(messages, tokenize=False, **variables) == expected, variables
+        inputs = processor.apply_chat_template(messages, **variables)
+        blocks = [b for m in messages for b in m["content"] if isinstance(b, dict) and b["type"] == "image"]
+        images = [block["image"].numpy() for block in blocks] or None
         reference = dict(theirs(text=expected, images=images, return_tensors="pt"))
         assert set(inputs) == set(reference)
         for key, value in reference.items():
-            assert torch.equal(inputs[key], value), (key, given)
+            assert torch.equal(inputs[key], value), (key, variables)
     assert expected.count("\n") > 1 and "<|im_start|>" in expected
 
 
-def test_a_batch_and_its_padding_are_transformers(processor: Processor, theirs: Any) -> None:
-    batch = [CONVERSATIONS["pictures"], CONVERSATIONS["one"], CONVERSATIONS["tool"]]
+def test_a_padded_batch_equals_transformers(processor: Processor, theirs: Any) -> None:
+    batch = [CONVERSATIONS["images"], CONVERSATIONS["one"], CONVERSATIONS["tool"]]
     texts = processor.apply_chat_template(batch, tokenize=False, tools=TOOLS)
     assert texts == theirs.apply_chat_template(batch, tokenize=False, tools=TOOLS)
-    images = [PICTURE["image"].numpy()] * 3
+    images = [IMAGE["image"].numpy()] * 3
     reference = theirs(text=texts, images=images, padding=True, return_tensors="pt")
     for inputs in (processor.apply_chat_template(batch, tools=TOOLS), processor(texts, images=images)):
         assert all(torch.equal(inputs[key], value) for key, value in dict(reference).items())
@@ -102,11 +102,11 @@ def test_a_batch_and_its_padding_are_transformers(processor: Processor, theirs: 
     assert right["attention_mask"][1, 0] == 1 and right["attention_mask"][1, -1] == 0
 
 
-def test_videos_carry_their_times(processor: Processor, theirs: Any) -> None:
-    """7 frames of which 5 are taken: the last one fills the third pair up."""
+def test_video_timestamps_equal_transformers(processor: Processor, theirs: Any) -> None:
+    """5 of 7 frames: the last one is repeated to fill the third pair."""
     frames = torch.randint(0, 256, (7, 40, 56, 3), dtype=torch.uint8)
     video = Video(frames[[0, 2, 3, 4, 6]], fps=3.0, indices=[0, 2, 3, 4, 6])
-    messages = [{"role": "user", "content": [{"type": "video", "video": video}, PICTURE, {"type": "text", "text": "?"}]}]
+    messages = [{"role": "user", "content": [{"type": "video", "video": video}, IMAGE, {"type": "text", "text": "?"}]}]
     inputs = processor.apply_chat_template(messages)
     assert inputs["video_grid_thw"].tolist() == [[3, 4, 8]]
     assert len(inputs["pixel_values_videos"]) == 3 * 4 * 8 and inputs["pixel_values_videos"].shape[1] == 3 * 2 * 8 * 8
@@ -114,16 +114,16 @@ def test_videos_carry_their_times(processor: Processor, theirs: Any) -> None:
     assert all(f"<{second} seconds><|vision_start|><|video_pad|>" in text for second in ("0.3", "1.2", "2.0"))
     assert int((inputs["mm_token_type_ids"] == 2).sum()) == 3 * 4 * 8 // 4
 
-    class Computed:
+    class StandIn:
         merge_size = temporal_patch_size = 2
 
         def __call__(self, videos: Any, **options: Any) -> dict[str, Any]:
             metadata = SimpleNamespace(fps=3.0, frames_indices=[0, 2, 3, 4, 6])
             return {name: inputs[name] for name in ("pixel_values_videos", "video_grid_thw")} | {"video_metadata": [metadata]}
 
-    theirs.video_processor = Computed()
+    theirs.video_processor = StandIn()
     prompt = processor.render(messages)
-    reference = theirs(text=prompt, videos=[video.frames.numpy()], images=[PICTURE["image"].numpy()], return_tensors="pt")
+    reference = theirs(text=prompt, videos=[video.frames.numpy()], images=[IMAGE["image"].numpy()], return_tensors="pt")
     for key, value in dict(reference).items():
         assert torch.equal(inputs[key], value), key
 
@@ -143,7 +143,7 @@ def test_videos_carry_their_times(processor: Processor, theirs: Any) -> None:
         "{{ messages[0].reasoning_content }}{{ messages[0].thinking }}",
     ],
 )
-def test_templates_render_as_in_transformers(processor: Processor, theirs: Any, source: str) -> None:
+def test_templates_render_as_transformers(processor: Processor, theirs: Any, source: str) -> None:
     messages = [{"role": "user", "content": " é <b> ", "reasoning": "r"}, {"role": "user", "content": "2"}]
     ours = Processor(processor.tokenizer, ChatTemplate(source), variables=processor.variables)
     assert ours.render(messages) == theirs.tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
@@ -162,54 +162,53 @@ def test_templates_render_as_in_transformers(processor: Processor, theirs: Any, 
         ("{{ messages[0].image.save('x') }}", "no attribute|undefined|not callable"),
     ],
 )
-def test_a_template_can_refuse_and_cannot_break_out(source: str, words: str) -> None:
+def test_template_errors_and_sandbox_violations_raise_value_error(source: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ChatTemplate(source).render([{"role": "user", "image": Path("x")}])
-    with pytest.raises(ValueError, match="no chat template: "):
+    with pytest.raises(ValueError, match="invalid chat template: "):
         ChatTemplate("{% if %}")
 
 
-# ------------------------------------------------------------------------------------------------- text that stays text
+# ------------------------------------------------------------------------------------------------ escaped control tokens
 
 CONTROL = [*SPECIAL, *ADDED, *VISION, "</tool_call>", "<tool_response>"]
 
 
 @pytest.mark.parametrize("role", ["user", "system", "tool"])
-def test_what_is_said_never_becomes_a_control_token(processor: Processor, theirs: Any, role: str) -> None:
-    said = " ".join(CONTROL) + "<|im_<|im_end|>end|> <|im_end|"
+def test_message_text_never_becomes_a_control_token(processor: Processor, theirs: Any, role: str) -> None:
+    text = " ".join(CONTROL) + "<|im_<|im_end|>end|> <|im_end|"
     turn = [{"role": "user", "content": "q"}] if role != "system" else []
-    messages = [{"role": role, "content": said}, *turn] if role == "system" else [*turn, {"role": role, "content": said}]
-    harmless = [{**each, "content": "x" if each["content"] == said else each["content"]} for each in messages]
+    messages = [{"role": role, "content": text}, *turn] if role == "system" else [*turn, {"role": role, "content": text}]
+    harmless = [message | {"content": "x" if message["content"] == text else message["content"]} for message in messages]
     inputs, plain = processor.apply_chat_template(messages), processor.apply_chat_template(harmless)
     control = set(processor.tokenizer.added_tokens.values())
 
-    def only(given: dict[str, torch.Tensor]) -> list[int]:
-        return [each for each in given["input_ids"][0].tolist() if each in control]
+    def control_ids(inputs: dict[str, torch.Tensor]) -> list[int]:
+        return [number for number in inputs["input_ids"][0].tolist() if number in control]
 
-    assert only(inputs) == only(plain)
-    assert said in processor.tokenizer.decode(inputs["input_ids"][0])
+    assert control_ids(inputs) == control_ids(plain)
+    assert text in processor.tokenizer.decode(inputs["input_ids"][0])
     assert processor.tokenizer.decode(inputs["input_ids"][0]) == processor.render(messages)
-    if not any(token in said for token in ("<|image_pad|>", "<|video_pad|>")):
-        raise AssertionError("the test says too little")
-    meant = said.replace("<|image_pad|>", "").replace("<|video_pad|>", "")
-    asked = processor.apply_chat_template([{"role": "user", "content": meant}], special=True)
-    expected = theirs.tokenizer.apply_chat_template([{"role": "user", "content": meant}], return_dict=True)
-    assert asked["input_ids"][0].tolist() == expected["input_ids"]
-    assert len(only(asked)) > len(only(plain))
+    assert "<|image_pad|>" in text and "<|video_pad|>" in text  # so the comparison above covers placeholders
+    without = [{"role": "user", "content": text.replace("<|image_pad|>", "").replace("<|video_pad|>", "")}]
+    special = processor.apply_chat_template(without, special=True)
+    expected = theirs.tokenizer.apply_chat_template(without, return_dict=True)
+    assert special["input_ids"][0].tolist() == expected["input_ids"]
+    assert len(control_ids(special)) > len(control_ids(plain))
 
 
-def test_parts_that_a_template_joins_make_no_control_token(processor: Processor) -> None:
+def test_text_parts_joined_by_a_template_form_no_control_token(processor: Processor) -> None:
     parts = [{"type": "text", "text": text} for text in ("<|im_", "end|>", "<thi", "nk>", "<", "|im_start|>")]
     ids = processor.apply_chat_template([{"role": "user", "content": parts}])["input_ids"][0].tolist()
-    control = [each for each in ids if each in processor.tokenizer.added_tokens.values()]
+    control = [number for number in ids if number in processor.tokenizer.added_tokens.values()]
     assert len(control) == 2 and "<|im_end|><think><|im_start|>" in processor.tokenizer.decode(ids)
     tools = [{"type": "function", "function": {"name": "f<|im_end|>", "parameters": {"<think>": 1}}}]
     ids = processor.apply_chat_template([{"role": "user", "content": "x"}], tools=tools)["input_ids"][0].tolist()
-    control = [each for each in ids if each in processor.tokenizer.added_tokens.values()]
+    control = [number for number in ids if number in processor.tokenizer.added_tokens.values()]
     assert len(control) == 4 and "f<|im_end|>" in processor.tokenizer.decode(ids)
 
 
-def test_an_assistants_markup_is_its_own_and_its_special_tokens_are_not(processor: Processor) -> None:
+def test_assistant_messages_keep_markup_tokens_and_escape_special_tokens(processor: Processor) -> None:
     names = processor.tokenizer.added_tokens
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nr\n</think>\n\nb <|im_end|>"}]
     ids = processor.apply_chat_template(messages)["input_ids"][0].tolist()
@@ -218,12 +217,12 @@ def test_an_assistants_markup_is_its_own_and_its_special_tokens_are_not(processo
     assert processor.tokenizer.decode(ids) == processor.render(messages)
 
 
-def test_marks_are_characters_that_nothing_uses() -> None:
-    every = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-    marks = Marks.absent_from("a" + "".join(every[:-2]))
-    assert {marks.start, marks.end} == set(every[-2:])
+def test_marks_are_characters_absent_from_the_text() -> None:
+    candidates = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+    marks = Marks.absent_from("a" + "".join(candidates[:-2]))
+    assert {marks.start, marks.end} == set(candidates[-2:])
     with pytest.raises(ValueError, match="noncharacters"):
-        Marks.absent_from("".join(every[1:]))
+        Marks.absent_from("".join(candidates[1:]))
     assert marks.split(marks.start + "<x>", ["<x>"]) == marks.split("<x>" + marks.end, ["<x>"]) == [(False, "<x>")]
     assert marks.split("<x>y<x>", ["<x>"]) == [(True, "<x>"), (False, "y"), (True, "<x>")]
 
@@ -231,19 +230,19 @@ def test_marks_are_characters_that_nothing_uses() -> None:
 # ------------------------------------------------------------------------------------------------------------- replies
 
 
-def test_replies_are_taken_apart(processor: Processor) -> None:
+def test_replies_are_parsed(processor: Processor) -> None:
     prompt = processor.render(CONVERSATIONS["one"], add_generation_prompt=True)
-    written = "\nAdd <b>.\n</think>\n\nI add.\n<tool_call>\n<function=add>\n<parameter=x>\n3\n</parameter>\n<parameter=note>\n"
-    written += 'two\nlines\n</parameter>\n<parameter=all>\n[1, "é"]\n</parameter>\n</function>\n</tool_call><|im_end|>'
-    ids = processor.tokenizer.encode(written, special=True)
-    for reply in (written, ids, torch.tensor(ids)):
-        for opened in (prompt, processor.tokenizer.encode(prompt, special=True), None):
-            found = processor.parse(reply, prompt=opened, tools=TOOLS)
-            assert (found.reasoning, found.content, found.thinking) == ("Add <b>.", "I add.", False)
-            assert found.tool_calls[0].arguments == {"x": 3, "note": "two\nlines", "all": [1, "é"]}
+    text = "\nAdd <b>.\n</think>\n\nI add.\n<tool_call>\n<function=add>\n<parameter=x>\n3\n</parameter>\n<parameter=note>\n"
+    text += 'two\nlines\n</parameter>\n<parameter=all>\n[1, "é"]\n</parameter>\n</function>\n</tool_call><|im_end|>'
+    ids = processor.tokenizer.encode(text, special=True)
+    for reply in (text, ids, torch.tensor(ids)):
+        for prompt_form in (prompt, processor.tokenizer.encode(prompt, special=True), None):
+            parsed = processor.parse(reply, prompt=prompt_form, tools=TOOLS)
+            assert (parsed.reasoning, parsed.content, parsed.thinking) == ("Add <b>.", "I add.", False)
+            assert parsed.tool_calls[0].arguments == {"x": 3, "note": "two\nlines", "all": [1, "é"]}
     assert processor.parse(ids).tool_calls[0].arguments["x"] == "3"
     again = [*CONVERSATIONS["one"], processor.parse(ids, tools=TOOLS).message()]
-    assert processor.render(again).endswith("<think>\n" + written.removeprefix("\n") + "\n")
+    assert processor.render(again).endswith("<think>\n" + text.removeprefix("\n") + "\n")
 
 
 def test_replies_that_stop_early_or_are_malformed(processor: Processor) -> None:
@@ -255,19 +254,19 @@ def test_replies_that_stop_early_or_are_malformed(processor: Processor) -> None:
     assert processor.parse("<think>\nr\n</think>\n\na").reasoning == "r"
     for broken in ("<tool_call>\nno function\n</tool_call>", "<tool_call>\n<function=f>", "</tool_call>",
                    "<tool_call>\n<function=f>\nstray\n</function>\n</tool_call>"):  # fmt: skip
-        found = processor.parse(f"a {broken}")
-        assert found.tool_calls == () and found.content == f"a {broken}"
-    text = processor.tokenizer.encode("say </think> and <tool_call>")  # as text: told apart from the tokens by their ids
-    assert processor.parse(text).content == "say </think> and <tool_call>"
+        parsed = processor.parse(f"a {broken}")
+        assert parsed.tool_calls == () and parsed.content == f"a {broken}"
+    ids = processor.tokenizer.encode("say </think> and <tool_call>")  # as text, not as control tokens
+    assert processor.parse(ids).content == "say </think> and <tool_call>"
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_what_does_not_fit_is_said(processor: Processor, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has 1 <\|image_pad\|> and 0 pictures"):
+def test_contradictions_raise(processor: Processor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"1 <\|image_pad\|> in the text but 0 images"):
         processor("<|image_pad|>")
-    with pytest.raises(ValueError, match=r"has 0 <\|video_pad\|> and 1 pictures"):
+    with pytest.raises(ValueError, match=r"0 <\|video_pad\|> in the text but 1 videos"):
         processor("x", videos=["a.mp4"])
     with pytest.raises(ValueError, match="there are no messages"):
         processor.apply_chat_template([])
@@ -280,20 +279,20 @@ def test_what_does_not_fit_is_said(processor: Processor, tmp_path: Path) -> None
         bare("<|image_pad|>", images=torch.zeros(9, 9))
     write_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"patch_size": 16}}))
-    with pytest.raises(ValueError, match=r"patch_size = 8, and config.json says vision_config.patch_size = 16"):
+    with pytest.raises(ValueError, match=r"patch_size = 8, config.json has vision_config.patch_size = 16"):
         Processor.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"image_token_id": 5}))
-    with pytest.raises(ValueError, match=r"image_token_id = 5, and <\|image_pad\|> is \d+"):
+    with pytest.raises(ValueError, match=r"image_token_id = 5, tokenizer.json has <\|image_pad\|> = \d+"):
         Processor.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    described = json.loads((tmp_path / "tokenizer.json").read_text())
-    described["added_tokens"][0]["lstrip"] = True
-    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    definition["added_tokens"][0]["lstrip"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     with pytest.raises(ValueError, match="lstrip"):
         Processor.from_pretrained(tmp_path)
 
 
-def test_where_templates_come_from(tmp_path: Path) -> None:
+def test_sources_of_the_template(tmp_path: Path) -> None:
     write_folder(tmp_path, "the file's own")
     assert Processor.from_pretrained(tmp_path).render([]) == "the file's own"
     (tmp_path / "chat_template.jinja").unlink()

@@ -1,4 +1,4 @@
-"""processing/images.py: pixel values beside transformers' Pillow-based processor, every kind of image, and what is refused."""
+"""processing/images.py: pixel values against transformers' Pillow-based processor, kinds of images, and refused inputs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from qwen35moe.processing import ImageProcessor
-from qwen35moe.processing.images import as_rgb, values_of
+from qwen35moe.processing.images import as_rgb, pixel_values
 from qwen35moe.processing.pixels import (
     MAX_PIXELS,
     PixelSettings,
-    fitted_size,
-    from_patches,
-    into_patches,
-    pictures_of,
+    images_from_values,
+    patchify,
     read_settings,
+    smart_resize,
+    unpatchify,
     value_table,
 )
 from tests.conftest import count_calls
@@ -50,43 +50,43 @@ def ours(settings: dict[str, Any]) -> ImageProcessor:
 
 
 @pytest.mark.parametrize("settings", [PUBLISHED, ODD], ids=["published", "odd"])
-def test_pixel_values_are_transformers_bit_for_bit(settings: dict[str, Any]) -> None:
+def test_pixel_values_equal_transformers_bit_for_bit(settings: dict[str, Any]) -> None:
     images = [noise(h, w) for h, w in [(31, 37), (300, 113), (64, 64), (257, 511), (5, 90), (21, 42), (640, 33)]]
     images += [noise(45, 67, mode) for mode in ("L", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "P", "1", "RGBX")]
     palette = noise(50, 70).convert("P", palette=Image.Palette.ADAPTIVE, colors=17)
     palette.info["transparency"] = 3
     expected = theirs(settings)([*images, palette], return_tensors="pt")
-    found = ours(settings)([*images, palette])
-    assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
-    assert found["image_grid_thw"].dtype == torch.int64 and found["pixel_values"].dtype == torch.float32
-    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    inputs = ours(settings)([*images, palette])
+    assert torch.equal(inputs["image_grid_thw"], expected["image_grid_thw"])
+    assert inputs["image_grid_thw"].dtype == torch.int64 and inputs["pixel_values"].dtype == torch.float32
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
 
 
 @pytest.mark.parametrize("off", [{"do_rescale": False}, {"do_normalize": False}, {"do_resize": False}, {"max_pixels": 9000}])
-def test_switches_and_arrays_are_transformers_too(off: dict[str, Any]) -> None:
+def test_switches_and_arrays_equal_transformers(off: dict[str, Any]) -> None:
     array = torch.randint(0, 256, (42, 63, 3), dtype=torch.uint8)
-    given = [array.numpy(), array.permute(2, 0, 1), array.numpy()[..., 0]]
+    images = [array.numpy(), array.permute(2, 0, 1), array.numpy()[..., 0]]
     settings = ODD | off
     if "max_pixels" in off:
         settings = settings | {"size": {"shortest_edge": 5000, "longest_edge": 9000}}
         settings.pop("max_pixels")
-    expected = theirs(settings)([each if i < 2 else Image.fromarray(each) for i, each in enumerate(given)], return_tensors="pt")
-    assert torch.equal(ours(ODD | off)(given)["pixel_values"], expected["pixel_values"])
+    expected = theirs(settings)([*images[:2], Image.fromarray(images[2])], return_tensors="pt")
+    assert torch.equal(ours(ODD | off)(images)["pixel_values"], expected["pixel_values"])
 
 
-def test_the_order_of_patches_is_the_definition() -> None:
+def test_patch_order_follows_the_definition() -> None:
     settings = PixelSettings().with_values(ODD | {"do_resize": False}, "test")
-    picture = torch.randint(0, 256, (42, 63, 3), dtype=torch.uint8)
-    rows = into_patches(picture, settings)
+    image = torch.randint(0, 256, (42, 63, 3), dtype=torch.uint8)
+    rows = patchify(image, settings)
     m, p, at = 3, 7, 0
     for group_row in range(42 // 21):
         for group_column in range(63 // 21):
             for row in range(m):
                 for column in range(m):
                     y, x = (group_row * m + row) * p, (group_column * m + column) * p
-                    assert torch.equal(rows[at], picture[y : y + p, x : x + p].permute(2, 0, 1))
+                    assert torch.equal(rows[at], image[y : y + p, x : x + p].permute(2, 0, 1))
                     at += 1
-    values = ImageProcessor(settings)(picture)["pixel_values"]
+    values = ImageProcessor(settings)(image)["pixel_values"]
     exact = (rows.double() / 255 - torch.tensor(ODD["image_mean"]).view(3, 1, 1)) / torch.tensor(ODD["image_std"]).view(3, 1, 1)
     expected = exact[:, :, None].expand(-1, -1, 3, -1, -1).reshape(len(rows), -1)
     torch.testing.assert_close(values.double(), expected, rtol=0, atol=5e-7)
@@ -94,35 +94,35 @@ def test_the_order_of_patches_is_the_definition() -> None:
 
 
 @pytest.mark.parametrize("m, p", [(1, 5), (2, 3), (3, 7)])
-def test_patches_go_back_to_their_picture(m: int, p: int) -> None:
+def test_unpatchify_inverts_patchify(m: int, p: int) -> None:
     settings = PixelSettings(patch_size=p, merge_size=m)
     for rows, columns in ((m, m), (2 * m, 3 * m), (5 * m, m)):
-        picture = torch.randint(0, 256, (rows * p, columns * p, 3), dtype=torch.uint8)
-        assert torch.equal(from_patches(into_patches(picture, settings), rows, columns, settings), picture)
+        image = torch.randint(0, 256, (rows * p, columns * p, 3), dtype=torch.uint8)
+        assert torch.equal(unpatchify(patchify(image, settings), rows, columns, settings), image)
     with pytest.raises(ValueError, match=rf"\[{4 * m * m}, 3, {p}, {p}\], got \[{5 * m * m}, 3, {p}, {p}\]"):
-        from_patches(into_patches(picture, settings), 2 * m, 2 * m, settings)
+        unpatchify(patchify(image, settings), 2 * m, 2 * m, settings)
     if m > 1:
         with pytest.raises(ValueError, match=f"{5 * m * m} x 1 patches, multiples of {m}"):
-            from_patches(into_patches(picture, settings), 5 * m * m, 1, settings)
+            unpatchify(patchify(image, settings), 5 * m * m, 1, settings)
 
 
 @pytest.mark.parametrize("off", [{}, {"do_rescale": False}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5}])
 @pytest.mark.parametrize("fused", [False, True])
-def test_values_go_back_to_the_bytes_they_were(off: dict[str, Any], fused: bool) -> None:
-    """All 256 bytes in all channels, in six pictures, through both ways of rounding."""
+def test_images_from_values_recovers_the_bytes(off: dict[str, Any], fused: bool) -> None:
+    """All 256 bytes in all channels, in six frames, with both roundings."""
     settings = PixelSettings().with_values(ODD | off, "test")
     frames = torch.arange(256, dtype=torch.uint8).repeat(250)[: 6 * 42 * 63 * 3].view(6, 42, 63, 3)[:, :, :, [2, 0, 1]]
     assert all(len(frames[..., channel].unique()) == 256 for channel in range(3))
-    patches = [into_patches(frame.contiguous(), settings) for frame in frames]
-    values = values_of([patches[:3], patches[3:]], settings, fused=fused)
-    assert torch.equal(pictures_of(values, (2, 6, 9), settings), frames)
+    patches = [patchify(frame.contiguous(), settings) for frame in frames]
+    values = pixel_values([patches[:3], patches[3:]], settings, fused=fused)
+    assert torch.equal(images_from_values(values, (2, 6, 9), settings), frames)
     with pytest.raises(ValueError, match=r"1 x 6 x 9 patches has values \[54, 441\], got \[108, 441\]"):
-        pictures_of(values, (1, 6, 9), settings)
+        images_from_values(values, (1, 6, 9), settings)
 
 
 @pytest.mark.parametrize("frames", [None, 2, 5, 60])
-def test_sizes_are_transformers(frames: int | None) -> None:
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as still
+def test_sizes_equal_transformers(frames: int | None) -> None:
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as image_processing
 
     settings = PixelSettings(min_pixels=4000, max_pixels=900_000, patch_size=7, merge_size=3)
     for height in (1, 9, 20, 31, 32, 33, 170, 1000, 3001):
@@ -130,21 +130,21 @@ def test_sizes_are_transformers(frames: int | None) -> None:
             if max(height, width) / min(height, width) > 200:
                 continue
             if frames is None:
-                expected = still.smart_resize(height, width, 21, 4000, 900_000)
+                expected = image_processing.smart_resize(height, width, 21, 4000, 900_000)
             else:
                 expected = their_video_size(frames, height, width)
-            assert fitted_size(height, width, settings, frames) == tuple(expected), (height, width)
+            assert smart_resize(height, width, settings, frames) == tuple(expected), (height, width)
 
 
 def their_video_size(frames: int, height: int, width: int) -> tuple[int, int]:
-    """transformers' rule for videos; its module cannot be imported without torchvision, the function's source can be run."""
+    """transformers' rule for videos. Its module needs torchvision, so the function's source is executed."""
     import ast
     import importlib.util
     import math
 
     file = Path(importlib.util.find_spec("transformers").origin).parent / "models/qwen3_vl/video_processing_qwen3_vl.py"
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    function = next(each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == "smart_resize")
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "smart_resize")
     space: dict[str, Any] = {"math": math}
     exec(compile(ast.Module([function], []), str(file), "exec"), space)
     return space["smart_resize"](frames, height, width, temporal_factor=2, factor=21, min_pixels=4000, max_pixels=900_000)
@@ -159,8 +159,8 @@ def encoded(image: Any, kind: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def test_sixteen_bits_floats_and_deep_arrays_are_the_same_picture(tmp_path: Path) -> None:
-    """Pillow's own conversion of 16 bits cuts everything above 255 off to white; here 65535 is white."""
+def test_sixteen_bit_and_float_images_equal_their_eight_bit_form(tmp_path: Path) -> None:
+    """Pillow's own conversion of 16 bits clips values above 255 to white; ours maps 65535 to white."""
     deep = torch.randint(0, 65_536, (40, 52)).to(torch.int32)
     eight = ((deep.double() / 257).round()).to(torch.uint8)
     png = Image.frombytes("I;16", (52, 40), deep.to(torch.uint16).numpy().tobytes())
@@ -172,30 +172,30 @@ def test_sixteen_bits_floats_and_deep_arrays_are_the_same_picture(tmp_path: Path
         assert torch.equal(ours(ODD)(image)["pixel_values"], expected)
 
 
-def test_orientation_is_obeyed(tmp_path: Path) -> None:
-    picture = noise(30, 50)
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = noise(30, 50)
     exif = Image.Exif()
-    exif[0x0112] = 6  # a telephone held upright: turn by 90 degrees clockwise
-    turned = as_rgb(encoded(picture, "PNG", exif=exif))
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
+    turned = as_rgb(encoded(image, "PNG", exif=exif))
     assert turned.size == (30, 50)
-    assert turned.tobytes() == picture.transpose(Image.Transpose.ROTATE_270).tobytes()
+    assert turned.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
 
 
 def test_files_bytes_and_nested_lists(tmp_path: Path) -> None:
-    picture = noise(40, 60)
-    expected = ours(ODD)(picture)["pixel_values"]
+    image = noise(40, 60)
+    expected = ours(ODD)(image)["pixel_values"]
     for kind in ("PNG", "BMP", "TIFF", "PPM"):
         file = tmp_path / f"a.{kind}"
-        file.write_bytes(encoded(picture, kind))
-        found = ours(ODD)([[file, str(file)], [file.read_bytes()]])
-        assert torch.equal(found["pixel_values"], expected.repeat(3, 1)), kind
-    animated = encoded(picture, "GIF", save_all=True, append_images=[noise(40, 60)])
-    assert torch.equal(ours(ODD)(animated)["pixel_values"], ours(ODD)(encoded(picture, "GIF"))["pixel_values"])
+        file.write_bytes(encoded(image, kind))
+        inputs = ours(ODD)([[file, str(file)], [file.read_bytes()]])
+        assert torch.equal(inputs["pixel_values"], expected.repeat(3, 1)), kind
+    animated = encoded(image, "GIF", save_all=True, append_images=[noise(40, 60)])
+    assert torch.equal(ours(ODD)(animated)["pixel_values"], ours(ODD)(encoded(image, "GIF"))["pixel_values"])
 
 
-def test_images_are_worked_on_side_by_side_and_keep_their_order() -> None:
+def test_images_processed_in_parallel_keep_their_order() -> None:
     images = [torch.full((42, 42, 3), shade, dtype=torch.uint8) for shade in range(40)]
-    with count_calls(ImageProcessor, "_one") as done:
+    with count_calls(ImageProcessor, "_process") as done:
         values = ours(ODD | {"do_normalize": False})(images, progress=True)["pixel_values"]
     assert done.count == 40
     assert (values.view(40, -1)[:, 0] * 255).round().tolist() == list(range(40))
@@ -221,25 +221,25 @@ def png_header(width: int, height: int) -> bytes:
         (b"", "cannot be read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),  # Pillow would start Ghostscript
         (torch.zeros(3, 0, 7), "0 x 7 pixels"),
-        (torch.zeros(401, 2, dtype=torch.uint8), "more than 200 times as long as wide"),
+        (torch.zeros(401, 2, dtype=torch.uint8), "the aspect ratio is above 200"),
         (torch.zeros(3, 9, 3), r"got \[3, 9, 3\]"),
         (torch.zeros(2, 9, 9), r"got \[2, 9, 9\]"),
-        (torch.full((9, 9), 200.0), "floating pixels lie in 0..1, got 200..200"),
-        (torch.full((9, 9), float("nan")), "floating pixels lie in 0..1"),
+        (torch.full((9, 9), 200.0), "float pixels must lie in 0..1, got 200..200"),
+        (torch.full((9, 9), float("nan")), "float pixels must lie in 0..1"),
         (torch.zeros(9, 9, dtype=torch.int64), "got torch.int64"),
         (7, "got int"),
         ("no/such.png", "no such file"),
-        ("https://somewhere/cat.png", "addresses are not fetched"),
+        ("https://somewhere/cat.png", "URLs are not downloaded"),
     ],
 )
-def test_what_is_refused(image: Any, words: str) -> None:
+def test_refused_images(image: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"(?s)image 1.*{words}"):
         ours(ODD)([torch.zeros(9, 9), image])
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_costs_no_memory() -> None:
-    """Refused from the header: nothing of the size it claims is ever allocated."""
+def test_a_decompression_bomb_is_refused_from_its_header() -> None:
+    """Nothing is decoded, so no memory of the claimed size is allocated."""
     with count_calls(Image.Image, "load") as loads, pytest.raises(ValueError, match="pixels"):
         as_rgb(png_header(MAX_PIXELS // 1024 + 1, 1024))
     assert loads.count == 0
@@ -259,13 +259,13 @@ def test_a_bomb_costs_no_memory() -> None:
         ({"merge_size": "2"}, "merge_size must be"),
     ],
 )
-def test_settings_that_mean_something_else_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_unsupported_settings_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PUBLISHED | changes))
     with pytest.raises(ValueError, match=words):
         ImageProcessor.from_pretrained(tmp_path)
 
 
-def test_where_settings_come_from(tmp_path: Path) -> None:
+def test_sources_of_the_settings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no preprocessor_config.json"):
         ImageProcessor.from_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PUBLISHED | {"image_processor_type": "x"}))

@@ -1,4 +1,4 @@
-"""Routing as data: captured, replayed, decided by a function; what may be given, and what is refused."""
+"""`routing=` of a forward: recorded, forced, returned by a function; accepted forms and errors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from qwen35moe.routing import Routing
 from tests.support import peer
 from tests.support.peer import FULL, LINEAR, assert_close, odd_shape
 
-LAYERS, E, S = 4, 7, 3
+LAYERS, E, TOP_K = 4, 7, 3
 CASE = odd_shape(
-    11, layer_types=[LINEAR, FULL, LINEAR, LINEAR], num_hidden_layers=LAYERS, num_experts=E, num_experts_per_tok=S,
+    11, layer_types=[LINEAR, FULL, LINEAR, LINEAR], num_hidden_layers=LAYERS, num_experts=E, num_experts_per_tok=TOP_K,
     router_aux_loss_coef=0.3, tie_word_embeddings=False,
 )
 B, T = 2, 9
@@ -49,12 +49,12 @@ def inputs(batch: str = "plain") -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def captured(model: Any, **options: Any) -> Any:
+def recorded(model: Any, **options: Any) -> Any:
     return model(**({"input_ids": IDS} | options), output_routing=True)
 
 
 def rotated(routing: Routing) -> Routing:
-    """The same with every choice one expert further: a routing that no router would choose."""
+    """The routing with every index one expert further, so that it differs from the router's."""
     return replace(routing, indices=(routing.indices + 1) % E, weights=None, logits=None)
 
 
@@ -64,16 +64,16 @@ def gradients_of(model: Any, **options: Any) -> dict[str, Tensor]:
     return peer.gradients(model)
 
 
-# ---------------------------------------------------------------------------------------------------- capture and replay
+# ---------------------------------------------------------------------------------------------------- record and replay
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_a_replay_is_the_captured_run_bit_for_bit(model, batch):
-    """With weights, without, and in the order of serving engines; the replay says what it did, in the caller's order."""
-    first = captured(model, **inputs(batch))
+def test_a_replay_is_the_recorded_forward_bit_for_bit(model, batch):
+    """With weights, without, and in the order of serving engines; the replay's own routing is in the caller's order."""
+    first = recorded(model, **inputs(batch))
     routing = first.routing
     shape = inputs(batch)["input_ids"].shape
-    assert routing.indices.shape == (LAYERS, B * T, S) and routing.weights.shape == (LAYERS, B * T, S)
+    assert routing.indices.shape == (LAYERS, B * T, TOP_K) and routing.weights.shape == (LAYERS, B * T, TOP_K)
     assert routing.logits.shape == (LAYERS, B * T, E)
     assert (routing.layers, routing.num_experts, routing.shape) == (tuple(range(LAYERS)), E, tuple(shape))
     mask = inputs(batch).get("attention_mask")
@@ -81,8 +81,8 @@ def test_a_replay_is_the_captured_run_bit_for_bit(model, batch):
     assert (routing.mask is None) == (mask is None) or bool(routing.mask.all())
     if mask is not None:
         assert torch.equal(routing.mask, present)
-    for given in (routing, routing.indices_only(), routing.to_batch()):
-        again = captured(model, **inputs(batch), routing=given)
+    for forced in (routing, routing.indices_only(), routing.to_batch()):
+        again = recorded(model, **inputs(batch), routing=forced)
         assert torch.equal(again.logits, first.logits)
         assert torch.equal(again.routing.indices[:, present], routing.indices[:, present])
         assert torch.equal(again.routing.weights[:, present], routing.weights[:, present])
@@ -90,222 +90,222 @@ def test_a_replay_is_the_captured_run_bit_for_bit(model, batch):
 
 @pytest.mark.parametrize("batch", ["plain", "restarting positions, padded", "packed"])
 def test_a_routing_of_other_experts_is_followed_token_by_token(model, batch):
-    """Rotated indices reach exactly the tokens they are given for, whatever the layers' own order of tokens."""
-    routing = rotated(captured(model, **inputs(batch)).routing)
-    out = captured(model, **inputs(batch), routing=routing)
+    """Rotated indices reach their own tokens, whatever the layers' order of tokens."""
+    routing = rotated(recorded(model, **inputs(batch)).routing)
+    out = recorded(model, **inputs(batch), routing=routing)
     mask = inputs(batch).get("attention_mask")
     present = torch.ones(B * T, dtype=torch.bool) if mask is None else mask.flatten().bool()
     assert torch.equal(out.routing.indices[:, present], routing.indices[:, present])
     chosen = out.routing.logits.softmax(-1).gather(-1, routing.indices)
     assert_close(out.routing.weights[:, present], (chosen / chosen.sum(-1, keepdim=True))[:, present], 1e-6)
-    assert not torch.allclose(out.logits, captured(model, **inputs(batch)).logits, atol=1e-2)
+    assert not torch.allclose(out.logits, recorded(model, **inputs(batch)).logits, atol=1e-2)
 
 
 def test_a_rollout_replayed_in_one_forward(model):
-    """Captured token by token from a cache, put together, replayed over the whole: the same choices, logits within the
-    bound. And the other way: pieces of the whole, replayed with a cache."""
+    """Recorded token by token with a cache, concatenated, replayed in one forward: the same choices, logits within the bound.
+    And the other way: parts of one routing, replayed with a cache."""
     cache = model.new_cache(B)
-    steps = [captured(model, input_ids=part, cache=cache) for part in IDS.split([5, 1, 1, 2], dim=1)]
+    steps = [recorded(model, input_ids=part, cache=cache) for part in IDS.split([5, 1, 1, 2], dim=1)]
     batches = torch.cat([step.routing.to_batch() for step in steps], dim=1)
-    whole = captured(model, routing=batches)
+    whole = recorded(model, routing=batches)
     assert torch.equal(whole.routing.to_batch(), batches)
     assert_close(whole.logits, torch.cat([step.logits for step in steps], dim=1), 1e-5)
     cache = model.new_cache(B)
-    other = rotated(captured(model).routing)
-    pieces = [captured(model, input_ids=part, cache=cache, routing=chosen).logits
+    other = rotated(recorded(model).routing)
+    parts = [recorded(model, input_ids=part, cache=cache, routing=chosen).logits
               for part, chosen in zip(IDS.split([5, 4], 1), other.to_batch().split([5, 4], 1), strict=True)]
-    assert_close(torch.cat(pieces, 1), captured(model, routing=other).logits, 1e-5)
+    assert_close(torch.cat(parts, 1), recorded(model, routing=other).logits, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- weights
 
 
-def test_indices_alone_take_live_weights_and_the_gradient_reaches_the_router(model):
-    routing = rotated(captured(model).routing)
+def test_indices_without_weights_pass_gradients_to_the_router(model):
+    routing = rotated(recorded(model).routing)
     model.zero_grad(set_to_none=True)
     model(IDS, routing=routing).logits.square().sum().backward()
     for layer in model.model.layers:
         assert layer.mlp.gate.weight.grad.abs().max() > 0
 
 
-def test_given_weights_are_used_as_they_are(model):
-    """Not normalised again; and no gradient reaches a router whose choice and weights are given, only the balancing loss."""
-    routing = captured(model).routing
+def test_forced_weights_are_used_unchanged(model):
+    """They are not normalised again, and the router gets no gradient but that of the balancing loss."""
+    routing = recorded(model).routing
     doubled = replace(routing, weights=2 * routing.weights)
     with torch.no_grad():
-        found = model(IDS, routing=doubled)
+        out = model(IDS, routing=doubled)
         with taps.patch(model, {"layers.*.mlp.routed": lambda routed: 2 * routed}):
             expected = model(IDS, routing=routing)
-        assert_close(found.logits, expected.logits, 1e-6)
-        nothing = model(IDS, routing=replace(routing, weights=torch.zeros_like(routing.weights)))
+        assert_close(out.logits, expected.logits, 1e-6)
+        zero = model(IDS, routing=replace(routing, weights=torch.zeros_like(routing.weights)))
         with taps.patch(model, {"layers.*.mlp.routed": torch.zeros_like}):
-            assert torch.equal(nothing.logits, model(IDS).logits)
+            assert torch.equal(zero.logits, model(IDS).logits)
     model.zero_grad(set_to_none=True)
     model(IDS, routing=doubled).logits.square().sum().backward()
     assert all(layer.mlp.gate.weight.grad is None or not layer.mlp.gate.weight.grad.any() for layer in model.model.layers)
 
 
-def test_the_gradient_of_given_weights(model):
-    """They are an input like others: a caller may learn them."""
-    routing = captured(model).routing
+def test_forced_weights_have_a_gradient(model):
+    """A caller may learn them."""
+    routing = recorded(model).routing
     weights = routing.weights.clone().requires_grad_()
     model(IDS, routing=replace(routing, weights=weights)).logits.square().sum().backward()
     assert weights.grad is not None and (weights.grad.abs().amax((1, 2)) > 0).all()
 
 
 @pytest.mark.parametrize("batch", ["plain", "left-padded"])
-@pytest.mark.parametrize("slots", [1, 2, 5, E])
-def test_another_number_of_experts_than_top_k(model, slots, batch):
-    """More experts or fewer per token, padding or none: the weights are those of the chosen, and sum to one."""
-    indices = torch.arange(slots).expand(LAYERS, B * T, slots)
-    out = captured(model, **inputs(batch), routing=Routing(indices))
+@pytest.mark.parametrize("k", [1, 2, 5, E])
+def test_another_k_than_the_router_s(model, k, batch):
+    """The weights are those of the forced experts and sum to one, with padding or without."""
+    indices = torch.arange(k).expand(LAYERS, B * T, k)
+    out = recorded(model, **inputs(batch), routing=Routing(indices))
     assert out.routing.indices.shape == indices.shape
-    real = captured(model, **inputs(batch)).routing.mask
+    real = recorded(model, **inputs(batch)).routing.mask
     real = torch.ones(B * T, dtype=torch.bool) if real is None else real
     assert_close(out.routing.weights.sum(-1)[:, real], torch.ones(LAYERS, int(real.sum())), 1e-6)
-    by_function = captured(model, **inputs(batch), routing=lambda layer, logits: indices[0, : logits.shape[0]])
+    by_function = recorded(model, **inputs(batch), routing=lambda layer, logits: indices[0, : logits.shape[0]])
     assert torch.equal(by_function.logits, out.logits)
 
 
 def test_the_balancing_loss_counts_the_indices_that_were_used(model):
-    routing = rotated(captured(model).routing)
+    routing = rotated(recorded(model).routing)
     with torch.no_grad():
         out = model(IDS, routing=routing, output_router_logits=True)
     expected = load_balancing_loss(list(out.router_logits), list(routing.indices))
     assert_close(out.aux_loss, expected, 1e-6)
-    assert abs(out.aux_loss - captured(model, output_router_logits=True).aux_loss) > 1e-3
+    assert abs(out.aux_loss - recorded(model, output_router_logits=True).aux_loss) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16], ids=str)
 def test_indices_of_any_integer_dtype(model, dtype):
-    """Serving engines send short ones."""
-    routing = captured(model).routing
+    """Serving engines send short integers."""
+    routing = recorded(model).routing
     short = replace(routing.indices_only(), indices=routing.indices.to(dtype))
-    expected = captured(model, routing=routing.indices_only()).logits
-    assert torch.equal(captured(model, routing=short).logits, expected)
-    assert torch.equal(captured(model, routing=lambda layer, _: short.indices[layer]).logits, expected)
+    expected = recorded(model, routing=routing.indices_only()).logits
+    assert torch.equal(recorded(model, routing=short).logits, expected)
+    assert torch.equal(recorded(model, routing=lambda layer, _: short.indices[layer]).logits, expected)
 
 
-# ---------------------------------------------------------------------------------------------------- free choices
+# ---------------------------------------------------------------------------------------------------- unforced rows
 
 
 @pytest.mark.parametrize("batch", ["plain", "left-padded"])
 @pytest.mark.parametrize("with_weights", [False, True], ids=["indices", "indices and weights"])
-def test_rows_of_minus_one_are_free(model, with_weights, batch):
-    """The router decides those tokens, at its live logits; the others stay as given."""
-    first = captured(model, **inputs(batch)).routing
-    given = rotated(first)
-    free = torch.arange(B * T) % 3 == 0
-    given.indices[:, free] = -1
+def test_rows_of_minus_one_are_unforced(model, with_weights, batch):
+    """The router chooses for these tokens at its live logits; the others are forced."""
+    first = recorded(model, **inputs(batch)).routing
+    routing = rotated(first)
+    unforced = torch.arange(B * T) % 3 == 0
+    routing.indices[:, unforced] = -1
     if with_weights:
-        given = replace(given, weights=torch.rand(LAYERS, B * T, S))
-    out = captured(model, **inputs(batch), routing=given).routing
+        routing = replace(routing, weights=torch.rand(LAYERS, B * T, TOP_K))
+    out = recorded(model, **inputs(batch), routing=routing).routing
     real = torch.ones(B * T, dtype=torch.bool) if first.mask is None else first.mask
-    assert torch.equal(out.indices[:, ~free & real], given.indices[:, ~free & real])
-    live = out.logits.softmax(-1).topk(S, dim=-1)
+    assert torch.equal(out.indices[:, ~unforced & real], routing.indices[:, ~unforced & real])
+    live = out.logits.softmax(-1).topk(TOP_K, dim=-1)
     weights = live.values / live.values.sum(-1, keepdim=True)
-    assert torch.equal(out.indices[:, free & real], live.indices[:, free & real])
-    assert_close(out.weights[:, free & real], weights[:, free & real], 1e-6)
-    if given.weights is not None:
-        assert torch.equal(out.weights[:, ~free & real], given.weights[:, ~free & real])
+    assert torch.equal(out.indices[:, unforced & real], live.indices[:, unforced & real])
+    assert_close(out.weights[:, unforced & real], weights[:, unforced & real], 1e-6)
+    if routing.weights is not None:
+        assert torch.equal(out.weights[:, ~unforced & real], routing.weights[:, ~unforced & real])
 
 
-def test_all_free_is_the_model_itself(model):
-    free = Routing(torch.full((LAYERS, B * T, S), -1))
-    assert torch.equal(captured(model, routing=free).logits, captured(model).logits)
+def test_an_unforced_routing_changes_nothing(model):
+    unforced = Routing(torch.full((LAYERS, B * T, TOP_K), -1))
+    assert torch.equal(recorded(model, routing=unforced).logits, recorded(model).logits)
 
 
-def test_a_routing_of_some_layers_leaves_the_others_free(model):
-    given = rotated(captured(model).routing)
-    some = replace(given, indices=given.indices[[2, 1]], layers=(2, 1))
-    out = captured(model, routing=some).routing
+def test_a_routing_of_some_layers_leaves_the_others_unforced(model):
+    whole = rotated(recorded(model).routing)
+    some = replace(whole, indices=whole.indices[[2, 1]], layers=(2, 1))
+    out = recorded(model, routing=some).routing
     assert torch.equal(out.indices[[2, 1]], some.indices)
     for layer in (0, 3):
-        assert torch.equal(out.indices[layer], out.logits[layer].softmax(-1).topk(S, dim=-1).indices)
+        assert torch.equal(out.indices[layer], out.logits[layer].softmax(-1).topk(TOP_K, dim=-1).indices)
 
 
 # ---------------------------------------------------------------------------------------------------- a function
 
 
 @pytest.mark.parametrize("with_weights", [False, True], ids=["indices", "indices and weights"])
-def test_a_function_decides(model, with_weights):
-    """Called once per layer, in order, with that layer's live logits [N, E]."""
-    given = captured(model, routing=rotated(captured(model).routing)).routing
-    seen: list[tuple[int, Tensor]] = []
+def test_a_function_returns_the_routing(model, with_weights):
+    """It is called once per layer, in order, with that layer's live logits [N, E]."""
+    forced = recorded(model, routing=rotated(recorded(model).routing)).routing
+    calls: list[tuple[int, Tensor]] = []
 
-    def decide(layer: int, logits: Tensor) -> Any:
-        seen.append((layer, logits))
-        return (given.indices[layer], given.weights[layer]) if with_weights else given.indices[layer]
+    def intervention(layer: int, logits: Tensor) -> Any:
+        calls.append((layer, logits))
+        return (forced.indices[layer], forced.weights[layer]) if with_weights else forced.indices[layer]
 
-    out = captured(model, routing=decide)
-    assert [layer for layer, _ in seen] == list(range(LAYERS))
-    for layer, logits in seen:
+    out = recorded(model, routing=intervention)
+    assert [layer for layer, _ in calls] == list(range(LAYERS))
+    for layer, logits in calls:
         assert torch.equal(logits, out.routing.logits[layer])
-    assert torch.equal(out.logits, captured(model, routing=given if with_weights else given.indices_only()).logits)
+    assert torch.equal(out.logits, recorded(model, routing=forced if with_weights else forced.indices_only()).logits)
 
 
-def test_a_function_may_bias_the_logits_and_pass_gradients(model):
-    """The router's own rule, written outside: the same gradients as the router's."""
+def test_a_function_passes_gradients(model):
+    """The router's rule as a function gives the router's gradients."""
 
-    def own_rule(_layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = logits.softmax(-1).topk(S, dim=-1)
+    def router_rule(_layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = logits.softmax(-1).topk(TOP_K, dim=-1)
         return chosen.indices, chosen.values / chosen.values.sum(-1, keepdim=True)
 
     expected = gradients_of(model)
-    peer.assert_all_close(gradients_of(model, routing=own_rule), expected, 1e-6)
+    peer.assert_all_close(gradients_of(model, routing=router_rule), expected, 1e-6)
 
 
 def test_gradient_checkpointing_repeats_no_choice(model):
-    """Equal gradients for every form of routing; a function is asked once per layer, not again for the backward."""
-    given = rotated(captured(model).routing)
-    weighted = captured(model, routing=given).routing
-    asked: list[int] = []
+    """Equal gradients for every form of routing; a function is called once per layer, not again in the backward."""
+    indices_only = rotated(recorded(model).routing)
+    weighted = recorded(model, routing=indices_only).routing
+    calls: list[int] = []
 
-    def decide(layer: int, logits: Tensor) -> Tensor:
-        asked.append(layer)
-        return given.indices[layer]
+    def intervention(layer: int, logits: Tensor) -> Tensor:
+        calls.append(layer)
+        return indices_only.indices[layer]
 
-    for routing in (given, weighted, decide):
+    for routing in (indices_only, weighted, intervention):
         expected = gradients_of(model, routing=routing)
-        asked.clear()
+        calls.clear()
         model.train()
         model.gradient_checkpointing_enable()
         try:
-            found = gradients_of(model, routing=routing)
+            recomputed = gradients_of(model, routing=routing)
         finally:
             model.gradient_checkpointing_disable()
             model.eval()
-        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
-    assert asked == list(range(LAYERS))
+        assert all(torch.equal(recomputed[name], gradient) for name, gradient in expected.items())
+    assert calls == list(range(LAYERS))
 
 
-# ---------------------------------------------------------------------------------------------------- as a value
+# ---------------------------------------------------------------------------------------------------- as a tensor
 
 
 def test_to_batch_and_back(model):
-    routing = captured(model, attention_mask=LEFT).routing
+    routing = recorded(model, attention_mask=LEFT).routing
     batch = routing.to_batch()
-    assert batch.shape == (B, T, LAYERS, S)
+    assert batch.shape == (B, T, LAYERS, TOP_K)
     assert torch.equal(batch[1, 6, 2], routing.indices[2, T + 6])
     with pytest.raises(ValueError, match="shape"):
         Routing(routing.indices).to_batch()
 
 
-# ---------------------------------------------------------------------------------------------------- refused
+# ---------------------------------------------------------------------------------------------------- errors
 
 N = B * T
 
 
 @pytest.mark.parametrize("arguments,words", [
-    ({"indices": torch.zeros(N, S, dtype=torch.long)}, [f"[{N}, {S}]"]),
-    ({"indices": torch.zeros(LAYERS, N, S)}, ["torch.float32", "integers"]),
-    ({"indices": torch.zeros(LAYERS, N, S, dtype=torch.bool)}, ["torch.bool", "integers"]),
-    ({"indices": torch.zeros(LAYERS, N, S, dtype=torch.long), "weights": torch.zeros(LAYERS, N, S + 1)},
-     [f"[{LAYERS}, {N}, {S}]", f"[{LAYERS}, {N}, {S + 1}]"]),
-    ({"indices": torch.zeros(LAYERS, N, S, dtype=torch.long), "layers": (0, 1)}, ["2 layer", f"{LAYERS} layers"]),
-    ({"indices": torch.zeros(2, N, S, dtype=torch.long), "layers": (1, 1)}, ["(1, 1)", "twice"]),
+    ({"indices": torch.zeros(N, TOP_K, dtype=torch.long)}, [f"[{N}, {TOP_K}]"]),
+    ({"indices": torch.zeros(LAYERS, N, TOP_K)}, ["torch.float32", "integers"]),
+    ({"indices": torch.zeros(LAYERS, N, TOP_K, dtype=torch.bool)}, ["torch.bool", "integers"]),
+    ({"indices": torch.zeros(LAYERS, N, TOP_K, dtype=torch.long), "weights": torch.zeros(LAYERS, N, TOP_K + 1)},
+     [f"[{LAYERS}, {N}, {TOP_K}]", f"[{LAYERS}, {N}, {TOP_K + 1}]"]),
+    ({"indices": torch.zeros(LAYERS, N, TOP_K, dtype=torch.long), "layers": (0, 1)}, ["2 layer", f"{LAYERS} layers"]),
+    ({"indices": torch.zeros(2, N, TOP_K, dtype=torch.long), "layers": (1, 1)}, ["(1, 1)", "twice"]),
 ])
-def test_a_routing_that_contradicts_itself(arguments, words):
+def test_a_routing_whose_parts_do_not_fit(arguments, words):
     with pytest.raises(ValueError) as error:
         Routing(**arguments)
     assert all(word in str(error.value) for word in words), error.value
@@ -315,34 +315,33 @@ def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.long)
 
 
-REFUSED: dict[str, tuple[Any, list[str]]] = {
-    "token count": (Routing(zeros(LAYERS, N - 1, S)), [str(N - 1), str(N)]),
-    "layer number": (Routing(zeros(2, N, S), layers=(1, 4)), ["layer 4", "4 layers"]),
-    "negative layer": (Routing(zeros(2, N, S), layers=(-1, 0)), ["layer -1", "4 layers"]),
-    "more layers": (Routing(zeros(5, N, S)), ["layer 4", "4 layers"]),
-    "expert too high": (Routing(zeros(LAYERS, N, S) + E), [f"expert {E}", f"0 ... {E - 1}"]),
-    "expert below free": (Routing(zeros(LAYERS, N, S) - 2), ["expert -2", f"0 ... {E - 1}"]),
-    "free, other slots": (Routing(zeros(LAYERS, N, 2) - 1), [f"top_k={S}", "2 slots"]),
-    "a 3-D tensor": (zeros(LAYERS, N, S), [f"[{LAYERS}, {N}, {S}]", "[B, T, L, S]"]),
-    "other batch": (zeros(B, T - 1, LAYERS, S), [f"[{B}, {T - 1}]", f"[{B}, {T}]"]),
-    "transposed batch": (zeros(T, B, LAYERS, S), [f"[{T}, {B}]", f"[{B}, {T}]"]),
+WRONG: dict[str, tuple[Any, list[str]]] = {
+    "token count": (Routing(zeros(LAYERS, N - 1, TOP_K)), [str(N - 1), str(N)]),
+    "layer number": (Routing(zeros(2, N, TOP_K), layers=(1, 4)), ["layer 4", "4 layers"]),
+    "negative layer": (Routing(zeros(2, N, TOP_K), layers=(-1, 0)), ["layer -1", "4 layers"]),
+    "more layers": (Routing(zeros(5, N, TOP_K)), ["layer 4", "4 layers"]),
+    "expert too high": (Routing(zeros(LAYERS, N, TOP_K) + E), [f"expert {E}", f"0 ... {E - 1}"]),
+    "expert below -1": (Routing(zeros(LAYERS, N, TOP_K) - 2), ["expert -2", f"0 ... {E - 1}"]),
+    "unforced, another k": (Routing(zeros(LAYERS, N, 2) - 1), [f"top_k={TOP_K}", "have 2"]),
+    "a 3-D tensor": (zeros(LAYERS, N, TOP_K), [f"[{LAYERS}, {N}, {TOP_K}]", "[B, T, L, k]"]),
+    "other batch": (zeros(B, T - 1, LAYERS, TOP_K), [f"[{B}, {T - 1}]", f"[{B}, {T}]"]),
+    "transposed batch": (zeros(T, B, LAYERS, TOP_K), [f"[{T}, {B}]", f"[{B}, {T}]"]),
     "no routing": ("greedy", ["str"]),
-    "function, tokens": (lambda _layer, _logits: zeros(N - 1, S), ["layer 0", f"[{N - 1}, {S}]", f"[{N}, "]),
+    "function, tokens": (lambda _layer, _logits: zeros(N - 1, TOP_K), ["layer 0", f"[{N - 1}, {TOP_K}]", f"[{N}, "]),
     "function, 1-D": (lambda _layer, _logits: zeros(N), ["layer 0", f"[{N}]", f"[{N}, "]),
-    "function, float": (lambda _layer, _logits: torch.zeros(N, S), ["layer 0", "torch.float32"]),
+    "function, float": (lambda _layer, _logits: torch.zeros(N, TOP_K), ["layer 0", "torch.float32"]),
     "function, nothing": (lambda _layer, _logits: None, ["layer 0", "NoneType"]),
-    "function, three": (lambda _layer, _logits: (zeros(N, S),) * 3, ["layer 0", "'Tensor', 'Tensor', 'Tensor'"]),
-    "function, expert": (lambda _layer, _logits: zeros(N, S) + E, ["layer 0", f"expert {E}", f"0 ... {E - 1}"]),
-    "function, free": (lambda _layer, _logits: zeros(N, S) - 1, ["layer 0", "expert -1", f"0 ... {E - 1}"]),
-    "function, weights": (lambda _layer, _logits: (zeros(N, S), torch.zeros(N, S - 1)),
-                          ["layer 0", f"[{N}, {S}]", f"[{N}, {S - 1}]"]),
-    "function, late": (lambda layer, _logits: zeros(N, S) + E * (layer == 3), ["layer 3", f"expert {E}"]),
+    "function, three": (lambda _layer, _logits: (zeros(N, TOP_K),) * 3, ["layer 0", "'Tensor', 'Tensor', 'Tensor'"]),
+    "function, expert": (lambda _layer, _logits: zeros(N, TOP_K) + E, ["layer 0", f"expert {E}", f"0 ... {E - 1}"]),
+    "function, unforced": (lambda _layer, _logits: zeros(N, TOP_K) - 1, ["layer 0", "expert -1", f"0 ... {E - 1}"]),
+    "function, weights": (lambda _layer, _logits: (zeros(N, TOP_K), torch.zeros(N, TOP_K - 1)),
+                          ["layer 0", f"[{N}, {TOP_K}]", f"[{N}, {TOP_K - 1}]"]),
+    "function, late": (lambda layer, _logits: zeros(N, TOP_K) + E * (layer == 3), ["layer 3", f"expert {E}"]),
 }
 
 
-@pytest.mark.parametrize("routing,words", REFUSED.values(), ids=REFUSED)
-def test_refused(model, routing, words):
-    """Both values are named, and the cache is as it was."""
+@pytest.mark.parametrize("routing,words", WRONG.values(), ids=WRONG)
+def test_errors_name_both_values_and_leave_the_cache_unchanged(model, routing, words):
     with torch.no_grad():
         cache = model(CASE.ids(B, 3), cache=model.new_cache(B)).cache
         before = cache.clone()

@@ -1,4 +1,4 @@
-"""Statistics against counting by hand, the ready-made decisions, and pictures."""
+"""Statistics against plain Python, the ready-made interventions, and figures."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from qwen35moe.routing import Routing, plots, statistics
 from tests.support import peer
 from tests.support.peer import FULL, LINEAR, assert_close, odd_shape
 
-L, N, E, S = 3, 41, 7, 2
+L, N, E, TOP_K = 3, 41, 7, 2
 
 
 def drawn(seed: int = 0, mask: bool = True) -> Routing:
-    """A skewed routing with padding and free rows, with its logits in float64."""
+    """A skewed routing with padding and unforced rows, with its logits in float64."""
     rng = peer.generator(seed)
     logits = torch.randn(L, N, E, generator=rng, dtype=torch.float64) + torch.linspace(0, 3, E, dtype=torch.float64)
-    indices = logits.topk(S, dim=-1).indices
-    indices[1, 5:9] = R.FREE
-    there = torch.rand(N, generator=rng) < 0.8
-    return Routing(indices, logits=logits, num_experts=E, mask=there if mask else None)
+    indices = logits.topk(TOP_K, dim=-1).indices
+    indices[1, 5:9] = R.UNFORCED
+    present = torch.rand(N, generator=rng) < 0.8
+    return Routing(indices, logits=logits, num_experts=E, mask=present if mask else None)
 
 
 def choices(routing: Routing) -> list[list[list[int]]]:
-    """The chosen experts per layer and token that is there, free tokens left out."""
-    there = [True] * N if routing.mask is None else routing.mask.tolist()
+    """The chosen experts per layer and token, without padding and unforced tokens."""
+    mask = [True] * N if routing.mask is None else routing.mask.tolist()
     rows = routing.indices.tolist()
-    return [[row for row, here in zip(layer, there, strict=True) if here and row[0] >= 0] for layer in rows]
+    return [[row for row, present in zip(layer, mask, strict=True) if present and row[0] >= 0] for layer in rows]
 
 
-# ---------------------------------------------------------------------------------------------------- counted by hand
+# ---------------------------------------------------------------------------------------------------- against plain Python
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -74,16 +74,16 @@ def test_coactivation(at_once):
 
 def test_margins():
     routing = drawn()
-    found = R.margins(routing)
-    there = routing.mask.nonzero()[:, 0].tolist()
-    assert found.shape == (L, len(there))
-    for layer, (place, token) in itertools.product(range(L), enumerate(there)):
+    margins = R.margins(routing)
+    present = routing.mask.nonzero()[:, 0].tolist()
+    assert margins.shape == (L, len(present))
+    for layer, (column, token) in itertools.product(range(L), enumerate(present)):
         ordered = sorted(routing.logits[layer, token].tolist(), reverse=True)
-        assert found[layer, place].item() == ordered[S - 1] - ordered[S]
+        assert margins[layer, column].item() == ordered[TOP_K - 1] - ordered[TOP_K]
     half = replace(routing, logits=routing.logits.bfloat16())
     assert R.margins(half).dtype == torch.float32
-    every = Routing(torch.arange(E).expand(1, 2, E), logits=torch.zeros(1, 2, E), num_experts=E)
-    assert bool(R.margins(every).isinf().all())
+    all_experts = Routing(torch.arange(E).expand(1, 2, E), logits=torch.zeros(1, 2, E), num_experts=E)
+    assert bool(R.margins(all_experts).isinf().all())
     with pytest.raises(ValueError, match="output_routing=True"):
         R.margins(replace(routing, logits=None))
 
@@ -92,14 +92,14 @@ def test_agreement_and_flips():
     a, b = drawn(0), drawn(1)
     a = replace(a, indices=a.indices.clone())
     a.indices[2] = b.indices[2].flip(-1)  # the same sets in another order
-    there = (a.mask & b.mask & (a.indices >= 0).all(-1).all(0) & (b.indices >= 0).all(-1).all(0)).tolist()
-    common = [[set(x) & set(y) for x, y, t in zip(*rows, there, strict=True) if t]
+    both = (a.mask & b.mask & (a.indices >= 0).all(-1).all(0) & (b.indices >= 0).all(-1).all(0)).tolist()
+    common = [[set(x) & set(y) for x, y, t in zip(*rows, both, strict=True) if t]
               for rows in zip(a.indices.tolist(), b.indices.tolist(), strict=True)]
-    expected = [sum(map(len, layer)) / (S * len(layer)) for layer in common]
+    expected = [sum(map(len, layer)) / (TOP_K * len(layer)) for layer in common]
     assert R.agreement(a, b).tolist() == pytest.approx(expected, rel=1e-14)
-    assert R.flips(a, b).tolist() == [[len(c) < S for c in layer] for layer in common]
+    assert R.flips(a, b).tolist() == [[len(c) < TOP_K for c in layer] for layer in common]
     assert expected[2] == 1.0 and 0.1 < expected[0] < 0.9
-    with pytest.raises(ValueError, match="not of the same tokens"):
+    with pytest.raises(ValueError, match="have different tokens, layers or k"):
         R.agreement(a, replace(b, indices=b.indices[:, 1:], logits=None, mask=None))
 
 
@@ -108,14 +108,14 @@ def test_an_even_and_a_collapsed_load():
     assert R.entropy(even).item() == pytest.approx(math.log(E)) and R.imbalance(even).item() == pytest.approx(1)
     one = Routing(torch.zeros(1, 9, 1, dtype=torch.long), num_experts=E)
     assert R.entropy(one).item() == 0 and R.imbalance(one).item() == E and int(R.dead_experts(one).sum()) == E - 1
-    nobody = replace(one, mask=torch.zeros(9, dtype=torch.bool))
-    assert R.expert_load(nobody).tolist() == [[0.0] * E] and R.coactivation(nobody).sum() == 0
+    empty = replace(one, mask=torch.zeros(9, dtype=torch.bool))
+    assert R.expert_load(empty).tolist() == [[0.0] * E] and R.coactivation(empty).sum() == 0
     for statistic in (R.expert_load, R.coactivation):
         with pytest.raises(ValueError, match="num_experts"):
             statistic(replace(one, num_experts=0))
 
 
-# ---------------------------------------------------------------------------------------------------- decisions
+# ---------------------------------------------------------------------------------------------------- interventions
 
 TOP = 3
 
@@ -131,14 +131,13 @@ def different(indices: Tensor) -> bool:
 def test_ablate():
     logits = skewed()
     for experts in ([6, 2], {1: [6, 2]}):
-        decide = R.ablate(experts, top_k=TOP)
-        indices, weights = decide(1, logits)
-        left = [e for e in range(E) if e not in (6, 2)]
-        best = logits[:, left].topk(TOP, dim=-1).indices
-        assert torch.equal(indices, torch.tensor(left)[best])
+        indices, weights = R.ablate(experts, top_k=TOP)(1, logits)
+        others = [e for e in range(E) if e not in (6, 2)]
+        best = logits[:, others].topk(TOP, dim=-1).indices
+        assert torch.equal(indices, torch.tensor(others)[best])
         assert_close(weights, chosen_weights(logits, indices), 1e-14)
-    own = logits.topk(TOP, dim=-1).indices
-    assert torch.equal(R.ablate({1: [6]}, top_k=TOP)(0, logits)[0], own)
+    plain = logits.topk(TOP, dim=-1).indices
+    assert torch.equal(R.ablate({1: [6]}, top_k=TOP)(0, logits)[0], plain)
     with pytest.raises(ValueError, match="layer 4: without 5 of 7 experts there are fewer than top_k=3"):
         R.ablate([0, 1, 2, 3, 4], top_k=TOP)(4, logits)
     with pytest.raises(ValueError, match="no expert 7"):
@@ -151,11 +150,11 @@ def test_force():
     assert bool((indices[:, :2] == torch.tensor([0, 1])).all()) and different(indices)
     assert torch.equal(indices[:, 2], 2 + logits[:, 2:].argmax(-1))
     assert_close(weights, chosen_weights(logits, indices), 1e-14)
-    with pytest.raises(ValueError, match="4 experts cannot be forced into top_k=3"):
+    with pytest.raises(ValueError, match="4 forced experts are more than top_k=3"):
         R.force([0, 1, 2, 3], top_k=TOP)(0, logits)
 
 
-def test_bias_moves_the_choice_and_not_the_weights():
+def test_bias_changes_the_choice_but_not_the_weights():
     logits = skewed()
     push = torch.zeros(E).index_fill(0, torch.tensor([0]), 100.0)
     indices, weights = R.bias(push, top_k=TOP)(0, logits)
@@ -169,7 +168,7 @@ def test_bias_moves_the_choice_and_not_the_weights():
 
 
 def test_sample_draws_without_replacement_in_proportion_to_p():
-    """First slots follow softmax(logits / T), pairs follow p_i p_j / (1 - p_i): 30,000 draws, chi-square at 1e-6."""
+    """Ordered pairs (i, j) follow p_i p_j / (1 - p_i) with p = softmax(logits / temperature): chi-square of 30,000 draws."""
     logits, temperature, draws = torch.tensor([1.0, 0.0, -1.0, 0.5]), 1.5, 30_000
     p = (logits.double() / temperature).softmax(-1)
     indices, weights = R.sample(top_k=2, temperature=temperature, seed=3)(0, logits.expand(draws, -1))
@@ -201,7 +200,7 @@ def test_balance_evens_the_load_at_little_cost():
 
 
 def test_balance_is_the_best_even_choice():
-    """Against all even assignments of 6 tokens to 3 experts, one each."""
+    """Against all even assignments of 6 tokens to 3 experts, one expert per token."""
     for seed in range(20):
         logits = torch.randn(6, 3, generator=peer.generator(seed), dtype=torch.float64) + torch.tensor([2.0, 0.0, 0.0])
         scores = logits.log_softmax(-1)
@@ -209,48 +208,48 @@ def test_balance_is_the_best_even_choice():
         best = max(float(scores[range(6), list(a)].sum()) for a in fair)
         indices = R.balance(top_k=1, rounds=200)(0, logits)[0][:, 0]
         counts = [int((indices == e).sum()) for e in range(3)]
-        found = float(scores[range(6), indices].sum())
-        # Prices find the optimum of the dual: an even choice is the best one, an uneven one no worse than it.
-        assert found >= best - 1e-9 and (counts != [2, 2, 2] or found == pytest.approx(best))
+        total = float(scores[range(6), indices].sum())
+        # The prices solve the dual: an even choice is the best even one, an uneven choice is no worse.
+        assert total >= best - 1e-9 and (counts != [2, 2, 2] or total == pytest.approx(best))
 
 
 CASE = odd_shape(31, layer_types=[LINEAR, FULL], num_hidden_layers=2, num_experts=E, num_experts_per_tok=TOP)
-DECISIONS = {
+INTERVENTIONS = {
     "ablate": lambda: R.ablate({0: [1], 1: [2, 3]}, top_k=TOP), "force": lambda: R.force([4], top_k=TOP),
     "bias": lambda: R.bias(torch.linspace(-2, 2, E), top_k=TOP), "sample": lambda: R.sample(top_k=TOP, temperature=3.0, seed=1),
     "balance": lambda: R.balance(top_k=TOP),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DECISIONS)
-def test_a_decision_in_a_model(name):
-    """It is followed, and replaying what it chose is the same run; gradients reach the router, the same ones when layers
-    are recomputed."""
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_an_intervention_in_a_model(name):
+    """The model follows it, and forcing the recorded indices gives the same logits; the router gets gradients, the same ones
+    under gradient checkpointing."""
     model: Any = peer.ours(CASE)
     peer.draw(model, 2)
     ids = CASE.ids(2, 9)
     with torch.no_grad():
-        out = model(ids, routing=DECISIONS[name](), output_routing=True)
+        out = model(ids, routing=INTERVENTIONS[name](), output_routing=True)
         assert torch.equal(model(ids, routing=out.routing.indices_only()).logits, out.logits)
         assert bool((out.routing.indices != model(ids, output_routing=True).routing.indices).any())
     if name == "ablate":
         assert R.expert_load(out.routing)[0, 1] == 0 and R.expert_load(out.routing)[1, 2:4].sum() == 0
-    decided = lambda: model(ids, labels=ids, routing=DECISIONS[name]()).loss.backward()  # noqa: E731
-    gradients = peer.kept_and_recomputed(model, decided)
+    backward = lambda: model(ids, labels=ids, routing=INTERVENTIONS[name]()).loss.backward()  # noqa: E731
+    gradients = peer.kept_and_recomputed(model, backward)
     assert all(torch.equal(gradients[0][key], value) for key, value in gradients[1].items())
     assert all(gradients[0][f"model.layers.{layer}.mlp.gate.weight"].isfinite().all() for layer in range(2))
     assert all(gradients[0][f"model.layers.{layer}.mlp.gate.weight"].any() for layer in range(2))
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------- figures
 
 
-def test_pictures(tmp_path: Path):
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+def test_figures(tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
     routing = drawn()
     plots.draw(routing, tmp_path / "all.png", title="drawn")
     plots.draw(replace(routing, logits=None), tmp_path / "no_margins.png")
-    plots.draw(replace(routing, logits=None), tmp_path / "given.png", margin=R.margins(routing))
+    plots.draw(replace(routing, logits=None), tmp_path / "margins.png", margin=R.margins(routing))
     pages = sorted(tmp_path.iterdir())
     assert len(pages) == 3 and all(page.read_bytes().startswith(b"\x89PNG") for page in pages)
     figure = plots.new_figure(3, 3)
@@ -262,13 +261,13 @@ def test_pictures(tmp_path: Path):
     plots.plot_coactivation(routing, axes, layer=2)
     together = R.coactivation(routing)[2]
     shown = axes.images[0].get_array()
-    chance = (S - 1) * E / (S * (E - 1))
+    chance = (TOP_K - 1) * E / (TOP_K * (E - 1))
     assert float(shown[5, 6]) == pytest.approx(math.log2(together[5, 6] / (together[5, 5] * together[6, 6] * chance)))
     with pytest.raises(ValueError, match="layers .*0, 1, 2.*not 9"):
         plots.plot_coactivation(routing, axes, layer=9)
 
 
-def test_without_matplotlib_the_way_out_is_said(monkeypatch):
+def test_the_error_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"qwen35moe\[plot\]"):
         plots.new_figure(1, 1)

@@ -1,8 +1,8 @@
-"""Checkpoint folders in every published layout, in small: exact names, dtypes and block sizes.
+"""Checkpoint folders in every published layout, at small size: exact names, dtypes and block sizes.
 
-`LAYOUTS` has one entry per row of the table in docs/checkpoints.md; `publish` writes a model's weights in one of them,
-the FP8 ones from random codes and factors. `Whole` stands in for a class with a vision tower and an MTP head: their
-parameters by name, without their mathematics.
+`LAYOUTS` has one entry per row of the table in docs/guide/checkpoints.md; `publish` writes a model's weights in one of
+them, for FP8 with random codes and scales. `Whole` is a class with the parameters of a vision tower and an MTP head, without their
+mathematics.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tests.support import peer
 from tests.support.peer import FULL, LINEAR
 
 Tensors = dict[str, Tensor]
-WIDE_ISLANDS = ("linear_attn.A_log", "linear_attn.norm.weight")  # F32 on disk in 3.5
-ISLANDS = (*WIDE_ISLANDS, "linear_attn.dt_bias")
+STORED_FP32 = ("linear_attn.A_log", "linear_attn.norm.weight")  # F32 on disk in 3.5
+FP32_PARAMETERS = (*STORED_FP32, "linear_attn.dt_bias")  # float32 in a model of any dtype
 QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj", "gate_proj", "up_proj",
              "down_proj")  # fmt: skip
 
-# Two and three blocks of 128 with ragged last ones; all sizes pairwise different.
+# Two and three blocks of 128, the last ones incomplete; all sizes are pairwise different.
 TEXT: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text", "vocab_size": 61, "hidden_size": 200, "num_hidden_layers": 2,
     "layer_types": [LINEAR, FULL], "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 36,
@@ -49,14 +49,14 @@ VISION = {"depth": 2, "hidden_size": 24, "intermediate_size": 37, "num_heads": 2
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of repository stores a model; see docs/checkpoints.md for who publishes it."""
+    """How one kind of repository stores a model; docs/guide/checkpoints.md lists the publishers."""
 
     dense: bool = False
     tied: bool = False
     experts: str = "grouped"
     mtp: str | None = "per_expert"  # None: no MTP head
     vision: bool = True
-    islands: torch.dtype = torch.float32
+    fp32_stored_as: torch.dtype = torch.float32
     fp8: bool = False
     prefix: str = "model.language_model."
     head: str = "lm_head.weight"
@@ -81,17 +81,17 @@ class Layout:
 
 LAYOUTS: dict[str, Layout] = {
     "3.5 MoE, bf16": Layout(),
-    "3.6 MoE, bf16": Layout(mtp="grouped", islands=torch.bfloat16),
+    "3.6 MoE, bf16": Layout(mtp="grouped", fp32_stored_as=torch.bfloat16),
     "3.8 text only": Layout(mtp="grouped", vision=False, prefix="model."),
     "3.5 MoE, FP8": Layout(experts="per_expert", fp8=True),
-    "3.6 MoE, FP8": Layout(experts="per_expert", fp8=True, islands=torch.bfloat16),
+    "3.6 MoE, FP8": Layout(experts="per_expert", fp8=True, fp32_stored_as=torch.bfloat16),
     "FP8, experts grouped": Layout(fp8=True, mtp="grouped"),
     "3.5 dense, untied": Layout(dense=True),
     "3.5 dense, tied": Layout(dense=True, tied=True),
     "3.5 dense, FP8": Layout(dense=True, fp8=True),
     "4.54B community": Layout(tied=True, mtp=None),
-    "saved by transformers": Layout(experts="per_expert", mtp=None, islands=torch.bfloat16),
-    "saved by transformers, text class": Layout(experts="per_expert", mtp=None, vision=False, islands=torch.bfloat16),
+    "saved by transformers": Layout(experts="per_expert", mtp=None, fp32_stored_as=torch.bfloat16),
+    "saved by transformers, text class": Layout(experts="per_expert", mtp=None, vision=False, fp32_stored_as=torch.bfloat16),
     "fine-tune, model.lm_head": Layout(head="model.lm_head.weight", mtp=None),
     "fine-tune, language_model.model": Layout(prefix="language_model.model.", visual="vision_tower.",
                                               head="language_model.lm_head.weight", experts="per_expert", mtp="grouped"),
@@ -107,17 +107,17 @@ class Named(nn.Module):
     def __init__(self, tensors: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         super().__init__()
         for name, shape in tensors:
-            at: nn.Module = self
+            module: nn.Module = self
             *path, leaf = name.split(".")
             for part in path:
-                if not hasattr(at, part):
-                    at.add_module(part, nn.Module())
-                at = getattr(at, part)
-            at.register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module.register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
 
 
 class Whole(Qwen3_5MoeForCausalLM):
-    """With the parameters of a vision tower and of an MTP head, where they are asked for."""
+    """With the parameters of a vision tower and of an MTP head, if `parts` has them."""
 
     optional_parts = ("vision", "mtp")
 
@@ -127,7 +127,7 @@ class Whole(Qwen3_5MoeForCausalLM):
 
 
 class WholeDense(Qwen3_5ForCausalLM):
-    """The same of the dense family."""
+    """The same for the dense family."""
 
     optional_parts = Whole.optional_parts
 
@@ -151,8 +151,8 @@ def parts_of(layout: Layout) -> set[str]:
 
 
 def publish(folder: Path, layout: Layout, seed: int = 7, shards: int = 3) -> tuple[Path, Tensors]:
-    """Write a checkpoint in this layout; returns the folder and what each parameter of the model must be, in bfloat16
-    (islands in float32), by canonical name."""
+    """Write a checkpoint in this layout; returns the folder and the expected parameters by canonical name, in bfloat16
+    (those kept in fp32 in float32)."""
     config = Config.from_dict(layout.config())
     cls = WholeDense if layout.dense else Whole
     model = cls(config, frozenset(parts_of(layout)))
@@ -166,16 +166,16 @@ def publish(folder: Path, layout: Layout, seed: int = 7, shards: int = 3) -> tup
             continue
         if name.startswith(("visual.", "mtp.")):
             value = torch.randn(value.shape, generator=rng)
-        dtype = layout.islands if name.endswith(WIDE_ISLANDS) else torch.bfloat16
+        dtype = layout.fp32_stored_as if name.endswith(STORED_FP32) else torch.bfloat16
         value = value.to(dtype)
         pieces, whole = _split(name, value, layout, rng)
         stored |= {_published(piece, layout): tensor for piece, tensor in pieces.items()}
-        expected[name] = whole.float() if name.endswith(ISLANDS) else whole
+        expected[name] = whole.float() if name.endswith(FP32_PARAMETERS) else whole
     return write(folder, stored, layout.config(), shards), expected
 
 
 def _split(name: str, value: Tensor, layout: Layout, rng: torch.Generator) -> tuple[Tensors, Tensor]:
-    """The tensors on disk of one parameter, and what they say it is."""
+    """The stored tensors of one parameter, and the parameter that they represent."""
     per_expert = layout.mtp == "per_expert" if name.startswith("mtp.") else layout.experts == "per_expert"
     quantise = layout.fp8 and not name.startswith("visual.")
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -188,23 +188,24 @@ def _split(name: str, value: Tensor, layout: Layout, rng: torch.Generator) -> tu
     pieces: Tensors = {}
     whole = torch.empty_like(value)
     for expert in range(value.shape[0]):
-        for place, projection in enumerate(projections):
-            rows = slice(place * value.shape[1] // len(projections), (place + 1) * value.shape[1] // len(projections))
+        for position, projection in enumerate(projections):
+            first, end = (n * value.shape[1] // len(projections) for n in (position, position + 1))
+            rows = slice(first, end)
             piece = f"{module}.{expert}.{projection}.weight"
-            found, whole[expert, rows] = _stored(piece, value[expert, rows], rng) if quantise else (
+            stored, whole[expert, rows] = _stored(piece, value[expert, rows], rng) if quantise else (
                 {piece: value[expert, rows]}, value[expert, rows])  # fmt: skip
-            pieces |= found
+            pieces |= stored
     return pieces, whole
 
 
 def _stored(name: str, like: Tensor, rng: torch.Generator) -> tuple[Tensors, Tensor]:
-    """Random block-FP8 of this shape, with a zero and a negative factor, and what it means."""
+    """Random block-FP8 of this shape, with a zero and a negative scale, and its numbers."""
     values, scale = random_fp8(tuple(like.shape), rng)
     return {name: values, f"{name}_scale_inv": scale}, block_by_block(values, scale).to(torch.bfloat16)
 
 
 def random_fp8(shape: tuple[int, ...], rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Every code but the two that are no number; factors from 1e-4 to 1, one zero, one negative."""
+    """All codes except the two NaN codes; scales from 1e-4 to 1, one zero, one negative."""
     codes = torch.randint(0, 256, shape, generator=rng).to(torch.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0x3A
     blocks = (*shape[:-2], math.ceil(shape[-2] / 128), math.ceil(shape[-1] / 128))
@@ -217,10 +218,10 @@ def random_fp8(shape: tuple[int, ...], rng: torch.Generator) -> tuple[Tensor, Te
 def block_by_block(values: Tensor, scale: Tensor) -> Tensor:
     """An independent dequantisation in float64, one block at a time."""
     out = values.to(torch.float64)
-    for place in torch.cartesian_prod(*(torch.arange(n) for n in scale.shape)).tolist():
-        *batch, row, column = place
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in scale.shape)).tolist():
+        *batch, row, column = index
         block = (*batch, slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128))
-        out[block] *= scale[tuple(place)].double()
+        out[block] *= scale[tuple(index)].double()
     return out
 
 
@@ -233,7 +234,7 @@ def _published(name: str, layout: Layout) -> str:
 
 
 def write(folder: Path, tensors: Tensors, config: dict[str, Any], shards: int = 1) -> Path:
-    """A checkpoint as the safetensors library writes it."""
+    """Write a checkpoint with the safetensors library."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
@@ -249,7 +250,7 @@ def write(folder: Path, tensors: Tensors, config: dict[str, Any], shards: int = 
 
 
 def per_expert(tensors: Tensors, keep: Callable[[str], bool] = lambda name: False) -> Tensors:
-    """The same weights with every grouped expert tensor taken apart, except those that `keep` names."""
+    """The same weights with every grouped expert tensor split into single experts, except those with keep(name)."""
     out: Tensors = {}
     for name, value in tensors.items():
         module, _, leaf = name.rpartition(".")

@@ -1,7 +1,7 @@
-"""Stand-ins: a language model in thirty lines with the contract of the real one, and a small tokenizer.
+"""Fakes: a language model in thirty lines with the interface of the real one, and a small tokenizer.
 
-The logits after a token are a pseudo-random function of the row's whole history, so a token lost, doubled or taken
-from padding changes everything after it; `script` makes a row say what a test wants.
+The logits after a token are a pseudo-random function of the row's whole history, so a missing, repeated or padding token
+changes all later ones; `script` sets the next token of a row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FakeCache:
 
 
 class FakeModel(nn.Module):
-    """script(history) -> the token that the row shall say next, or None for the pseudo-random one."""
+    """script(history) returns the next token of the row, or None for the pseudo-random one."""
 
     def __init__(self, vocabulary: int = 41, script: Any = None, generation_config: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class FakeModel(nn.Module):
         return logits
 
     def greedy(self, prompt: list[int], new: int) -> list[int]:
-        """What generate() must say, the slow and obvious way."""
+        """The expected output of generate(), computed in the slow and obvious way."""
         history = list(prompt)
         for _ in range(new):
             history.append(int(self.logits(history).argmax()))
@@ -102,6 +102,6 @@ def tokenizer_definition() -> dict[str, Any]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)  # type: ignore[call-arg]
     library.train_from_iterator(["In the beginning God created the heaven and the earth; think, im_end, tool"] * 3, trainer)
-    library.add_tokens([AddedToken(each, special=True, normalized=False) for each in SPECIAL])
-    library.add_tokens([AddedToken(each, special=False, normalized=False) for each in ADDED])
+    library.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    library.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED])
     return json.loads(library.to_str())

@@ -1,8 +1,7 @@
-"""The import floors of DESIGN section 1, as data, and the functions that read a file's imports.
+"""The import floors of docs/architecture.md as data, and the functions that read a file's imports.
 
-`FLOORS` runs from bottom to top, and within a floor from left to right: a file may import from every floor below its
-own, from parts of its own floor that stand further left, and from its own part (the files of a package may import each
-other).
+`FLOORS` runs from bottom to top, and within a floor from left to right. A file may import from every floor below its own,
+from parts of its own floor that stand further left, and from its own part: the files of a package may import each other.
 """
 
 from __future__ import annotations
@@ -15,13 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "qwen35moe"
 
-# A part is a file or a package directly inside qwen35moe/. Some have only their place so far.
+# A part is a file or a package directly inside qwen35moe/. For some only the place is reserved.
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("files",),
     ("config",),
-    ("taps", "backends", "ops"),
-    ("replay", "layer_memory", "cache", "cache_file", "layout", "routing"),
+    ("taps", "backends"),
+    ("ops",),
+    ("cache", "routing"),
     ("modules",),
-    ("expert_activations", "output", "placement", "pretrained", "multimodal", "model", "vision_language"),
+    ("models",),
     ("checkpoint", "processing"),
     ("generation", "training"),
     ("loading",),
@@ -30,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 
-# The only imports that may look upwards: inside a function, in these places. (file, function) -> parts it may reach.
+# The only imports that may go upwards, each inside a function: (file, function) -> parts that it may import.
 DOORS: dict[tuple[str, str], tuple[str, ...]] = {
     ("qwen35moe/models/base.py", "from_pretrained"): ("checkpoint",),
     ("qwen35moe/models/base.py", "save_pretrained"): ("checkpoint",),
@@ -38,7 +39,7 @@ DOORS: dict[tuple[str, str], tuple[str, ...]] = {
     ("qwen35moe/models/base.py", "stream"): ("generation",),
 }
 
-# Never imported at the top of a file of qwen35moe/: the runtime works without them.
+# Never imported at the top of a file of qwen35moe/: the library runs without them.
 OPTIONAL = (
     *("transformers", "tokenizers", "jinja2", "huggingface_hub", "matplotlib", "numpy", "PIL", "av"),
     *("triton", "fla", "causal_conv1d", "flash_attn", "qwen35moe_kernels"),
@@ -47,7 +48,7 @@ OPTIONAL = (
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module, by its absolute dotted name, and where in the file it stands."""
+    """One imported module, by its absolute dotted name, and the line and function that import it."""
 
     module: str
     line: int
@@ -86,8 +87,8 @@ def _from(node: ast.ImportFrom, package: str) -> list[str]:
         parents = package.split(".")
         parents = parents[: len(parents) - node.level + 1]
         base = ".".join([*parents, base] if base else parents)
-    # `from package import name`: the name may be a module of that package, and then that is what is imported.
-    # From the public door every name counts: nothing below it may fetch Config by `from qwen35moe import Config`.
+    # In `from package import name` the name may be a module of that package: then that module is imported. From the
+    # top package every name counts, so that no file below it writes `from qwen35moe import Config`.
     names = [f"{base}.{alias.name}" for alias in node.names]
     return names if base == PACKAGE else [name if _is_module(name) else base for name in names]
 
@@ -98,17 +99,17 @@ def _is_module(module: str) -> bool:
 
 
 def part_of(module: str) -> str | None:
-    """'qwen35moe.ops.norm' -> 'ops'; 'qwen35moe' -> ''; a module of anybody else -> None."""
+    """'qwen35moe.ops.norm' -> 'ops'; 'qwen35moe' -> ''; any other package -> None."""
     head, _, rest = module.partition(".")
     return rest.split(".")[0] if head == PACKAGE else None
 
 
 def height(part: str) -> tuple[int, int]:
-    """(floor, place on it); a part that no floor names raises."""
+    """(floor, place on it); ValueError for a part without a floor."""
     for floor, parts in enumerate(FLOORS):
         if part in parts:
             return floor, parts.index(part)
-    raise ValueError(f"{PACKAGE}/{part} stands on no floor: add it to FLOORS and to docs/architecture.md")
+    raise ValueError(f"{PACKAGE}/{part} has no floor: add it to FLOORS and to docs/architecture.md")
 
 
 def files(*folders: str) -> list[Path]:

@@ -200,10 +200,10 @@ def installed(package: str, operations: tuple[str, ...]) -> Iterator[ModuleType]
             with patches[3]:
                 yield module
         finally:
-            from qwen35moe.backends import table
+            from qwen35moe.backends.operation import TABLE
 
             for operation in operations:
-                table.TABLE[operation][:] = before[operation]
+                TABLE[operation].assign(before[operation])
 
 
 def _register_again(adapter: ModuleType, package: str, operations: tuple[str, ...]) -> None:

@@ -5,8 +5,8 @@ Forward and backward against the definitions, which implementation ran, what a f
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import backends
-from qwen35moe.ops.attention import Visibility
+from qwen35moe import backends, ops
 from tests.support.kernel_checks import assert_close, draw, integers, refusal
 from tests.support.stand_ins import installed
 
@@ -119,7 +118,7 @@ def test_convolution_objections() -> None:
 def attention_case(batch: int, tokens: int, slots: int, starts: Any, bounds: Tensor | None = None, width: int = 16):
     shapes = ((tokens, 6), (slots, 2), (slots, 2))
     args = tuple(draw(batch, *shape, width, seed=i, dtype=BF16) for i, shape in enumerate(shapes))
-    return args, {"scale": width**-0.5, "visible": Visibility(starts, bounds)}
+    return args, {"scale": width**-0.5, "starts": starts, "cu_seqlens": bounds}
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 65])
@@ -200,15 +199,15 @@ def test_attention_objections() -> None:
     assert reason((args[:2] + (args[2][..., :8],), options)).startswith("value has heads of 8 and query of 16")
     assert reason(attention_case(1, 3, 3, 0, width=264)) == "query has heads of 264, flash_attn takes up to 256"
     assert reason(attention_case(1, 3, 3, 0, width=12)) == "query has heads of 12, flash_attn takes multiples of 8"
-    assert reason((args, options | {"visible": Visibility(7)})).startswith("visible.starts 7: 3 tokens from there")
-    ragged = (args, options | {"visible": Visibility(integers(6, 2))})
+    assert reason((args, options | {"starts": 7})).startswith("starts 7: 3 tokens from there")
+    ragged = (args, options | {"starts": integers(6, 2)})
     assert reason(ragged, dropout=0.1).startswith("dropout 0.1: rows that begin at different slots")
     wanted = (args[0].clone().requires_grad_(), *args[1:]), ragged[1]
-    assert reason(wanted).startswith("visible.starts: rows that begin at different slots have no backward")
-    with backends.use(attention="flash_attn"), pytest.raises(ValueError, match="cannot run attention: visible.starts"):
+    assert reason(wanted).startswith("starts: rows that begin at different slots have no backward")
+    with backends.use(attention="flash_attn"), pytest.raises(ValueError, match="cannot run attention: starts"):
         backends.run("attention", *wanted[0], **wanted[1])
     packed = attention_case(2, 7, 7, 0, integers(0, 3, 7))
-    assert reason(packed).startswith("visible.cu_seqlens: query [2, 7, 6, 16]")
+    assert reason(packed).startswith("cu_seqlens: query [2, 7, 6, 16]")
     assert reason((args[:1] + tuple(x[:, :, :1].expand(-1, -1, 4, -1) for x in args[1:]), options)).startswith("query has 6")
 
 
@@ -264,7 +263,7 @@ def test_cpu_tensors_and_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     x, weight = torch.zeros(1, 3, 8), torch.zeros(8, 4)
     assert causal_conv1d.unsupported(x, weight) == "x is on cpu, not on CUDA"
     q = torch.zeros(1, 3, 2, 16, dtype=BF16)
-    options: dict[str, Any] = {"scale": 1.0, "visible": Visibility()}
+    options: dict[str, Any] = {"scale": 1.0}
     assert flash_attn.attention_unsupported(q, q, q, **options) == "query is on cpu, not on CUDA"
     monkeypatch.setattr(runtime, "unsupported_cuda", lambda **tensors: None)
     monkeypatch.setattr(runtime, "capability", lambda tensor: (7, 5))
@@ -277,6 +276,9 @@ def test_cpu_tensors_and_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert dropped == "dropout 0.1: heads of 256 have no backward with it on capability (8, 9)"
 
 
-def test_visibility_is_all_that_the_adapter_knows_of_the_library() -> None:
-    """A field more would be a mask that the adapter silently ignores."""
-    assert [field.name for field in dataclasses.fields(Visibility)] == ["starts", "cu_seqlens"]
+def test_the_attention_adapter_takes_every_argument_of_the_definition() -> None:
+    """One argument more would be a mask that the adapter silently ignores."""
+    from qwen35moe_kernels import flash_attn
+
+    parameters = [inspect.signature(f).parameters for f in (flash_attn.attention, flash_attn.attention_unsupported)]
+    assert parameters[0].keys() == parameters[1].keys() == inspect.signature(ops.attention.definition).parameters.keys()

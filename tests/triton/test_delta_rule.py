@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import backends
-from qwen35moe.ops.delta_rule import recurrent_gated_delta_rule
+from qwen35moe import backends, ops
 from tests.ops.test_delta_rule import CUTS, GATES, KEYS, call, doubles, inputs, judge, with_gradients
 from tests.support.compile_triton import Kernel, compiled
 from tests.support.kernel_checks import DEVICE, draw, integers, refusal
 from tests.support.peer import assert_close
+
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 pytest.importorskip("triton")
 HEADS = (1, 2, 5, 7)  # G, H, K, V

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import backends
-from qwen35moe.backends import table
-from qwen35moe.ops.delta_rule import recurrent_gated_delta_rule
+from qwen35moe import backends, ops
+from qwen35moe.backends.operation import TABLE
 from tests.support.kernel_checks import assert_close, draw, integers, refusal
 from tests.support.stand_ins import require
+
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 OPERATION = "gated_delta_rule"
 HALF = (torch.float16, torch.bfloat16)
@@ -104,7 +105,7 @@ def fla(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         there_is_a_gpu.setattr(torch.cuda, "is_available", lambda: True)
         adapter.register(backends.register)
     yield module
-    table.TABLE[OPERATION][:] = before
+    TABLE[OPERATION].assign(before)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], triton: str = "3.6.0", qla: bool = False) -> None:

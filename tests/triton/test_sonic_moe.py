@@ -20,11 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import backends
-from qwen35moe.backends import table
-from qwen35moe.ops.experts import loop_experts
+from qwen35moe import backends, ops
+from qwen35moe.backends.operation import TABLE
 from tests.support.kernel_checks import assert_close, draw, refusal
 from tests.support.stand_ins import require
+
+loop_experts = ops.experts.definition
 
 STREAM = 7
 BF16 = torch.bfloat16
@@ -76,7 +77,7 @@ def installed(version: str = "0.1.2.post1") -> Iterator[ModuleType]:
     vars(modules["sonicmoe.functional"])["moe_general_routing_inputs"] = moe_general_routing_inputs
     known, before = importlib.metadata.version, backends.implementations("experts")
     with ExitStack() as stack:
-        stack.callback(lambda: table.TABLE["experts"].__setitem__(slice(None), before))
+        stack.callback(lambda: TABLE["experts"].assign(before))
         stack.enter_context(mock.patch.dict(sys.modules, modules))
         stack.enter_context(
             mock.patch.object(importlib.metadata, "version", lambda name: version if name == "sonic-moe" else known(name))
@@ -135,7 +136,7 @@ def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
         return refusal("experts", "sonic_moe", *args, **options)
 
     assert said(hidden, gate_up, down, indices, weights) is None
-    assert said(hidden, gate_up, down, indices, weights, watch=print).startswith("somebody listens to expert_in")
+    assert said(hidden, gate_up, down, indices, weights, tap=print).startswith("a tap reads expert_in")
     assert said(hidden.float(), gate_up, down, indices, weights) == "hidden is float32, not one of bfloat16, float16"
     assert "down torch.float16, sonic-moe takes one dtype" in said(hidden, gate_up, down.half(), indices, weights)
     assert said(hidden, gate_up.mT.contiguous().mT, down, indices, weights).startswith("gate_up is not contiguous")

@@ -92,9 +92,10 @@ def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     args, options = arguments(*SIZES[0], torch.float32)
     assert refusal(OPERATION, "triton", *args, **options) is None
     wide = options | {"recurrent_state": options["recurrent_state"].double()}
-    assert refusal(OPERATION, "triton", *args, **wide) == "memory is float64, not float32"
+    assert refusal(OPERATION, "triton", *args, **wide) == "recurrent_state is float64, not float32"
     large = options | {"recurrent_state": torch.empty(1, 1, 256, 256, device=DEVICE)}
-    assert refusal(OPERATION, "triton", *args, **large) == "memory has 256 x 256 numbers a head, one program holds 32768"
+    too_large = "recurrent_state has 256 x 256 numbers a head, one program holds 32768"
+    assert refusal(OPERATION, "triton", *args, **large) == too_large
     double = options | {"A_log": options["A_log"].double()}
     assert refusal(OPERATION, "triton", *args, **double).startswith("A_log is float64, not one of")
     wanted = options | {"recurrent_state": options["recurrent_state"].clone().requires_grad_()}
@@ -102,7 +103,7 @@ def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
         backends.run(OPERATION, *args, **wanted)
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
-        assert refusal(OPERATION, "triton", *args, **options) == "memory is on cpu, not on CUDA"
+        assert refusal(OPERATION, "triton", *args, **options) == "recurrent_state is on cpu, not on CUDA"
 
 
 # --------------------------------------------------------------------------------------------------------------- the model
@@ -232,7 +233,7 @@ def test_one_operation_under_torch_compile() -> None:
     with torch.no_grad():
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         assert all(torch.equal(a, b) for a, b in zip(compiled(*args), call(*args), strict=True))
-    names = "inputs memory conv_weight A_log dt_bias norm_weight groups eps".split()
+    names = "conv_state recurrent_state conv_weight A_log dt_bias norm_weight groups eps".split()
     torch.library.opcheck(
         torch.ops.qwen35moe_kernels.delta_net_step.default, (*args, *(options[name] for name in names)),
         test_utils=("test_schema", "test_faketensor"),

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from qwen35moe.ops.cpu.triangular import by_blocks, by_substitution
 from qwen35moe.ops.precision import wide_dtype, without_autocast
-from qwen35moe.ops.triangular import by_blocks, by_substitution
 
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of the memories of a block's chunks, were they all kept
 

@@ -30,7 +30,7 @@ _AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, 
 
 
 def sorted_experts(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, watch: object = None
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: object = None
 ) -> Tensor:
     """Arguments and result as in `ops.experts.loop_experts`. Each expert hit reads its weights once.
 

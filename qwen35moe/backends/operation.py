@@ -1,0 +1,375 @@
+"""Operations, and the table of their implementations.
+
+An operation is a function with a definition and, beside it, faster implementations with the same contract:
+
+    @operation("recurrent")                                                # ops/delta_rule.py: the definition
+    def gated_delta_rule(query, key, value, *, decay, beta, state=None, cu_seqlens=None): ...
+
+    @gated_delta_rule.implementation("chunked_cpu", differentiable=False)  # ops/cpu/delta_rule.py
+    def _(query, key, value, *, decay, beta, state=None, cu_seqlens=None): ...
+
+    out, state = ops.gated_delta_rule(q, k, v, decay=decay, beta=beta, caller=self)
+
+A call runs the implementation that was chosen by name, or else the first one of this machine that supports the arguments.
+The definition comes last. `register` is the same door by strings, for users and for the optional package qwen35moe_kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
+
+import torch
+
+from qwen35moe import taps
+from qwen35moe.taps.active import ACTIVE as ACTIVE_TAPS
+
+from .record import RECORDING, note
+
+# The public names, in the order of a forward (CHANGELOG). `qwen35moe.ops` defines exactly these.
+OPERATIONS: tuple[str, ...] = (
+    "rms_norm", "gated_rms_norm", "rotary", "attention", "vision_attention", "gelu_linear", "short_convolution",
+    "gated_delta_rule", "delta_net_step", "router", "experts", "linear_cross_entropy",
+)  # fmt: skip
+ALIASES = {"delta_rule": "gated_delta_rule", "convolution": "short_convolution"}
+AUTO = "auto"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Unsupported = Callable[..., "str | None"]
+Form = TypeVar("Form", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an operation, and what it needs. See `register` for the fields."""
+
+    operation: str
+    name: str
+    fn: Callable[..., Any] | None
+    unsupported: Unsupported | None = None
+    skips: tuple[str, ...] = ()
+    differentiable: bool = True
+    missing: str | None = None
+    slower: Unsupported | None = None
+    device: str | None = None
+    compiles: bool = True
+    conditional: bool = field(init=False, default=False)  # False: it runs anything
+
+    def __post_init__(self) -> None:
+        needs = (self.unsupported, self.skips, self.missing, self.slower, self.device)
+        conditional = any(needs) or not self.differentiable or not self.compiles
+        object.__setattr__(self, "conditional", conditional)
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a plain PyTorch form of this library: which of those runs is no news to log."""
+        return getattr(self.fn, "__module__", "").startswith("qwen35moe.ops.")
+
+    def refusal(self, args: tuple, kwargs: Mapping[str, Any], caller: Any = None) -> str | None:
+        """None, or the reason why this implementation cannot run this call."""
+        if self.device is not None and args[0].device.type != self.device:
+            return f"{first_parameter(self.operation)} is on {args[0].device}, not on a {self.device.upper()}"
+        if not self.compiles and torch.compiler.is_compiling():
+            return "a graph is being compiled"
+        if self.unsupported is not None and (reason := self.unsupported(*args, **kwargs)):
+            return reason
+        if self.missing:
+            return self.missing
+        if ACTIVE_TAPS and self.skips and caller is not None and taps.tapped(caller, self.skips):
+            names = ", ".join(name for name in self.skips if taps.tapped(caller, (name,)))
+            return f"a tap reads {names}, which this implementation does not materialise"
+        if not self.differentiable and torch.is_grad_enabled():
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    return "it has no backward and an input requires a gradient"
+        return None
+
+    def passed_over(self, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
+        """Why "auto" leaves this call to a later implementation although this one could run it, or None."""
+        return self.slower(*args, **kwargs) if self.slower is not None else None
+
+
+Passed: TypeAlias = "tuple[tuple[Implementation, str, bool], ...]"  # passed over: (entry, reason, whether it could have run)
+
+
+class Operation(Generic[P, R]):
+    """A definition and its implementations. Calling it runs one of them."""
+
+    def __init__(self, definition: Callable[P, R], name: str, composes: Sequence[str] = ()) -> None:
+        self.name, self.definition = definition.__name__, definition
+        self.__name__, self.__doc__, self.__module__ = self.name, definition.__doc__, definition.__module__
+        self.__wrapped__ = definition  # inspect.signature and help() show the definition's
+        self.definition_name, self.composes = name, tuple(composes)
+        self.entries: list[Implementation] = [Implementation(self.name, name, definition)]
+        self.candidates: tuple[Implementation, ...] = tuple(self.entries)  # those that can run on this machine
+        self.last: Implementation | None = None  # what ran last, and what was passed over then
+        self.refused: Passed = ()
+        self.reasons: dict[str, str] = {}  # why an implementation was last passed over, for describe()
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def __call__(self, *args: Any, caller: torch.nn.Module | None, **kwargs: Any) -> R: ...
+
+    def __call__(self, *args: Any, caller: Any = None, **kwargs: Any) -> Any:
+        """Run the implementation that is chosen for these arguments.
+
+        caller: the nn.Module that calls. Its `backend_choices` come before `backends.use`, its `path` names the layer in
+        `backends.ran()`, and its active taps rule out implementations that do not materialise a tapped value.
+        """
+        entry, refused = self.choose(args, kwargs, caller)
+        # Compiling is looked at first: torch.compile would guard on every list that is read here.
+        if not torch.compiler.is_compiling() and (RECORDING or entry is not self.last or refused != self.refused):
+            note(self, entry, refused, args, kwargs, caller)
+        return entry.fn(*args, **kwargs)  # type: ignore[misc]
+
+    def choose(
+        self, args: tuple, kwargs: dict[str, Any], caller: Any
+    ) -> tuple[Implementation, Passed]:
+        """The implementation for these arguments, and those of this machine that were passed over for it."""
+        if not loaded:
+            prepare()  # before the candidates are read: torch.compile takes what it saw first
+        if CHOICES or recomputing or (caller is not None and "backend_choices" in caller.__dict__):
+            name = choice_of(self.name, caller)
+            if name is not None:
+                entry = self.find(name)
+                if reason := entry.refusal(args, kwargs, caller):
+                    raise ValueError(f"backend={name!r} cannot run {self.name}: {reason}")
+                return entry, ()
+            if any(choice_of(other, caller) for other in self.composes):
+                return self.find(self.definition_name), ()
+        refused: Passed = ()
+        for entry in self.candidates:
+            if not entry.conditional:
+                return entry, refused
+            reason = entry.refusal(args, kwargs, caller)
+            slower = None if reason or entry.slower is None else entry.slower(*args, **kwargs)
+            if reason is None and slower is None:
+                return entry, refused
+            refused += ((entry, reason or slower or "", reason is None),)
+        for entry, _, could in refused:
+            if could:
+                return entry, ()  # nothing faster can run
+        reasons = [f"{entry.name}: {reason}" for entry, reason, _ in self.passed_over(refused)]
+        raise ValueError(f"no implementation can run {self.name}: {'; '.join(reasons) or 'none is registered'}")
+
+    def fused(self, *args: Any, caller: torch.nn.Module | None = None, **kwargs: Any) -> R | None:
+        """As a call, but None where the definition would run: for a caller that composes the definition itself."""
+        entry, refused = self.choose(args, kwargs, caller)
+        if entry.fn is self.definition:
+            return None
+        if not torch.compiler.is_compiling() and (RECORDING or entry is not self.last or refused != self.refused):
+            note(self, entry, refused, args, kwargs, caller)
+        return entry.fn(*args, **kwargs)  # type: ignore[misc]
+
+    def passed_over(self, refused: Passed, chosen: Implementation | None = None) -> Passed:
+        """`refused` with the implementations that are missing on this machine, in order of preference, up to `chosen`."""
+        known = {entry.name: (entry, reason, could) for entry, reason, could in refused}
+        before = self.entries[: self.entries.index(chosen)] if chosen in self.entries else self.entries
+        known |= {entry.name: (entry, entry.missing, False) for entry in before if entry.missing}
+        return tuple(known[entry.name] for entry in self.entries if entry.name in known)
+
+    def implementation(
+        self, name: str, unsupported: Unsupported | None = None, *, before: str | None = None, skips: Sequence[str] = (),
+        differentiable: bool = True, missing: str | None = None, slower: Unsupported | None = None,
+        device: str | None = None, compiles: bool = True,
+    ) -> Callable[[Form], Form]:
+        """Decorator: register a function as an implementation, in front of the definition or of `before`. See `register`."""
+
+        def add(fn: Form) -> Form:
+            entry = Implementation(
+                self.name, name, fn, unsupported, tuple(skips), differentiable, missing, slower, device, compiles
+            )
+            self.add(entry, before or self.definition_name)
+            return fn
+
+        return add
+
+    def add(self, entry: Implementation, before: str | None) -> None:
+        """Insert an implementation in front of the one named `before`, or last."""
+        if any(other.name == entry.name for other in self.entries):
+            raise ValueError(
+                f"{self.name} already has an implementation {entry.name!r}: take another name, or unregister it"
+            )
+        place = len(self.entries) if before is None else self.entries.index(self.find(before))
+        self.assign([*self.entries[:place], entry, *self.entries[place:]])
+
+    def remove(self, name: str) -> None:
+        """Remove an implementation."""
+        entry = self.find(name)
+        self.assign([other for other in self.entries if other is not entry])
+
+    def assign(self, entries: Sequence[Implementation]) -> None:
+        """Replace the list of implementations, and compute the candidates of this machine."""
+        self.entries = list(entries)
+        self.candidates = tuple(entry for entry in self.entries if not entry.missing)
+
+    def find(self, name: str) -> Implementation:
+        """The implementation of that name; ValueError with the known ones."""
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        prepare()  # the fast paths register when they are first needed
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        names = ", ".join(repr(entry.name) for entry in self.entries) or "none"
+        raise ValueError(f"{self.name} has no implementation {name!r}; known: {names}")
+
+    def __repr__(self) -> str:
+        return f"<operation {self.name}: {', '.join(entry.name for entry in self.entries)}>"
+
+
+TABLE: dict[str, Operation[..., Any]] = {}
+CHOICES: dict[str, str] = {}  # backends.use: operation -> name; absent means "auto"
+recomputing: list[object] = []  # recomputations in progress; on their thread, the choices of their forward hold
+thread = threading.local()  # .choices: those of the forward that is being recomputed on this thread
+loaded = False  # whether the operations and the optional fast paths have registered
+
+
+def operation(name: str = "torch", *, composes: Sequence[str] = ()) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Decorator: turn a definition into an operation. name: what the definition is called among the implementations.
+
+    composes: the operations that it is made of. An implementation of one of them that is chosen by name rules out the fused
+    forms of this operation, which would go around that choice.
+    """
+
+    def define(definition: Callable[P, R]) -> Operation[P, R]:
+        op = Operation(definition, name, composes)
+        TABLE[op.name] = op
+        return op
+
+    return define
+
+
+def choice_of(name: str, caller: Any = None) -> str | None:
+    """The implementation chosen by name for an operation, None for "auto"."""
+    if caller is not None:
+        own = caller.__dict__.get("backend_choices")
+        if own and name in own:
+            return None if own[name] == AUTO else own[name]
+    return current_choices().get(name)
+
+
+def current_choices() -> dict[str, str]:
+    """The choices on this thread: those of `use`, or those of the forward that is being recomputed."""
+    own = getattr(thread, "choices", None) if recomputing else None
+    return CHOICES if own is None else own
+
+
+def prepare() -> bool:
+    """Import, once, everything that registers itself: `qwen35moe.ops`, then the optional fast paths."""
+    global loaded
+    if not loaded:
+        loaded = True  # at once: registering asks for the table
+        try:
+            importlib.import_module("qwen35moe.ops")  # by name: its files import this one
+            _load_kernels()
+        except BaseException:
+            loaded = False  # the next call fails as well, instead of running without them
+            raise
+    return True
+
+
+# torch.compile calls this function while it traces and takes the result for a constant: an import cannot be traced.
+# This is what torch.compiler.assume_constant_result sets; calling that here would import dynamo, a matter of seconds.
+prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _load_kernels() -> None:
+    """Only the absence of the package is forgiven: a broken installation must not pass for a slow machine."""
+    try:
+        kernels = importlib.import_module("qwen35moe_kernels")
+    except ModuleNotFoundError as error:
+        if error.name != "qwen35moe_kernels":
+            raise
+        return
+    kernels.register(register)
+
+
+def find_operation(name: str) -> Operation[..., Any]:
+    """The operation of that name, aliases resolved; ValueError with the known ones."""
+    name = ALIASES.get(name, name)
+    if name not in OPERATIONS:
+        raise ValueError(f"unknown operation {name!r}; known: {', '.join(OPERATIONS)}")
+    if name not in TABLE:
+        prepare()
+    return TABLE[name]
+
+
+def first_parameter(name: str) -> str:
+    """The name of an operation's first parameter."""
+    return next(iter(inspect.signature(TABLE[name].definition).parameters))
+
+
+def run(name: str, *args: Any, caller: Any = None, **kwargs: Any) -> Any:
+    """Run the operation `name`, as `ops.<name>(...)` does."""
+    return find_operation(name)(*args, caller=caller, **kwargs)
+
+
+def resolve(name: str, *args: Any, caller: Any = None, **kwargs: Any) -> Implementation:
+    """The implementation that `run` would call with these arguments; ValueError with the reasons if there is none."""
+    return find_operation(name).choose(args, kwargs, caller)[0]
+
+
+def implementations(name: str) -> list[Implementation]:
+    """The implementations of an operation, in order of preference."""
+    op = find_operation(name)
+    prepare()
+    return list(op.entries)
+
+
+def register(
+    operation: str, name: str, fn: Callable[..., Any] | None, unsupported: Unsupported | None = None, *,
+    before: str | None = None, skips: Sequence[str] = (), differentiable: bool = True, missing: str | None = None,
+    slower: Unsupported | None = None, device: str | None = None, compiles: bool = True,
+) -> None:
+    """Add an implementation: last in the order of preference, or in front of the one named by `before`.
+
+    unsupported(*args, **kwargs) -> None | reason gets exactly the call's arguments. skips: names of tapped values that it
+    does not materialise; it is passed over while a tap reads one of them. differentiable=False: it is passed over when an
+    input requires a gradient. missing: why it cannot run on this machine whatever the inputs (fn may then be None); it is
+    listed by `describe` and costs nothing per call. slower(*args, **kwargs) -> None | reason: why a later implementation is
+    faster on these inputs; "auto" heeds it, a choice by name does not. device: "cpu" or "cuda", where the first argument
+    must be. compiles=False: not under torch.compile.
+    """
+    op = find_operation(operation)
+    if not name or name == AUTO:
+        raise ValueError(f"{name!r} cannot be the name of an implementation")
+    if fn is None and not missing:
+        raise ValueError(f"{op.name}: {name!r} has neither a function nor a reason (missing=) for having none")
+    entry = Implementation(
+        op.name, name, fn, unsupported, tuple(skips), differentiable, missing, slower, device, compiles
+    )
+    op.add(entry, before)
+
+
+def unregister(operation: str, name: str) -> None:
+    """Remove an implementation. A choice of it by `backends.use` goes back to "auto"; a model's own choice raises."""
+    op = find_operation(operation)
+    op.remove(name)
+    if CHOICES.get(op.name) == name:
+        del CHOICES[op.name]
+
+
+def checked_choices(choices: Mapping[str, str]) -> dict[str, str]:
+    """The choices with aliases resolved; ValueError for unknown operations and implementations, with the known ones."""
+    result = {}
+    for operation, name in choices.items():
+        op = find_operation(operation)
+        if name != AUTO:
+            op.find(name)
+        result[op.name] = name
+    return result
+
+
+def tensors(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors among a call's arguments, in order."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            yield value

@@ -1,0 +1,128 @@
+"""Lays out the tokens of a checked call: padding, packed documents, positions, and what a cache holds already.
+
+See `TokenLayout` for the two arrangements of the layers. `inputs.check` calls `plan_layout` with arguments it has checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen35moe.cache import Cache
+from qwen35moe.cache.layout import TokenLayout
+
+
+def plan_layout(
+    batch: int,
+    tokens: int,
+    device: torch.device,
+    *,
+    mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cache: Cache | None = None,
+) -> TokenLayout:
+    """The layout of [B, T] tokens. mask [B, T] bool, False at padding (None: no padding); position_ids [B, T] or
+    [3, B, T]; cu_seqlens int64. Without cu_seqlens and without a cache, position_ids that start again separate documents."""
+    shape = (batch, tokens)
+    if cu_seqlens is not None and cache is None:
+        if position_ids is None:
+            position_ids = _within_documents(cu_seqlens, tokens)
+        return TokenLayout(shape, 1, tokens, _arranged(position_ids, None, 1), 0, None, cu_seqlens)
+    if cu_seqlens is not None and cache is not None:
+        return _continued_documents(shape, position_ids, cu_seqlens, cache)
+    if position_ids is not None and position_ids.dim() == 2 and cache is None:
+        starts = document_starts(position_ids, mask)
+        if starts is not None:
+            return _packed_documents(shape, starts, mask, position_ids)
+    if cache is not None and cache.batch_size != batch:
+        raise ValueError(f"the cache holds {cache.batch_size} rows, the input has {batch}: make one with new_cache({batch})")
+    lengths = source = None
+    if mask is not None:
+        lengths = mask.sum(1)
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)  # tokens first, padding after, each in their order
+        source = order + tokens * torch.arange(batch, device=device)[:, None]
+    return _rows(shape, batch, tokens, device, position_ids, cache, lengths, source)
+
+
+def with_positions(layout: TokenLayout, position_ids: Tensor) -> TokenLayout:
+    """The layout with other positions, [B, T] or [3, B, T] in the caller's order."""
+    return replace(layout, position_ids=_arranged(position_ids, layout.source, layout.rows))
+
+
+def document_starts(position_ids: Tensor, mask: Tensor | None) -> Tensor | None:
+    """[B, T] True where a document begins after the first one of its row; None when every row is one document.
+
+    A document begins where the position does not rise. Padding is skipped: it neither hides a beginning nor makes one.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    position_ids = position_ids.long()
+    if mask is None:
+        starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+    else:
+        lowest = torch.iinfo(torch.int64).min
+        of_tokens = torch.where(mask, position_ids, lowest)
+        index = torch.where(mask, torch.arange(position_ids.shape[1], device=mask.device), -1).cummax(1).values
+        before = F.pad(index[:, :-1], (1, 0), value=-1)  # the column of the last token before each one
+        last = torch.where(before >= 0, of_tokens.gather(1, before.clamp(min=0)), lowest)
+        starts = mask & (position_ids <= last) & (before >= 0)
+    return starts if bool(starts.any()) else None
+
+
+def _rows(
+    shape: tuple[int, int], rows: int, tokens: int, device: torch.device, position_ids: Tensor | None, cache: Cache | None,
+    lengths: Tensor | None, source: Tensor | None,
+) -> TokenLayout:
+    """Rows that continue the cache's; positions count on from there, by the row's rotary offset ahead of the tokens."""
+    starts = 0 if cache is None else cache.start()
+    if position_ids is not None:
+        positions = _arranged(position_ids, source, rows)
+    else:
+        first = starts.to(device)[:, None] if isinstance(starts, Tensor) else starts
+        positions = first + torch.arange(tokens, device=device)[None]
+        if cache is not None and cache.rope_delta is not None:
+            positions = positions + cache.rope_delta.to(device)[:, None]
+        positions = positions.expand(3, rows, tokens)
+    return TokenLayout(shape, rows, tokens, positions, starts, lengths, None, source)
+
+
+def _packed_documents(shape: tuple[int, int], starts: Tensor, mask: Tensor | None, position_ids: Tensor) -> TokenLayout:
+    """All documents of all rows end to end in one row, without the padding."""
+    present = torch.ones_like(starts) if mask is None else mask
+    first = present & (present.cumsum(1) == 1)
+    source = present.flatten().nonzero()[:, 0]
+    begins = (starts | first).flatten()[source].nonzero()[:, 0]
+    cu_seqlens = F.pad(begins, (0, 1), value=source.shape[0])
+    source = source[None]
+    return TokenLayout(shape, 1, source.shape[1], _arranged(position_ids, source, 1), 0, None, cu_seqlens, source)
+
+
+def _continued_documents(
+    shape: tuple[int, int], position_ids: Tensor | None, bounds: Tensor, cache: Cache
+) -> TokenLayout:
+    """Document d of a packed row continues row d of the cache: it becomes a row of its own."""
+    lengths = bounds.diff()
+    rows = lengths.shape[0]
+    if cache.batch_size != rows:
+        raise ValueError(f"cu_seqlens describe {rows} documents, the cache holds {cache.batch_size} rows")
+    longest = int(lengths.max())
+    source = (bounds[:-1, None] + torch.arange(longest, device=bounds.device)).clamp(max=shape[1] - 1)
+    return _rows(shape, rows, longest, bounds.device, position_ids, cache, lengths, source)
+
+
+def _within_documents(bounds: Tensor, tokens: int) -> Tensor:
+    """[1, T]: each token's position in its document."""
+    document = torch.repeat_interleave(bounds.diff(), output_size=tokens)
+    return (torch.arange(tokens, device=bounds.device) - bounds[:-1][document])[None]
+
+
+def _arranged(position_ids: Tensor, source: Tensor | None, rows: int) -> Tensor:
+    """Positions [B, T] or [3, B, T] of the caller as [3, rows, tokens] in the layers' arrangement."""
+    if source is not None:
+        position_ids = position_ids.flatten(-2)[..., source]
+    axes = position_ids[None] if position_ids.dim() == 2 else position_ids
+    return axes.expand(3, rows, -1)

@@ -1,0 +1,153 @@
+"""The short causal convolution of `ops.convolution` over all tokens at once, and a block of tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qwen35moe.ops.convolution import short_convolution
+from qwen35moe.ops.precision import wide_dtype
+
+_BLOCK_BYTES = 2 << 20  # the float32 sums of one block of tokens stay in cache
+
+
+@short_convolution.implementation("torch")
+def short_convolution_torch(
+    x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Shifted products over all rows and documents at once.
+
+    Positions past a row's length hold a convolution of whatever the padding holds.
+    """
+    taps, channels = weight.shape[-1], x.shape[-1]
+    past = taps - 1
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    before = x.new_zeros(rows, past, channels) if state is None else state.mT.to(x.dtype)
+    if cu_seqlens is not None:
+        return _packed(x, weight, before, cu_seqlens, _shifted_sum)
+    return _shifted_sum(torch.cat([before, x], dim=1), weight), _last_inputs(before, x, lengths)
+
+
+def _packed(
+    x: Tensor, weight: Tensor, before: Tensor, cu_seqlens: Tensor, convolve: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Put each document's own W - 1 inputs in front of it, then convolve all documents as one row."""
+    past, tokens = weight.shape[-1] - 1, x.shape[1]
+    bounds = cu_seqlens.to(x.device)
+    documents = bounds.shape[0] - 1
+    order = torch.arange(documents, device=x.device)
+    document = torch.repeat_interleave(order, bounds.diff(), output_size=tokens)
+    place = torch.arange(tokens, device=x.device) + past * (document + 1)
+    tap = torch.arange(past, device=x.device)
+    front = (bounds[:-1] + past * order)[:, None] + tap
+    inputs = x.new_zeros(1, tokens + past * documents, x.shape[-1])
+    inputs = inputs.index_copy(1, place, x).index_copy(1, front.flatten(), before.reshape(1, -1, x.shape[-1]))
+    end = (bounds[1:] + past * order)[:, None] + tap  # the last W - 1 inputs of each document, its front included
+    last = inputs[0, end]
+    return convolve(inputs, weight).index_select(1, place - past), last.mT
+
+
+def _shifted_sum(inputs: Tensor, weight: Tensor) -> Tensor:
+    """silu(sum_w weight[:, w] * inputs[:, t + w]) for t = 0 ... T - 1, where inputs has T + W - 1 tokens."""
+    taps = weight.shape[-1]
+    tokens, dtype = inputs.shape[1] - taps + 1, wide_dtype(inputs, weight)
+    wide, columns = inputs.to(dtype), weight.to(dtype).T.contiguous()
+    total = wide[:, :tokens] * columns[0]
+    for w in range(1, taps):
+        total = torch.addcmul(total, wide[:, w : w + tokens], columns[w])
+    return F.silu(total).to(inputs.dtype)
+
+
+@short_convolution.implementation("cpu", before="torch", device="cpu", compiles=False)
+def short_convolution_cpu(
+    x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A block of tokens at a time in memory that is reused. Differentiable once, for which it keeps x alone."""
+    past, channels = weight.shape[-1] - 1, x.shape[-1]
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    before = x.new_zeros(rows, past, channels) if state is None else state.mT.to(x.dtype)
+    if cu_seqlens is not None:
+        return _packed(x, weight, before, cu_seqlens, _blocked)
+    return _Convolution.apply(x, weight, before), _last_inputs(before, x, lengths)  # pyright: ignore[reportReturnType]
+
+
+def _blocked(inputs: Tensor, weight: Tensor) -> Tensor:
+    past = weight.shape[-1] - 1
+    return _Convolution.apply(inputs[:, past:], weight, inputs[:, :past])  # pyright: ignore[reportReturnType]
+
+
+class _Convolution(torch.autograd.Function):
+    """y = silu(s), s_t = sum_w weight[:, w] x_{t - W + 1 + w}; x [B, T, C], the W - 1 inputs before it [B, W-1, C].
+
+    Backward: ds = dy silu'(s), s computed again; dx_t = sum_w weight[:, w] ds_{t + W - 1 - w};
+    dweight[:, w] = sum_t ds_t x_{t - W + 1 + w}.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, before: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, before)
+        work, out = _Sums(x, weight), torch.empty_like(x, memory_format=torch.contiguous_format)
+        for start, end in work.blocks():
+            total = work.sums(x, before, start, end)
+            out[:, start:end] = F.silu(total, inplace=True)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, before = ctx.saved_tensors
+        work, past = _Sums(x, weight), before.shape[1]
+        d_x, d_columns = torch.empty_like(x), torch.zeros_like(work.columns)
+        d_inputs = torch.zeros_like(work.inputs)  # of one block and the W - 1 inputs before it
+        for start, end in reversed(list(work.blocks())):
+            size = end - start
+            d_y = grads[0][:, start:end].to(work.columns.dtype)
+            d_sums = torch.ops.aten.silu_backward(d_y, work.sums(x, before, start, end))
+            d_inputs[:, size : size + past] = d_inputs[:, :past].clone()  # gradients from the next block
+            d_inputs[:, :size] = 0
+            for w in range(past + 1):
+                d_inputs[:, w : w + size].addcmul_(d_sums, work.columns[w])
+                d_columns[w] += torch.mul(d_sums, work.inputs[:, w : w + size], out=work.total[:, :size]).sum((0, 1))
+            d_x[:, start:end] = d_inputs[:, past : past + size]
+        return d_x, d_columns.T.to(weight.dtype), d_inputs[:, :past].to(before.dtype)
+
+
+class _Sums:
+    """The sums before the SiLU, a block of tokens at a time, and the block's inputs [B, W - 1 + size, C]."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        batch, self.tokens, channels = x.shape
+        dtype = wide_dtype(x, weight)
+        self.past, self.step = weight.shape[-1] - 1, max(1, min(x.shape[1], _BLOCK_BYTES // (4 * channels * batch)))
+        self.columns = weight.to(dtype).T.contiguous()
+        self.inputs = torch.empty(batch, self.past + self.step, channels, dtype=dtype)
+        self.total = torch.empty(batch, self.step, channels, dtype=dtype)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        return ((start, min(start + self.step, self.tokens)) for start in range(0, self.tokens, self.step))
+
+    def sums(self, x: Tensor, before: Tensor, start: int, end: int) -> Tensor:
+        size, behind = end - start, min(start, self.past)  # the block's first inputs: of x as far as they reach
+        self.inputs[:, : self.past - behind] = before[:, start:]
+        self.inputs[:, self.past - behind : self.past + size] = x[:, start - behind : end]
+        total = torch.mul(self.inputs[:, :size], self.columns[0], out=self.total[:, :size])
+        for w in range(1, self.past + 1):
+            total.addcmul_(self.inputs[:, w : w + size], self.columns[w])
+        return total
+
+
+def _last_inputs(before: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last W - 1 inputs of each row [B, C, W-1]: of `before` [B, W-1, C] and then x, up to the row's length."""
+    past = before.shape[1]
+    if lengths is None:
+        recent = x[:, max(0, x.shape[1] - past) :]
+        return torch.cat([before, recent], dim=1)[:, recent.shape[1] :].mT
+    index = lengths[:, None] + torch.arange(past, device=x.device)
+    return torch.cat([before, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1])).mT

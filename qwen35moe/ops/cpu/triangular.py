@@ -1,0 +1,48 @@
+"""(I + a)^-1 for strictly lower triangular a [..., M, M]: by substitution on a CPU, by blocks where that is a long chain of
+tiny steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BASE = 8
+
+
+def by_substitution(system: Tensor) -> Tensor:
+    """Row by row: torch's triangular solve against the identity. Entries on or above a's diagonal are not read."""
+    eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    return torch.linalg.solve_triangular(system, eye.expand_as(system), upper=False, unitriangular=True)
+
+
+def by_blocks(system: Tensor) -> Tensor:
+    """For M = 8, 16, 32, ...: each block of 8 by its finite Neumann product, then merged upwards, [[x, 0], [-y l x, y]], in
+    log2(M / 8) + 3 rounds of batched products.
+
+    A Neumann product over a whole chunk is exact only on paper: its powers of a overflow the digits of float32 once keys
+    correlate (relative error 5e3 at correlation 0.9 and M = 64, against 2e-7 for blocks of 8).
+    """
+    size = system.shape[-1]
+    if size % _BASE or size // _BASE & (size // _BASE - 1):
+        raise ValueError(f"a chunk has 8, 16, 32, ... tokens, not {size}")
+    flat = system.reshape(-1, size, size)
+    inverse = torch.zeros_like(flat)
+    diagonal = _diagonal(flat, _BASE)  # [batch, M/8, 8, 8]
+    square = diagonal @ diagonal
+    eye = torch.eye(_BASE, dtype=flat.dtype, device=flat.device)
+    _diagonal(inverse, _BASE).copy_((eye - diagonal) @ (eye + square) @ (eye + square @ square))
+    block = _BASE
+    while block < size:
+        pairs, inverse_pairs = _diagonal(flat, 2 * block), _diagonal(inverse, 2 * block)
+        upper, lower = inverse_pairs[..., :block, :block], inverse_pairs[..., block:, block:]
+        inverse_pairs[..., block:, :block] = -(lower @ pairs[..., block:, :block] @ upper)
+        block *= 2
+    return inverse.view_as(system)
+
+
+def _diagonal(matrices: Tensor, block: int) -> Tensor:
+    """[batch, M, M] -> [batch, M/block, block, block]: a view of the blocks on the diagonal."""
+    count, size, _ = matrices.shape
+    return matrices.as_strided(
+        (count, size // block, block, block), (size * size, block * (size + 1), size, 1), matrices.storage_offset()
+    )

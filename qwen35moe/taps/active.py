@@ -1,0 +1,83 @@
+"""The active taps of this process, and the two calls that module code makes: `tap` and `tapped`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from .catalogue import LEAVES
+
+_T = TypeVar("_T", bound="Tap")
+
+
+class Tap:
+    """Reads or replaces named values inside a with-block. `targets` has its places as keys: (module, own name)."""
+
+    targets: Mapping[tuple[nn.Module, str], Any] = {}
+
+    def __enter__(self: _T) -> _T:
+        with _lock:
+            ACTIVE.append(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with _lock:
+            ACTIVE[:] = [other for other in ACTIVE if other is not self]
+
+    def replace(self, module: nn.Module, name: str, value: Tensor) -> Tensor:
+        """The value that the model continues with."""
+        return value
+
+    def read(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Called with the value that the model continues with, except while a forward is recomputed."""
+
+
+# The active taps, in the order in which they were opened. Never rebound: other modules read this list to see without a call
+# whether a tap is active. It is shared by all threads, because autograd recomputes on threads of its own.
+ACTIVE: list[Tap] = []
+_lock = threading.Lock()  # around changes of ACTIVE
+
+
+class Recomputations(threading.local):
+    """For each recomputation in progress on this thread, innermost last: the taps that were active in its forward."""
+
+    def __init__(self) -> None:
+        self.taps: list[Sequence[Tap]] = []
+
+
+recomputations = Recomputations()
+
+
+def tap(module: nn.Module, name: str, value: Tensor) -> Tensor:
+    """`value`, or its replacement by a patch. `module` computes it; `name` is its own name in the catalogue."""
+    if not ACTIVE:
+        return value
+    return _pass_through_taps(module, name, value)
+
+
+def tapped(module: nn.Module, names: Iterable[str]) -> bool:
+    """Whether an active tap reads or replaces one of these values of this module (own names, as passed to `tap`)."""
+    if not ACTIVE:
+        return False
+    return any((module, name) in active.targets for active in current_taps() for name in names)
+
+
+def current_taps() -> Sequence[Tap]:
+    """The taps that apply to this forward: in a recomputation, those of the forward that it repeats."""
+    if recomputations.taps:
+        return recomputations.taps[-1]
+    return [active for active in ACTIVE if active.targets]
+
+
+def _pass_through_taps(module: nn.Module, name: str, value: Tensor) -> Tensor:
+    assert name in LEAVES, f"{name!r} is not in the catalogue: add it to taps/catalogue.py"
+    taps = current_taps()
+    for active in taps:
+        value = active.replace(module, name, value)
+    if not recomputations.taps:
+        for active in taps:
+            active.read(module, name, value)
+    return value

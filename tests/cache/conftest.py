@@ -1,0 +1,17 @@
+"""Fixtures of the tests of the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.cache.common import CASE
+from tests.support import peer
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    model = peer.ours(CASE)
+    peer.draw(model, 0)
+    return model

@@ -1,0 +1,95 @@
+"""What one decoded token costs in Python: calls into the package, counted; and calls of operations, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import qwen35moe
+from qwen35moe import Config, Qwen3_5MoeForCausalLM, ops
+from qwen35moe.backends import OPERATIONS
+from tests.support.floors import ROOT, files
+
+CALLS, FILES = 95, 14  # of one decoded Gated DeltaNet layer with its mixture of experts
+FOLDERS = tuple(str(ROOT / name) for name in ("qwen35moe", "kernels"))
+
+
+@pytest.fixture
+def model() -> Qwen3_5MoeForCausalLM:
+    text = dict(
+        model_type="qwen3_5_moe_text", vocab_size=61, hidden_size=24, num_hidden_layers=2, head_dim=16,
+        layer_types=["linear_attention", "full_attention"], num_attention_heads=6, num_key_value_heads=2,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12, num_experts=5,
+        num_experts_per_tok=2, moe_intermediate_size=10, shared_expert_intermediate_size=14,
+    )
+    return Qwen3_5MoeForCausalLM(Config.from_dict(text)).init_weights(seed=3)
+
+
+class Profile:
+    """Counts calls of Python functions of this repository's packages while a layer runs."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.calls: Counter[tuple[str, str]] = Counter()
+        forward = layer.forward
+
+        def profiled(*args: Any, **kwargs: Any) -> Any:
+            before = sys.getprofile()
+            sys.setprofile(self.count)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                sys.setprofile(before)
+
+        layer.forward = profiled  # type: ignore[method-assign]
+
+    def count(self, frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(FOLDERS):
+            self.calls[frame.f_code.co_filename, frame.f_code.co_name] += 1
+
+
+def test_one_decoded_layer_stays_within_its_calls(model: Qwen3_5MoeForCausalLM) -> None:
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(torch.tensor([[5, 9, 7]]), cache=cache)
+        model(torch.tensor([[4]]), cache=cache)  # whatever is computed once is computed now
+        profile = Profile(model.model.layers[0])
+        model(torch.tensor([[8]]), cache=cache)
+    table = "\n".join(f"{count:4} {Path(file).relative_to(ROOT)}:{name}" for (file, name), count in profile.calls.items())
+    files_called = {file for file, _ in profile.calls}
+    assert 20 < profile.calls.total() <= CALLS, table
+    assert len(files_called) <= FILES, table
+
+
+def test_the_count_sees_a_call(model: Qwen3_5MoeForCausalLM) -> None:
+    layer = model.model.layers[1].post_attention_layernorm
+    profile = Profile(layer)
+    layer(torch.ones(1, 24))
+    assert profile.calls[str(ROOT / "qwen35moe/modules/norm.py"), "forward"] == 1
+    assert any(name == "__call__" and file.endswith("operation.py") for file, name in profile.calls)
+
+
+@pytest.mark.parametrize("path", files("qwen35moe/modules", "qwen35moe/models", "qwen35moe/cache"), ids=lambda path: path.name)
+def test_operations_are_called_with_arguments_that_they_have(path: Path) -> None:
+    """`caller=` is beside the definition's parameters, which type checkers cannot express: they see names, but not mistakes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        target = ast.unparse(node.func).split(".")
+        if target[0] != "ops" or len(target) < 2 or target[1] not in OPERATIONS:
+            continue
+        signature = inspect.signature(getattr(ops, target[1]).definition)
+        names = {keyword.arg for keyword in node.keywords if keyword.arg} - {"caller"}
+        assert names <= signature.parameters.keys(), f"{path.name}:{node.lineno}: {names - signature.parameters.keys()}"
+
+
+def test_the_package_is_the_checkout() -> None:
+    """Otherwise the counts above are those of another installation."""
+    assert Path(qwen35moe.__file__).is_relative_to(ROOT)

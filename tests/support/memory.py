@@ -1,0 +1,75 @@
+"""How much memory an operation takes, and limits that leave room for it: what the process had before does not count.
+
+Resident memory includes the pages of every library as they are first touched, tens of MiB whose number depends on the
+build of Python and torch, and after a test that took much, the largest ever is no measure of what comes later. So the
+operation runs in a forked child, once in small (a rehearsal, that pages its code in) and then, from a peak that is reset,
+in large. RLIMIT_AS counts the address space of mapped libraries (gigabytes in a CUDA build of torch): a limit is what
+is mapped now and an allowance.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+UNMEASURED = sys.platform != "linux"
+
+
+def memory_of(kind: str) -> int:
+    """A figure of /proc/self/status in bytes."""
+    text = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(kind + ":"))
+
+
+def peak_growth(operation: Callable[[], object]) -> int:
+    """Bytes by which the resident memory of this process grows while the operation runs, at most. The process is best
+    a child that rehearsed it: see `memory_taken`."""
+    if UNMEASURED:
+        operation()
+        return 0
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc: what an earlier test freed would be taken again unseen
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    before = memory_of("VmRSS")
+    operation()
+    return memory_of("VmHWM") - before
+
+
+def memory_taken(operation: Callable[[], object], rehearsal: Callable[[], object]) -> int:
+    """Bytes that `operation` takes at its peak, in a child process that ran `rehearsal` first. What a test asserts of the
+    outcome can stand in `operation`: its failure is raised here as an AssertionError."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)  # the threads of the parent's pool are not there
+            rehearsal()
+            taken = peak_growth(operation)
+            os.write(write, f"{taken}".encode())
+            os._exit(0)
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode()[:4000])
+        finally:
+            os._exit(2)
+    os.close(write)
+    try:
+        said = os.read(read, 4096).decode()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        os.close(read)
+    assert status == 0, f"the child process ended with {status}: {said}"
+    return int(said)
+
+
+def limit_address_space(allowance: int) -> None:
+    """No more than `allowance` bytes beyond what this process has mapped now: call it after every import."""
+    if UNMEASURED:
+        return
+    limit = memory_of("VmSize") + allowance
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
