@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from benchmarks.delta import peers
 from benchmarks.delta.scenarios import DTYPES, FULL_SIZE, Answer, Comparison, Implementation, Scenario, Sizes
 from qwen35moe import Config, backends
-from qwen35moe.cache.layout import TokenLayout
-from qwen35moe.cache.states import DeltaNetState
+from qwen35moe.cache import DeltaNetState, DeltaNetUpdate
 from qwen35moe.models.inputs import plan_layout
 from qwen35moe.models.text import Qwen3_5MoeTextModel
+from qwen35moe.modules.context import LayerContext
 
 PROMPT = 8  # tokens in the cache before the decoded one
 # Forms that the tests compare with the definitions in float64; the rule's definition would take minutes at these sizes.
@@ -43,6 +43,11 @@ def build(scenario: Scenario, device: str, sizes: Sizes) -> tuple[list[Any], Any
     return layers, text
 
 
+def layer_context(x: Tensor) -> LayerContext:
+    """The context of a forward without padding on x [B, T, D]; Gated DeltaNet does not read the rotation."""
+    return LayerContext(plan_layout(x.shape[0], x.shape[1], x.device), (torch.empty(0), torch.empty(0)))
+
+
 def layer(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Comparison:
     """One layer on normed inputs, without a cache: [B, T, D] to [B, T, D]."""
     s, train = scenario, scenario.mode == "train"
@@ -51,10 +56,10 @@ def layer(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Comparis
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(s.batch, s.tokens, sizes.hidden, generator=generator).to(device, DTYPES[s.dtype]).requires_grad_(train)
     cotangents = {"out": torch.randn(x.shape, generator=generator).to(device, DTYPES[s.dtype])}
-    layout = plan_layout(s.batch, s.tokens, torch.device(device))
+    context = layer_context(x)
 
     def run(layer: Any, x: Tensor) -> Answer:
-        return {"out": layer(x, layout)[0]}
+        return {"out": layer(x, context)[0]}
 
     def truth() -> Answer:
         wide, inputs = copy.deepcopy(ours).double(), x.detach().double().requires_grad_(train)
@@ -80,17 +85,21 @@ class _Chain:
 
     def __init__(self, layers: list[Any], prompt: Tensor, token: Tensor) -> None:
         self.layers, self.token = layers, token
-        self.layout = plan_layout(token.shape[0], 1, token.device)
-        before = plan_layout(token.shape[0], prompt.shape[1], token.device)
+        self.context, before = layer_context(token), layer_context(prompt)
         with torch.inference_mode():
-            self.states: list[DeltaNetState] = [layer(prompt, before)[1] for layer in layers]
+            self.states = [_state(layer(prompt, before)[1]) for layer in layers]
 
     def __call__(self) -> Answer:
         outputs = []
         for index, (layer, state) in enumerate(zip(self.layers, self.states, strict=True)):
-            out, self.states[index] = layer(self.token, self.layout, state)[:2]
+            out, after, _ = layer(self.token, self.context, state)
+            self.states[index] = _state(after)
             outputs.append(out)
         return {"out": torch.stack(outputs)}
+
+
+def _state(update: DeltaNetUpdate) -> DeltaNetState:
+    return DeltaNetState(update.conv_state, update.recurrent_state)
 
 
 def step(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Comparison:
@@ -101,9 +110,9 @@ def step(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Compariso
     prompt, token = tokens[:, :PROMPT], tokens[:, PROMPT:].contiguous()
 
     def truth() -> Answer:
-        layout: TokenLayout = plan_layout(s.batch, PROMPT + 1, torch.device(device))
+        context = layer_context(tokens)
         with torch.no_grad(), backends.use(**_TRUE):
-            wide = [copy.deepcopy(layer).double()(tokens.double(), layout)[0][:, PROMPT:] for layer in ours]
+            wide = [copy.deepcopy(layer).double()(tokens.double(), context)[0][:, PROMPT:] for layer in ours]
         return {"out": torch.stack(wide)}
 
     compared = {"ours": Implementation(_Chain(ours, prompt, token))}

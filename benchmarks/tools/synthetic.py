@@ -322,4 +322,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = write_checkpoint(args.out, **options)
     print(f"{args.out}: {total:,} bytes of tensors, gates {args.gates}")
     return 0
-
