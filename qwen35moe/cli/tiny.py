@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     layout = Layout(
         experts=options.layout or ("per_expert" if options.fp8 else "grouped"),
         mtp_experts=options.mtp_layout or "per_expert",
-        islands=options.fp32_stored_as,
+        fp32_stored_as=options.fp32_stored_as,
         fp8=options.fp8,
         mtp=options.mtp,
     )
