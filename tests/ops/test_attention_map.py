@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen35moe import Config, Qwen3_5MoeForCausalLM, ops, taps
-from qwen35moe.ops.attention_map import attention_map, writers
+from qwen35moe.ops.attention_map import attention_map, state_map
 from qwen35moe.ops.cpu.delta_rule import chunked_gated_delta_rule
 from tests.ops.test_delta_rule import CUTS, FP32, GATES, HARD_GATE, KEYS, call, inputs, subnormal
 from tests.support.peer import assert_close, generator
@@ -25,7 +25,7 @@ EXACT = 1e-14
 def mapped(values: dict[str, Tensor], **options: Tensor | None) -> tuple[Tensor, Tensor]:
     """A and p of a draw of `inputs`."""
     gates = {"decay": values["decay"], "beta": values["beta"], **options}
-    return attention_map(values["query"], values["key"], **gates), writers(values["key"], **gates)
+    return attention_map(values["query"], values["key"], **gates), state_map(values["key"], **gates)
 
 
 def identity_answers(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,7 @@ def test_with_a_cache_the_map_covers_the_new_tokens_and_the_memory_answers_the_r
     rest, kept = recurrent_gated_delta_rule(values["query"], values["key"], zeros, **gates, state=before)
     assert rest.abs().max() > 1e-6  # the memory does answer something
     assert_close(read_through(out.attentions[2], values["value"]) + rest, values["core"], EXACT)
-    shares = torch.einsum("bhjk,bjhv->bhkv", writers(values["key"], **gates), values["value"])
+    shares = torch.einsum("bhjk,bjhv->bhkv", state_map(values["key"], **gates), values["value"])
     assert_close(shares + kept, values["state"], EXACT)
 
 

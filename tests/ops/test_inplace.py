@@ -51,7 +51,7 @@ def compare(form: Callable[..., Any], definition: Callable[..., Any], args: tupl
         assert one.shape == other.shape
         if not other.numel():
             continue
-        # What a decay leaves below the floor of `forgetting` counts as nothing: e^-80 or e^-30 of the memory before.
+        # What a decay leaves below the floor of `floored_exp` counts as nothing: e^-80 or e^-30 of the memory before.
         nothing = 10 * math.exp(-80 if args[0].dtype == torch.float64 else -30) if "decay" in options else 0.0
         assert (one.double() - other).abs().max() <= bound * other.abs().max() + nothing
 
