@@ -86,6 +86,8 @@ def check(inputs: TextInputs, model: Qwen3_5MoeTextModel) -> TokenLayout:
     layout = plan_layout(batch, tokens, device, mask=mask, position_ids=position_ids, cu_seqlens=bounds, cache=cache)
     if cache is not None:
         cache.check_room(layout)
+        if cache.max_length is not None and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+            raise ValueError("a static cache is written in place and carries no gradient: use no_grad(), or a growing one")
     return layout
 
 
@@ -182,8 +184,6 @@ def _check_cache(cache: Cache, batch: int, model: Qwen3_5MoeTextModel) -> None:
     dtype = model.embed_tokens.weight.dtype
     if cache.dtype != dtype:
         raise ValueError(f"the cache holds {cache.dtype}, the model is {dtype}: make one with model.new_cache")
-    if cache.max_length is not None and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
-        raise ValueError("a static cache is written in place and carries no gradient: use no_grad(), or a growing one")
 
 
 def _new_mask(mask: Tensor, batch: int, tokens: int, cache: Cache | None) -> Tensor | None:
