@@ -9,7 +9,7 @@ is the definition. Fast forms in plain PyTorch are in `ops.cpu`, Triton kernels 
 
 from __future__ import annotations
 
-from . import cpu
+from . import cpu, delta_chunked
 from .attention import attention
 from .convolution import short_convolution
 from .decode_step import delta_net_step
@@ -24,6 +24,7 @@ from .vision_attention import vision_attention
 __all__ = [
     "attention",
     "cpu",
+    "delta_chunked",
     "delta_net_step",
     "experts",
     "gated_delta_rule",

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen35moe import ops
 from qwen35moe.ops.attention_map import attention_map
 from qwen35moe.ops.cpu.delta_gradient import chunked_operator
 from qwen35moe.ops.delta_chunked import Chunk, across_chunk, chunked_gated_delta_rule, within_chunks
-from qwen35moe.ops.delta_rule import recurrent_gated_delta_rule
 from tests.ops.test_delta_rule import (
     CUTS,
     EXACT,
@@ -36,6 +36,8 @@ from tests.ops.test_delta_rule import (
     with_gradients,
 )
 from tests.support.peer import assert_close, generator, relative_error
+
+recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 CHUNKS = [16, 32, 64]
 EXACT_GRADIENT = 1e-11

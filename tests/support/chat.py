@@ -1,5 +1,5 @@
-"""A checkpoint's folder for tests of chat and pictures: a tokenizer with vision tokens, a template of ours in the published
-form (ChatML, thinking, tools, vision ids), and the preprocessor files."""
+"""A checkpoint's folder for tests of chat, images and videos: a tokenizer with vision tokens, a template of ours in the
+published form (ChatML, thinking, tools, vision ids), and the preprocessor files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TEMPLATE = r"""
     {%- else %}
         {%- for part in content %}
             {%- if part.type == 'image' or 'image' in part %}
-                {%- set count.pictures = count.pictures + 1 %}
-                {%- if add_vision_id %}{{ 'Picture ' ~ count.pictures ~ ': ' }}{% endif %}
+                {%- set count.images = count.images + 1 %}
+                {%- if add_vision_id %}{{ 'Picture ' ~ count.images ~ ': ' }}{% endif %}
                 {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
             {%- elif 'video' in part %}
                 {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
@@ -32,7 +32,7 @@ TEMPLATE = r"""
         {%- endfor %}
     {%- endif %}
 {%- endmacro %}
-{%- set count = namespace(pictures=0, last=0) %}
+{%- set count = namespace(images=0, last=0) %}
 {%- if not messages %}{{ raise_exception('there are no messages') }}{% endif %}
 {%- for message in messages %}
     {%- if message.role == 'user' and not message.content is none %}
@@ -94,7 +94,7 @@ TEMPLATE = r"""
 {%- endif %}
 """
 
-PICTURES = {
+PREPROCESSOR = {
     "patch_size": 8,
     "temporal_patch_size": 2,
     "merge_size": 2,
@@ -106,7 +106,7 @@ PICTURES = {
 
 def definition() -> dict[str, Any]:
     described = tokenizer_definition()
-    at = max(each["id"] for each in described["added_tokens"]) + 1
+    at = max(token["id"] for token in described["added_tokens"]) + 1
     for number, token in enumerate([*VISION, *MORE]):
         described["added_tokens"].append(
             {"id": at + number, "content": token, "special": token in VISION, "normalized": False,
@@ -122,6 +122,6 @@ def write_folder(path: Path, template: str = TEMPLATE) -> Path:
     (path / "chat_template.jinja").write_text(template)
     image = {"size": {"shortest_edge": 1024, "longest_edge": 16_384}, "image_processor_type": "Qwen2VLImageProcessorFast"}
     video = {"size": {"shortest_edge": 512, "longest_edge": 32_768}, "video_processor_type": "Qwen3VLVideoProcessor"}
-    (path / "preprocessor_config.json").write_text(json.dumps(PICTURES | image))
-    (path / "video_preprocessor_config.json").write_text(json.dumps(PICTURES | video))
+    (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | image))
+    (path / "video_preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | video))
     return path

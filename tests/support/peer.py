@@ -4,8 +4,8 @@
 weights at which every part of it matters (at transformers' init, std 0.02, a tiny model is close to a bigram table and
 a mistake in a layer disappears in the residual stream); `adopt` copies the weights into our model.
 
-Gates. `ordinary`: dt_bias the inverse softplus of log-uniform 1e-3..0.1 and A in 1..16, where the memory of the delta
-rule matters. `transformers`: A in 0.01..16 and dt_bias 1, its own init (a median decay of e^-9.7 per token).
+Gates. `ordinary`: dt_bias the inverse softplus of log-uniform 1e-3..0.1 and A in 1..16, where the recurrent state
+matters. `transformers`: A in 0.01..16 and dt_bias 1, its own init (a median decay of e^-9.7 per token).
 `hard`: decays down to about e^-80 per token next to soft ones.
 """
 
@@ -29,17 +29,17 @@ LINEAR, FULL = "linear_attention", "full_attention"
 # ---------------------------------------------------------------------------------------------------- comparisons
 
 
-def relative_error(found: Tensor, expected: Tensor, beside: Tensor | None = None) -> float:
+def relative_error(actual: Tensor, expected: Tensor, beside: Tensor | None = None) -> float:
     """max|a-b| / max|b|, in float64; inf where one side is not finite. `beside` is what the error is relative to
     instead of max|b|, where that is itself what is left of larger terms.
 
     Two tensors that are zero throughout (or empty) agree.
     """
-    if found.shape != expected.shape:
-        raise AssertionError(f"shapes differ: {tuple(found.shape)} and {tuple(expected.shape)}")
-    if found.numel() == 0:
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}")
+    if actual.numel() == 0:
         return 0.0
-    a, b = found.detach().double(), expected.detach().double()
+    a, b = actual.detach().double(), expected.detach().double()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return math.inf
     difference, scale = (a - b).abs().max().item(), (b.abs().max() if beside is None else beside).item()
@@ -48,22 +48,22 @@ def relative_error(found: Tensor, expected: Tensor, beside: Tensor | None = None
     return difference / scale if scale > 0 else math.inf
 
 
-def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+def worst_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
     """The largest relative error over named tensors, and its name; both must have the same names."""
-    assert found.keys() == expected.keys(), f"names differ: {sorted(found.keys() ^ expected.keys())}"
-    errors = {name: relative_error(found[name], expected[name]) for name in found}
+    assert actual.keys() == expected.keys(), f"names differ: {sorted(actual.keys() ^ expected.keys())}"
+    errors = {name: relative_error(actual[name], expected[name]) for name in actual}
     name = max(errors, key=lambda key: errors[key])
     return errors[name], name
 
 
-def assert_close(found: Tensor, expected: Tensor, bound: float, what: str = "") -> None:
-    error = relative_error(found, expected)
+def assert_close(actual: Tensor, expected: Tensor, bound: float, what: str = "") -> None:
+    error = relative_error(actual, expected)
     assert error <= bound, f"{what or 'value'}: relative error {error:.2e}, bound {bound:.0e}"
 
 
-def assert_all_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float, what: str = "") -> None:
-    assert found.keys() == expected.keys(), f"{what}: names differ: {sorted(found.keys() ^ expected.keys())}"
-    errors = {name: relative_error(found[name], expected[name]) for name in found}
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float, what: str = "") -> None:
+    assert actual.keys() == expected.keys(), f"{what}: names differ: {sorted(actual.keys() ^ expected.keys())}"
+    errors = {name: relative_error(actual[name], expected[name]) for name in actual}
     bad = {name: f"{error:.2e}" for name, error in errors.items() if not error <= bound}
     assert not bad, f"{what}: beyond {bound:.0e}: {bad}"
 
@@ -263,9 +263,9 @@ def ours(case: Case, *, dtype: torch.dtype = torch.float32, source: nn.Module | 
 
 
 def adopt(model: nn.Module, source: nn.Module) -> None:
-    """Copy every weight of `source` into `model`; the names must be the same ones."""
-    found, expected = set(model.state_dict()), set(source.state_dict())
-    assert found == expected, f"missing: {sorted(expected - found)}; unexpected: {sorted(found - expected)}"
+    """Copies every weight of `source` into `model`; both must have the same names."""
+    names, expected = set(model.state_dict()), set(source.state_dict())
+    assert names == expected, f"missing: {sorted(expected - names)}; unexpected: {sorted(names - expected)}"
     model.load_state_dict(source.state_dict(), strict=True)
 
 
@@ -278,7 +278,7 @@ def to_bfloat16(model: Any) -> Any:
 
 @torch.no_grad()
 def draw(model: nn.Module, seed: int, gates: str = "ordinary") -> None:
-    """Fill a model with weights of unit gain, norms around 1, and the gates asked for."""
+    """Fills a model with weights of unit gain, norms around 1, and gates of that kind."""
     rng = generator(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=rng)
@@ -373,15 +373,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def kept_and_recomputed(model: Any, backward: Callable[[], None]) -> list[dict[str, Tensor]]:
     """The gradients that `backward` leaves in a model in training, first as it is, then under gradient checkpointing."""
-    found = []
+    both = []
     for recompute in (False, True):
         model.zero_grad(set_to_none=True)
         model.train()
         if recompute:
             model.gradient_checkpointing_enable()
         backward()
-        found.append(gradients(model))
-    return found
+        both.append(gradients(model))
+    return both
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

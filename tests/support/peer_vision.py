@@ -1,6 +1,6 @@
-"""transformers' multimodal models in tiny and odd shapes beside ours, and prompts with pictures in them.
+"""transformers' multimodal models in tiny and odd shapes beside ours, and prompts with images and videos.
 
-`odd_pictures(seed)` draws a model (the text half from `peer.odd_shape`) and a batch: images and videos whose frames, rows
+`odd_visual(seed)` draws a model (the text half from `peer.odd_shape`) and a batch: images and videos whose frames, rows
 and columns differ, several per row or none, padding left, right or nowhere. `theirs`, `ours` and `draw` are as in `peer`.
 """
 
@@ -69,14 +69,14 @@ class Case:
         rows = [self.row_ids(row, rng) for row in self.rows]
         ids, mask = peer.padded(rows, self.side, pad=3)
         types = torch.where(ids == IMAGE, 1, torch.where(ids == VIDEO, 2, 0))
-        found = {"input_ids": ids, "mm_token_type_ids": types}
+        inputs = {"input_ids": ids, "mm_token_type_ids": types}
         if self.side != "none":
-            found["attention_mask"] = mask
+            inputs["attention_mask"] = mask
         for kind, pixels, name in (("image", "pixel_values", "image_grid_thw"),
                                    ("video", "pixel_values_videos", "video_grid_thw")):
             if grids := self.grids(kind):
-                found |= {pixels: self.pixels(grids), name: torch.tensor(grids)}
-        return found
+                inputs |= {pixels: self.pixels(grids), name: torch.tensor(grids)}
+        return inputs
 
 
 def odd_vision(rng: random.Random, hidden: int, merge: int | None = None) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def odd_vision(rng: random.Random, hidden: int, merge: int | None = None) -> dic
     }
 
 
-def odd_pictures(seed: int, *, dense: bool = False, rows: int | None = None, side: str | None = None, **vision: Any) -> Case:
+def odd_visual(seed: int, *, dense: bool = False, rows: int | None = None, side: str | None = None, **vision: Any) -> Case:
     """A random case. Rows and columns of a grid differ, videos have frames of their own number, some rows are text only."""
     rng = random.Random(seed)
     text = peer.odd_shape(seed, dense=dense).text | {"tie_word_embeddings": False}
@@ -118,13 +118,13 @@ def odd_pictures(seed: int, *, dense: bool = False, rows: int | None = None, sid
              for _ in range(count)]
     if not any(kinds):
         kinds[-1] = ["image", "video"]
-    found = tuple(row(each) for each in kinds)
+    batch = tuple(row(kinds_of_row) for kinds_of_row in kinds)
     config = {
         "model_type": "qwen3_5" if dense else "qwen3_5_moe", "image_token_id": IMAGE, "video_token_id": VIDEO,
         "vision_start_token_id": START, "vision_end_token_id": END, "tie_word_embeddings": rng.random() < 0.3,
         "text_config": text, "vision_config": tower,
     }
-    return Case(seed, config, found, (side or rng.choice(["left", "right"])) if count > 1 else "none")
+    return Case(seed, config, batch, (side or rng.choice(["left", "right"])) if count > 1 else "none")
 
 
 def theirs(case: Case) -> Any:
