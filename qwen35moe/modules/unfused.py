@@ -63,7 +63,7 @@ class UnfusedExperts(nn.ModuleList):
         for linear, name, view in self._views():
             if type(linear) is not nn.Linear:
                 kind = type(linear).__name__
-                raise ValueError(f"an expert's projection is a {kind}, not an nn.Linear: merge or remove adapters first")
+                raise ValueError(f"an expert's projection has the type {kind}: merge or remove adapters first")
             parameter = getattr(experts, name)
             if parameter.dtype != linear.weight.dtype or parameter.device != linear.weight.device:
                 parameter.data = torch.empty_like(parameter, dtype=linear.weight.dtype, device=linear.weight.device)

@@ -215,14 +215,14 @@ def chunked_operator(
 
 
 @torch.library.impl(_NAME, "default")
-def _forward(query, key, value, decay, beta, state, cu_seqlens, chunk):  # noqa: ANN001, ANN202
+def _forward(query, key, value, decay, beta, state, cu_seqlens, chunk):
     boundaries = _boundaries(query, key, value, decay, beta, cu_seqlens, chunk)
     chunks, rows = plan(key, value, cu_seqlens, chunk), _rows(key, cu_seqlens)
     return *chunked_forward(chunks, query, key, value, decay, beta, state, rows, boundaries), boundaries
 
 
 @torch.library.register_fake(_NAME)
-def _forward_shapes(query, key, value, decay, beta, state, cu_seqlens, chunk):  # noqa: ANN001, ANN202
+def _forward_shapes(query, key, value, decay, beta, state, cu_seqlens, chunk):
     boundaries = _boundaries(query, key, value, decay, beta, cu_seqlens, chunk)
     final_state = boundaries.new_empty(_rows(key, cu_seqlens), value.shape[2], key.shape[3], value.shape[3])
     return value.new_empty(value.shape), final_state, boundaries
@@ -248,13 +248,13 @@ def _boundaries(
 
 
 @torch.library.impl(f"{_NAME}_backward", "default")
-def _backward(d_output, d_final_state, boundaries, query, key, value, decay, beta, state, cu_seqlens, chunk):  # noqa: ANN001, ANN202
+def _backward(d_output, d_final_state, boundaries, query, key, value, decay, beta, state, cu_seqlens, chunk):
     inputs = (query, key, value, decay, beta)
     return chunked_backward(d_output, d_final_state, boundaries, *inputs, state, cu_seqlens, chunk)
 
 
 @torch.library.register_fake(f"{_NAME}_backward")
-def _backward_shapes(d_output, d_final_state, boundaries, query, key, value, decay, beta, state, cu_seqlens, chunk):  # noqa: ANN001, ANN202
+def _backward_shapes(d_output, d_final_state, boundaries, query, key, value, decay, beta, state, cu_seqlens, chunk):
     d_state = boundaries.new_empty(_rows(key, cu_seqlens), value.shape[2], key.shape[3], value.shape[3])
     return *(x.new_empty(x.shape) for x in (query, key, value, decay, beta)), d_state
 
