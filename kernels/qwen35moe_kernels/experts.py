@@ -6,7 +6,7 @@ The contract is that of `experts`: hidden [N, D], gate_up [E, 2F, D] (gate rows 
     y_n = sum_j weights[n, j] down_e (silu(gate_e x_n) * up_e x_n),   e = indices[n, j]
 
 A (token, expert) assignment is one entry of indices; there are P = N top_k. The backward keeps the inputs, the products before
-the activation [P, 2F] and the sorted order.
+the activation [N k, 2F] and the sorted order.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _sorted_assignments(indices: Tensor, experts: int) -> Tensor:
 def _forward(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and if `keep` the products before the activation [P, 2F] and the sorted order [P]; else two empty tensors."""
+    """y, and if `keep` the products before the activation [N k, 2F] and the sorted order [N k]; else two empty tensors."""
     hidden, indices, weights = hidden.contiguous(), indices.contiguous(), weights.contiguous()
     assignments, experts = indices.numel(), gate_up.shape[0]
     none = hidden.new_empty((0, gate_up.shape[1]) if keep else 0), hidden.new_empty(0, dtype=torch.int32)
@@ -170,7 +170,7 @@ def _many(
 
 
 def _product(tiles: Tiles, plan: _Schedule, left: Tensor, weight: Tensor, columns: int, *, w_k: int, w_n: int) -> Tensor:
-    """[P, columns]: the rows of `left` times the matrix of their expert."""
+    """[N k, columns]: the rows of `left` times the matrix of their expert."""
     kernel = runtime.kernels("experts_kernels").product_kernel
 
     out = left.new_empty(left.shape[0], columns)

@@ -87,8 +87,8 @@ def up_kernel(
     x, gate_up, order, ends, tiles, act, pre, num_tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
     KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """act [P, F] = silu(x W_gate^T) * (x W_up^T) for BM rows, gathered from x [N, D] while loading, and BN columns. KEEP: also
-    pre [P, 2F], both products, for the backward."""
+    """act [N k, F] = silu(x W_gate^T) * (x W_up^T) for BM rows, gathered from x [N, D] while loading, and BN columns.
+    KEEP: also pre [N k, 2F], both products, for the backward."""
     blocks: tl.constexpr = (F + BN - 1) // BN
     tile = tl.program_id(0) // blocks
     expert = tl.load(tiles + tile)
@@ -138,7 +138,7 @@ def product_kernel(
     left, weight, order, ends, tiles, out, num_tiles, IN: tl.constexpr, OUT: tl.constexpr, w_k: tl.constexpr,
     w_n: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [P, OUT] = left [P, IN] times the matrix of each row's expert, whose element (k, n) is at k w_k + n w_n."""
+    """out [N k, OUT] = left [N k, IN] times the matrix of each row's expert, whose element (k, n) is at k w_k + n w_n."""
     blocks: tl.constexpr = (OUT + BN - 1) // BN
     tile = tl.program_id(0) // blocks
     expert = tl.load(tiles + tile)
@@ -181,8 +181,8 @@ def act_gradient_kernel(
 ):  # fmt: skip
     """With g = dy W_down, the gradient of an expert's activation a before the token's weight w:
 
-    dpre [P, 2F], the gradients of both products; scaled [P, F] = w a, an operand of the gradient of `down`; dweights [blocks
-    of F, P], the partial sums of dw = <g, a>. dy [N, D] is gathered while loading, a is recomputed from pre.
+    dpre [N k, 2F], the gradients of both products; scaled [N k, F] = w a, an operand of the gradient of `down`; dweights
+    [blocks of F, N k], the partial sums of dw = <g, a>. dy [N, D] is gathered while loading, a is recomputed from pre.
     """
     blocks: tl.constexpr = (F + BN - 1) // BN
     tile = tl.program_id(0) // blocks
@@ -266,7 +266,7 @@ def weight_gradient_kernel(
 def few_up_kernel(
     x, gate_up, indices, act, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """act [P, F], float32, for one assignment and BN columns. Nothing is sorted; every weight is read once."""
+    """act [N k, F], float32, for one assignment and BN columns. Nothing is sorted; every weight is read once."""
     assignment = tl.program_id(0).to(tl.int64)
     expert = tl.load(indices + assignment).to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)

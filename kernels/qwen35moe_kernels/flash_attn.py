@@ -48,7 +48,7 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, starts: int | Tensor = 0,
     cu_seqlens: Tensor | None = None, dropout: float = 0.0,
 ) -> Tensor:
-    """query [B, T, H, K], key and value [B, S, G, K]; returns [B, T, H, K], as `attention` defines it."""
+    """query [B, T, H, K], key and value [B, P, G, K]; returns [B, T, H, K], as `attention` defines it."""
     flash_attn: Any = importlib.import_module("flash_attn")
     tokens = query.shape[1]
     options = {"softmax_scale": scale, "causal": True}

@@ -47,18 +47,21 @@ class Draw:
 
 
 def rms_norm_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Rows of two axes, of one row, and wide ones."""
     draw = Draw(dtype, device, generator)
     for shape in ((2, 5, 24), (1, 1, 7), (3, 130)):
         yield (draw(*shape), 0.3 * draw(shape[-1])), {"eps": 1e-6}
 
 
 def gated_rms_norm_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """The rows of `rms_norm_cases` with gates."""
     draw = Draw(dtype, device, generator)
     for (x, weight), options in rms_norm_cases(dtype, device, generator):
         yield (x, draw(*x.shape), 1 + weight), options
 
 
 def rotary_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Some of the head rotated, all of it, and enough tokens for the CPU form."""
     draw = Draw(dtype, device, generator)
     for B, T, H, G, K, half in ((2, 5, 6, 3, 16, 4), (1, 3, 2, 1, 12, 6), (2, 70, 2, 1, 12, 5)):
         query, key = draw(B, T, H, K), draw(B, T, G, K)
@@ -67,6 +70,7 @@ def rotary_cases(dtype: torch.dtype, device: str, generator: torch.Generator) ->
 
 
 def attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """A square, continued rows of different lengths, one new token, and packed documents."""
     draw = Draw(dtype, device, generator)
     sizes = [(2, 7, 7, 6, 3, 16, 0), (2, 3, 9, 4, 2, 8, 6), (3, 1, 12, 4, 1, 24, 11), (1, 10, 10, 2, 2, 8, 0)]
     for number, (B, T, P, H, G, K, start) in enumerate(sizes):
@@ -77,18 +81,21 @@ def attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator)
 
 
 def vision_attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Frames of different sizes, an empty one, and one frame."""
     draw = Draw(dtype, device, generator)
     for bounds in ([0, 4, 5, 13], [0, 3, 3, 8, 13], [0, 13]):
         yield (draw(13, 3, 8), draw(13, 3, 8), draw(13, 3, 8)), {"cu_seqlens": draw.integers(bounds), "scale": 0.3}
 
 
 def gelu_linear_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Both forms of gelu."""
     draw = Draw(dtype, device, generator)
     for N, D, F, approximate in ((7, 12, 5, "tanh"), (1, 33, 40, "none"), (65, 8, 3, "tanh")):
         yield (draw(N, D), draw(F, D), draw(F)), {"approximate": approximate}
 
 
 def short_convolution_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """With and without a state; packed documents, each with its own."""
     draw = Draw(dtype, device, generator)
     for B, T, C, W in ((2, 7, 12, 4), (3, 1, 5, 2), (1, 65, 10, 4)):
         x, weight, state = draw(B, T, C), draw(C, W), draw(B, C, W - 1)
@@ -100,6 +107,7 @@ def short_convolution_cases(dtype: torch.dtype, device: str, generator: torch.Ge
 
 
 def gated_delta_rule_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """One token, lengths that are no multiple of a chunk, and packed documents."""
     draw = Draw(dtype, device, generator)
     sizes = [(2, 1, 1, 1, 8, 12), (1, 65, 2, 6, 16, 24), (2, 129, 1, 2, 12, 8), (1, 130, 2, 4, 8, 16)]
     for number, (B, T, G, H, K, V) in enumerate(sizes):
@@ -114,6 +122,7 @@ def gated_delta_rule_cases(dtype: torch.dtype, device: str, generator: torch.Gen
 
 
 def delta_net_step_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Several rows and one."""
     draw = Draw(dtype, device, generator)
     for B, G, H, K, V, W in ((3, 2, 4, 8, 12, 4), (1, 1, 3, 16, 8, 2)):
         C = 2 * G * K + H * V
@@ -126,12 +135,14 @@ def delta_net_step_cases(dtype: torch.dtype, device: str, generator: torch.Gener
 
 
 def router_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Few experts and many."""
     draw = Draw(dtype, device, generator)
     for N, D, E, top_k in ((7, 12, 5, 2), (1, 8, 16, 4)):
         yield (draw(N, D), draw(E, D)), {"top_k": top_k}
 
 
 def experts_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Few and many tokens per expert, every expert chosen, and widths that grouped_mm takes."""
     draw = Draw(dtype, device, generator)
     for N, D, F, E, top_k in ((7, 12, 5, 6, 2), (1, 8, 3, 4, 4), (70, 16, 8, 3, 1), (9, 24, 16, 5, 2)):
         scores = torch.rand(N, E, generator=generator)
@@ -141,6 +152,7 @@ def experts_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -
 
 
 def linear_cross_entropy_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """With and without a number of items, longer than one chunk of tokens."""
     draw = Draw(dtype, device, generator)
     for N, D, vocabulary in ((7, 12, 31), (600, 5, 17)):
         hidden, weight = draw(N, D), draw(vocabulary, D)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen35moe import ops
 from qwen35moe.backends import choice_of
 from qwen35moe.modules.moe import MLP, Experts
 from qwen35moe.ops.experts import Tap, by_expert
@@ -42,7 +43,7 @@ class UnfusedExperts(nn.ModuleList):
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, tap: Tap | None = None) -> Tensor:
         """See `Experts.forward`: hidden [N, D], indices and weights [N, k]; returns [N, D], summed in float32 at least."""
-        choice = choice_of("experts", self)
+        choice = choice_of(ops.experts.name, self)
         if choice is not None:
             raise ValueError(f"backend={choice!r} cannot run experts: they are unfused; call model.fuse_experts() first")
         if tap is None:  # every expert is called as a module, so that its hooks run

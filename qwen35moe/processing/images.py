@@ -47,8 +47,8 @@ class ImageProcessor:
         processor = ImageProcessor.from_pretrained(folder)
         inputs = processor(["cat.png", array])        # pixel_values [patches, 3 * f * p * p] float32, image_grid_thw [n, 3]
 
-    An image is a path, the bytes of a file, a PIL image, or an array or tensor [H, W], [H, W, C] or [C, H, W] of uint8,
-    16-bit integers or floats in 0..1. EXIF orientation is applied, transparency is composited on white, 16 bits become
+    An image is a path, the bytes of a file, a PIL image, or an array or tensor [height, width], [height, width, channels] or
+    [channels, height, width] of uint8, 16-bit integers or floats in 0..1. EXIF orientation is applied, transparency is composited on white, 16 bits become
     8 bits by rounding value / 257. Pixel values equal those of transformers' Pillow-based Qwen2VLImageProcessor bit for bit.
     """
 
@@ -172,12 +172,12 @@ def _to_rgb(image: Any) -> Any:
 
 
 def _from_tensor(image: Tensor, bits: int | None = None) -> Any:
-    """A PIL image of [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4 (RGBA)."""
+    """A PIL image of [height, width], [height, width, channels] or [channels, height, width]; 1, 3 or 4 (RGBA) channels."""
     library, shape = pillow(), tuple(image.shape)
     if image.dim() == 2:
         image = image[..., None]
     elif image.dim() != 3 or (shape[0] in (1, 3, 4)) == (shape[-1] in (1, 3, 4)):
-        raise ValueError(f"an image is [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got {list(shape)}")
+        raise ValueError(f"an image is [height, width] or has 1, 3 or 4 channels as its first or last axis, got {list(shape)}")
     elif shape[0] in (1, 3, 4):
         image = image.permute(1, 2, 0)
     height, width, channels = image.shape

@@ -29,7 +29,8 @@ Frames = tuple[list[Tensor], list[int], float]  # sampled frames [H, W, 3] uint8
 
 @dataclass(frozen=True)
 class Video:
-    """Decoded frames: [F, H, W, C] or [F, C, H, W] uint8, or a list of images, at `fps` frames per second.
+    """Decoded frames: uint8 [frames, height, width, channels] or [frames, channels, height, width], or a list of images, at
+    `fps` frames per second.
 
     indices: for frames that are already sampled, their indices in the original video (fps is then that of the original).
     Without it the frames are the whole video and are sampled.

@@ -71,7 +71,7 @@ def plot_coactivation(routing: Routing, axes: Any, layer: int | None = None) -> 
     farthest = float(finite.abs().max()) if finite.numel() else 1.0
     image = axes.imshow(lift.numpy(), cmap="PuOr", vmin=-farthest, vmax=farthest, interpolation="nearest")
     axes.figure.colorbar(image, ax=axes)
-    axes.set(title=f"chosen together, layer {number}: log2 of C / chance", xlabel="expert", ylabel="expert")
+    axes.set(title=f"chosen together, layer {number}: log2 of co-activation / chance", xlabel="expert", ylabel="expert")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
 

@@ -144,7 +144,7 @@ def test_only_the_gradients_that_are_wanted_are_made() -> None:
 
 
 def test_the_backward_keeps_the_pre_activation_and_no_rows() -> None:
-    """Beyond its inputs: P [N S, 2F] alone, neither gathered rows [N S, D] nor the experts' outputs [N S, D]."""
+    """Beyond its inputs: the pre-activation [N k, 2F] alone, no gathered rows or experts' outputs [N k, D]."""
     values = draw("random", 7, torch.float32)
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in values]
     kept: list[Tensor] = []

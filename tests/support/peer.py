@@ -331,7 +331,7 @@ def _gates(shape: torch.Size, rng: torch.Generator, gates: str) -> tuple[Tensor,
 
 @contextmanager
 def replayed(model: Any, indices: list[Tensor]) -> Iterator[None]:
-    """transformers' model with its routers told which experts to take (indices[layer] [N, S]); it still weighs them by
+    """transformers' model with its routers told which experts to take (indices[layer] [N, k]); it still weighs them by
     its own logits, rounded where it rounds."""
     handles = []
     for layer, chosen in zip(model.model.layers, indices, strict=bool(indices)):

@@ -96,7 +96,7 @@ def causal_conv1d_update(
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, dropout_p: float) -> Tensor:
-    """One row: q [T, H, K], k and v [S, G, K]. The causal mask is aligned to the last key."""
+    """One row: q [T, H, K], k and v [P, G, K]. The causal mask is aligned to the last key."""
     repeats, tokens, positions = q.shape[1] // k.shape[1], q.shape[0], k.shape[0]
     k, v = (x.float().repeat_interleave(repeats, dim=1) for x in (k, v))
     scores = torch.einsum("thk,shk->hts", q.float(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
