@@ -72,6 +72,11 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers that are drawn in float64, so that every dtype gets the same ones, rounded."""
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
 # ---------------------------------------------------------------------------------------------------- configurations
 
 
