@@ -27,7 +27,7 @@ from qwen35moe.models.vision_inputs import MultimodalInputs, VisualInputs
 from qwen35moe.models.vision_positions import positions
 from tests.support import peer, peer_vision
 from tests.support.peer import assert_all_close, assert_close
-from tests.support.peer_vision import END, IMAGE, START, VIDEO, Case, odd_pictures
+from tests.support.peer_vision import END, IMAGE, START, VIDEO, Case, odd_multimodal
 
 BOUND = 1e-5
 TEXT = {
@@ -112,7 +112,7 @@ def by_hand(row: tuple[Any, ...], merge: int) -> tuple[list[tuple[int, int, int]
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_counted_by_hand(side):
-    for case in [Case(9, CONFIG, ROWS, side), *(odd_pictures(seed, side=side) for seed in range(400, 420))]:
+    for case in [Case(9, CONFIG, ROWS, side), *(odd_multimodal(seed, side=side) for seed in range(400, 420))]:
         inputs, merge = case.inputs(), case.vision.get("spatial_merge_size", 2)
         pictures = VisualInputs(image_grid_thw=inputs.get("image_grid_thw"), video_grid_thw=inputs.get("video_grid_thw"))
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -426,7 +426,7 @@ def test_files_pass_between_the_libraries(tmp_path: Path, dense: bool, tied: boo
     """Saved there and read here, saved here and read there: names, values, the tied head, and the answer."""
     import transformers
 
-    case = odd_pictures(77 + dense, dense=dense)
+    case = odd_multimodal(77 + dense, dense=dense)
     case = Case(case.seed, case.config | {"tie_word_embeddings": tied}, case.rows, case.side)
     theirs = peer_vision.theirs(case)
     inputs = case.inputs()

@@ -18,11 +18,11 @@ from qwen35moe import backends
 from qwen35moe.models.vision_inputs import VisualInputs, positions, token_types
 from tests.support import peer, peer_vision
 from tests.support.peer import assert_all_close, assert_close, relative_error
-from tests.support.peer_vision import Case, odd_pictures
+from tests.support.peer_vision import Case, odd_multimodal
 
 BOUND = 1e-5
-CASES = [odd_pictures(seed) for seed in range(44)]
-DENSE = [odd_pictures(seed, dense=True) for seed in range(300, 308)]
+CASES = [odd_multimodal(seed) for seed in range(44)]
+DENSE = [odd_multimodal(seed, dense=True) for seed in range(300, 308)]
 EVERY = pytest.mark.parametrize("case", CASES + DENSE, ids=repr)
 # transformers cannot generate without an attention layer, and goes wrong behind right padding
 GREEDY = [case for case in [*CASES[:30], *DENSE[:3]]
@@ -141,7 +141,7 @@ Turn = dict[str, Tensor]
 
 def conversation(seed: int) -> tuple[Case, Any, Any, Turn, int, Turn, Turn]:
     """One row with pictures in both halves: the models, the whole, where it is cut, and the two turns."""
-    case = odd_pictures(seed, rows=1)
+    case = odd_multimodal(seed, rows=1)
     m = case.vision["spatial_merge_size"]
     first: tuple[Any, ...] = (3, ("image", (1, 2 * m, 3 * m)), 4, ("video", (2, 3 * m, m)), 2)
     second: tuple[Any, ...] = (2, ("image", (1, 4 * m, m)), 3, ("video", (3, m, 2 * m)), 3)
