@@ -2,7 +2,7 @@
 
 An operation is a function with a definition and, beside it, faster implementations with the same contract:
 
-    @operation("recurrent")                                                # ops/delta_rule.py: the definition
+    @operation(name="recurrent")                                           # ops/delta_rule.py: the definition
     def gated_delta_rule(query, key, value, *, decay, beta, state=None, cu_seqlens=None): ...
 
     @gated_delta_rule.implementation("chunked_cpu", differentiable=False)  # ops/cpu/delta_rule.py
@@ -232,19 +232,30 @@ thread = threading.local()  # .choices: those of the forward that is being recom
 loaded = False  # whether the operations and the optional fast paths have registered
 
 
-def operation(name: str = "torch", *, composes: Sequence[str] = ()) -> Callable[[Callable[P, R]], Operation[P, R]]:
+@overload
+def operation(definition: Callable[P, R], /) -> Operation[P, R]: ...
+@overload
+def operation(
+    *, name: str = "torch", composes: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], Operation[P, R]]: ...
+
+
+def operation(definition: Any = None, /, *, name: str = "torch", composes: Sequence[str] = ()) -> Any:
     """Decorator: turn a definition into an operation. name: what the definition is called among the implementations.
 
     composes: the operations that it is made of. An implementation of one of them that is chosen by name rules out the fused
     forms of this operation, which would go around that choice.
     """
+    if definition is None:
+        return lambda function: operation_of(function, name, composes)
+    return operation_of(definition, name, composes)
 
-    def define(definition: Callable[P, R]) -> Operation[P, R]:
-        op = Operation(definition, name, composes)
-        TABLE[op.name] = op
-        return op
 
-    return define
+def operation_of(definition: Callable[P, R], name: str, composes: Sequence[str]) -> Operation[P, R]:
+    """Make an operation and enter it in the table."""
+    op = Operation(definition, name, composes)
+    TABLE[op.name] = op
+    return op
 
 
 def choice_of(name: str, caller: Any = None) -> str | None:

@@ -19,7 +19,7 @@ from qwen35moe.backends import operation
 from qwen35moe.ops.precision import wide_dtype
 
 
-@operation("eager")
+@operation(name="eager")
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, starts: int | Tensor = 0,
     cu_seqlens: Tensor | None = None, dropout: float = 0.0,

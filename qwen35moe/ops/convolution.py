@@ -19,7 +19,7 @@ from qwen35moe.backends import operation
 from qwen35moe.ops.precision import wide_dtype
 
 
-@operation("direct")
+@operation(name="direct")
 def short_convolution(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,

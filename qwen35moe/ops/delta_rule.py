@@ -41,7 +41,7 @@ def decay_and_beta(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tupl
     return -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype)), b.to(dtype).sigmoid()
 
 
-@operation("recurrent")
+@operation(name="recurrent")
 @without_autocast
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,

@@ -33,7 +33,7 @@ from qwen35moe.ops.precision import wide_dtype
 Tap = Callable[[str, Tensor], Tensor]  # receives a value by name, returns the value to use in its place
 
 
-@operation()
+@operation
 def router(hidden: Tensor, weight: Tensor, *, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The router's logits, and the weights and indices of the experts it chooses, largest first.
 
@@ -66,7 +66,7 @@ def unsupported_tap(*args: Tensor, tap: Tap | None = None) -> str | None:
     return None if tap is None else NOT_MATERIALISED
 
 
-@operation("loop")
+@operation(name="loop")
 def experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Tap | None = None
 ) -> Tensor:

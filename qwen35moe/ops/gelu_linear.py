@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen35moe.backends import operation
 
 
-@operation()
+@operation
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str) -> Tensor:
     """x [N, D], weight [F, D], bias [F]; returns [N, F]. approximate: "none" or "tanh", as in F.gelu."""
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)

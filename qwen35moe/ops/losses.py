@@ -31,7 +31,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, num_items: int | Tensor | N
     return loss if num_items is None else loss / num_items
 
 
-@operation("direct")
+@operation(name="direct")
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, num_items: int | Tensor | None = None
 ) -> Tensor:

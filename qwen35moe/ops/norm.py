@@ -14,7 +14,7 @@ from qwen35moe.backends import operation
 from qwen35moe.ops.precision import wide_dtype
 
 
-@operation()
+@operation
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (1 + weight), over the last axis.
 
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return (wide * scale * (1.0 + weight.to(dtype))).to(x.dtype)
 
 
-@operation()
+@operation
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight * silu(gate), over the last axis; the norm comes before the gate.
 

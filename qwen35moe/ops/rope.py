@@ -65,7 +65,7 @@ def _yarn_temperature(rope: RopeParameters, factor: float) -> float:
     return magnitude(factor)
 
 
-@operation()
+@operation
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate the first R entries of each head: pair (x_j, x_{j + R/2}) by the angle of its position; the rest is unchanged.
 

@@ -14,7 +14,7 @@ from qwen35moe.backends import operation
 from qwen35moe.ops.precision import wide_dtype
 
 
-@operation("eager")
+@operation(name="eager")
 def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> Tensor:
     """One softmax over all patches, in which other frames have no weight.
 

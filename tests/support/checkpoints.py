@@ -1,8 +1,8 @@
 """Checkpoint folders in every published layout, at small size: exact names, dtypes and block sizes.
 
 `LAYOUTS` has one entry per row of the table in docs/guide/checkpoints.md; `publish` writes a model's weights in one of
-them, for FP8 with random codes and scales. `Whole` is a class with the parameters of a vision tower and an MTP head, without their
-mathematics.
+them, for FP8 with random codes and scales. `Whole` is a class with the parameters of a vision tower and an MTP head,
+without their mathematics.
 """
 
 from __future__ import annotations
