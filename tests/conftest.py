@@ -54,6 +54,14 @@ def fixed_seeds() -> Iterator[None]:
     torch.set_default_dtype(dtype)
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Dynamo without compiled graphs, before the test and after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 class Calls:
     """The calls that `count_calls` counted, with their arguments."""
 

@@ -133,6 +133,7 @@ class TestOptionalPackage:
         kernels.register(lambda operation, name, *_, **__: registered.append((operation, name)))
         assert ("gated_delta_rule", "triton") in registered and ("attention", "flash_attn") in registered
 
+    @pytest.mark.usefixtures("fresh_dynamo")
     def test_a_compiled_call_loads_it(
         self, arguments: tuple[Tensor, Tensor], package: Callable[[str], None]
     ) -> None:
@@ -142,7 +143,6 @@ class TestOptionalPackage:
                 register("rms_norm", "fast", lambda x, weight, *, eps: x + 7, before="torch")
             """
         )
-        torch._dynamo.reset()
         compiled = torch.compile(lambda x, w: backends.run("rms_norm", x, w, eps=1.0), fullgraph=True, backend="eager")
         assert compiled(*arguments).max() == 8.0 and table.loaded
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -84,14 +83,8 @@ class TestTapsAndCheckpoints:
         assert not recomputed
 
 
-@pytest.mark.usefixtures("own_table")
+@pytest.mark.usefixtures("own_table", "fresh_dynamo")
 class TestCompile:
-    @pytest.fixture(autouse=True)
-    def fresh_dynamo(self) -> Iterator[None]:
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
-
     def test_one_graph_without_records_and_logs(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO, logger="qwen35moe.backends")
         backends.register("rms_norm", "fast", doubled, not_on_cuda, before="torch", skips=("decay",))

@@ -200,11 +200,11 @@ def test_the_automatic_choice_does_not_synchronise_on_a_gpu(tokens: int) -> None
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torch_compile_with_fullgraph(dtype: torch.dtype) -> None:
     values = draw("random", 11, dtype)
     expected = output_and_gradients(loop_experts, widened(values))
-    torch._dynamo.reset()
     compiled = torch.compile(lambda *arguments: backends.run("experts", *arguments), fullgraph=True, backend="aot_eager")
     for actual, truth in zip(output_and_gradients(compiled, values), expected, strict=True):
         assert_close(actual, truth, 2 * BOUNDS[dtype][1])
