@@ -6,11 +6,12 @@ BIN     := $(VENV)/bin
 # A stamp per set of extras, renewed when what it was installed from changes.
 INSTALL  = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-matrix check bench clean
 
 help:
 	@echo "make demo    run the bundled checkpoint: text, a picture, backends, tokens per second, expert load"
 	@echo "make test    the whole test suite, on the CPU (ARGS='-k cache' for a part of it)"
+	@echo "make test-matrix  the suite as on other machines: LEGS='pinned avx2 newest py310 py313'"
 	@echo "make check   ruff and pyright"
 	@echo "make bench   the benchmarks that exist; make bench NAME=imports runs one (ARGS='--json out.json')"
 	@echo "make clean   remove .venv and what tools left behind"
@@ -21,6 +22,9 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	@$(BIN)/python -m pytest -q -rs -n $(WORKERS) $(ARGS)
 
+test-matrix:
+	@VENV='$(VENV)' PYTHON='$(PYTHON)' WORKERS='$(WORKERS)' ARGS='$(ARGS)' LOGS='$(LOGS)' .ci/matrix $(LEGS)
+
 check: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
@@ -29,7 +33,7 @@ bench: $(VENV)/demo.stamp
 	@$(BIN)/python -m benchmarks $(NAME) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-py310 $(VENV)-py313 build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import qwen35moe
 from qwen35moe import taps
-from qwen35moe.ops.attention_map import writers
+from qwen35moe.ops.attention_map import state_map
 
 TEXT = "Paul, an apostle of Jesus Christ by the will of God, and Timotheus our brother,"
 LAYER, LONG, SHORT = 0, 1, 2  # a DeltaNet layer, a head with slow decay and one with fast decay
@@ -30,7 +30,7 @@ def computed() -> tuple[list[str], dict[str, Tensor], Tensor]:
     with torch.no_grad(), taps.record(model, [layer + name for name in ("key", "value", "decay", "beta")]) as values:
         maps = model(torch.tensor([ids]), output_attentions=True).attentions
     key, value, decay, beta = (values[layer + name] for name in ("key", "value", "decay", "beta"))
-    p = writers(key, decay=decay, beta=beta)
+    p = state_map(key, decay=decay, beta=beta)
     share = p[0, LONG].norm(dim=-1) * value[0, :, LONG].norm(dim=-1)  # the Frobenius norm of p_j (x) v_j
     kept = [f"{decay[0, :, head].mean().exp():.3g}" for head in (LONG, SHORT)]
     titles = {

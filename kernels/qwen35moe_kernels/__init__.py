@@ -1,9 +1,9 @@
 """Fast paths for qwen35moe: own Triton kernels, and adapters to causal_conv1d, flash_attn, fla and sonic-moe.
 
-This package never imports qwen35moe. `qwen35moe.backends` imports it on first use and hands it its `register`, through
-which every fast path enters the table of implementations with an unsupported: a function of the call's arguments that
-returns None or the reason why the path cannot run them. A path that cannot run on this machine is registered too, with
-`missing="..."` saying why, and `backends.describe()` then tells the user what could be had.
+This package never imports qwen35moe. `qwen35moe.backends` imports it on first use and passes its `register` to the modules
+below. Each implementation is registered with an `unsupported` function, which takes the arguments of the call and returns
+None or the reason why the implementation cannot run them. An implementation that cannot run on this machine is registered
+with `missing="..."`, the reason and the remedy, which `backends.describe()` shows.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from collections.abc import Callable
 
 __all__ = ["register"]
 
-# Each has a function `register(register)`. In order: what registers before the same form later comes nearer to it.
+# Each has a function `register(register)`. The order counts: of two that register before the same form, the later one stands
+# next to it.
 MODULES = (
     "convolution", "gated_norm", "step", "causal_conv1d", "flash_attn", "delta_rule", "fla", "experts", "sonic_moe",
 )  # fmt: skip
 
 
 def register(register: Callable[..., None]) -> None:
-    """Enter every fast path of this package in the table."""
+    """Registers every implementation of this package."""
     for name in MODULES:
         module = f"{__name__}.{name}"
         if importlib.util.find_spec(module) is not None:

@@ -1,9 +1,8 @@
 """Adapter to causal_conv1d (>= 1.4): `causal_conv1d_fn` with seq_idx, and `causal_conv1d_update` for one cached token.
 
-Its layout is [B, C, T]; with the channels side by side in memory it is ours, transposed as a view. What it cannot do:
-more than 4 taps or 1, channels that are no multiple of 8, and documents that start from given inputs (it takes seq_idx or
-initial_states, not both). The last inputs are a few slices, taken here in PyTorch: its own final states know neither
-padding nor documents.
+Its channel-last layout [B, C, T] is a transposed view of our [B, T, C]. It supports 2 to 4 taps, channels in multiples of 8,
+and either packed documents (seq_idx) or an initial state (initial_states), not both. The new conv_state is sliced in
+PyTorch, because its own final states support neither padding nor documents.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ from torch import Tensor
 from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_READ_BEHIND = 256  # numbers behind seq_idx that its forward may read where T does not fill its last chunk (their PR 117)
+_READ_BEHIND = 256  # its forward can read that many elements past seq_idx if T does not fill the last chunk (its PR 117)
 
 
 def unsupported(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> str | None:  # fmt: skip
-    """Why causal_conv1d cannot run this call, or None."""
+    """None, or the reason why causal_conv1d cannot run this call."""
     taps, channels = weight.shape[-1], x.shape[-1]
     if not 2 <= taps <= 4:
         return f"weight has {taps} taps, causal_conv1d takes 2 to 4"
     if channels % 8:
         return f"x has {channels} channels, causal_conv1d takes multiples of 8"
     if cu_seqlens is not None and state is not None:
-        return "state: causal_conv1d cannot start packed documents (cu_seqlens) from given inputs"
+        return "state: causal_conv1d takes no initial state for packed documents (cu_seqlens)"
     if torch.compiler.is_compiling():
-        return "a graph is being compiled, and causal_conv1d is no library operation"
+        return "a graph is being compiled, and causal_conv1d is not a torch.library operator"
     return runtime.unsupported_cuda(x=x, weight=weight, state=state, lengths=lengths) or runtime.unsupported_dtype(
         *_FLOATS, x=x, weight=weight
     )
@@ -45,13 +44,13 @@ def short_convolution(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [B, T, C] and the last inputs [B or documents, C, W-1]; the contract of `short_convolution`."""
+    """y [B, T, C] and conv_state [B or documents, C, W-1], as `short_convolution` defines them."""
     causal_conv1d: Any = importlib.import_module("causal_conv1d")
     past = weight.shape[-1] - 1
-    one = x.shape[1] == 1 and lengths is None and cu_seqlens is None
-    if one and not runtime.needs_gradient(x, weight, state):
+    one_token = x.shape[1] == 1 and lengths is None and cu_seqlens is None
+    if one_token and not runtime.needs_gradient(x, weight, state):
         after = x.new_zeros(x.shape[0], x.shape[-1], past) if state is None else state.to(x.dtype, copy=True)
-        after = after.contiguous()  # it is written to
+        after = after.contiguous()  # causal_conv1d_update writes to it
         y = causal_conv1d.causal_conv1d_update(x[:, 0].contiguous(), after, weight.contiguous(), activation="silu")
         return y[:, None], after
     x = x.contiguous()
@@ -60,37 +59,37 @@ def short_convolution(
         x.mT, weight.contiguous(), seq_idx=_documents(x, cu_seqlens), initial_states=None if before is None else before.mT,
         activation="silu",
     )  # fmt: skip
-    return y.mT, _last_inputs(x, past, before, lengths, cu_seqlens)
+    return y.mT, _conv_state(x, past, before, lengths, cu_seqlens)
 
 
 def _documents(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-    """The document of every token, int32 [1, T], with room behind it."""
+    """seq_idx: the document of every token, int32 [1, T], a slice of a longer tensor (see _READ_BEHIND)."""
     if cu_seqlens is None:
         return None
     tokens = x.shape[1]
-    room = torch.arange(tokens + _READ_BEHIND, device=x.device, dtype=cu_seqlens.dtype)
-    found = torch.bucketize(room, cu_seqlens[1:].to(x.device), right=True, out_int32=True)
-    return found[None, :tokens]
+    positions = torch.arange(tokens + _READ_BEHIND, device=x.device, dtype=cu_seqlens.dtype)
+    documents = torch.bucketize(positions, cu_seqlens[1:].to(x.device), right=True, out_int32=True)
+    return documents[None, :tokens]
 
 
-def _last_inputs(x: Tensor, past: int, before: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """[B or documents, C, W-1]: the inputs before the end of each, where it is shorter those of `before`, or zeros."""
+def _conv_state(x: Tensor, past: int, before: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """[B or documents, C, W-1]: the last inputs of each; a shorter one keeps inputs of `before`, or zeros."""
     back = torch.arange(-past, 0, device=x.device)
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(x.device)
-        place = bounds[1:, None] + back
-        inside = place >= bounds[:-1, None]
-        last = x[0, torch.where(inside, place, 0)]
+        positions = bounds[1:, None] + back
+        inside = positions >= bounds[:-1, None]
+        last = x[0, torch.where(inside, positions, 0)]
         return torch.where(inside[..., None], last, last.new_zeros(())).mT
     inputs = F.pad(x, (0, 0, past, 0)) if before is None else torch.cat([before, x], dim=1)
     if lengths is None:
         return inputs[:, inputs.shape[1] - past :].mT
-    place = lengths[:, None] + past + back
-    return inputs.gather(1, place[..., None].expand(-1, -1, x.shape[-1])).mT
+    positions = lengths[:, None] + past + back
+    return inputs.gather(1, positions[..., None].expand(-1, -1, x.shape[-1])).mT
 
 
 def register(register: Callable[..., None]) -> None:
-    """Enter the table in front of all others: where it is installed it was built for this machine."""
+    """Registers ahead of all others: an installed package was built for this machine."""
     missing = runtime.package_missing("causal_conv1d", "pip install causal-conv1d")
     before = "triton" if runtime.place("cpu") else "cpu"
     register("short_convolution", "causal_conv1d", short_convolution, unsupported, before=before, missing=missing)

@@ -1,8 +1,8 @@
 """Short causal convolution and SiLU in Triton: forward, backward and one token at a time. See README.md for the tiling.
 
 The contract is that of `short_convolution`: x [B, T, C], weight [C, W], state [B or documents, C, W-1], lengths [B],
-cu_seqlens [documents + 1]; the result is y [B, T, C] and the last inputs [B or documents, C, W-1], both in x's dtype.
-Past a row's length y is zero, and what stands there in x is not read.
+cu_seqlens [documents + 1]; returns y [B, T, C] and the conv_state after the last token [B or documents, C, W-1], both in x's
+dtype. Past a row's length y is zero and x is not read.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_TOKENS, _TOKENS_BACKWARD, _CHANNELS, _WARPS = 32, 16, 128, 8  # a program's block: 16 numbers a thread, 8 in backward
-_TAPS = 8  # the loops over taps are unrolled, quadratically many in the backward
+_TOKENS, _TOKENS_BACKWARD, _CHANNELS, _WARPS = 32, 16, 128, 8  # block of a program: 16 elements per thread, 8 in the backward
+_TAPS = 8  # the loops over taps are unrolled; the backward has W^2 iterations
 
 
 def unsupported(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> str | None:  # fmt: skip
-    """Why these kernels cannot run this call, or None."""
+    """None, or the reason why these kernels cannot run this call."""
     if weight.shape[-1] > _TAPS:
         return f"weight has {weight.shape[-1]} taps, the kernels take up to {_TAPS}"
     if x.shape[0] > 65535:
@@ -38,14 +38,14 @@ def short_convolution(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and the last inputs; see the top of this file."""
+    """y and the new conv_state; see the top of this file."""
     if torch.compiler.is_compiling() or runtime.needs_gradient(x, weight, state):
         return _operation(x, weight, state, lengths, cu_seqlens)
     return _forward(x, weight, state, lengths, cu_seqlens)
 
 
 class _Call:
-    """The arguments as the kernels take them."""
+    """The arguments of a call in the layouts of the kernels."""
 
     def __init__(
         self, x: Tensor, weight: Tensor, state: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
@@ -63,10 +63,10 @@ class _Call:
             self.document = torch.bucketize(token, self.bounds[1:], right=True, out_int32=True)
         self.block = min(_CHANNELS, runtime.power_of_two(self.channels))
 
-    def given(self, *names: str) -> list[Tensor]:
-        """Tensors by name. What is absent is never read: any pointer stands for it."""
-        found = [getattr(self, name) for name in names]
-        return [self.x if tensor is None else tensor for tensor in found]
+    def pointers(self, *names: str) -> list[Tensor]:
+        """Tensors by name; x in place of an absent one, which the kernels do not read."""
+        tensors = [getattr(self, name) for name in names]
+        return [self.x if tensor is None else tensor for tensor in tensors]
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -76,9 +76,9 @@ class _Call:
     def flags(self) -> dict[str, Any]:
         return {"W": self.taps, "HAS_LENGTHS": self.lengths is not None, "PACKED": self.bounds is not None}
 
-    def tiles(self, most: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-        """The grid over tokens, channels and rows, and its blocks."""
-        block = min(most, runtime.power_of_two(self.tokens))
+    def tiles(self, max_tokens: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+        """The grid over tokens, channels and rows, and its block sizes."""
+        block = min(max_tokens, runtime.power_of_two(self.tokens))
         return (runtime.parts(self.tokens, block), runtime.parts(self.channels, self.block), self.batch), {
             "BT": block,
             "BC": self.block,
@@ -107,12 +107,12 @@ def _forward(
             return y, after
         grid, blocks = call.tiles(_TOKENS)
         kernels.forward_kernel[grid](
-            *call.given("x", "weight", "state", "lengths", "document", "bounds"), y, *call.sizes,
+            *call.pointers("x", "weight", "state", "lengths", "document", "bounds"), y, *call.sizes,
             **call.flags, HAS_STATE=has_state, **blocks, num_warps=_WARPS,
         )  # fmt: skip
         if call.taps > 1:
-            kernels.last_inputs_kernel[call.per_row](
-                *call.given("x", "state", "lengths", "bounds"), after, *call.sizes,
+            kernels.conv_state_kernel[call.per_row](
+                *call.pointers("x", "state", "lengths", "bounds"), after, *call.sizes,
                 **call.flags, HAS_STATE=has_state, BC=call.block,
             )  # fmt: skip
     return y, after
@@ -122,27 +122,27 @@ def _backward(
     dy: Tensor, dafter: Tensor, x: Tensor, weight: Tensor, state: Tensor | None, lengths: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of x, weight and state (empty where there is none)."""
+    """Gradients of x, weight and state (an empty tensor without a state)."""
     kernels = runtime.kernels("convolution_kernels")
 
     call = _Call(x, weight, state, lengths, cu_seqlens)
     dy, dafter = dy.contiguous(), dafter.mT.contiguous()
     grid, blocks = call.tiles(_TOKENS_BACKWARD)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    shares = torch.empty(grid[2] * grid[0], call.taps, call.channels, dtype=torch.float32, device=x.device)
+    partial_sums = torch.empty(grid[2] * grid[0], call.taps, call.channels, dtype=torch.float32, device=x.device)
     dstate = _no_state(x) if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
     has_state = state is not None and call.taps > 1
     with runtime.on_device_of(x):
         kernels.backward_kernel[grid](
-            dy, dafter, *call.given("x", "weight", "state", "lengths", "document", "bounds"), dx, shares, *call.sizes,
+            dy, dafter, *call.pointers("x", "weight", "state", "lengths", "document", "bounds"), dx, partial_sums, *call.sizes,
             **call.flags, HAS_STATE=has_state, **blocks, num_warps=_WARPS,
         )  # fmt: skip
         if has_state:
             kernels.state_gradient_kernel[call.per_row](
-                dy, dafter, *call.given("x", "weight", "state", "lengths", "document", "bounds"), dstate, *call.sizes,
+                dy, dafter, *call.pointers("x", "weight", "state", "lengths", "document", "bounds"), dstate, *call.sizes,
                 **call.flags, BC=call.block,
             )  # fmt: skip
-    return dx, shares.sum(0).T.to(weight.dtype).contiguous(), dstate
+    return dx, partial_sums.sum(0).T.to(weight.dtype).contiguous(), dstate
 
 
 def _no_state(x: Tensor) -> Tensor:
@@ -189,6 +189,6 @@ _operation.register_autograd(_differentiate, setup_context=_save)
 
 
 def register(register: Callable[..., None]) -> None:
-    """Enter the table in front of the PyTorch forms."""
+    """Registers ahead of the PyTorch forms."""
     missing, place = runtime.missing(), runtime.place("cpu")
     register("short_convolution", "triton", short_convolution, unsupported, before=place, missing=missing)

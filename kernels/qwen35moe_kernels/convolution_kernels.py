@@ -1,13 +1,13 @@
 """Triton kernels of the short causal convolution and its SiLU; `convolution.py` launches them.
 
-One program owns BT tokens of one row times BC channels. A token's inputs are its row's, or, where the row or document
-began less than W - 1 tokens ago, those of the state, which is handed over as [rows or documents, W - 1, C] (so is its
-gradient `dafter`; what leaves is [..., C, W - 1]): channels side by side, as in x, so that both are read in one layout.
-Everything is summed in float32. Offsets are 64 bits wide: at 8,192 channels 2^31 numbers are 262,144 tokens.
+A program computes BT tokens of one row and BC channels. The inputs of a token come from its row or document, and from the
+state for its first W - 1 tokens. The kernels read the state, and its gradient `dafter`, as [rows or documents, W - 1, C], so
+that channels are contiguous as in x; they write [..., C, W - 1]. Sums are float32. Offsets are 64 bits wide: at 8,192
+channels 2^31 elements are 262,144 tokens.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-# Inside a kernel Python stands for Triton: its `static_range` is no iterable, its constexprs are numbers.
+# pyright reads the kernels as Python: `static_range` is not iterable there, and constexprs are not numbers.
 from __future__ import annotations
 
 import triton
@@ -15,49 +15,50 @@ import triton.language as tl
 
 
 @triton.jit
-def _place(t, row, T, lengths, document, bounds, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr):
-    """Of tokens t [BT] of a row: whose they are, their place there, its length, and whether they exist."""
+def _locate(t, row, T, lengths, document, bounds, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr):
+    """For tokens t [BT] of a row: their row or document, the position in it, its length, and whether the token exists."""
     exists = (t >= 0) & (t < T)
     owner = t * 0 + row
-    place = t
+    position = t
     length = t * 0 + T
     if PACKED:
         owner = tl.load(document + t, mask=exists, other=0).to(tl.int64)
         start = tl.load(bounds + owner, mask=exists, other=0).to(tl.int64)
         length = tl.load(bounds + owner + 1, mask=exists, other=0).to(tl.int64) - start
-        place = t - start
+        position = t - start
     if HAS_LENGTHS:
         length = t * 0 + tl.load(lengths + row).to(tl.int64)
         exists = exists & (t < length)
-    return owner, place, length, exists
+    return owner, position, length, exists
 
 
 @triton.jit
 def _input(
-    x, state, t, owner, place, exists, c, in_c, back: tl.constexpr, x_start, x_token, C,
+    x, state, t, owner, position, exists, c, in_c, back: tl.constexpr, x_start, x_token, C,
     W: tl.constexpr, HAS_STATE: tl.constexpr,
 ):  # fmt: skip
-    """The input `back` tokens before t, float32 [BT, BC]: of the row, else of the state, else zero."""
-    inside = (exists & (place >= back))[:, None] & in_c[None, :]
+    """The input `back` tokens before t, float32 [BT, BC]: from the row, else from the state, else zero."""
+    inside = (exists & (position >= back))[:, None] & in_c[None, :]
     value = tl.load(x + x_start + (t - back)[:, None] * x_token + c[None, :], mask=inside, other=0.0)
     if HAS_STATE:
-        before = (exists & (place < back))[:, None] & in_c[None, :]
-        slot = owner * (W - 1) + place + (W - 1 - back)
-        old = tl.load(state + slot[:, None] * C + c[None, :], mask=before, other=0.0).to(x.dtype.element_ty)
+        before = (exists & (position < back))[:, None] & in_c[None, :]
+        column = owner * (W - 1) + position + (W - 1 - back)
+        old = tl.load(state + column[:, None] * C + c[None, :], mask=before, other=0.0).to(x.dtype.element_ty)
         value = tl.where(before, old, value)
     return value.to(tl.float32)
 
 
 @triton.jit
 def _sum(
-    x, weight, state, t, owner, place, exists, c, in_c, x_start, x_token, C, W: tl.constexpr, HAS_STATE: tl.constexpr,
+    x, weight, state, t, owner, position, exists, c, in_c, x_start, x_token, C, W: tl.constexpr, HAS_STATE: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """sum_w weight[:, w] * input_{t - W + 1 + w}, float32 [BT, BC]."""
     total = tl.zeros([BT, BC], dtype=tl.float32)
     for w in tl.static_range(W):
         tap = tl.load(weight + c * W + w, mask=in_c, other=0.0).to(tl.float32)
-        total += tap[None, :] * _input(x, state, t, owner, place, exists, c, in_c, W - 1 - w, x_start, x_token, C, W, HAS_STATE)
+        value = _input(x, state, t, owner, position, exists, c, in_c, W - 1 - w, x_start, x_token, C, W, HAS_STATE)
+        total += tap[None, :] * value
     return total
 
 
@@ -72,19 +73,19 @@ def forward_kernel(
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
     in_c = c < C
-    owner, place, _, exists = _place(t, row, T, lengths, document, bounds, HAS_LENGTHS, PACKED)
-    total = _sum(x, weight, state, t, owner, place, exists, c, in_c, row * x_row, x_token, C, W, HAS_STATE, BT, BC)
+    owner, position, _, exists = _locate(t, row, T, lengths, document, bounds, HAS_LENGTHS, PACKED)
+    total = _sum(x, weight, state, t, owner, position, exists, c, in_c, row * x_row, x_token, C, W, HAS_STATE, BT, BC)
     out = total / (1.0 + tl.exp(-total))
     at = (row * T + t)[:, None] * C + c[None, :]
     tl.store(y + at, out.to(y.dtype.element_ty), mask=(t < T)[:, None] & in_c[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])
-def last_inputs_kernel(
+def conv_state_kernel(
     x, state, lengths, bounds, after, T, C, x_row, x_token,
     W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """after [rows or documents, C, W - 1]: the last inputs of each, those of the state where it was shorter."""
+    """after [rows or documents, C, W - 1]: the last inputs of each; a shorter one keeps inputs of the state."""
     owner = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
     in_c = c < C
@@ -97,19 +98,19 @@ def last_inputs_kernel(
         begin = owner * 0
     if HAS_LENGTHS:
         length = tl.load(lengths + owner).to(tl.int64)
-    for slot in tl.static_range(W - 1):
-        place = length - (W - 1) + slot
-        value = tl.load(x + begin + (start + place) * x_token + c, mask=in_c & (place >= 0), other=0.0)
+    for column in tl.static_range(W - 1):
+        position = length - (W - 1) + column
+        value = tl.load(x + begin + (start + position) * x_token + c, mask=in_c & (position >= 0), other=0.0)
         if HAS_STATE:
-            before = in_c & (place < 0)
-            old = tl.load(state + (owner * (W - 1) + place + (W - 1)) * C + c, mask=before, other=0.0).to(x.dtype.element_ty)
+            before = in_c & (position < 0)
+            old = tl.load(state + (owner * (W - 1) + position + (W - 1)) * C + c, mask=before, other=0.0).to(x.dtype.element_ty)
             value = tl.where(before, old, value)
-        tl.store(after + (owner * C + c) * (W - 1) + slot, value.to(after.dtype.element_ty), mask=in_c)
+        tl.store(after + (owner * C + c) * (W - 1) + column, value.to(after.dtype.element_ty), mask=in_c)
 
 
 @triton.jit
 def step_kernel(x, weight, state, y, after, C, x_row, W: tl.constexpr, HAS_STATE: tl.constexpr, BC: tl.constexpr):
-    """One token of each row: y [B, C], and the state [B, C, W - 1], here as the caller has it, moved on by it."""
+    """One token of each row: y [B, C], and the state [B, C, W - 1], in the caller's layout, shifted by the token."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
     in_c = c < C
@@ -130,11 +131,11 @@ def step_kernel(x, weight, state, y, after, C, x_row, W: tl.constexpr, HAS_STATE
 
 @triton.jit
 def _slope(
-    dy, x, weight, state, t, owner, place, exists, c, in_c, row, T, x_start, x_token, C, W: tl.constexpr,
+    dy, x, weight, state, t, owner, position, exists, c, in_c, row, T, x_start, x_token, C, W: tl.constexpr,
     HAS_STATE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the sum at tokens t, before SiLU: dy silu'(sum), float32 [BT, BC], zero where there is no token."""
-    total = _sum(x, weight, state, t, owner, place, exists, c, in_c, x_start, x_token, C, W, HAS_STATE, BT, BC)
+    """Gradient of the sum before SiLU at tokens t: dy silu'(sum), float32 [BT, BC], zero where no token exists."""
+    total = _sum(x, weight, state, t, owner, position, exists, c, in_c, x_start, x_token, C, W, HAS_STATE, BT, BC)
     mask = exists[:, None] & in_c[None, :]
     grad = tl.load(dy + (row * T + t)[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
     gate = 1.0 / (1.0 + tl.exp(-total))
@@ -147,37 +148,37 @@ def backward_kernel(
     W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dx [B, T, C], and this program's share of the weight's gradient, dweight [programs of a channel block, W, C].
+    """dx [B, T, C], and this program's part of the weight's gradient, dweight [programs of a channel block, W, C].
 
-    An input reaches the W tokens from its own on, so their slopes are computed here again rather than stored: the
-    taps of a block lie in the first-level cache, a float32 copy of all slopes would not.
+    An input contributes to its own token and the W - 1 after it. Their slopes are recomputed rather than stored: the inputs
+    of a block are in the first-level cache, a float32 copy of all slopes would not be.
     """
     row = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
     in_c = c < C
     start = row * x_row
-    owner, place, length, exists = _place(t, row, T, lengths, document, bounds, HAS_LENGTHS, PACKED)
-    slope = _slope(dy, x, weight, state, t, owner, place, exists, c, in_c, row, T, start, x_token, C, W, HAS_STATE, BT, BC)
+    owner, position, length, exists = _locate(t, row, T, lengths, document, bounds, HAS_LENGTHS, PACKED)
+    slope = _slope(dy, x, weight, state, t, owner, position, exists, c, in_c, row, T, start, x_token, C, W, HAS_STATE, BT, BC)
     tap = tl.load(weight + c * W + (W - 1), mask=in_c, other=0.0).to(tl.float32)
     grad = slope * tap[None, :]
-    share = (row * tl.num_programs(0) + tl.program_id(0)) * W * C
+    part = (row * tl.num_programs(0) + tl.program_id(0)) * W * C
     for w in tl.static_range(W):
-        value = _input(x, state, t, owner, place, exists, c, in_c, W - 1 - w, start, x_token, C, W, HAS_STATE)
-        tl.store(dweight + share + w * C + c, tl.sum(slope * value, axis=0), mask=in_c)
+        value = _input(x, state, t, owner, position, exists, c, in_c, W - 1 - w, start, x_token, C, W, HAS_STATE)
+        tl.store(dweight + part + w * C + c, tl.sum(slope * value, axis=0), mask=in_c)
     for ahead in tl.static_range(1, W):
         later = t + ahead
-        owner2, place2, _, exists2 = _place(later, row, T, lengths, document, bounds, HAS_LENGTHS, PACKED)
-        reached = exists2 & (place2 >= ahead)  # else it belongs to the next document
+        owner2, position2, _, exists2 = _locate(later, row, T, lengths, document, bounds, HAS_LENGTHS, PACKED)
+        reached = exists2 & (position2 >= ahead)  # else the token is in the next document
         slope = _slope(
-            dy, x, weight, state, later, owner2, place2, reached, c, in_c, row, T, start, x_token, C, W, HAS_STATE, BT, BC
+            dy, x, weight, state, later, owner2, position2, reached, c, in_c, row, T, start, x_token, C, W, HAS_STATE, BT, BC
         )
         tap = tl.load(weight + c * W + (W - 1 - ahead), mask=in_c, other=0.0).to(tl.float32)
         grad += slope * tap[None, :]
-    if W > 1:  # the last inputs are an output too
-        slot = place - (length - (W - 1))
-        kept = (exists & (slot >= 0))[:, None] & in_c[None, :]
-        at = (owner * (W - 1) + slot)[:, None] * C + c[None, :]
+    if W > 1:  # the new conv_state is an output too
+        column = position - (length - (W - 1))
+        kept = (exists & (column >= 0))[:, None] & in_c[None, :]
+        at = (owner * (W - 1) + column)[:, None] * C + c[None, :]
         grad += tl.load(dafter + at, mask=kept, other=0.0).to(tl.float32)
     at = (row * T + t)[:, None] * C + c[None, :]
     tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=(t < T)[:, None] & in_c[None, :])
@@ -188,7 +189,8 @@ def state_gradient_kernel(
     dy, dafter, x, weight, state, lengths, document, bounds, dstate, T, C, x_row, x_token,
     W: tl.constexpr, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dstate [rows or documents, C, W - 1]: slot s reaches tokens 0 ... s, and leaves as slot s - length when it can."""
+    """dstate [rows or documents, C, W - 1]: column s contributes to tokens 0 ... s, and to column s - length of the new
+    state if that exists."""
     owner = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
     in_c = c < C
@@ -201,18 +203,18 @@ def state_gradient_kernel(
         length = tl.load(bounds + owner + 1).to(tl.int64) - first
     if HAS_LENGTHS:
         length = tl.load(lengths + owner).to(tl.int64)
-    for slot in tl.static_range(W - 1):
+    for column in tl.static_range(W - 1):
         grad = tl.zeros([1, BC], dtype=tl.float32)
-        for step in tl.static_range(slot + 1):
-            place = tl.arange(0, 1).to(tl.int64) + step
+        for step in tl.static_range(column + 1):
+            position = tl.arange(0, 1).to(tl.int64) + step
             slope = _slope(
-                dy, x, weight, state, first + place, owner + place * 0, place, place < length, c, in_c, row, T,
+                dy, x, weight, state, first + position, owner + position * 0, position, position < length, c, in_c, row, T,
                 row * x_row, x_token, C, W, True, 1, BC,
             )  # fmt: skip
-            tap = tl.load(weight + c * W + (slot - step), mask=in_c, other=0.0).to(tl.float32)
+            tap = tl.load(weight + c * W + (column - step), mask=in_c, other=0.0).to(tl.float32)
             grad += slope * tap[None, :]
-        left = in_c & (slot >= length)
-        at = (owner * (W - 1) + slot - length) * C + c
-        grad += tl.load(dafter + at, mask=left, other=0.0).to(tl.float32)[None, :]
+        kept = in_c & (column >= length)
+        at = (owner * (W - 1) + column - length) * C + c
+        grad += tl.load(dafter + at, mask=kept, other=0.0).to(tl.float32)[None, :]
         at = (owner * C + c) * (W - 1)
-        tl.store(dstate + at[None, :] + slot, grad.to(dstate.dtype.element_ty), mask=in_c[None, :])
+        tl.store(dstate + at[None, :] + column, grad.to(dstate.dtype.element_ty), mask=in_c[None, :])

@@ -1,12 +1,12 @@
 """The chunked gated delta rule in Triton, forward and backward, as one operation of torch.library each way.
 
-    qwen35moe_kernels::delta_rule        query, key, value, decay, beta, state, cu_seqlens -> output, final state, and what
-                                         the backward needs: (I + A)^-1, running sums, lengths, memories, corrections
+    qwen35moe_kernels::delta_rule        query, key, value, decay, beta, state, cu_seqlens -> output, final state, and the
+                                         tensors of the backward: (I + a)^-1, running sums, inverse norms, states, writes
     qwen35moe_kernels::delta_rule_back   -> the gradients of query, key, value, decay, beta and state
 
-The equations and their order are in delta_rule_forward.py and delta_rule_backward.py. Nothing here waits for the device,
-packed documents included: where their chunks lie is a table that is computed on it, with room for as many chunks as there
-can be. Letters and shapes are those of the operation `gated_delta_rule`.
+delta_rule_forward.py and delta_rule_backward.py hold the equations. Nothing waits for the device: the table of the chunks of
+packed documents is computed on the device, with room for the largest possible number of chunks. Letters and shapes are those
+of the operation `gated_delta_rule`; M is the length of a chunk.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 from qwen35moe_kernels import runtime
 
 CHUNK = 64
-WIDEST = 256  # a program keeps [K, 32] numbers of the memory in registers
-WIDEST_FLOAT32_BACK = 64  # `queries_back` at K = 128 in float32: 288 KiB of shared memory, a Hopper GPU has 227
+WIDEST = 256  # a program holds [K, 32] elements of the recurrent state in registers
+WIDEST_FLOAT32_BACK = 64  # `queries_back` in float32 at K = 128 takes 288 KiB of shared memory; a Hopper GPU has 227
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Sizes(NamedTuple):
-    """Sizes that a kernel is compiled for. KP: K rounded up to a power of two, 16 at least, as products want it."""
+    """Sizes for which a kernel is compiled. KP: K rounded up to a power of two, at least 16, as tl.dot requires."""
 
     G: int
     H: int
@@ -45,17 +45,17 @@ def _power_of_two(width: int, most: int = 1 << 30) -> int:
 
 
 class Chunks(NamedTuple):
-    """Where the chunks lie: rows of one length, or packed documents with their tables (see `chunks`)."""
+    """The chunks of rows of one length, or of packed documents, which need the tables (see `chunks`)."""
 
     rows: int
     count: int
     bounds: Tensor | None = None  # [documents + 1]
-    first: Tensor | None = None  # [documents]: the number of each one's first chunk
-    spans: Tensor | None = None  # [count, 2]: where each chunk begins and ends; spare ones are empty
+    first: Tensor | None = None  # [documents]: index of the first chunk of each document
+    spans: Tensor | None = None  # [count, 2]: begin and end of each chunk; unused ones are empty
 
 
-def how_many_chunks(batch: int, tokens: int, cu_seqlens: Tensor | None) -> tuple[int, int]:
-    """(rows, chunks to make room for). A document wastes less than one chunk: their number needs no look at cu_seqlens."""
+def chunk_count(batch: int, tokens: int, cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """(rows, upper bound of the number of chunks). The bound follows from sizes alone: a document adds at most one chunk."""
     if cu_seqlens is None:
         return batch, batch * ((tokens + CHUNK - 1) // CHUNK)
     documents = cu_seqlens.shape[0] - 1
@@ -63,23 +63,23 @@ def how_many_chunks(batch: int, tokens: int, cu_seqlens: Tensor | None) -> tuple
 
 
 def chunks(batch: int, tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Chunks:
-    """Where every chunk lies, computed on the device: no document is looked at from the host."""
-    rows, count = how_many_chunks(batch, tokens, cu_seqlens)
+    """The chunks of a call. The tables are computed on the device; the host does not read cu_seqlens."""
+    rows, count = chunk_count(batch, tokens, cu_seqlens)
     if cu_seqlens is None:
         return Chunks(rows, count)
     bounds = cu_seqlens.to(device, torch.int64).contiguous()
-    each = (bounds.diff() + CHUNK - 1) // CHUNK
-    behind = each.cumsum(0)
-    first = behind - each
-    number = torch.arange(count, device=device)
-    document = torch.searchsorted(behind, number, right=True).clamp_max(rows - 1)
-    begin = bounds[document] + (number - first[document]) * CHUNK
+    counts = (bounds.diff() + CHUNK - 1) // CHUNK
+    ends = counts.cumsum(0)
+    first = ends - counts
+    index = torch.arange(count, device=device)
+    document = torch.searchsorted(ends, index, right=True).clamp_max(rows - 1)
+    begin = bounds[document] + (index - first[document]) * CHUNK
     end = torch.minimum(begin + CHUNK, bounds[document + 1])
     return Chunks(rows, count, bounds, first, torch.stack([begin, end], dim=-1))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [B, T, heads, width] such that its tokens lie evenly through the whole batch: a view of a projection is."""
+    """x [B, T, heads, width] with one stride for the tokens of the whole batch, as a view of a projection has."""
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     return x if even and x.stride(3) == 1 else x.contiguous()
 
@@ -88,47 +88,47 @@ def _rows(x: Tensor) -> Tensor:
 def delta_rule(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward: what `_outputs` lists. query, key [B, T, G, K], value [B, T, H, V], decay, beta [B, T, H], state
-    [rows, H, K, V], cu_seqlens [documents + 1]."""
+    """The forward, which returns the tensors of `_outputs`. query, key [B, T, G, K], value [B, T, H, V], decay, beta [B, T, H],
+    state [rows, H, K, V], cu_seqlens [documents + 1]."""
     kernels = runtime.kernels("delta_rule_forward")
 
-    output, final, inverse, sums, norms, states, writes = made = _outputs(query, key, value, cu_seqlens)
+    output, final, inverse, sums, norms, states, writes = results = _outputs(query, key, value, cu_seqlens)
     (batch, tokens), size = query.shape[:2], sizes(key, value)
-    place, total = chunks(batch, tokens, cu_seqlens, query.device), batch * tokens
+    layout, total = chunks(batch, tokens, cu_seqlens, query.device), batch * tokens
     query, key, value = _rows(query), _rows(key), _rows(value)
     decay, beta = decay.contiguous(), beta.contiguous()
     initial = None if state is None else state.float().contiguous()
     packed, widen = cu_seqlens is not None, runtime.interpreted()
-    of_q, of_k, of_v = query.stride()[1:3], key.stride()[1:3], value.stride()[1:3]
+    q_strides, k_strides, v_strides = query.stride()[1:3], key.stride()[1:3], value.stride()[1:3]
     wide = _power_of_two(size.V, 128 if key.dtype == torch.bfloat16 else 32)
     narrow = min(wide, 32)
     with runtime.on_device_of(query):
-        kernels.prepare[place.count, size.H](
-            query, key, decay, beta, inverse, sums, norms, place.spans, tokens, total, *of_q, *of_k,
+        kernels.prepare[layout.count, size.H](
+            query, key, decay, beta, inverse, sums, norms, layout.spans, tokens, total, *q_strides, *k_strides,
             size.G, size.H, size.K, size.KP, 32, packed, widen, num_warps=2,
         )  # fmt: skip
-        kernels.recur[place.rows * size.H, -(-size.V // narrow)](
-            key, value, beta, inverse, sums, norms, initial, states, writes, final, place.bounds, place.first, tokens, total,
-            *of_k, *of_v, *size, narrow, CHUNK, packed, initial is not None, widen, num_warps=4, num_stages=2,
+        kernels.recur[layout.rows * size.H, -(-size.V // narrow)](
+            key, value, beta, inverse, sums, norms, initial, states, writes, final, layout.bounds, layout.first, tokens, total,
+            *k_strides, *v_strides, *size, narrow, CHUNK, packed, initial is not None, widen, num_warps=4, num_stages=2,
         )  # fmt: skip
-        kernels.answer[place.count, size.H, -(-size.V // wide)](
-            query, key, sums, norms, states, writes, output, place.spans, tokens, total, *of_q, *of_k, size.K**-0.5,
+        kernels.outputs[layout.count, size.H, -(-size.V // wide)](
+            query, key, sums, norms, states, writes, output, layout.spans, tokens, total, *q_strides, *k_strides, size.K**-0.5,
             *size, wide, CHUNK, packed, widen, num_warps=4,
         )  # fmt: skip
-    return made
+    return results
 
 
 @delta_rule.register_fake
 def _outputs(
-    query: Tensor, key: Tensor, value: Tensor, *more: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Unwritten: output, final state, (I + A)^-1 [B, T, H, C], sums of the decays [2, B, T, H], inverse lengths
-    [2, B, T, G], the memory before each chunk [chunks, H, K, V], corrections [B, T, H, V].
+    """Uninitialised: output, final state, (I + a)^-1 [B, T, H, M], sums of the decays [2, B, T, H], inverse norms
+    [2, B, T, G], the state before each chunk [chunks, H, K, V], writes [B, T, H, V].
 
-    Memories and corrections are kept as they are multiplied: in the dtype of the inputs.
+    States and writes have the dtype of the inputs, in which they are multiplied.
     """
     (batch, tokens, heads, out), (groups, width) = value.shape, key.shape[2:]
-    rows, count = how_many_chunks(batch, tokens, more[-1])
+    rows, count = chunk_count(batch, tokens, others[-1])
     wide = torch.float32
     return (
         value.new_empty(value.shape),
@@ -146,45 +146,45 @@ def delta_rule_back(
     d_output: Tensor, d_final: Tensor, query: Tensor, key: Tensor, value: Tensor, beta: Tensor, cu_seqlens: Tensor | None,
     inverse: Tensor, sums: Tensor, norms: Tensor, states: Tensor, writes: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, key, value, decay, beta and state, from those of the output and of the final state."""
+    """Gradients of query, key, value, decay, beta and state, from those of the output and of the final state."""
     kernels = runtime.kernels("delta_rule_backward")
 
-    d_query, d_key, d_value, d_decay, d_beta, d_initial = made = _gradients(d_output, d_final, query, key, value)
+    d_query, d_key, d_value, d_decay, d_beta, d_initial = results = _gradients(d_output, d_final, query, key, value)
     (batch, tokens), size = query.shape[:2], sizes(key, value)
-    place, total = chunks(batch, tokens, cu_seqlens, query.device), batch * tokens
+    layout, total = chunks(batch, tokens, cu_seqlens, query.device), batch * tokens
     query, key, value = _rows(query), _rows(key), _rows(value)
     beta, d_output, d_final = beta.contiguous(), d_output.contiguous(), d_final.contiguous()
     d_writes, d_states = torch.empty_like(writes), torch.empty_like(states)
     d_units = torch.empty(key.shape, dtype=torch.float32, device=key.device)
     packed, widen = cu_seqlens is not None, runtime.interpreted()
-    of_q, of_k, of_v = query.stride()[1:3], key.stride()[1:3], value.stride()[1:3]
+    q_strides, k_strides, v_strides = query.stride()[1:3], key.stride()[1:3], value.stride()[1:3]
     half = key.dtype == torch.bfloat16
     wide, middle = _power_of_two(size.V, 128 if half else 32), _power_of_two(size.V, 64 if half else 16)
     narrow, scale = min(wide, 32), size.K**-0.5
     with runtime.on_device_of(query):
-        kernels.attend_back[place.count, size.H, -(-size.V // wide)](
-            query, key, sums, norms, d_output, d_writes, place.spans, tokens, total, *of_q, *of_k, scale,
+        kernels.attend_back[layout.count, size.H, -(-size.V // wide)](
+            query, key, sums, norms, d_output, d_writes, layout.spans, tokens, total, *q_strides, *k_strides, scale,
             *size, wide, CHUNK, packed, widen, num_warps=4,
         )  # fmt: skip
-        kernels.recur_back[place.rows * size.H, -(-size.V // narrow)](
-            query, key, beta, inverse, sums, norms, d_output, d_writes, d_final, d_states, d_initial, place.bounds,
-            place.first, tokens, total, *of_q, *of_k, scale, *size, narrow, CHUNK, packed, widen,
+        kernels.recur_back[layout.rows * size.H, -(-size.V // narrow)](
+            query, key, beta, inverse, sums, norms, d_output, d_writes, d_final, d_states, d_initial, layout.bounds,
+            layout.first, tokens, total, *q_strides, *k_strides, scale, *size, narrow, CHUNK, packed, widen,
             num_warps=4, num_stages=2,
         )  # fmt: skip
-        kernels.queries_back[place.count, size.G](
-            query, key, sums, norms, states, writes, d_output, d_query, d_units, d_decay, place.spans, tokens, total,
-            *of_q, *of_k, scale, *size, middle, CHUNK, packed, widen, num_warps=8, num_stages=1,
+        kernels.queries_back[layout.count, size.G](
+            query, key, sums, norms, states, writes, d_output, d_query, d_units, d_decay, layout.spans, tokens, total,
+            *q_strides, *k_strides, scale, *size, middle, CHUNK, packed, widen, num_warps=8, num_stages=1,
         )  # fmt: skip
-        kernels.keys_back[place.count, size.G](
+        kernels.keys_back[layout.count, size.G](
             key, value, beta, sums, norms, states, writes, d_writes, d_states, d_units, d_key, d_value, d_decay, d_beta,
-            place.spans, tokens, total, *of_k, *of_v, *size, middle, CHUNK, packed, widen, num_warps=8, num_stages=1,
+            layout.spans, tokens, total, *k_strides, *v_strides, *size, middle, CHUNK, packed, widen, num_warps=8, num_stages=1,
         )  # fmt: skip
-    return made
+    return results
 
 
 @delta_rule_back.register_fake
 def _gradients(
-    d_output: Tensor, d_final: Tensor, query: Tensor, key: Tensor, value: Tensor, *more: Tensor | None
+    d_output: Tensor, d_final: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gates = value.new_empty(value.shape[:3], dtype=torch.float32)
     return (
@@ -215,21 +215,21 @@ def _back(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: None) -
     return d_query, d_key, d_value, d_decay.to(ctx.decay_dtype), d_beta.to(beta.dtype), d_state, None
 
 
-def _not_twice(ctx: Any, *gradients: Tensor | None) -> None:
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
     raise RuntimeError(
-        "the Triton delta rule has no second derivative: choose backends.use(gated_delta_rule='torch') for it"
+        "the Triton delta rule has no second derivative: choose backends.use(gated_delta_rule='recurrent') for it"
     )
 
 
 delta_rule.register_autograd(_back, setup_context=_keep)
-delta_rule_back.register_autograd(_not_twice)
+delta_rule_back.register_autograd(_no_second_derivative)
 
 
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The operation `gated_delta_rule`, float32 or bfloat16; the gates and the memory are float32 within."""
+    """The operation `gated_delta_rule` in float32 or bfloat16; decay, beta and the recurrent state are float32 inside."""
     output, final, *_ = delta_rule(query, key, value, decay, beta, state, cu_seqlens)
     return output, final
 
@@ -238,23 +238,23 @@ def unsupported(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> str | None:
-    """Why these inputs cannot be run, or None. cu_seqlens may lie on the host: it is then copied."""
+    """None, or the reason why these kernels cannot run this call. cu_seqlens may be on the host."""
     floats = {"query": query, "key": key, "value": value, "decay": decay, "beta": beta, "state": state}
     if reason := runtime.unsupported_device(**floats):
         return reason
     if reason := runtime.unsupported_dtype(*_DTYPES, **floats):
         return reason
     if not query.dtype == key.dtype == value.dtype:
-        return f"query is {query.dtype}, key {key.dtype} and value {value.dtype}: it multiplies one dtype"
+        return f"query is {query.dtype}, key {key.dtype} and value {value.dtype}: the kernels take one dtype"
     if key.shape[-1] > WIDEST:
-        return f"keys are {key.shape[-1]} wide: at most {WIDEST} fit the registers that hold the memory"
+        return f"keys are {key.shape[-1]} wide: a program holds the state of keys up to {WIDEST} wide"
     if query.dtype == torch.float32 and key.shape[-1] > WIDEST_FLOAT32_BACK and runtime.needs_gradient(*floats.values()):
-        return f"float32 keys {key.shape[-1]} wide need more shared memory for their gradient than there is: at most 64"
-    return "there are no tokens" if query.shape[1] == 0 else None
+        return f"float32 keys are {key.shape[-1]} wide: with a gradient, shared memory suffices up to {WIDEST_FLOAT32_BACK}"
+    return "query has no tokens" if query.shape[1] == 0 else None
 
 
 def register(register: Callable[..., None]) -> None:
-    """Before the PyTorch forms; under the interpreter, where it would be slower than any, behind them."""
+    """Registers ahead of the PyTorch forms; in the interpreter, where it is the slowest, behind them."""
     missing = runtime.missing()
     register(
         "gated_delta_rule", "triton", None if missing else gated_delta_rule, unsupported,

@@ -1,14 +1,16 @@
 """The gated delta rule forward, in chunks of 64 tokens: three kernels.
 
-Per value head and chunk, with unit keys k and queries q, the memory S before the chunk, c the running sum of decays in it,
-D_ij = exp(c_i - c_j) for j <= i, and A_ij = beta_i (k_i . k_j) D_ij for j < i:
+For one value head and the tokens i, j = 1 ... M of a chunk, with unit queries q and keys k, the recurrent state S_0 before the
+chunk, d_ij = exp(decay_{j+1} + ... + decay_i) for j <= i and a_ij = beta_i d_ij (k_i . k_j) for j < i:
 
-    prepare     X = (I + A)^-1                                           every chunk for itself
-    recur       W = X beta (V - exp(c) K S),   S' = exp(c_C) S + (exp(c_C - c) K)^T W       chunk after chunk
-    answer      O = (exp(c) Q S + (Q K^T * D) W) / sqrt(K)               every chunk for itself
+    prepare     x = (I + a)^-1                                                              each chunk on its own
+    recur       delta_i = beta_i (v_i - d_i0 S_0^T k_i),   w_i = sum_j x_ij delta_j         chunk after chunk
+                S_M = d_M0 S_0 + sum_j d_Mj k_j (x) w_j
+    outputs     o_i = (d_i0 S_0^T q_i + sum_j d_ij (q_i . k_j) w_j) / sqrt(K)               each chunk on its own
 
-Keys and queries are multiplied as they come and their lengths put into the factors beside them, so that normalising
-rounds nothing. Sums, gates, memories and the inverse are float32; products have operands of the inputs' dtype.
+docs/reference/delta_rule.md derives them; its x has the factor diag(beta), which is in delta here. Products take unnormalised
+queries and keys, and their inverse norms go into the float32 factors, so that normalising rounds nothing. Sums, decays, states
+and the inverse are computed in float32; products have operands of the inputs' dtype.
 """
 
 # pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
@@ -19,8 +21,8 @@ import triton
 import triton.language as tl
 
 from qwen35moe_kernels.delta_rule_tiles import (
+    decay_factor,
     decays_between,
-    forgetting,
     load_column,
     load_inverse,
     load_rows,
@@ -38,10 +40,10 @@ BLOCK = tl.constexpr(16)
 
 @triton.jit
 def _without_column(a, x, j):
-    """Step j = 0 ... 14 of the inverse x of I + a [16, 16], from x = I on: column j of a times row j of x is taken from the
-    rows below, which alone that column reaches.
+    """Step j = 0 ... 14 of the inverse x of I + a [16, 16], starting with x = I: subtracts column j of a times row j of x,
+    which changes the rows below j only.
 
-    Not by powers of a: at equal keys those lose five digits even in a block of 16.
+    Powers of a would lose five digits at equal keys, even in a block of 16.
     """
     i = tl.arange(0, 16)
     column = tl.sum(tl.where(i[None, :] == j, a, 0.0), axis=1)
@@ -56,14 +58,15 @@ def _product32(a, b):
 
 @triton.jit
 def _keys_part(key, squares, begin, end, k_token, first, K: tl.constexpr, BK: tl.constexpr):
-    """16 keys, BK columns, and their sums of squares so far."""
+    """16 keys, BK columns, and their running sums of squares."""
     k = load_rows(key, begin, end, k_token, first, K, BLOCK, BK)
     wide = k.to(tl.float32)
     return k, squares + tl.sum(wide * wide, axis=1)
 
 
 @triton.jit
-def _stored_length(norms, squares, begin, end, G: tl.constexpr):
+def _store_norm(norms, squares, begin, end, G: tl.constexpr):
+    """The inverse norms of 16 queries or keys, stored and returned."""
     length = 1.0 / tl.sqrt(squares + 1e-6)
     store_column(norms, length, begin, end, G, BLOCK)
     return length
@@ -71,7 +74,7 @@ def _stored_length(norms, squares, begin, end, G: tl.constexpr):
 
 @triton.jit
 def _block_of_gates(decay, beta, sums, begin, end, h, total, coarse_before, fine_before, H: tl.constexpr):
-    """Of 16 tokens: the chunk's running sums up to each, which are stored, and after the last; beta."""
+    """For 16 tokens: the chunk's running sums of the log decay, which are stored, beta, and the sums after the last token."""
     coarse, fine = split(load_column(decay + h, begin, end, H, BLOCK))
     coarse_sum = coarse_before + tl.cumsum(coarse, axis=0)
     fine_sum = fine_before + tl.cumsum(fine, axis=0)
@@ -83,13 +86,13 @@ def _block_of_gates(decay, beta, sums, begin, end, h, total, coarse_before, fine
 
 @triton.jit
 def _system(scores, length_i, coarse_i, fine_i, beta_i, length_j, coarse_j, fine_j, DIAGONAL: tl.constexpr):
-    """A block of A."""
+    """A block of a."""
     scores = scores * length_i[:, None] * length_j[None, :]
     logs = (coarse_i[:, None] - coarse_j[None, :]) + (fine_i[:, None] - fine_j[None, :])
     if DIAGONAL:
         i = tl.arange(0, 16)
         logs = tl.where(i[:, None] > i[None, :], logs, float("-inf"))
-    return beta_i[:, None] * scores * forgetting(logs)
+    return beta_i[:, None] * scores * decay_factor(logs)
 
 
 @triton.jit
@@ -98,22 +101,22 @@ def prepare(
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One chunk of one value head: (I + A)^-1 [T, H, C], the running sums [2, T, H] of the decays, and for a key head's
-    first value head the inverse lengths [2, T, G] of its queries and keys.
+    """One chunk of one value head: (I + a)^-1 [T, H, M] and the running sums [2, T, H] of the log decays; the first value head
+    of a key head also stores the inverse norms [2, T, G] of its queries and keys.
 
-    The inverse is built from blocks of 16: with A_ij its blocks and X_i those of the inverse's diagonal,
-    X_ij = -X_i sum_{j <= l < i} A_il X_lj. The products of keys are computed once for each value head, not once for each
-    key head: kept for several heads they spill, and they are the smaller part of the work.
+    The inverse is built from blocks of 16: with the blocks a_ij of a and the diagonal blocks x_i of the inverse,
+    x_ij = -x_i sum_{j <= l < i} a_il x_lj. The products of keys are repeated for every value head of a key head: kept for
+    several heads they would spill registers, and they are the smaller part of the work.
     """
     chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g = h // (H // G)
     t0, end = span_of_chunk(spans, chunk, tokens, PACKED, 64)
     t1, t2, t3 = t0 + 16, t0 + 32, t0 + 48
-    writer_end = tl.where(h % (H // G) == 0, end, 0)  # where a program stores lengths: nowhere but in the first
+    norms_end = tl.where(h % (H // G) == 0, end, 0)  # only the first value head of a key head stores norms
     if h % (H // G) == 0:
         for part in range(4):
             _, squares = _keys_part(query + g * q_head, 0.0, t0 + 16 * part, end, q_token, 0, K, KP)
-            _stored_length(norms + g, squares, t0 + 16 * part, end, G)
+            _store_norm(norms + g, squares, t0 + 16 * part, end, G)
     key += g * k_head
     ROUND: tl.constexpr = key.dtype.element_ty
     empty, none = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -134,10 +137,10 @@ def prepare(
         s21 += product(k2, tl.trans(k1), ROUND, WIDEN)
         s31 += product(k3, tl.trans(k1), ROUND, WIDEN)
         s32 += product(k3, tl.trans(k2), ROUND, WIDEN)
-    l0 = _stored_length(norms + total * G + g, l0, t0, writer_end, G)
-    l1 = _stored_length(norms + total * G + g, l1, t1, writer_end, G)
-    l2 = _stored_length(norms + total * G + g, l2, t2, writer_end, G)
-    l3 = _stored_length(norms + total * G + g, l3, t3, writer_end, G)
+    l0 = _store_norm(norms + total * G + g, l0, t0, norms_end, G)
+    l1 = _store_norm(norms + total * G + g, l1, t1, norms_end, G)
+    l2 = _store_norm(norms + total * G + g, l2, t2, norms_end, G)
+    l3 = _store_norm(norms + total * G + g, l3, t3, norms_end, G)
     c0, f0, b0, c, f = _block_of_gates(decay, beta, sums, t0, end, h, total, 0.0, 0.0, H)
     c1, f1, b1, c, f = _block_of_gates(decay, beta, sums, t1, end, h, total, c, f, H)
     c2, f2, b2, c, f = _block_of_gates(decay, beta, sums, t2, end, h, total, c, f, H)
@@ -178,56 +181,56 @@ def prepare(
 def recur(
     key, value, beta, inverse, sums, norms, initial, states, writes, final, bounds, first_chunks, tokens, total,
     k_token, k_head, v_token, v_head, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr,
+    KP: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One row or document, one value head, BV columns of its memory: the memory before each chunk [chunks, H, K, V], the
-    corrections W [T, H, V] and the memory at the end [rows, H, K, V]."""
+    """One row or document, one value head, BV columns: the state before each chunk [chunks, H, K, V], the writes w [T, H, V]
+    and the state after the last token [rows, H, K, V]."""
     n, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
     first, g = tl.program_id(1) * BV, h // (H // G)
     ROUND: tl.constexpr = key.dtype.element_ty
-    begin, end, chunk = span_of_sequence(bounds, first_chunks, n, tokens, PACKED, C)
-    memory = tl.zeros([KP, BV], tl.float32)
+    begin, end, chunk = span_of_sequence(bounds, first_chunks, n, tokens, PACKED, M)
+    state = tl.zeros([KP, BV], tl.float32)
     if HAS_STATE:
-        memory += load_rows(initial + (n * H + h) * K * V, 0, K, V, first, V, KP, BV)
-    for c in range(0, tl.cdiv(end - begin, C)):
-        t = begin + c * C
-        store_rows(states + ((chunk + c) * H + h) * K * V, memory, 0, K, V, first, V, KP, BV)
-        k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
-        v = load_rows(value + h * v_head, t, end, v_token, first, V, C, BV).to(tl.float32)
-        x = load_inverse(inverse, h, t, end, H, C, False)
-        rate = load_column(beta + h, t, end, H, C)
-        length = load_column(norms + total * G + g, t, end, G, C)
-        coarse, fine, coarse_end, fine_end = load_sums(sums, h, t, end, total, H, C)
-        recalled = product(k, memory, ROUND, WIDEN) * (length * forgetting(coarse + fine))[:, None]
+        state += load_rows(initial + (n * H + h) * K * V, 0, K, V, first, V, KP, BV)
+    for c in range(0, tl.cdiv(end - begin, M)):
+        t = begin + c * M
+        store_rows(states + ((chunk + c) * H + h) * K * V, state, 0, K, V, first, V, KP, BV)
+        k = load_rows(key + g * k_head, t, end, k_token, 0, K, M, KP)
+        v = load_rows(value + h * v_head, t, end, v_token, first, V, M, BV).to(tl.float32)
+        x = load_inverse(inverse, h, t, end, H, M, False)
+        rate = load_column(beta + h, t, end, H, M)
+        length = load_column(norms + total * G + g, t, end, G, M)
+        coarse, fine, coarse_end, fine_end = load_sums(sums, h, t, end, total, H, M)
+        recalled = product(k, state, ROUND, WIDEN) * (length * decay_factor(coarse + fine))[:, None]
         write = product(x, rate[:, None] * (v - recalled), ROUND, WIDEN)
-        store_rows(writes + h * V, write, t, end, H * V, first, V, C, BV)
-        to_end = length * forgetting((coarse_end - coarse) + (fine_end - fine))
-        brought = product(tl.trans(k), to_end[:, None] * write, ROUND, WIDEN)
-        memory = memory * forgetting(coarse_end + fine_end) + brought
-    store_rows(final + (n * H + h) * K * V, memory, 0, K, V, first, V, KP, BV)
+        store_rows(writes + h * V, write, t, end, H * V, first, V, M, BV)
+        to_end = length * decay_factor((coarse_end - coarse) + (fine_end - fine))
+        added = product(tl.trans(k), to_end[:, None] * write, ROUND, WIDEN)
+        state = state * decay_factor(coarse_end + fine_end) + added
+    store_rows(final + (n * H + h) * K * V, state, 0, K, V, first, V, KP, BV)
 
 
 @triton.jit
-def answer(
+def outputs(
     query, key, sums, norms, states, writes, output, spans, tokens, total, q_token, q_head, k_token, k_head, scale,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, PACKED: tl.constexpr, WIDEN: tl.constexpr,
+    M: tl.constexpr, PACKED: tl.constexpr, WIDEN: tl.constexpr,
 ):
-    """One chunk, one value head, BV columns of its output [T, H, V]."""
+    """One chunk, one value head, BV columns of the output [T, H, V]."""
     chunk, h, first = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BV
     g = h // (H // G)
     ROUND: tl.constexpr = key.dtype.element_ty
-    t, end = span_of_chunk(spans, chunk, tokens, PACKED, C)
-    q = load_rows(query + g * q_head, t, end, q_token, 0, K, C, KP)
-    k = load_rows(key + g * k_head, t, end, k_token, 0, K, C, KP)
-    q_length = load_column(norms + g, t, end, G, C) * scale
-    k_length = load_column(norms + total * G + g, t, end, G, C)
-    coarse, fine, _, _ = load_sums(sums, h, t, end, total, H, C)
-    attend = product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None] * k_length[None, :]
-    attend *= decays_between(coarse, fine, t, end, C, False)
-    memory = load_rows(states + (chunk * H + h) * K * V, 0, K, V, first, V, KP, BV)
-    out = product(q, memory, ROUND, WIDEN) * (q_length * forgetting(coarse + fine))[:, None]
-    write = load_rows(writes + h * V, t, end, H * V, first, V, C, BV)
-    out += product(attend, write, ROUND, WIDEN)
-    store_rows(output + h * V, out, t, end, H * V, first, V, C, BV)
+    t, end = span_of_chunk(spans, chunk, tokens, PACKED, M)
+    q = load_rows(query + g * q_head, t, end, q_token, 0, K, M, KP)
+    k = load_rows(key + g * k_head, t, end, k_token, 0, K, M, KP)
+    q_length = load_column(norms + g, t, end, G, M) * scale
+    k_length = load_column(norms + total * G + g, t, end, G, M)
+    coarse, fine, _, _ = load_sums(sums, h, t, end, total, H, M)
+    scores = product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None] * k_length[None, :]
+    scores *= decays_between(coarse, fine, t, end, M, False)
+    state = load_rows(states + (chunk * H + h) * K * V, 0, K, V, first, V, KP, BV)
+    out = product(q, state, ROUND, WIDEN) * (q_length * decay_factor(coarse + fine))[:, None]
+    write = load_rows(writes + h * V, t, end, H * V, first, V, M, BV)
+    out += product(scores, write, ROUND, WIDEN)
+    store_rows(output + h * V, out, t, end, H * V, first, V, M, BV)

@@ -1,12 +1,12 @@
 """Adapter to flash-linear-attention (>= 0.6): `chunk_gated_delta_rule`, and `fused_recurrent_gated_delta_rule` for one token.
 
-Its letters are ours but for g, the decay's log, and HV, our H beside its H = G: it takes fewer key heads than value heads
-(its GVA) and normalises queries and keys with the same 1e-6. What it cannot do: float32 within 2e-5 (its chunks multiply in
-TF32), float64, heads wider than 256, tensors that are not on CUDA, and being part of a compiled graph.
+fla calls the decay g, value heads HV (our H) and key heads H (our G). It supports fewer key heads than value heads (its GVA)
+and normalises queries and keys with the same eps, 1e-6. It does not support float32 within 2e-5 (its chunks multiply in
+TF32), float64, heads wider than 256, tensors that are not on CUDA, and compiled graphs.
 
-Where flash-qla is installed too, fla takes that for bfloat16 and float16 at K = V = 128 on Hopper and Blackwell, by itself;
-FLA_FLASH_QLA=0 turns it off. This decides about gradients: fla's own backward is wrong on Hopper with Triton 3.4 to 3.7.0
-(its issue 640; there it refuses), and has given NaN on data-centre Blackwell (its issue 913).
+With flash-qla installed, fla dispatches to it for bfloat16 and float16 at K = V = 128 on Hopper and Blackwell, unless
+FLA_FLASH_QLA=0. Gradients depend on it: fla's own backward is wrong on Hopper with Triton 3.4 to 3.7.0 (its issue 640; fla
+raises there), and has returned NaN on data-centre Blackwell (its issue 913).
 """
 
 from __future__ import annotations
@@ -22,20 +22,9 @@ from torch import Tensor
 from qwen35moe_kernels import runtime
 
 OLDEST = (0, 6)
-HOW = "pip install 'flash-linear-attention>=0.6' (and flash-qla, which it then uses by itself)"
+HOW = "pip install 'flash-linear-attention>=0.6' (and flash-qla, which fla uses if it is installed)"
 WIDEST = 256
 _HALF = (torch.bfloat16, torch.float16)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """(3, 7, 1) of "3.7.1+cu130" and of "3.7.1.post2"; what is no number ends it."""
-    numbers: list[int] = []
-    for part in version.split("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
 
 
 def _version(*names: str) -> str | None:
@@ -48,17 +37,17 @@ def _version(*names: str) -> str | None:
 
 
 def missing() -> str | None:
-    """Why fla cannot be used on this machine, or None."""
+    """None, or the reason why fla cannot be used on this machine."""
     if reason := runtime.package_missing("fla", HOW):
         return reason
     version = _version("fla-core", "flash-linear-attention")
-    if version is not None and _numbers(version) < OLDEST:
+    if version is not None and runtime.version_numbers(version) < OLDEST:
         return f"fla {version} is installed, the adapter needs 0.6 or newer: {HOW}"
     return None
 
 
 def _one_token(query: Tensor, cu_seqlens: Tensor | None, gradient: bool) -> bool:
-    """Whether the recurrent kernel runs it: for one token it is the faster, and it has no backward."""
+    """Whether the recurrent kernel runs: it is the faster one for one token, and has no backward."""
     return query.shape[1] == 1 and cu_seqlens is None and not gradient
 
 
@@ -68,25 +57,25 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _takes_flash_qla(query: Tensor, value: Tensor, capability: tuple[int, int]) -> bool:
-    """Whether fla hands both directions to flash-qla, by the rules of fla's own dispatch."""
-    on = os.environ.get("FLA_FLASH_QLA", "1") != "0" and os.environ.get("FLA_DISABLE_BACKEND_DISPATCH", "0") != "1"
-    sized = query.shape[-1] == value.shape[-1] == 128 and query.dtype in _HALF
-    return on and sized and capability[0] in (9, 10) and runtime.installed("flash_qla")
+    """Whether fla dispatches forward and backward to flash-qla, by the rules of its own dispatch."""
+    enabled = os.environ.get("FLA_FLASH_QLA", "1") != "0" and os.environ.get("FLA_DISABLE_BACKEND_DISPATCH", "0") != "1"
+    supported = query.shape[-1] == value.shape[-1] == 128 and query.dtype in _HALF
+    return enabled and supported and capability[0] in (9, 10) and runtime.installed("flash_qla")
 
 
 def _wrong_gradients(query: Tensor, value: Tensor) -> str | None:
-    """The machines on which fla's own backward is known to be wrong."""
+    """None, or why fla's own backward is known to be wrong on this machine."""
     capability = _capability(query.device)
     if capability[0] not in (9, 10) or _takes_flash_qla(query, value, capability):
         return None
     if capability[0] == 10:
-        return "an input requires a gradient, and fla's backward has given NaN on this GPU (its issue 913): install flash-qla"
+        return "an input requires a gradient, and fla's backward returned NaN on this GPU (its issue 913): install flash-qla"
     version = _version("triton") or ""
-    if not (3, 4) <= _numbers(version) < (3, 7, 1):
+    if not (3, 4) <= runtime.version_numbers(version) < (3, 7, 1):
         return None
     return (
         f"an input requires a gradient, and fla's backward is wrong on Hopper GPUs with Triton {version} (its issue 640): "
-        "Triton 3.7.1 and flash-qla are right"
+        "install Triton 3.7.1 or flash-qla"
     )
 
 
@@ -94,15 +83,15 @@ def unsupported(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> str | None:  # fmt: skip
-    """Why fla cannot run this call, or None."""
+    """None, or the reason why fla cannot run this call."""
     if torch.compiler.is_compiling():
-        return "a graph is being compiled, and fla is no library operation"
+        return "a graph is being compiled, and fla is not a torch.library operator"
     floats = {"query": query, "key": key, "value": value, "decay": decay, "beta": beta, "state": state}
     if reason := runtime.unsupported_cuda(**floats):
         return reason
     gradient = runtime.needs_gradient(*floats.values())
-    one = _one_token(query, cu_seqlens, gradient)
-    if reason := runtime.unsupported_dtype(*_HALF, *((torch.float32,) if one else ()), query=query, key=key, value=value):
+    dtypes = (*_HALF, torch.float32) if _one_token(query, cu_seqlens, gradient) else _HALF
+    if reason := runtime.unsupported_dtype(*dtypes, query=query, key=key, value=value):
         return reason if query.dtype != torch.float32 else f"{reason}: fla multiplies float32 in TF32, to three digits"
     if reason := runtime.unsupported_dtype(*_HALF, torch.float32, decay=decay, beta=beta, state=state):
         return reason
@@ -117,8 +106,8 @@ def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The operation `gated_delta_rule`; the memory comes back in float32. cu_seqlens may lie on the host: fla then need not
-    fetch it from the device to lay out its chunks."""
+    """The operation `gated_delta_rule`; the final state is float32. With cu_seqlens on the host, fla lays out its chunks
+    without reading from the device."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule  # pyright: ignore[reportMissingImports]
 
     decay = decay.float()
@@ -136,7 +125,7 @@ def gated_delta_rule(
 
 
 def register(register: Callable[..., None]) -> None:
-    """In front of all others where it can run: what is installed was built for this machine."""
+    """Registers ahead of all others: an installed package was built for this machine."""
     before = "triton" if runtime.place("chunked_cpu") else "chunked_cpu"
     reason = missing()
     register(

@@ -14,17 +14,17 @@ from torch import Tensor
 from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_NUMBERS, _NUMBERS_BACKWARD = 4096, 2048  # of x in one program
+_ELEMENTS, _ELEMENTS_BACKWARD = 4096, 2048  # of x in one program
 _WIDEST = 8192
-_PROGRAMS = 1024  # of the backward, at most: each walks over its rows and leaves one sum for the weight
+_PROGRAMS = 1024  # of the backward, at most: each loops over its rows and writes one partial sum of the weight's gradient
 
 
 def unsupported(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> str | None:
-    """Why these kernels cannot run this call, or None."""
+    """None, or the reason why these kernels cannot run this call."""
     if x.shape[-1] > _WIDEST:
         return f"x has rows of {x.shape[-1]}, one program holds {_WIDEST}"
     if x.shape != gate.shape:
-        return f"gate {list(gate.shape)} is to be broadcast over x {list(x.shape)}"
+        return f"gate {list(gate.shape)} would be broadcast over x {list(x.shape)}"
     return runtime.unsupported_device(x=x, gate=gate, weight=weight) or runtime.unsupported_dtype(
         *_FLOATS, x=x, gate=gate, weight=weight
     )
@@ -37,12 +37,12 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Te
     return _forward(x, gate, weight, eps)
 
 
-def _rows(numbers: int, x: Tensor) -> tuple[int, int, dict[str, int]]:
-    """How many rows there are, in how many blocks, and the block's shape."""
+def _rows(elements: int, x: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Number of rows, number of blocks, and the block's shape."""
     width = runtime.power_of_two(x.shape[-1])
     count = x.numel() // max(1, x.shape[-1])
-    block = min(max(1, numbers // width), runtime.power_of_two(count))
-    return count, runtime.parts(count, block), {"R": block, "BV": width}
+    block = min(max(1, elements // width), runtime.power_of_two(count))
+    return count, runtime.parts(count, block), {"BR": block, "BV": width}
 
 
 def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,11 +50,11 @@ def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def normed(x: Tensor, gate: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """y in a dtype of its own, without a gradient."""
+    """y in the given dtype, without a gradient."""
     kernels = runtime.kernels("gated_norm_kernels")
 
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rows, blocks, shape = _rows(_NUMBERS, x)
+    rows, blocks, shape = _rows(_ELEMENTS, x)
     with runtime.on_device_of(x):
         kernels.forward_kernel[(blocks,)](
             x.contiguous(), gate.contiguous(), weight.contiguous(), y, rows, x.shape[-1], eps, **shape
@@ -66,13 +66,13 @@ def _backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -
     kernels = runtime.kernels("gated_norm_kernels")
 
     dx, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
-    rows, blocks, shape = _rows(_NUMBERS_BACKWARD, x)
+    rows, blocks, shape = _rows(_ELEMENTS_BACKWARD, x)
     programs = min(blocks, _PROGRAMS)
-    shares = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
+    partial_sums = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
     tensors = (t.contiguous() for t in (dy, x, gate, weight))
     with runtime.on_device_of(x):
-        kernels.backward_kernel[(programs,)](*tensors, dx, dgate, shares, rows, x.shape[-1], eps, **shape)
-    return dx, dgate, shares.sum(0).to(weight.dtype)
+        kernels.backward_kernel[(programs,)](*tensors, dx, dgate, partial_sums, rows, x.shape[-1], eps, **shape)
+    return dx, dgate, partial_sums.sum(0).to(weight.dtype)
 
 
 _ARGUMENTS = "Tensor x, Tensor gate, Tensor weight, float eps"
@@ -108,6 +108,6 @@ _operation.register_autograd(_differentiate, setup_context=_save)
 
 
 def register(register: Callable[..., None]) -> None:
-    """Enter the table in front of the PyTorch forms."""
+    """Registers ahead of the PyTorch forms."""
     missing, place = runtime.missing(), runtime.place("cpu")
     register("gated_rms_norm", "triton", gated_rms_norm, unsupported, before=place, missing=missing)

@@ -1,7 +1,7 @@
-"""Triton kernels of the gated RMS norm; `gated_norm.py` launches them. A row lies whole in one program, in float32."""
+"""Triton kernels of the gated RMS norm; `gated_norm.py` launches them. One program holds a whole row, in float32."""
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-# Inside a kernel Python stands for Triton: its `static_range` is no iterable, its constexprs are numbers.
+# pyright reads the kernels as Python: `static_range` is not iterable there, and constexprs are not numbers.
 from __future__ import annotations
 
 import triton
@@ -14,13 +14,13 @@ def _silu(gate):
     return gate * sigmoid, sigmoid
 
 
-@triton.jit(do_not_specialize=["N"])
-def forward_kernel(x, gate, weight, y, N, V, eps, R: tl.constexpr, BV: tl.constexpr):
-    """y = x / sqrt(mean(x^2) + eps) * weight * silu(gate) for R of the N rows."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(x, gate, weight, y, rows, V, eps, BR: tl.constexpr, BV: tl.constexpr):
+    """y = x / sqrt(mean(x^2) + eps) * weight * silu(gate) for BR of the rows."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     column = tl.arange(0, BV)
     at = row[:, None] * V + column[None, :]
-    mask = (row < N)[:, None] & (column < V)[None, :]
+    mask = (row < rows)[:, None] & (column < V)[None, :]
     wide = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     factor, _ = _silu(tl.load(gate + at, mask=mask, other=0.0).to(tl.float32))
     w = tl.load(weight + column, mask=column < V, other=0.0).to(tl.float32)
@@ -29,9 +29,9 @@ def forward_kernel(x, gate, weight, y, N, V, eps, R: tl.constexpr, BV: tl.conste
     tl.store(y + at, out.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
-def backward_kernel(dy, x, gate, weight, dx, dgate, dweight, N, V, eps, R: tl.constexpr, BV: tl.constexpr):
-    """dx and dgate of every R-th block of rows, and the sum of their weight gradients, dweight [programs, V].
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(dy, x, gate, weight, dx, dgate, dweight, rows, V, eps, BR: tl.constexpr, BV: tl.constexpr):
+    """dx and dgate of the blocks of BR rows of this program, and the sum of their weight gradients, dweight [programs, V].
 
     With n = x / rms:  dgate = dy n w silu'(gate),  dw = sum dy n silu(gate),  dn = dy w silu(gate),
     dx = (dn - n mean(dn n)) / rms.
@@ -41,10 +41,10 @@ def backward_kernel(dy, x, gate, weight, dx, dgate, dweight, N, V, eps, R: tl.co
     w = tl.load(weight + column, mask=in_v, other=0.0).to(tl.float32)
     total = tl.zeros([BV], dtype=tl.float32)
     block = tl.program_id(0)
-    while block < tl.cdiv(N, R):  # the interpreter cannot take `range` to a number that is no constexpr
-        row = tl.arange(0, R).to(tl.int64) + block * R
+    while block < tl.cdiv(rows, BR):  # the interpreter takes a constexpr only as the end of `range`
+        row = tl.arange(0, BR).to(tl.int64) + block * BR
         at = row[:, None] * V + column[None, :]
-        mask = (row < N)[:, None] & in_v[None, :]
+        mask = (row < rows)[:, None] & in_v[None, :]
         wide = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)

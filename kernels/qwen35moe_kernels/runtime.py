@@ -1,8 +1,8 @@
-"""What every path of this package asks first: is Triton here, may these tensors go to it, where does a path stand.
+"""Checks that all modules of this package share: Triton, other packages, devices, dtypes, and the place in the table.
 
-Triton kernels run on CUDA tensors. With TRITON_INTERPRET=1, set before Triton is first imported, they run in Triton's
-interpreter on CPU tensors as well: how the suite tests them without a GPU, and thousands of times slower than PyTorch,
-so that they then stand behind every other form and run when they are asked for by name.
+Triton kernels run on CUDA tensors. With TRITON_INTERPRET=1, set before Triton is first imported, they also run on CPU
+tensors, in Triton's interpreter. The tests use it on machines without a GPU. It is thousands of times slower than PyTorch, so
+the kernels are then last in the table and run only when chosen by name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -18,56 +19,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TRITON = (3, 6)  # the oldest version whose language these kernels are written in
+TRITON = (3, 6)  # the oldest version whose language these kernels use
 NO_DEVICE = "there is no CUDA device"
 
 
 def installed(package: str) -> bool:
-    """Whether `import package` would find one. Nothing is imported: a broken installation shows where it is used."""
+    """Whether the package is installed. It is not imported: a broken installation raises where it is used."""
     return importlib.util.find_spec(package) is not None
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """(3, 7, 1) for "3.7.1+cu130" and for "3.7.1.post2": the leading parts that start with a digit."""
+    digits = ("".join(itertools.takewhile(str.isdigit, part)) for part in version.split("+")[0].split("."))
+    return tuple(int(number) for number in itertools.takewhile(bool, digits))
 
 
 @cache
 def triton_missing() -> str | None:
-    """None, or why Triton cannot be used here: not installed, or too old."""
+    """None, or the reason why Triton cannot be used: not installed, or too old."""
     if not installed("triton"):
         return "triton is not installed: pip install 'triton>=3.6'"
     try:
         version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # some builds come under another distribution's name
+    except importlib.metadata.PackageNotFoundError:  # some builds have another distribution name
         import triton
 
         version = triton.__version__
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-    return None if numbers >= TRITON else f"triton {version} is installed, these kernels need 3.6 or newer"
+    if version_numbers(version) >= TRITON:
+        return None
+    return f"triton {version} is installed, these kernels need 3.6 or newer"
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors too."""
+    """Whether kernels run in Triton's interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def missing() -> str | None:
-    """Why no own kernel can run on this machine whatever the inputs: the `missing` of a Triton path."""
+    """`missing` of a Triton kernel: None, or the reason why no Triton kernel can run on this machine."""
     if reason := triton_missing():
         return reason
     return None if interpreted() or torch.cuda.is_available() else NO_DEVICE
 
 
-def package_missing(package: str, how: str) -> str | None:
-    """The same for a path through another package that needs a GPU. how: what installs it."""
+def package_missing(
+    package: str, how: str, *, distribution: str | None = None, oldest: tuple[int, ...] = ()
+) -> str | None:  # fmt: skip
+    """`missing` of an adapter to a package that needs a GPU. how: the command that installs it; distribution: the name under
+    which `oldest` is compared with the installed version."""
     if not installed(package):
         return f"{package} is not installed: {how}"
-    return None if torch.cuda.is_available() else NO_DEVICE
+    if not torch.cuda.is_available():
+        return NO_DEVICE
+    if distribution is None:
+        return None
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} is installed without the distribution {distribution}: {how}"
+    if version_numbers(version) >= oldest:
+        return None
+    return f"{distribution} {version} is installed, {'.'.join(map(str, oldest))} or newer is needed: {how}"
 
 
 def place(before: str) -> str | None:
-    """Where a Triton path registers itself: in front of the form named, or last under the interpreter."""
+    """The `before` of a Triton kernel: the implementation named, or None (last) in the interpreter."""
     return None if interpreted() else before
 
 
 def unsupported_device(**tensors: Tensor | None) -> str | None:
-    """None where every tensor can be handed to one Triton kernel, else which cannot: CUDA, or interpreted on a CPU."""
+    """None, or which tensor a Triton kernel cannot take: all must be on one CUDA device, or on a CPU in the interpreter."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     for name, device in devices.items():
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
@@ -76,7 +97,7 @@ def unsupported_device(**tensors: Tensor | None) -> str | None:
 
 
 def unsupported_cuda(**tensors: Tensor | None) -> str | None:
-    """The same for packages that know no interpreter."""
+    """None, or which tensor is not on the one CUDA device of the others."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     for name, device in devices.items():
         if device.type != "cuda":
@@ -93,7 +114,7 @@ def _one_device(devices: dict[str, torch.device]) -> str | None:
 
 
 def unsupported_dtype(*allowed: torch.dtype, **tensors: Tensor | None) -> str | None:
-    """None, or which tensor is in none of the allowed dtypes."""
+    """None, or which tensor has none of the allowed dtypes."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in allowed:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
@@ -102,38 +123,38 @@ def unsupported_dtype(*allowed: torch.dtype, **tensors: Tensor | None) -> str | 
 
 
 def kernels(file: str) -> Any:
-    """The Triton functions of a file of this package, imported where they are first launched."""
+    """A module of Triton kernels of this package, imported at the first launch."""
     return importlib.import_module(f"qwen35moe_kernels.{file}")
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Around a launch: Triton launches on the current device, which need not be the tensors'."""
+    """Context of a launch: Triton launches on the current device, which can differ from the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd wants to know of an operation on these tensors."""
+    """Whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`: what a block of a kernel measures."""
+    """The smallest power of two that is at least `size`: the length of a kernel's block."""
     return 1 << max(0, size - 1).bit_length()
 
 
 def parts(size: int, block: int) -> int:
-    """How many blocks cover `size`."""
+    """Number of blocks that cover `size`."""
     return -(-size // block)
 
 
 def capability(tensor: Tensor) -> tuple[int, int] | None:
-    """The compute capability of the tensor's GPU; None where it is on none."""
+    """Compute capability of the tensor's GPU; None for a tensor that is not on a GPU."""
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
 
 
 def unsupported_capability(package: str, tensor: Tensor, least: tuple[int, int]) -> str | None:
-    """None, or that the tensor's GPU is too old for a package."""
-    found = capability(tensor)
-    if found is None or found >= least:
+    """None, or the reason why the tensor's GPU is too old for a package."""
+    current = capability(tensor)
+    if current is None or current >= least:
         return None
-    return f"{package} needs compute capability {least[0]}.{least[1]}, {tensor.device} has {found[0]}.{found[1]}"
+    return f"{package} needs compute capability {least[0]}.{least[1]}, {tensor.device} has {current[0]}.{current[1]}"

@@ -1,12 +1,11 @@
 """Adapter to sonic-moe (>= 0.1.2, the first that takes our layout): `moe_general_routing_inputs`.
 
-It wants weights as [2F, D, E] and [D, F, E] views whose memory is ours, pairs in the order of their tokens, int32 numbers,
-and says with `concat_layout` that the gate's rows come before the others. Its first call of every shape tunes itself.
+It takes our weights as [2F, D, E] and [D, F, E] views, (token, expert) assignments in the order of tokens, and int32 indices.
+`concat_layout` states that the rows of the gate come before those of the up projection. The first call of every shape tunes.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
@@ -17,66 +16,67 @@ from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.bfloat16, torch.float16)
 _OLDEST, _HOW = (0, 1, 2), "pip install 'sonic-moe>=0.1.2' (Python 3.12, CUDA 12.9)"
-_EXPERTS = 65535  # it sorts by 16 bits of the expert's number
-_PAIRS = 64  # per expert: what it publishes is training, and below that the weights' memory decides
+_EXPERTS = 65535  # it sorts by 16 bits of the expert's index
+_PER_EXPERT = 64  # assignments: its published results are for training; below, reading the weights dominates the time
 
 
 def unsupported(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Any = None
 ) -> str | None:
-    """Why sonic-moe cannot run this call, or None."""
+    """None, or the reason why sonic-moe cannot run this call."""
     if tap is not None:
         return "a tap reads expert_in, expert_act or expert_out, which this implementation does not materialise"
     if torch.compiler.is_compiling():
-        return "a graph is being compiled, which sonic-moe refuses"
+        return "a graph is being compiled, which sonic-moe does not support"
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
-        return "deterministic algorithms are asked for, and sonic-moe chooses its tiles by measuring them"
+        return "deterministic algorithms are enabled, and sonic-moe chooses its tiles by timing them"
     tensors = {"hidden": hidden, "gate_up": gate_up, "down": down}
     reason = runtime.unsupported_cuda(**tensors, indices=indices, weights=weights)
     reason = reason or runtime.unsupported_dtype(*_FLOATS, **tensors)
-    return reason or _of_sizes(hidden, gate_up, down, indices) or _of_device(hidden)
+    return reason or _unsupported_sizes(hidden, gate_up, down, indices) or _unsupported_device(hidden)
 
 
-def _of_sizes(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> str | None:
-    (experts, width, inner), slots = down.shape, indices.shape[1]
+def _unsupported_sizes(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> str | None:
+    (experts, width, inner), top_k = down.shape, indices.shape[1]
     for name, tensor in (("gate_up", gate_up), ("down", down)):
         if tensor.dtype != hidden.dtype:
             return f"hidden is {hidden.dtype} and {name} {tensor.dtype}, sonic-moe takes one dtype"
         if not tensor.is_contiguous():
-            return f"{name} is not contiguous, sonic-moe takes one order of strides"
+            return f"{name} is not contiguous, as sonic-moe requires"
     if not indices.numel():
-        return "indices holds no pair"
+        return "indices is empty"
     if indices.numel() >= 1 << 31:
-        return f"indices has {indices.numel()} pairs, sonic-moe counts to 2^31"
+        return f"indices has {indices.numel()} assignments, sonic-moe takes fewer than 2^31"
     if experts > _EXPERTS:
         return f"gate_up has {experts} experts, sonic-moe sorts up to {_EXPERTS}"
-    if slots > experts:
-        return f"indices has {slots} slots for {experts} experts, sonic-moe sums one row of each expert at most"
+    if top_k > experts:
+        return f"indices has top_k {top_k} for {experts} experts, sonic-moe sums at most one row of each expert"
     for name, size in (("hidden", width), ("down", inner)):
         if size % 8:
             return f"{name} has rows of {size}, sonic-moe takes multiples of 8 (16 bytes)"
     return None
 
 
-def _of_device(hidden: Tensor) -> str | None:
-    found = runtime.capability(hidden)
-    if found is None or found[0] == 9:
+def _unsupported_device(hidden: Tensor) -> str | None:
+    capability = runtime.capability(hidden)
+    if capability is None or capability[0] == 9:
         return None
-    if found[0] == 10:  # closed, and which release of QuACK mended it is not said
-        return f"on compute capability {found[0]}.{found[1]} sonic-moe can be silently wrong (its issue 63)"
-    return f"sonic-moe is made for compute capability 9.0 and 10.0, {hidden.device} has {found[0]}.{found[1]}"
+    version = f"{capability[0]}.{capability[1]}"
+    if capability[0] == 10:  # the issue is closed without naming the release of QuACK that fixed it
+        return f"on compute capability {version} sonic-moe can be silently wrong (its issue 63)"
+    return f"sonic-moe supports compute capability 9.0 and 10.0, {hidden.device} has {version}"
 
 
 def slower(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, *_: Tensor, **__: object) -> str | None:
-    """Why "auto" leaves a call to the next implementation, or None."""
-    pairs, experts = indices.numel(), gate_up.shape[0]
-    if pairs >= _PAIRS * experts:
+    """None, or the reason why "auto" takes the next implementation."""
+    assignments, experts = indices.numel(), gate_up.shape[0]
+    if assignments >= _PER_EXPERT * experts:
         return None
-    return f"{pairs} pairs for {experts} experts: below {_PAIRS} each, reading the weights is what takes the time"
+    return f"{assignments} assignments for {experts} experts: below {_PER_EXPERT} each, reading the weights dominates"
 
 
 def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Any = None) -> Tensor:
-    """y [N, D]; the contract of `experts`. The weights are taken in float32, as sonic-moe does itself."""
+    """y [N, D], as `experts` defines it. The routing weights are passed in float32, to which sonic-moe converts them anyway."""
     from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
     from sonicmoe.functional import moe_general_routing_inputs  # pyright: ignore[reportMissingImports]
 
@@ -92,18 +92,8 @@ def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weig
     return y
 
 
-def _missing() -> str | None:
-    if reason := runtime.package_missing("sonicmoe", _HOW):
-        return reason
-    try:
-        version = importlib.metadata.version("sonic-moe")
-    except importlib.metadata.PackageNotFoundError:
-        return f"sonicmoe is installed without the distribution sonic-moe: {_HOW}"
-    numbers = tuple(int(part) for part in version.split(".")[:3])
-    return None if numbers >= _OLDEST else f"sonic-moe {version} is installed, 0.1.2 is needed: {_HOW}"
-
-
 def register(register: Callable[..., None]) -> None:
-    """Enter the table in front of all others, for batches as large as those of training."""
+    """Registers ahead of all others, for batches as large as those of training."""
+    missing = runtime.package_missing("sonicmoe", _HOW, distribution="sonic-moe", oldest=_OLDEST)
     before = "triton" if runtime.place("gathered") else "gathered"
-    register("experts", "sonic_moe", experts, unsupported, before=before, missing=_missing(), slower=slower)
+    register("experts", "sonic_moe", experts, unsupported, before=before, missing=missing, slower=slower)

@@ -1,10 +1,10 @@
 """One token of Gated DeltaNet in one launch or two: convolution, gates, l2 norm, rule and gated norm. See README.md.
 
-    m = silu(sum_w W_conv[:, w] x_{t - W + 1 + w});  q, k, v = m
+    q, k, v = silu(sum_w conv_weight[:, w] x_{t - W + 1 + w})
     decay = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b)
     S' = exp(decay) S + k (x) beta (v - exp(decay) S^T k);  y = rms_norm(S'^T q / sqrt(K)) w silu(gate)
 
-Everything between qkv and y stays in float32, which is more than the composed operations keep in bfloat16.
+Everything between qkv and y is float32; the composed operations round to bfloat16 in between.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from qwen35moe_kernels import runtime
 from qwen35moe_kernels.gated_norm import normed
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = 1 << 15  # numbers of a head's memory that one program holds in registers
-# With so few heads one launch is all that counts. With more, what counts is how much of the memory is under way at once:
-# a program of a whole head fills a multiprocessor and waits alone, of programs of 32 columns several run side by side.
+_LARGEST = 1 << 15  # elements of a head's recurrent state that one program holds in registers
+# Up to _FEW heads the number of launches decides the time, and one program takes a whole head. Beyond, the loads in flight
+# decide: a program with a whole head fills a multiprocessor, while several programs of 32 columns run on it side by side.
 _FEW, _COLUMNS = 264, 32
-# What it computes on the way and cannot show: names of GatedDeltaNet's values.
+# Named values of GatedDeltaNet that the kernel does not materialise.
 SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")
 
 
@@ -30,11 +30,11 @@ def unsupported(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
     A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> str | None:  # fmt: skip
-    """Why this kernel cannot run this call, or None."""
+    """None, or the reason why this kernel cannot run this call."""
     width, out = recurrent_state.shape[2:]
     size = runtime.power_of_two(width) * runtime.power_of_two(out)
     if size > _LARGEST:
-        return f"recurrent_state has {width} x {out} numbers a head, one program holds {_LARGEST}"
+        return f"recurrent_state has {width} x {out} elements per head, one program holds {_LARGEST}"
     if recurrent_state.dtype != torch.float32:
         return f"recurrent_state is {str(recurrent_state.dtype).removeprefix('torch.')}, not float32"
     if recurrent_state.shape[1] > 65535:
@@ -51,7 +51,7 @@ def delta_net_step(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
     A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The normed output [B, H, V] in qkv's dtype, and inputs [B, C, W-1] and memory [B, H, K, V] after the token."""
+    """The normed output [B, H, V] in qkv's dtype; conv_state [B, C, W-1] and recurrent_state [B, H, K, V] after the token."""
     tensors = (qkv, gate, a, b, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
     run = _operation if torch.compiler.is_compiling() else _forward
     return run(*tensors, groups, eps)
@@ -70,28 +70,28 @@ def _forward(
         columns = min(columns, _COLUMNS)
     whole, block = columns >= out, {"BK": runtime.power_of_two(width), "BV": columns}
     y = torch.empty(rows, heads, out, dtype=qkv.dtype if whole else torch.float32, device=qkv.device)
-    inputs_after = torch.empty(rows, channels, taps - 1, dtype=qkv.dtype, device=qkv.device)
-    memory_after = torch.empty(recurrent_state.shape, dtype=recurrent_state.dtype, device=recurrent_state.device)
+    conv_state_after = torch.empty(rows, channels, taps - 1, dtype=qkv.dtype, device=qkv.device)
+    recurrent_state_after = torch.empty(recurrent_state.shape, dtype=recurrent_state.dtype, device=recurrent_state.device)
     tensors = (qkv, gate, a, b, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
     with runtime.on_device_of(qkv):
         kernel[(rows, heads, runtime.parts(out, columns))](
-            *(tensor.contiguous() for tensor in tensors), y, inputs_after, memory_after, eps, G=groups, H=heads, K=width,
-            V=out, W=taps, **block, WHOLE=whole, num_warps=_warps(block["BK"] * columns),
+            *(tensor.contiguous() for tensor in tensors), y, conv_state_after, recurrent_state_after, eps, G=groups,
+            H=heads, K=width, V=out, W=taps, **block, WHOLE=whole, num_warps=_warps(block["BK"] * columns),
         )  # fmt: skip
     if not whole:
         y = normed(y, gate, norm_weight, eps, qkv.dtype)
-    return y, inputs_after, memory_after
+    return y, conv_state_after, recurrent_state_after
 
 
-def _warps(numbers: int) -> int:
-    """At most 64 of the memory's numbers a thread, 32 where several programs share a multiprocessor."""
-    return 16 if numbers > 1 << 14 else min(8, max(1, numbers // 1024))
+def _warps(elements: int) -> int:
+    """At most 64 elements of the recurrent state per thread, 32 if several programs share a multiprocessor."""
+    return 16 if elements > 1 << 14 else min(8, max(1, elements // 1024))
 
 
 _operation = torch.library.custom_op(
     "qwen35moe_kernels::delta_net_step", _forward, mutates_args=(),
-    schema="(Tensor qkv, Tensor gate, Tensor a, Tensor b, Tensor inputs, Tensor memory, Tensor conv_weight, "
-    "Tensor A_log, Tensor dt_bias, Tensor norm_weight, int groups, float eps) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor qkv, Tensor gate, Tensor a, Tensor b, Tensor conv_state, Tensor recurrent_state, "
+    "Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, int groups, float eps) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _shapes(
 
 
 def register(register: Callable[..., None]) -> None:
-    """Enter the table in front of the definition, which composes the other operations."""
+    """Registers ahead of the definition, which composes the other operations."""
     register(
         "delta_net_step", "triton", delta_net_step, unsupported, before=runtime.place("fused_cpu"),
         missing=runtime.missing(), skips=SKIPS, differentiable=False,

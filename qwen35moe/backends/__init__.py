@@ -1,25 +1,25 @@
-"""Which implementation runs an operation.
+"""Operations, their implementations, and the choice of one for each call.
 
     operation -> [implementation, implementation, ...]          in order of preference, the definition last
 
-An implementation may be unsupported for a call: a function of exactly the call's arguments returns None or the reason.
-"auto" takes the first implementation that supports the arguments. An implementation chosen by name that cannot run raises
-ValueError with the reason; nothing falls back silently.
+An implementation may not support a call: its function `unsupported`, of exactly the call's arguments, returns the reason or
+None. "auto" runs the first implementation that supports the arguments. An implementation chosen by name that cannot run raises
+ValueError with the reason; there is no silent fallback.
 
     backends.use(gated_delta_rule="torch")           # process default, as a statement
     with backends.use(experts="triton"): ...         # scoped, as a context manager
     with backends.ran() as ran: model(ids)           # what ran, how often, with which shapes
-    print(backends.describe())                       # every implementation, and why it is or is not used
+    print(backends.describe())                       # every implementation, and whether and why it is used
     print(backends.verify())                         # every implementation against the definition in float64
     backends.register("experts", "mine", fn, unsupported=None, before="triton")
 
-A model's own choice (`model.use_backends(...)`) comes before `backends.use(...)`, and that before "auto".
+The choice of a model (`model.use_backends(...)`) comes before `backends.use(...)`, and that before "auto".
 
-The table, the choices and the open recordings are process-wide. Under `torch.compile` the choice is made when the graph
-is traced, without a log or a record.
+The table, the choices and the open recordings are process-wide. Under `torch.compile` the choice is made when the graph is
+traced, without a log or a record.
 
-operation.py holds the decorator and the table, choice.py `use` and activation checkpointing, record.py and report.py what
-ran and why, verification.py the judge, cases.py the arguments on which it judges.
+operation.py has the decorator and the table, choice.py `use` and activation checkpointing, record.py and report.py the record
+of calls and `describe`, verification.py `verify`, cases.py its arguments.
 """
 
 from __future__ import annotations
@@ -72,5 +72,5 @@ __all__ = [
 
 
 def ran() -> Ran:
-    """`with backends.ran() as ran:` collects every call: `.calls`, `.counts[operation, name]`, `print(ran)`."""
+    """`with backends.ran() as ran:` records every call: `.calls`, `.counts[operation, name]`, `print(ran)`."""
     return Ran()

@@ -1,12 +1,13 @@
-"""The arguments on which the implementations of each operation are judged. Sizes are pairwise different.
+"""The arguments on which `verify` runs the implementations of each operation. Sizes are pairwise different.
 
-A generator of cases takes (dtype, device, generator) and yields (args, kwargs): tensors in `dtype` on `device`, drawn from the
-CPU generator. Router cases avoid ties.
+A generator of cases takes (dtype, device, generator) and yields (args, kwargs): tensors of `dtype` on `device`, drawn from the
+CPU generator in float64. Router cases have no ties.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -18,130 +19,136 @@ Cases: TypeAlias = "Iterator[tuple[tuple, dict]]"
 IGNORE = -100  # the label of a position without a loss
 
 
+@dataclass
+class Draw:
+    """Draws standard normal tensors: in float64 on the CPU, returned in `dtype` on `device`."""
+
+    dtype: torch.dtype
+    device: str
+    generator: torch.Generator
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.cast(torch.randn(*shape, generator=self.generator, dtype=torch.float64), dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1), in float64 on the CPU."""
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+
+    def cast(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return x.to(self.device, dtype or self.dtype)
+
+    def integers(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """float32 at least."""
+        return torch.promote_types(torch.float32, self.dtype)
+
+
 def rms_norm_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    draw = Draw(dtype, device, generator)
     for shape in ((2, 5, 24), (1, 1, 7), (3, 130)):
-        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-        weight = 0.3 * torch.randn(shape[-1], generator=generator, dtype=torch.float64).to(device, dtype)
-        yield (x, weight), {"eps": 1e-6}
+        yield (draw(*shape), 0.3 * draw(shape[-1])), {"eps": 1e-6}
 
 
 def gated_rms_norm_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    draw = Draw(dtype, device, generator)
     for (x, weight), options in rms_norm_cases(dtype, device, generator):
-        gate = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device, dtype)
-        yield (x, gate, 1 + weight), options
+        yield (x, draw(*x.shape), 1 + weight), options
 
 
 def rotary_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
-    for batch, tokens, heads, groups, width, pairs in ((2, 5, 6, 3, 16, 4), (1, 3, 2, 1, 12, 6), (2, 70, 2, 1, 12, 5)):
-        query = torch.randn(batch, tokens, heads, width, generator=generator, dtype=torch.float64)
-        key = torch.randn(batch, tokens, groups, width, generator=generator, dtype=torch.float64)
-        angle = 6.3 * torch.rand(batch, tokens, pairs, generator=generator, dtype=torch.float64)
-        table = torch.promote_types(torch.float32, dtype)
-        yield (
-            query.to(device, dtype), key.to(device, dtype), angle.cos().to(device, table), angle.sin().to(device, table)
-        ), {}
+    draw = Draw(dtype, device, generator)
+    for B, T, H, G, K, half in ((2, 5, 6, 3, 16, 4), (1, 3, 2, 1, 12, 6), (2, 70, 2, 1, 12, 5)):
+        query, key = draw(B, T, H, K), draw(B, T, G, K)
+        angle = 6.3 * draw.uniform(B, T, half)
+        yield (query, key, draw.cast(angle.cos(), draw.wide), draw.cast(angle.sin(), draw.wide)), {}
 
 
 def attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    draw = Draw(dtype, device, generator)
     sizes = [(2, 7, 7, 6, 3, 16, 0), (2, 3, 9, 4, 2, 8, 6), (3, 1, 12, 4, 1, 24, 11), (1, 10, 10, 2, 2, 8, 0)]
-    for number, (batch, tokens, positions, heads, groups, width, start) in enumerate(sizes):
-        shapes = ((tokens, heads), (positions, groups), (positions, groups))
-        tensors = [torch.randn(batch, *s, width, generator=generator, dtype=torch.float64) for s in shapes]
-        bounds = torch.tensor([0, 1, 4, 10], device=device) if number == 3 else None
-        ragged = torch.tensor([start, start - 2], device=device) if number == 1 else start
-        options = {"scale": width**-0.5, "starts": ragged, "cu_seqlens": bounds}
-        yield tuple(x.to(device, dtype) for x in tensors), options
+    for number, (B, T, P, H, G, K, start) in enumerate(sizes):
+        query, key, value = draw(B, T, H, K), draw(B, P, G, K), draw(B, P, G, K)
+        bounds = draw.integers([0, 1, 4, 10]) if number == 3 else None
+        starts = draw.integers([start, start - 2]) if number == 1 else start
+        yield (query, key, value), {"scale": K**-0.5, "starts": starts, "cu_seqlens": bounds}
 
 
 def vision_attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    draw = Draw(dtype, device, generator)
     for bounds in ([0, 4, 5, 13], [0, 3, 3, 8, 13], [0, 13]):
-        tensors = [torch.randn(13, 3, 8, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(3)]
-        yield tuple(tensors), {"cu_seqlens": torch.tensor(bounds, device=device), "scale": 0.3}
+        yield (draw(13, 3, 8), draw(13, 3, 8), draw(13, 3, 8)), {"cu_seqlens": draw.integers(bounds), "scale": 0.3}
 
 
 def gelu_linear_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
-    for rows, width, inner, approximate in ((7, 12, 5, "tanh"), (1, 33, 40, "none"), (65, 8, 3, "tanh")):
-        shapes = (rows, width), (inner, width), (inner,)
-        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
-        yield tuple(tensors), {"approximate": approximate}
+    draw = Draw(dtype, device, generator)
+    for N, D, F, approximate in ((7, 12, 5, "tanh"), (1, 33, 40, "none"), (65, 8, 3, "tanh")):
+        yield (draw(N, D), draw(F, D), draw(F)), {"approximate": approximate}
 
 
 def short_convolution_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
-    for batch, tokens, channels, taps in ((2, 7, 12, 4), (3, 1, 5, 2), (1, 65, 10, 4)):
-        x = torch.randn(batch, tokens, channels, generator=generator, dtype=torch.float64).to(device, dtype)
-        weight = torch.randn(channels, taps, generator=generator, dtype=torch.float64).to(device, dtype)
-        state = torch.randn(batch, channels, taps - 1, generator=generator, dtype=torch.float64).to(device, dtype)
+    draw = Draw(dtype, device, generator)
+    for B, T, C, W in ((2, 7, 12, 4), (3, 1, 5, 2), (1, 65, 10, 4)):
+        x, weight, state = draw(B, T, C), draw(C, W), draw(B, C, W - 1)
         yield (x, weight), {}
         yield (x, weight), {"state": state}
-        if batch == 1:
-            bounds = torch.tensor([0, 1, 3, 40, tokens], device=device)
+        if B == 1:
+            bounds = draw.integers([0, 1, 3, 40, T])
             yield (x, weight), {"cu_seqlens": bounds, "state": state.expand(4, -1, -1).contiguous()}
 
 
 def gated_delta_rule_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    draw = Draw(dtype, device, generator)
     sizes = [(2, 1, 1, 1, 8, 12), (1, 65, 2, 6, 16, 24), (2, 129, 1, 2, 12, 8), (1, 130, 2, 4, 8, 16)]
-    for number, (batch, tokens, groups, heads, width, out) in enumerate(sizes):
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        qk = [random(batch, tokens, groups, width).to(device, dtype) for _ in range(2)]
-        value = random(batch, tokens, heads, out).to(device, dtype)
-        wide = torch.promote_types(torch.float32, dtype)
-        decay = -torch.exp(random(batch, tokens, heads) * 2 - 3).to(device, wide)
-        options = {"decay": decay, "beta": random(batch, tokens, heads).sigmoid().to(device, wide)}
+    for number, (B, T, G, H, K, V) in enumerate(sizes):
+        args = draw(B, T, G, K), draw(B, T, G, K), draw(B, T, H, V)
+        gate, rate = (draw(B, T, H, dtype=torch.float64) for _ in range(2))
+        options = {"decay": draw.cast(-torch.exp(gate * 2 - 3), draw.wide), "beta": draw.cast(rate.sigmoid(), draw.wide)}
         if number == 3:
-            options["cu_seqlens"] = torch.tensor([0, 1, 64, 67, 130], device=device)
-        rows = 4 if number == 3 else batch
+            options["cu_seqlens"] = draw.integers([0, 1, 64, 67, 130])
         if number != 1:
-            options["state"] = random(rows, heads, width, out).to(device, wide)
-        yield (*qk, value), options
+            options["state"] = draw(4 if number == 3 else B, H, K, V, dtype=draw.wide)
+        yield args, options
 
 
 def delta_net_step_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
-    for batch, groups, heads, width, out, taps in ((3, 2, 4, 8, 12, 4), (1, 1, 3, 16, 8, 2)):
-        channels = 2 * groups * width + heads * out
-        wide = torch.promote_types(torch.float32, dtype)
-
-        def random(*shape: int, to: torch.dtype = dtype) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, to)
-
-        args = random(batch, channels), random(batch, heads, out), random(batch, heads), random(batch, heads)
+    draw = Draw(dtype, device, generator)
+    for B, G, H, K, V, W in ((3, 2, 4, 8, 12, 4), (1, 1, 3, 16, 8, 2)):
+        C = 2 * G * K + H * V
+        args = draw(B, C), draw(B, H, V), draw(B, H), draw(B, H)
         yield args, {
-            "conv_state": random(batch, channels, taps - 1), "recurrent_state": random(batch, heads, width, out, to=wide),
-            "conv_weight": random(channels, taps), "A_log": random(heads, to=wide), "dt_bias": random(heads, to=wide),
-            "norm_weight": random(out, to=wide), "groups": groups, "eps": 1e-6,
+            "conv_state": draw(B, C, W - 1), "recurrent_state": draw(B, H, K, V, dtype=draw.wide),
+            "conv_weight": draw(C, W), "A_log": draw(H, dtype=draw.wide), "dt_bias": draw(H, dtype=draw.wide),
+            "norm_weight": draw(V, dtype=draw.wide), "groups": G, "eps": 1e-6,
         }
 
 
 def router_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
-    for tokens, width, experts, top_k in ((7, 12, 5, 2), (1, 8, 16, 4)):
-        hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(device, dtype)
-        weight = torch.randn(experts, width, generator=generator, dtype=torch.float64).to(device, dtype)
-        yield (hidden, weight), {"top_k": top_k}
+    draw = Draw(dtype, device, generator)
+    for N, D, E, top_k in ((7, 12, 5, 2), (1, 8, 16, 4)):
+        yield (draw(N, D), draw(E, D)), {"top_k": top_k}
 
 
 def experts_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
-    for tokens, width, inner, experts, top_k in ((7, 12, 5, 6, 2), (1, 8, 3, 4, 4), (70, 16, 8, 3, 1), (9, 24, 16, 5, 2)):
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-        scores = torch.rand(tokens, experts, generator=generator)
+    draw = Draw(dtype, device, generator)
+    for N, D, F, E, top_k in ((7, 12, 5, 6, 2), (1, 8, 3, 4, 4), (70, 16, 8, 3, 1), (9, 24, 16, 5, 2)):
+        scores = torch.rand(N, E, generator=generator)
         indices = scores.topk(top_k, dim=-1).indices.to(device)
-        weights = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64).to(device, dtype)
-        tensors = random(tokens, width), random(experts, 2 * inner, width), random(experts, width, inner)
-        yield (*tensors, indices, weights), {}
+        weights = draw.cast(draw.uniform(N, top_k))
+        yield (draw(N, D), draw(E, 2 * F, D), draw(E, D, F), indices, weights), {}
 
 
 def linear_cross_entropy_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
-    for tokens, width, words in ((7, 12, 31), (600, 5, 17)):
-        hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(device, dtype)
-        weight = torch.randn(words, width, generator=generator, dtype=torch.float64).to(device, dtype)
-        labels = torch.randint(0, words, (tokens,), generator=generator).to(device)
+    draw = Draw(dtype, device, generator)
+    for N, D, vocabulary in ((7, 12, 31), (600, 5, 17)):
+        hidden, weight = draw(N, D), draw(vocabulary, D)
+        labels = torch.randint(0, vocabulary, (N,), generator=generator).to(device)
         labels[1] = IGNORE
         yield (hidden, weight, labels), {}
         yield (hidden, weight, labels), {"num_items": 5}
+
 
 CASES: dict[str, Callable[..., Cases]] = {
     "rms_norm": rms_norm_cases,
@@ -157,11 +164,11 @@ CASES: dict[str, Callable[..., Cases]] = {
     "experts": experts_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
 }
-_added: dict[str, tuple[Callable[..., object], Callable[..., Cases]]] = {}  # by `add_cases`
+_added: dict[str, tuple[Callable[..., object], Callable[..., Cases]]] = {}  # `add_cases`: operation -> (definition, cases)
 
 
 def add_cases(operation: str, definition: Callable[..., object], cases: Callable[..., Cases]) -> None:
-    """Judge an operation's implementations by another definition, on other cases."""
+    """Compare an operation's implementations with another definition, on other cases."""
     _added[find_operation(operation).name] = definition, cases
 
 

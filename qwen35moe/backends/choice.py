@@ -1,8 +1,8 @@
 """Choosing implementations by name: `use` for the process, and the choices of a forward that is recomputed in backward.
 
-The choices are process-wide and deliberately neither thread-local nor a context variable: autograd runs backward, and
-with it the recomputation of checkpointed layers, on worker threads of its own. Only inside a recomputation do the
-choices of the forward that it repeats hold, on the thread that runs it.
+The choices are process-wide, and deliberately neither thread-local nor a context variable: autograd runs the backward, and
+with it the recomputation of checkpointed layers, on its own worker threads. The exception is a recomputation: on its thread the
+choices of its forward apply.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .operation import AUTO, CHOICES, checked_choices, current_choices, recomput
 class use(AbstractContextManager["use"]):
     """Choose implementations by name: `use(experts="sorted", delta_rule="auto")`.
 
-    As a statement it sets the process default; as a context manager the choices hold inside the block and the former
-    ones return at its end. Process-wide either way: other threads see them too.
+    As a statement it sets the process default; as a context manager it restores the previous choices at the end of the block.
+    Process-wide in both cases: other threads use them too.
     """
 
     def __init__(self, **choices: str) -> None:
         self.choices = checked_choices(choices)
-        self._before: dict[str, str] | None = None
+        self._previous: dict[str, str] | None = None
         self._begin()
 
     def _begin(self) -> None:
-        if self._before is None:
-            self._before = {operation: CHOICES.get(operation, AUTO) for operation in self.choices}
+        if self._previous is None:
+            self._previous = {operation: CHOICES.get(operation, AUTO) for operation in self.choices}
             _apply(self.choices)
 
     def __enter__(self) -> use:
@@ -41,8 +41,8 @@ class use(AbstractContextManager["use"]):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _apply(self._before or {})
-        self._before = None
+        _apply(self._previous or {})
+        self._previous = None
 
 
 def _apply(choices: Mapping[str, str]) -> None:
@@ -54,43 +54,43 @@ def _apply(choices: Mapping[str, str]) -> None:
 
 
 class _Recompute(AbstractContextManager[None]):
-    """Around a recomputation: the choices and the taps of its forward hold again. May be entered repeatedly."""
+    """Around a recomputation: restores the choices and the taps of its forward. May be entered repeatedly."""
 
     def __init__(self, active_taps: AbstractContextManager[None]) -> None:
         self.active_taps = active_taps
         self.choices = dict(current_choices())
-        self.before: list[dict[str, str] | None] = []
+        self.previous: list[dict[str, str] | None] = []
 
     def __enter__(self) -> None:
         self.active_taps.__enter__()
-        self.before.append(getattr(thread, "choices", None))
-        if self.choices != current_choices():  # else nothing to do, and compiled layers keep their guards
+        self.previous.append(getattr(thread, "choices", None))
+        if self.choices != current_choices():  # otherwise unchanged, so that the guards of compiled layers hold
             thread.choices = self.choices
             recomputing.append(self)
 
     def __exit__(self, *exc: Any) -> None:
-        before = self.before.pop()
+        previous = self.previous.pop()
         if self in recomputing:
             recomputing.remove(self)
-            thread.choices = before
+            thread.choices = previous
         self.active_taps.__exit__(*exc)
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The context_fn of `torch.utils.checkpoint.checkpoint`: (forward, recomputation).
 
-    The recomputation makes the choices of the forward again, even when their with-block has ended: another
-    implementation would save other tensors. Includes `taps.checkpoint_contexts`.
+    The recomputation uses the choices of the forward, even after the end of their with-block: another implementation would save
+    other tensors. Includes `taps.checkpoint_contexts`.
     """
     forward, recompute = taps.checkpoint_contexts()
     return forward, _Recompute(recompute)
 
 
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), computed again in backward instead of kept (non-reentrant activation checkpointing).
+    """function(*args) with non-reentrant activation checkpointing: recomputed in backward.
 
-    Under torch.compile the graph is computed again, choices and taps included: no context is needed there, and none but
-    dispatch modes are accepted.
+    Under torch.compile the traced graph is recomputed, with its choices and taps: no context is needed, and torch accepts only
+    dispatch modes.
     """
     if torch.compiler.is_compiling():
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)

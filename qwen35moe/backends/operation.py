@@ -1,6 +1,6 @@
 """Operations, and the table of their implementations.
 
-An operation is a function with a definition and, beside it, faster implementations with the same contract:
+An operation is a function with a definition and faster implementations with the same contract:
 
     @operation(name="recurrent")                                           # ops/delta_rule.py: the definition
     def gated_delta_rule(query, key, value, *, decay, beta, state=None, cu_seqlens=None): ...
@@ -10,8 +10,8 @@ An operation is a function with a definition and, beside it, faster implementati
 
     out, state = ops.gated_delta_rule(q, k, v, decay=decay, beta=beta, caller=self)
 
-A call runs the implementation that was chosen by name, or else the first one of this machine that supports the arguments.
-The definition comes last. `register` is the same door by strings, for users and for the optional package qwen35moe_kernels.
+A call runs the implementation that was chosen by name, or else the first one available on this machine that supports the
+arguments. The definition is last. `register` does the same by names, for users and for the optional package qwen35moe_kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qwen35moe.taps.active import ACTIVE as ACTIVE_TAPS
 
 from .record import RECORDING, note
 
-# The public names, in the order of a forward (CHANGELOG). `qwen35moe.ops` defines exactly these.
+# The public names, in the order of a forward. `qwen35moe.ops` defines exactly these.
 OPERATIONS: tuple[str, ...] = (
     "rms_norm", "gated_rms_norm", "rotary", "attention", "vision_attention", "gelu_linear", "short_convolution",
     "gated_delta_rule", "delta_net_step", "router", "experts", "linear_cross_entropy",
@@ -38,15 +38,15 @@ OPERATIONS: tuple[str, ...] = (
 ALIASES = {"delta_rule": "gated_delta_rule", "convolution": "short_convolution"}
 AUTO = "auto"
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 Unsupported = Callable[..., "str | None"]
 Form = TypeVar("Form", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an operation, and what it needs. See `register` for the fields."""
+    """An implementation of an operation and its requirements. See `register` for the fields."""
 
     operation: str
     name: str
@@ -58,7 +58,7 @@ class Implementation:
     slower: Unsupported | None = None
     device: str | None = None
     compiles: bool = True
-    conditional: bool = field(init=False, default=False)  # False: it runs anything
+    conditional: bool = field(init=False, default=False)  # False: it supports every call
 
     def __post_init__(self) -> None:
         needs = (self.unsupported, self.skips, self.missing, self.slower, self.device)
@@ -66,12 +66,12 @@ class Implementation:
         object.__setattr__(self, "conditional", conditional)
 
     @property
-    def own(self) -> bool:
-        """Whether it is a plain PyTorch form of this library: which of those runs is no news to log."""
+    def builtin(self) -> bool:
+        """Whether it is one of this library in plain PyTorch: that it cannot run a call is not logged as a warning."""
         return getattr(self.fn, "__module__", "").startswith("qwen35moe.ops.")
 
     def refusal(self, args: tuple, kwargs: Mapping[str, Any], caller: Any = None) -> str | None:
-        """None, or the reason why this implementation cannot run this call."""
+        """The reason why this implementation cannot run this call, or None."""
         if self.device is not None and args[0].device.type != self.device:
             return f"{first_parameter(self.operation)} is on {args[0].device}, not on a {self.device.upper()}"
         if not self.compiles and torch.compiler.is_compiling():
@@ -90,50 +90,50 @@ class Implementation:
         return None
 
     def passed_over(self, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
-        """Why "auto" leaves this call to a later implementation although this one could run it, or None."""
+        """The reason why "auto" prefers a later implementation although this one supports the call, or None."""
         return self.slower(*args, **kwargs) if self.slower is not None else None
 
 
-Passed: TypeAlias = "tuple[tuple[Implementation, str, bool], ...]"  # passed over: (entry, reason, whether it could have run)
+PassedOver: TypeAlias = "tuple[tuple[Implementation, str, bool], ...]"  # (entry, reason, supported)
 
 
-class Operation(Generic[P, R]):
+class Operation(Generic[Params, Result]):
     """A definition and its implementations. Calling it runs one of them."""
 
-    def __init__(self, definition: Callable[P, R], name: str, composes: Sequence[str] = ()) -> None:
+    def __init__(self, definition: Callable[Params, Result], name: str, composes: Sequence[str] = ()) -> None:
         self.name, self.definition = definition.__name__, definition
         self.__name__, self.__doc__, self.__module__ = self.name, definition.__doc__, definition.__module__
-        self.__wrapped__ = definition  # inspect.signature and help() show the definition's
+        self.__wrapped__ = definition  # for inspect.signature and help()
         self.definition_name, self.composes = name, tuple(composes)
         self.entries: list[Implementation] = [Implementation(self.name, name, definition)]
-        self.candidates: tuple[Implementation, ...] = tuple(self.entries)  # those that can run on this machine
-        self.last: Implementation | None = None  # what ran last, and what was passed over then
-        self.refused: Passed = ()
-        self.reasons: dict[str, str] = {}  # why an implementation was last passed over, for describe()
+        self.candidates: tuple[Implementation, ...] = tuple(self.entries)  # available on this machine
+        self.last: Implementation | None = None  # of the last call, and those that were passed over for it
+        self.refused: PassedOver = ()
+        self.reasons: dict[str, str] = {}  # implementation -> why it was passed over last, for describe()
 
     @overload
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    def __call__(self, *args: Params.args, **kwargs: Params.kwargs) -> Result: ...
     @overload
-    def __call__(self, *args: Any, caller: torch.nn.Module | None, **kwargs: Any) -> R: ...
+    def __call__(self, *args: Any, caller: torch.nn.Module | None, **kwargs: Any) -> Result: ...
 
     def __call__(self, *args: Any, caller: Any = None, **kwargs: Any) -> Any:
-        """Run the implementation that is chosen for these arguments.
+        """Run the implementation chosen for these arguments.
 
-        caller: the nn.Module that calls. Its `backend_choices` come before `backends.use`, its `path` names the layer in
+        caller: the calling nn.Module. Its `backend_choices` come before `backends.use`, its `path` names the layer in
         `backends.ran()`, and its active taps rule out implementations that do not materialise a tapped value.
         """
         entry, refused = self.choose(args, kwargs, caller)
-        # Compiling is looked at first: torch.compile would guard on every list that is read here.
+        # is_compiling() comes first: torch.compile would guard on the lists and attributes that follow.
         if not torch.compiler.is_compiling() and (RECORDING or entry is not self.last or refused != self.refused):
             note(self, entry, refused, args, kwargs, caller)
         return entry.fn(*args, **kwargs)  # type: ignore[misc]
 
     def choose(
         self, args: tuple, kwargs: dict[str, Any], caller: Any
-    ) -> tuple[Implementation, Passed]:
-        """The implementation for these arguments, and those of this machine that were passed over for it."""
+    ) -> tuple[Implementation, PassedOver]:
+        """The implementation for these arguments, and the candidates that were passed over for it."""
         if not loaded:
-            prepare()  # before the candidates are read: torch.compile takes what it saw first
+            prepare()  # before the candidates are read: torch.compile would keep the list before registration
         if CHOICES or recomputing or (caller is not None and "backend_choices" in caller.__dict__):
             name = choice_of(self.name, caller)
             if name is not None:
@@ -143,7 +143,7 @@ class Operation(Generic[P, R]):
                 return entry, ()
             if any(choice_of(other, caller) for other in self.composes):
                 return self.find(self.definition_name), ()
-        refused: Passed = ()
+        refused: PassedOver = ()
         for entry in self.candidates:
             if not entry.conditional:
                 return entry, refused
@@ -152,14 +152,14 @@ class Operation(Generic[P, R]):
             if reason is None and slower is None:
                 return entry, refused
             refused += ((entry, reason or slower or "", reason is None),)
-        for entry, _, could in refused:
-            if could:
-                return entry, ()  # nothing faster can run
+        for entry, _, supported in refused:
+            if supported:
+                return entry, ()  # no faster one supports the arguments
         reasons = [f"{entry.name}: {reason}" for entry, reason, _ in self.passed_over(refused)]
         raise ValueError(f"no implementation can run {self.name}: {'; '.join(reasons) or 'none is registered'}")
 
-    def fused(self, *args: Any, caller: torch.nn.Module | None = None, **kwargs: Any) -> R | None:
-        """As a call, but None where the definition would run: for a caller that composes the definition itself."""
+    def fused(self, *args: Any, caller: torch.nn.Module | None = None, **kwargs: Any) -> Result | None:
+        """As a call, but None if the definition would run, for a caller that composes the definition itself."""
         entry, refused = self.choose(args, kwargs, caller)
         if entry.fn is self.definition:
             return None
@@ -167,12 +167,12 @@ class Operation(Generic[P, R]):
             note(self, entry, refused, args, kwargs, caller)
         return entry.fn(*args, **kwargs)  # type: ignore[misc]
 
-    def passed_over(self, refused: Passed, chosen: Implementation | None = None) -> Passed:
-        """`refused` with the implementations that are missing on this machine, in order of preference, up to `chosen`."""
-        known = {entry.name: (entry, reason, could) for entry, reason, could in refused}
-        before = self.entries[: self.entries.index(chosen)] if chosen in self.entries else self.entries
-        known |= {entry.name: (entry, entry.missing, False) for entry in before if entry.missing}
-        return tuple(known[entry.name] for entry in self.entries if entry.name in known)
+    def passed_over(self, refused: PassedOver, chosen: Implementation | None = None) -> PassedOver:
+        """`refused` and the implementations missing on this machine, in order of preference, up to `chosen`."""
+        reasons = {entry.name: (entry, reason, supported) for entry, reason, supported in refused}
+        preferred = self.entries[: self.entries.index(chosen)] if chosen in self.entries else self.entries
+        reasons |= {entry.name: (entry, entry.missing, False) for entry in preferred if entry.missing}
+        return tuple(reasons[entry.name] for entry in self.entries if entry.name in reasons)
 
     def implementation(
         self, name: str, unsupported: Unsupported | None = None, *, before: str | None = None, skips: Sequence[str] = (),
@@ -196,8 +196,8 @@ class Operation(Generic[P, R]):
             raise ValueError(
                 f"{self.name} already has an implementation {entry.name!r}: take another name, or unregister it"
             )
-        place = len(self.entries) if before is None else self.entries.index(self.find(before))
-        self.assign([*self.entries[:place], entry, *self.entries[place:]])
+        index = len(self.entries) if before is None else self.entries.index(self.find(before))
+        self.assign([*self.entries[:index], entry, *self.entries[index:]])
 
     def remove(self, name: str) -> None:
         """Remove an implementation."""
@@ -205,16 +205,16 @@ class Operation(Generic[P, R]):
         self.assign([other for other in self.entries if other is not entry])
 
     def assign(self, entries: Sequence[Implementation]) -> None:
-        """Replace the list of implementations, and compute the candidates of this machine."""
+        """Replace the list of implementations and the candidates."""
         self.entries = list(entries)
         self.candidates = tuple(entry for entry in self.entries if not entry.missing)
 
     def find(self, name: str) -> Implementation:
-        """The implementation of that name; ValueError with the known ones."""
+        """The implementation of that name; ValueError lists the known ones."""
         for entry in self.entries:
             if entry.name == name:
                 return entry
-        prepare()  # the fast paths register when they are first needed
+        prepare()  # the fast paths are registered when they are first needed
         for entry in self.entries:
             if entry.name == name:
                 return entry
@@ -227,32 +227,32 @@ class Operation(Generic[P, R]):
 
 TABLE: dict[str, Operation[..., Any]] = {}
 CHOICES: dict[str, str] = {}  # backends.use: operation -> name; absent means "auto"
-recomputing: list[object] = []  # recomputations in progress; on their thread, the choices of their forward hold
-thread = threading.local()  # .choices: those of the forward that is being recomputed on this thread
+recomputing: list[object] = []  # recomputations in progress; on their threads the choices of their forwards apply
+thread = threading.local()  # .choices: those of the forward that this thread recomputes
 loaded = False  # whether the operations and the optional fast paths have registered
 
 
 @overload
-def operation(definition: Callable[P, R], /) -> Operation[P, R]: ...
+def operation(definition: Callable[Params, Result], /) -> Operation[Params, Result]: ...
 @overload
 def operation(
     *, name: str = "torch", composes: Sequence[str] = ()
-) -> Callable[[Callable[P, R]], Operation[P, R]]: ...
+) -> Callable[[Callable[Params, Result]], Operation[Params, Result]]: ...
 
 
 def operation(definition: Any = None, /, *, name: str = "torch", composes: Sequence[str] = ()) -> Any:
-    """Decorator: turn a definition into an operation. name: what the definition is called among the implementations.
+    """Decorator: turn a definition into an operation. name: of the definition among the implementations.
 
-    composes: the operations that it is made of. An implementation of one of them that is chosen by name rules out the fused
-    forms of this operation, which would go around that choice.
+    composes: the operations that the definition calls. If an implementation of one of them is chosen by name, the definition
+    runs, because the fused implementations of this operation do not call it.
     """
     if definition is None:
         return lambda function: operation_of(function, name, composes)
     return operation_of(definition, name, composes)
 
 
-def operation_of(definition: Callable[P, R], name: str, composes: Sequence[str]) -> Operation[P, R]:
-    """Make an operation and enter it in the table."""
+def operation_of(definition: Callable[Params, Result], name: str, composes: Sequence[str]) -> Operation[Params, Result]:
+    """Create an operation and add it to the table."""
     op = Operation(definition, name, composes)
     TABLE[op.name] = op
     return op
@@ -261,25 +261,25 @@ def operation_of(definition: Callable[P, R], name: str, composes: Sequence[str])
 def choice_of(name: str, caller: Any = None) -> str | None:
     """The implementation chosen by name for an operation, None for "auto"."""
     if caller is not None:
-        own = caller.__dict__.get("backend_choices")
-        if own and name in own:
-            return None if own[name] == AUTO else own[name]
+        choices = caller.__dict__.get("backend_choices")
+        if choices and name in choices:
+            return None if choices[name] == AUTO else choices[name]
     return current_choices().get(name)
 
 
 def current_choices() -> dict[str, str]:
-    """The choices on this thread: those of `use`, or those of the forward that is being recomputed."""
-    own = getattr(thread, "choices", None) if recomputing else None
-    return CHOICES if own is None else own
+    """The choices on this thread: those of `use`, or those of the forward that it recomputes."""
+    choices = getattr(thread, "choices", None) if recomputing else None
+    return CHOICES if choices is None else choices
 
 
 def prepare() -> bool:
-    """Import, once, everything that registers itself: `qwen35moe.ops`, then the optional fast paths."""
+    """Import `qwen35moe.ops` and the optional fast paths, which registers their implementations. Once."""
     global loaded
     if not loaded:
-        loaded = True  # at once: registering asks for the table
+        loaded = True  # before the imports: registering calls this function again
         try:
-            importlib.import_module("qwen35moe.ops")  # by name: its files import this one
+            importlib.import_module("qwen35moe.ops")  # not an import statement: its modules import this one
             _load_kernels()
         except BaseException:
             loaded = False  # the next call fails as well, instead of running without them
@@ -287,13 +287,13 @@ def prepare() -> bool:
     return True
 
 
-# torch.compile calls this function while it traces and takes the result for a constant: an import cannot be traced.
-# This is what torch.compiler.assume_constant_result sets; calling that here would import dynamo, a matter of seconds.
+# torch.compile calls this function while it traces and treats the result as a constant, because an import cannot be traced.
+# torch.compiler.assume_constant_result sets the same attribute, but calling it would import dynamo, which takes seconds.
 prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load_kernels() -> None:
-    """Only the absence of the package is forgiven: a broken installation must not pass for a slow machine."""
+    """Register the optional package. Only its absence is ignored: a broken installation raises instead of running slowly."""
     try:
         kernels = importlib.import_module("qwen35moe_kernels")
     except ModuleNotFoundError as error:
@@ -304,7 +304,7 @@ def _load_kernels() -> None:
 
 
 def find_operation(name: str) -> Operation[..., Any]:
-    """The operation of that name, aliases resolved; ValueError with the known ones."""
+    """The operation of that name or alias; ValueError lists the known ones."""
     name = ALIASES.get(name, name)
     if name not in OPERATIONS:
         raise ValueError(f"unknown operation {name!r}; known: {', '.join(OPERATIONS)}")
@@ -324,7 +324,7 @@ def run(name: str, *args: Any, caller: Any = None, **kwargs: Any) -> Any:
 
 
 def resolve(name: str, *args: Any, caller: Any = None, **kwargs: Any) -> Implementation:
-    """The implementation that `run` would call with these arguments; ValueError with the reasons if there is none."""
+    """The implementation that `run` would call with these arguments; ValueError with the reasons if none can run."""
     return find_operation(name).choose(args, kwargs, caller)[0]
 
 
@@ -340,14 +340,14 @@ def register(
     before: str | None = None, skips: Sequence[str] = (), differentiable: bool = True, missing: str | None = None,
     slower: Unsupported | None = None, device: str | None = None, compiles: bool = True,
 ) -> None:
-    """Add an implementation: last in the order of preference, or in front of the one named by `before`.
+    """Add an implementation: last in the order of preference, or in front of the one named `before`.
 
     unsupported(*args, **kwargs) -> None | reason gets exactly the call's arguments. skips: names of tapped values that it
-    does not materialise; it is passed over while a tap reads one of them. differentiable=False: it is passed over when an
-    input requires a gradient. missing: why it cannot run on this machine whatever the inputs (fn may then be None); it is
-    listed by `describe` and costs nothing per call. slower(*args, **kwargs) -> None | reason: why a later implementation is
-    faster on these inputs; "auto" heeds it, a choice by name does not. device: "cpu" or "cuda", where the first argument
-    must be. compiles=False: not under torch.compile.
+    does not materialise; it cannot run while a tap reads one of them. differentiable=False: it cannot run when an input
+    requires a gradient. missing: why it cannot run on this machine with any arguments (fn may then be None); `describe` lists
+    it, and it costs nothing per call. slower(*args, **kwargs) -> None | reason: why a later implementation is faster for these
+    arguments; it applies to "auto", not to a choice by name. device: "cpu" or "cuda", where the first argument must be.
+    compiles=False: it cannot run under torch.compile.
     """
     op = find_operation(operation)
     if not name or name == AUTO:
@@ -361,7 +361,7 @@ def register(
 
 
 def unregister(operation: str, name: str) -> None:
-    """Remove an implementation. A choice of it by `backends.use` goes back to "auto"; a model's own choice raises."""
+    """Remove an implementation. A choice of it by `backends.use` becomes "auto"; a model that has chosen it raises."""
     op = find_operation(operation)
     op.remove(name)
     if CHOICES.get(op.name) == name:
@@ -369,7 +369,7 @@ def unregister(operation: str, name: str) -> None:
 
 
 def checked_choices(choices: Mapping[str, str]) -> dict[str, str]:
-    """The choices with aliases resolved; ValueError for unknown operations and implementations, with the known ones."""
+    """The choices with aliases resolved; ValueError for unknown operations and implementations lists the known ones."""
     result = {}
     for operation, name in choices.items():
         op = find_operation(operation)

@@ -1,4 +1,4 @@
-"""What ran: the record of a `with backends.ran() as ran:` block, and the log."""
+"""The record of the calls inside a `with backends.ran() as ran:` block, and the log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from .operation import Implementation, Operation, Passed
+    from .operation import Implementation, Operation, PassedOver
 
 log = logging.getLogger("qwen35moe.backends")
 
@@ -20,7 +20,7 @@ _logged: set[str | tuple[str, str]] = set()  # operations, and (operation, refus
 
 
 class Call(NamedTuple):
-    """One call of an operation. shapes: of its tensor arguments, in the order of the call."""
+    """One call. name: the implementation; path: of the calling module; shapes: of the tensor arguments, in order."""
 
     operation: str
     name: str
@@ -29,9 +29,9 @@ class Call(NamedTuple):
 
 
 class Ran:
-    """What ran inside the block: `.calls` in order, `.counts[operation, implementation]`. Prints as a table.
+    """The calls inside the block: `.calls` in order, `.counts[operation, implementation]`. Prints as a table.
 
-    The recomputations of gradient checkpointing are calls like others. Compiled code records nothing.
+    Recomputations of gradient checkpointing are included. Compiled code is not recorded.
     """
 
     def __init__(self) -> None:
@@ -55,16 +55,16 @@ class Ran:
             shapes = list(dict.fromkeys(call.shapes for call in calls))
             first = " ".join(str(list(shape)) for shape in shapes[0])
             more = f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""
-            rows.append((operation, name, str(count), where(call.path for call in calls), first + more))
+            rows.append((operation, name, str(count), joined_paths(call.path for call in calls), first + more))
         return columns(rows) if self.calls else "nothing ran"
 
     __repr__ = __str__
 
 
 def note(
-    op: Operation[..., Any], entry: Implementation, refused: Passed, args: tuple, kwargs: Mapping[str, Any], caller: Any
+    op: Operation[..., Any], entry: Implementation, refused: PassedOver, args: tuple, kwargs: Mapping[str, Any], caller: Any
 ) -> None:
-    """Record the call, remember it for `describe`, and log each operation once and each refused fast path once."""
+    """Record the call, store its reasons for `describe`, and log each operation and each refused fast path once."""
     op.last, op.refused = entry, refused
     if RECORDING:
         path = "" if caller is None else caller.__dict__.get("path") or ""
@@ -73,27 +73,30 @@ def note(
         for recording in tuple(RECORDING):
             recording.calls.append(call)
     op.reasons.update((other.name, reason) for other, reason, _ in refused)
-    unlogged = [other for other, _, could in refused if not could and not other.own and (op.name, other.name) not in _logged]
+    unlogged = [
+        other for other, _, supported in refused
+        if not supported and not other.builtin and (op.name, other.name) not in _logged
+    ]
     if not unlogged and op.name in _logged:
         return
     _logged.add(op.name)
     _logged.update((op.name, other.name) for other in unlogged)
-    why = "; ".join(
-        f"{other.name} was {'passed over' if could else 'refused'}: {reason}"
-        for other, reason, could in op.passed_over(refused, entry)
+    reasons = "; ".join(
+        f"{other.name} was {'passed over' if supported else 'refused'}: {reason}"
+        for other, reason, supported in op.passed_over(refused, entry)
     )
     level = logging.WARNING if unlogged else logging.INFO
-    log.log(level, "%s runs on %r%s", op.name, entry.name, f" ({why})" if why else "")
+    log.log(level, "%s runs on %r%s", op.name, entry.name, f" ({reasons})" if reasons else "")
 
 
-def where(paths: Iterable[str]) -> str:
-    """Paths of layers, briefly: layers.{0-2,4}.linear_attn."""
+def joined_paths(paths: Iterable[str]) -> str:
+    """Paths of layers in one string: layers.{0-2,4}.linear_attn."""
     groups: dict[str, list[int]] = {}
     for path in dict.fromkeys(paths):
         number = re.search(r"\d+", path)
-        form = path if number is None else f"{path[: number.start()]}{{}}{path[number.end() :]}"
-        groups.setdefault(form, []).extend([] if number is None else [int(number[0])])
-    return " ".join(form.replace("{}", _ranges(numbers)) if numbers else form for form, numbers in groups.items())
+        pattern = path if number is None else f"{path[: number.start()]}{{}}{path[number.end() :]}"
+        groups.setdefault(pattern, []).extend([] if number is None else [int(number[0])])
+    return " ".join(pattern.replace("{}", _ranges(numbers)) if numbers else pattern for pattern, numbers in groups.items())
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -108,7 +111,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def columns(rows: Iterable[tuple[str, ...]]) -> str:
-    """Left-aligned columns, two blanks apart."""
+    """Rows as left-aligned columns with two spaces between them."""
     rows = list(rows)
     widths: Mapping[int, int] = {i: max(len(row[i]) for row in rows) for i in range(len(rows[0]))}
     return "\n".join("  ".join(cell.ljust(widths[i]) for i, cell in enumerate(row)).rstrip() for row in rows)

@@ -1,4 +1,4 @@
-"""`describe`: every implementation of every operation, and why it is or is not used."""
+"""`describe`: every implementation of every operation, and whether and why it is used."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from .operation import OPERATIONS, choice_of, find_operation, implementations
 
 
 def describe(operation: str | None = None, *args: Any, caller: Any = None, **kwargs: Any) -> str:
-    """Per operation, every implementation in order of preference, and why it is or is not used.
+    """Every implementation of an operation, or of all, in order of preference, and whether and why it is used.
 
-    With an operation's arguments: for these arguments. Without: by what the process has run so far.
+    With an operation's arguments: for these arguments. Without: according to the calls of the process so far.
     """
     lines = []
     for name in OPERATIONS if operation is None else (find_operation(operation).name,):
         lines.append(name)
-        status = _seen if not args and not kwargs else _given
-        lines += [f"    {entry:<12}  {why}" for entry, why in status(name, args, kwargs, caller)] or ["    none yet"]
+        status = _for_process if not args and not kwargs else _for_arguments
+        lines += [f"    {entry:<12}  {text}" for entry, text in status(name, args, kwargs, caller)] or ["    none yet"]
     return "\n".join(lines)
 
 
-def _given(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> Iterator[tuple[str, str]]:
+def _for_arguments(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> Iterator[tuple[str, str]]:
     choice = choice_of(operation, caller)
     entries = implementations(operation)
     reasons = {entry.name: entry.refusal(args, kwargs, caller) for entry in entries}
-    able = [entry for entry in entries if reasons[entry.name] is None]
-    first = next((entry for entry in able if entry.passed_over(args, kwargs) is None), able[0] if able else None)
+    supported = [entry for entry in entries if reasons[entry.name] is None]
+    fastest = (entry for entry in supported if entry.passed_over(args, kwargs) is None)
+    first = next(fastest, supported[0] if supported else None)
     chosen = choice or (first.name if first else None)
     for entry in entries:
-        mine = entry.name == chosen
         if reason := reasons[entry.name]:
-            yield entry.name, f"cannot run these arguments: {reason}" + (" (and is chosen)" if mine else "")
-        elif mine:
+            yield entry.name, f"cannot run these arguments: {reason}" + (" (and is chosen)" if entry.name == chosen else "")
+        elif entry.name == chosen:
             yield entry.name, "runs these arguments"
         else:
             slower = entry.passed_over(args, kwargs)
             yield entry.name, "could run these arguments" + (f", more slowly: {slower}" if slower else "")
 
 
-def _seen(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> Iterator[tuple[str, str]]:
+def _for_process(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> Iterator[tuple[str, str]]:
     entries = implementations(operation)
     choice = choice_of(operation)
     op = find_operation(operation)
-    sure = next((entry for entry in entries if not entry.conditional), None)
+    unconditional = next((entry for entry in entries if not entry.conditional), None)
     for entry in entries:
         if entry.missing:
             yield entry.name, f"not on this machine: {entry.missing}"
@@ -53,7 +53,7 @@ def _seen(operation: str, args: tuple, kwargs: dict[str, Any], caller: Any) -> I
             yield entry.name, "ran in the last call"
         elif reason := op.reasons.get(entry.name):
             yield entry.name, f"{'passed over' if entry.slower else 'refused'}: {reason}"
-        elif sure is not None and entries.index(entry) > entries.index(sure):
-            yield entry.name, f"only when chosen: {sure.name} comes first and runs anything"
+        elif unconditional is not None and entries.index(entry) > entries.index(unconditional):
+            yield entry.name, f"only when chosen: {unconditional.name} comes first and runs anything"
         else:
             yield entry.name, "not needed yet" if entry.conditional else "runs anything"

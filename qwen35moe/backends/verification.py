@@ -1,9 +1,8 @@
-"""Judging implementations: each against the operation's definition in float64, forward and backward.
+"""`verify`: every implementation against the operation's definition in float64, forward and backward.
 
-The error of a tensor a against the truth b is max|a-b| / max|b|. An implementation passes a case when the worst error
-of its outputs and of its gradients stays within `BOUNDS` for the dtype, or within twice the error that the definition
-itself makes in that dtype, whichever is larger. Integer outputs (which experts) must be equal: cases of such operations
-avoid ties.
+The error of a tensor a against the reference b is max|a-b| / max|b|. An implementation passes a case if the largest error of
+its outputs and of its gradients is within `BOUNDS` for the dtype, or within twice the error of the definition in that dtype,
+whichever is larger. Integer outputs (the indices of the router) must be equal: cases of such operations have no ties.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from .cases import cases
 from .operation import ALIASES, OPERATIONS, Implementation, implementations
 from .record import columns
 
-# (forward, backward). float32: the numerical contract's bounds for the chunked delta rule. Half precisions: outputs are
-# rounded (2^-9 in bfloat16, 2^-12 in float16), and so may be a few values between: 10 and 20 such roundings.
+# (forward, backward). float32: the bounds of the chunked delta rule (docs/reference/numerics.md). Half precisions: outputs and
+# a few intermediate values are rounded (2^-9 in bfloat16, 2^-12 in float16): 10 and 20 such roundings.
 BOUNDS = {
     torch.float64: (1e-10, 1e-9),
     torch.float32: (2e-5, 1e-4),
@@ -32,7 +31,7 @@ Arguments = tuple[tuple, dict]
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation on one case. forward, backward: worst error and its bound; reason: why it did not run."""
+    """One implementation on one case. forward, backward: the largest errors; bounds: their limits."""
 
     operation: str
     name: str
@@ -41,8 +40,8 @@ class Row:
     bounds: tuple[float, float]
     forward: float = 0.0
     backward: float = 0.0
-    reason: str | None = None  # why it does not support the case
-    failure: str | None = None  # it raised
+    reason: str | None = None  # it did not run: why it does not support the case
+    failure: str | None = None  # it raised this error
 
     @property
     def ok(self) -> bool:
@@ -51,10 +50,8 @@ class Row:
 
 @dataclass
 class Report:
-    """`.ok`: something ran, and all that ran is within its bounds. `.worst[operation, name]`: its worst error.
-
-    Prints as a table. Nothing run is not ok: a report in which everything was refused proves nothing.
-    """
+    """`.ok`: at least one implementation ran, and every one that ran is within its bounds. `.worst[operation, name]`: its
+    largest error. Prints as a table."""
 
     rows: list[Row] = field(default_factory=list)
 
@@ -90,12 +87,12 @@ def _summary(group: Sequence[Row]) -> tuple[str, str, str, str]:
     if not ran:
         return cases, "-", "-", f"did not run: {group[0].reason}"
     forward, backward = (f"{max(getattr(row, which) for row in ran):.1e}" for which in ("forward", "backward"))
-    bad = [row for row in ran if not row.ok]
-    if not bad:
+    failed = [row for row in ran if not row.ok]
+    if not failed:
         return cases, forward, backward, "ok"
-    first = bad[0]
-    why = first.failure or f"bounds {first.bounds[0]:.1e}, {first.bounds[1]:.1e}"
-    return cases, forward, backward, f"FAILED on {len(bad)}, first case {first.case}: {why}"
+    first = failed[0]
+    cause = first.failure or f"bounds {first.bounds[0]:.1e}, {first.bounds[1]:.1e}"
+    return cases, forward, backward, f"FAILED on {len(failed)}, first case {first.case}: {cause}"
 
 
 def verify(
@@ -105,25 +102,25 @@ def verify(
     device: str | None = None,
     seed: int = 0,
 ) -> Report:
-    """Run the cases of `backends.cases` against the definition in float64, forward and backward: worst error each.
+    """Run the cases of `backends.cases` and compare with the definition in float64, forward and backward.
 
-    name: an implementation ("triton") or an operation ("experts"); None: all. device: CUDA if there is one.
+    name: an implementation ("triton") or an operation ("experts"); None: all. device: None is CUDA if available.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    known = {operation: implementations(operation) for operation in OPERATIONS}
-    names = sorted({entry.name for entries in known.values() for entry in entries})
-    wanted = None if name is None else ALIASES.get(name, name)
-    if wanted is not None and wanted not in known and wanted not in names:
-        raise ValueError(f"unknown name {name!r}; implementations: {', '.join(names)}; operations: {', '.join(known)}")
+    table = {operation: implementations(operation) for operation in OPERATIONS}
+    names = sorted({entry.name for entries in table.values() for entry in entries})
+    target = None if name is None else ALIASES.get(name, name)
+    if target is not None and target not in table and target not in names:
+        raise ValueError(f"unknown name {name!r}; implementations: {', '.join(names)}; operations: {', '.join(table)}")
     report = Report()
-    for operation, entries in known.items():
-        chosen = [entry for entry in entries if wanted in (None, operation, entry.name)]
-        for dtype in dtypes if chosen else ():
-            report.rows.extend(judge(operation, chosen, *cases(operation), dtype, device, seed))
+    for operation, entries in table.items():
+        selected = [entry for entry in entries if target in (None, operation, entry.name)]
+        for dtype in dtypes if selected else ():
+            report.rows.extend(compare(operation, selected, *cases(operation), dtype, device, seed))
     return report
 
 
-def judge(
+def compare(
     operation: str,
     entries: Iterable[Implementation],
     definition: Callable[..., Any],
@@ -135,13 +132,12 @@ def judge(
     """One row for each implementation and case."""
     generator = torch.Generator().manual_seed(seed)
     for number, arguments in enumerate(cases(dtype, device, generator)):
-        truth = _run(definition, arguments, torch.float64, seed)
-        own = _run(definition, arguments, None, seed)
-        own_forward, own_backward = _errors(own, truth)
-        bounds = (max(BOUNDS[dtype][0], 2 * own_forward), max(BOUNDS[dtype][1], 2 * own_backward))
+        reference = _run(definition, arguments, torch.float64, seed)
+        forward, backward = _errors(_run(definition, arguments, None, seed), reference)
+        bounds = (max(BOUNDS[dtype][0], 2 * forward), max(BOUNDS[dtype][1], 2 * backward))
         for entry in entries:
             row = Row(operation, entry.name, dtype, number, bounds)
-            args, kwargs = _fresh(arguments, None, grad=entry.differentiable)
+            args, kwargs = _copies(arguments, None, grad=entry.differentiable)
             with torch.set_grad_enabled(entry.differentiable):
                 reason = entry.refusal(args, kwargs)
             if reason or entry.fn is None:
@@ -149,17 +145,17 @@ def judge(
                 continue
             try:
                 result = _run(entry.fn, arguments, None, seed, backward=entry.differentiable)
-                forward, backward = _errors(result, truth)
-            except Exception as error:  # the report names every implementation that breaks, not only the first
+                forward, backward = _errors(result, reference)
+            except Exception as error:  # reported as a row, so that the other implementations are compared too
                 yield replace(row, forward=float("inf"), failure=f"{type(error).__name__}: {error}")
                 continue
             yield replace(row, forward=forward, backward=backward)
 
 
-def _fresh(arguments: Arguments, dtype: torch.dtype | None, grad: bool = True) -> Arguments:
-    """Copies of the arguments (an implementation may write into a state) as leaves; floats in `dtype` if given."""
+def _copies(arguments: Arguments, dtype: torch.dtype | None, grad: bool = True) -> Arguments:
+    """Copies of the arguments as leaves, because an implementation may write to a state; floats in `dtype` if not None."""
 
-    def fresh(value: Any) -> Any:
+    def copy(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if not value.is_floating_point():
@@ -167,7 +163,7 @@ def _fresh(arguments: Arguments, dtype: torch.dtype | None, grad: bool = True) -
         return value.detach().to(dtype or value.dtype, copy=True).requires_grad_(grad)
 
     args, kwargs = arguments
-    return tuple(map(fresh, args)), {name: fresh(value) for name, value in kwargs.items()}
+    return tuple(map(copy, args)), {name: copy(value) for name, value in kwargs.items()}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -185,41 +181,42 @@ def _run(
     seed: int,
     backward: bool = True,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Outputs, and the gradients of every floating input under one fixed random cotangent (None without a backward)."""
-    args, kwargs = _fresh(arguments, dtype, grad=backward)
-    inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    """Outputs, and the gradients of every floating-point input for a fixed random gradient of the outputs, which is the same
+    for every implementation (None without a backward)."""
+    args, kwargs = _copies(arguments, dtype, grad=backward)
+    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
     with torch.set_grad_enabled(backward):
         outputs = list(_tensors(fn(*args, **kwargs)))
     if not backward:
         return outputs, None
     generator = torch.Generator().manual_seed(seed + 1)
-    roots, cotangents = [], []
+    roots, d_outputs = [], []
     for output in outputs:
         if output.is_floating_point():
-            cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+            d_output = torch.randn(output.shape, generator=generator, dtype=torch.float64)
             if output.requires_grad:
                 roots.append(output)
-                cotangents.append(cotangent.to(output.device, output.dtype))
+                d_outputs.append(d_output.to(output.device, output.dtype))
     if not roots or not inputs:
         return outputs, []
-    grads = torch.autograd.grad(roots, inputs, cotangents, allow_unused=True)
-    return outputs, [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)]
+    grads = torch.autograd.grad(roots, inputs, d_outputs, allow_unused=True)
+    return outputs, [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
-def _errors(result: tuple, truth: tuple) -> tuple[float, float]:
-    (outputs, grads), (true_outputs, true_grads) = result, truth
-    if len(outputs) != len(true_outputs):
-        raise ValueError(f"{len(outputs)} outputs, the definition has {len(true_outputs)}")
-    forward = max((relative_error(a, b) for a, b in zip(outputs, true_outputs, strict=True)), default=0.0)
-    if grads is None or not true_grads:
+def _errors(result: tuple, reference: tuple) -> tuple[float, float]:
+    (outputs, grads), (reference_outputs, reference_grads) = result, reference
+    if len(outputs) != len(reference_outputs):
+        raise ValueError(f"{len(outputs)} outputs, the definition has {len(reference_outputs)}")
+    forward = max((relative_error(a, b) for a, b in zip(outputs, reference_outputs, strict=True)), default=0.0)
+    if grads is None or not reference_grads:
         return forward, 0.0
     if not grads:
-        raise ValueError("its outputs carry no gradient, the definition's do")
-    return forward, max(relative_error(a, b) for a, b in zip(grads, true_grads, strict=True))
+        raise ValueError("no output requires a gradient, the definition's outputs do")
+    return forward, max(relative_error(a, b) for a, b in zip(grads, reference_grads, strict=True))
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """max|a-b| / max|b|; the absolute error where b is zero throughout; inf where a is not finite and b is."""
+    """max|a-b| / max|b|; max|a| if b is zero; inf if a is not finite where b is."""
     if a.shape != b.shape:
         raise ValueError(f"shape {list(a.shape)}, the definition has {list(b.shape)}")
     if not b.is_floating_point():

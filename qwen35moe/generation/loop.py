@@ -141,7 +141,7 @@ class _Run:
 
     @torch.no_grad()
     def _prefill(self) -> Tensor:
-        """Runs the tokens that the cache does not hold; returns the logits after each row's last token [B, V]."""
+        """Runs the tokens that the cache does not hold; returns the logits after each row's last token [B, vocabulary]."""
         tokens, lengths = self.prompt.tokens, self.prompt.lengths
         counts = [length - held for length, held in zip(lengths, self.cached, strict=True)]
         tokens = tokens[:, tokens.shape[1] - max(counts) :]
@@ -202,7 +202,7 @@ class _Run:
         return token
 
     def _penalised(self, scores: Tensor) -> Tensor:
-        """Scores [B, V] after the penalties and the caller's processors: greedy decoding picks from them."""
+        """Scores [B, vocabulary] after the penalties and the caller's processors: greedy decoding picks from them."""
         s = self.settings
         if s.repetition_penalty is not None and self.seen is not None:
             scores = sampling.repetition_penalty(scores, self.seen, s.repetition_penalty)
@@ -213,7 +213,7 @@ class _Run:
         return scores
 
     def _filtered(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scores to sample from: [B, V] and None, or [B, n] of some tokens and the ids [B, n] of these."""
+        """The scores to sample from: [B, vocabulary] and None, or [B, shortlist] of some tokens and the ids of these."""
         s, ids = self.settings, None
         if s.temperature is not None:
             scores = sampling.temperature(scores, s.temperature)

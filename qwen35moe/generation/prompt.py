@@ -1,8 +1,7 @@
-"""What the caller gives as a prompt, made into one shape: real tokens, left-padded, with a length for each row.
+"""Reads a prompt in any form: real tokens, left-padded, with a length for each row.
 
-Padding never reaches the memory of the model, so where it stands is only a matter of columns. Inside the loop each
-row's real tokens are moved to the right end; then the last column is every row's last token, whichever side the
-caller padded.
+Padding never reaches the cache, so its side does not matter. Inside the loop each row's real tokens are at the right end:
+the last column is every row's last token, whichever side the caller padded.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ _INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids [B, P] and mask [B, P] (None: all real) as the caller sees them; tokens [B, L] the same, left-padded, L <=
-    P."""
+    """ids [B, columns] and mask (None: all real) as the caller padded them; tokens [B, longest] the same, left-padded."""
 
     ids: Tensor
     mask: Tensor | None
@@ -33,10 +31,10 @@ class Prompt:
 
 
 def read(input_ids: Any, attention_mask: Any, *, vocabulary: int, device: torch.device, pad_token_id: int | None) -> Prompt:
-    """Check a prompt and bring it into shape.
+    """Checks a prompt and converts it.
 
-    input_ids: int tensor [B, T] or [T], a list of ids, or a list of lists of ids of any lengths (padded here, on the
-    left). attention_mask: 1 for a real token, 0 for padding, of the same shape; None: every token is real.
+    input_ids: int tensor [B, T] or [T], a list of ids, or a list of lists of ids of any lengths (padded on the left).
+    attention_mask: 1 for a real token, 0 for padding, of the same shape; None: every token is real.
     """
     ids, mask = _tensors(input_ids, attention_mask, device, pad_token_id)
     if ids.shape[0] == 0 or ids.shape[1] == 0:
@@ -45,16 +43,16 @@ def read(input_ids: Any, attention_mask: Any, *, vocabulary: int, device: torch.
         tokens, lengths = ids, (ids.shape[1],) * ids.shape[0]
     else:
         tokens, lengths = _aligned(ids, mask)
-    low, high = (int(each) for each in torch.stack([tokens.min(), tokens.max()]).tolist())
+    low, high = torch.stack([tokens.min(), tokens.max()]).tolist()
     if low < 0 or high >= vocabulary:
-        wrong = low if low < 0 else high
-        raise ValueError(f"token id {wrong} is outside the vocabulary: ids must lie in 0..{vocabulary - 1}")
+        token = low if low < 0 else high
+        raise ValueError(f"token id {token} is outside the vocabulary: ids must lie in 0..{vocabulary - 1}")
     return Prompt(ids, mask, tokens, lengths)
 
 
 def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tuple[Tensor, Tensor | None]:
     if isinstance(ids, Mapping):
-        raise ValueError("input_ids is a mapping: pass a tokenizer's answer as generate(**inputs)")
+        raise ValueError("input_ids is a mapping: pass a tokenizer's output as generate(**inputs)")
     if isinstance(ids, str):
         raise ValueError("input_ids is a string: encode it first, generate(**tokenizer(text))")
     if not isinstance(ids, Tensor):
@@ -100,11 +98,11 @@ def _from_lists(ids: Any, pad: int | None) -> tuple[Tensor, list[int] | None]:
 
 
 def _from_ragged(mask: Any, lengths: list[int]) -> Tensor:
-    """The mask of rows that were padded here: 0 for that padding, and what the caller's own rows say (default: 1)."""
+    """The mask of rows that `_from_lists` padded: 0 for that padding, and the caller's mask of each row (default: ones)."""
     rows = [torch.ones(length, dtype=torch.int64) for length in lengths] if mask is None else [_row(row) for row in mask]
-    found = [len(row) for row in rows]
-    if found != lengths:
-        raise ValueError(f"attention_mask has rows of {found} values, input_ids of {lengths}: they must be the same")
+    of_mask = [len(row) for row in rows]
+    if of_mask != lengths:
+        raise ValueError(f"attention_mask has rows of {of_mask} values, input_ids of {lengths}: they must be the same")
     width = max(lengths)
     return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
 
@@ -120,11 +118,11 @@ def _row(values: Any) -> Tensor:
 
 
 def _aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The real tokens of each row at its right end, in their order; the rest 0, whatever the caller had put there."""
+    """The real tokens of each row at its right end, in their order, and the row's length; padding becomes 0."""
     real = mask != 0
-    facts = torch.cat([real.sum(-1), (real & (mask != 1)).sum()[None]]).tolist()  # one synchronisation
-    lengths = tuple(int(each) for each in facts[:-1])
-    if facts[-1]:
+    *lengths, others = torch.cat([real.sum(-1), (real & (mask != 1)).sum()[None]]).tolist()  # one synchronisation
+    lengths = tuple(lengths)
+    if others:
         raise ValueError("attention_mask must hold 1 for a token and 0 for padding; it holds other values")
     if 0 in lengths:
         raise ValueError(f"row {lengths.index(0)} of attention_mask is all padding: every row needs at least one token")

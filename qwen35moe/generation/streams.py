@@ -1,12 +1,12 @@
-"""Random numbers that belong to a row: the same seed gives the same tokens, whoever else is in the batch.
+"""Random numbers of a row: the same seed gives the same tokens, whatever the other rows of the batch are.
 
 Row r of a batch with seed s draws from the stream `row_seed(s, r)`; row 0 from s itself. So
 
     generate([a, b, c], seed=7)   row 2   ==   generate([c], seed=row_seed(7, 2))
 
-and equal prompts in one batch still get different answers. The numbers are drawn on the CPU, so that they are the
-same on every device, and with a seed they neither read nor move PyTorch's global generator. Without one, that
-generator gives the seed: torch.manual_seed then decides, as in transformers.
+and equal prompts in one batch still get different answers. The numbers are drawn on the CPU, so they are the same on every
+device. With a seed they neither read nor advance PyTorch's global generator; without one, that generator draws the seed, so
+torch.manual_seed decides, as in transformers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ _BLOCK = 256  # numbers drawn at a time for each row, one transfer to the device
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed of row `row`: the row-th output of SplitMix64 started at `seed` (Steele, Lea, Flood 2014); row 0 is
-    `seed`."""
+    """The seed of a row: output `row` of SplitMix64 started at `seed` (Steele, Lea, Flood 2014); row 0 has `seed` itself."""
     seed &= _MASK
     if row == 0:
         return seed
@@ -42,11 +41,11 @@ class Uniforms:
         if isinstance(seed, Sequence):
             if len(seed) != rows:
                 raise ValueError(f"seed has {len(seed)} numbers for {rows} rows: pass one number, or one for each row")
-            seeds = [each & _MASK for each in seed]
+            seeds = [number & _MASK for number in seed]
         else:
             first = int(torch.randint(2**63 - 1, ())) if seed is None else seed
             seeds = [row_seed(first, row) for row in range(rows)]
-        self._generators = [torch.Generator().manual_seed(each) for each in seeds]
+        self._generators = [torch.Generator().manual_seed(number) for number in seeds]
         self._device = device
         self._block = torch.empty(rows, 0, dtype=torch.float64)
         self._used = 0
@@ -54,7 +53,7 @@ class Uniforms:
     def next(self) -> Tensor:
         """The next number of every row: [B]."""
         if self._used == self._block.shape[1]:
-            drawn = [torch.rand(_BLOCK, generator=each, dtype=torch.float64) for each in self._generators]
+            drawn = [torch.rand(_BLOCK, generator=generator, dtype=torch.float64) for generator in self._generators]
             self._block = torch.stack(drawn).to(self._device, non_blocking=True)
             self._used = 0
         self._used += 1

@@ -1,4 +1,4 @@
-"""A prompt in, text out as it comes."""
+"""Streams the text that continues a prompt."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def stream_text(
     skip_special_tokens: bool = True,
     **options: Any,
 ) -> Iterator[str]:
-    """The continuation of one prompt, in pieces of whole characters as they are certain.
+    """The continuation of one prompt, in pieces of whole characters.
 
     prompt: text, or token ids (for prompts with control tokens: tokenizer.encode(text, special=True)). stop: the text
-    ends before the first of these strings, also where it is cut across tokens. options: those of `stream`.
+    ends before the first of these strings, which may span tokens. options: those of `stream`.
     """
     strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -39,7 +39,7 @@ def _pieces(steps: Iterator[Any], ends: set[int], text: TextStream, cut: Cut) ->
         piece = cut.put(text.put(token))
         if piece:
             yield piece
-        if cut.found:
+        if cut.stopped:
             return
     piece = cut.put(text.end()) + cut.end()
     if piece:

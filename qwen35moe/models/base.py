@@ -1,4 +1,4 @@
-"""What every model class has beside its mathematics: doors to loading, saving and generation, and what others touch."""
+"""Base of the model classes: loading, saving, generation, devices, initialisation, and methods that other libraries call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class PretrainedModel(nn.Module):
-    """Base of the model classes. `dense` says which family a class is for."""
+    """Base of the model classes. dense: whether a class is for configurations without experts."""
 
     dense = False
     main_input_name = "input_ids"
@@ -76,7 +76,7 @@ class PretrainedModel(nn.Module):
     # ------------------------------------------------------------------------------------------------- state
 
     def new_cache(self, batch_size: int, max_length: int | None = None, record: int = 0) -> Cache:
-        """An empty memory for this model's layers, of its dtype and on its device. See `Cache`."""
+        """An empty cache for this model's layers, in its dtype and on its device. See `Cache`."""
         devices = None if self.device_map is None else self.device_map.layers
         return Cache(
             self.config.text_config, batch_size, max_length=max_length, record=record, dtype=self.dtype, device=self.device,
@@ -84,10 +84,10 @@ class PretrainedModel(nn.Module):
         )
 
     def place(self, devices: Devices) -> Self:
-        """Moves whole layers, in order, to several devices ("auto": all GPUs); the cache of each will lie beside it.
+        """Distributes whole layers, in order, over several devices ("auto": all GPUs); each layer's cache is on its device.
 
-        In one process and without torchrun, one device after the other: for models that do not fit one device. See
-        `qwen35moe.models.device_map`. `model.to(device)` brings everything together again.
+        The devices run one after the other in one process, without torchrun: for models that do not fit one device. See
+        `qwen35moe.models.device_map`. `model.to(device)` moves everything to one device again.
         """
         device_map = plan_device_map(self, devices)
         for name, module in self.named_modules():
@@ -98,7 +98,7 @@ class PretrainedModel(nn.Module):
         return self
 
     def set_device_map(self, device_map: DeviceMap | None) -> None:
-        """Records where the parameters are already."""
+        """Sets the device map of parameters that are already in place; None for one device."""
         several = device_map is not None and len({*device_map.layers, device_map.head}) > 1
         for module in self.modules():
             if isinstance(module, PretrainedModel):
@@ -107,19 +107,19 @@ class PretrainedModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if self.device_map is not None and len({p.device for p in self.parameters()}) == 1:
-            self.set_device_map(None)  # .to(device) has brought all layers together
+            self.set_device_map(None)  # .to(device) has moved all layers to one device
         return self
 
     def use_backends(self, **choices: str) -> None:
-        """Chooses implementations for this model alone: use_backends(experts="loop"); "auto" takes a choice back."""
+        """Chooses implementations for this model only: use_backends(experts="loop"); "auto" removes a choice."""
         checked = backends.checked_choices(choices)
         for module in self.modules():
             own = {**module.__dict__.get("backend_choices", {}), **checked}
             module.__dict__["backend_choices"] = {op: name for op, name in own.items() if name != "auto"}
 
     def unfuse_experts(self) -> None:
-        """Every expert becomes an MLP of three nn.Linear, `mlp.experts.7.gate_proj` and so on, whose weights are views of
-        the grouped parameters; the forward runs through them. Make optimizers and adapters afterwards. See
+        """Makes every expert an MLP of three nn.Linear, `mlp.experts.7.gate_proj` and so on, whose weights are views of the
+        grouped parameters; the forward calls them. Create optimizers and adapters afterwards. See
         `qwen35moe.modules.unfused`."""
         for block in self.modules():
             if isinstance(block, SparseMoeBlock) and isinstance(block.experts, Experts):
@@ -127,19 +127,19 @@ class PretrainedModel(nn.Module):
         self.name_parts()
 
     def fuse_experts(self) -> None:
-        """Takes `unfuse_experts` back: the same grouped parameters, with the values the Linears have now. ValueError while
-        an expert holds anything but plain nn.Linear (an adapter that was not merged)."""
+        """Reverts `unfuse_experts`: the same grouped parameters, with the present values of the Linears. ValueError while an
+        expert holds anything but plain nn.Linear (an adapter that was not merged)."""
         for block in self.modules():
             if isinstance(block, SparseMoeBlock) and isinstance(block.experts, UnfusedExperts):
                 block.experts = block.experts.fuse()
         self.name_parts()
 
     def name_parts(self) -> None:
-        """Tells each part its path, by which `backends.ran()` names layers."""
+        """Stores in each module its path, by which `backends.ran()` names layers."""
         for name, module in self.named_modules():
             module.__dict__["path"] = name
 
-    # --------------------------------------------------------------------------- what other libraries ask for
+    # --------------------------------------------------------------------------- for other libraries
 
     @property
     def device(self) -> torch.device:
@@ -158,13 +158,13 @@ class PretrainedModel(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Keeps only each layer's inputs for the backward and computes the rest again; routing is not repeated."""
+        """Stores only each layer's inputs for the backward and recomputes the rest; routing is not recomputed."""
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True is not supported: gradient checkpointing here is non-reentrant")
         self._set_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps everything for the backward again."""
+        """Stores all activations for the backward again."""
         self._set_checkpointing(False)
 
     def _set_checkpointing(self, value: bool) -> None:
@@ -181,10 +181,10 @@ class PretrainedModel(nn.Module):
         self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
     def tie_weights(self) -> None:
-        """Shares the embedding with the output head where the configuration says so."""
+        """Shares the embedding with the output head where the configuration has tie_word_embeddings."""
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
-        """The arguments of the next forward, for libraries that ask; `generate` here does not need it."""
+        """The arguments of the next forward, for libraries that call it; our `generate` does not."""
         return {"input_ids": input_ids, **options}
 
     # ------------------------------------------------------------------------------------------ initialisation
@@ -194,8 +194,8 @@ class PretrainedModel(nn.Module):
         """Draws all weights. Matrices: normal(0, initializer_range); norms: identity; convolution: uniform(+-W^-0.5).
 
         gates="ordinary" draws A in 1..16 and dt_bias as the inverse softplus of a log-uniform 1e-3..0.1, so that
-        memories last from tens to thousands of tokens (Gu & Dao 2023); "transformers" draws A in 0.01..16 with
-        dt_bias 1, as that library does: a median decay of e^-9.7 per token.
+        states decay over tens to thousands of tokens (Gu & Dao 2023); "transformers" draws A in 0.01..16 with dt_bias 1,
+        as that library does: a median decay of e^-9.7 per token.
         """
         if gates not in ("ordinary", "transformers"):
             raise ValueError(f"gates={gates!r} is neither 'ordinary' nor 'transformers'")

@@ -1,7 +1,7 @@
-"""Which device holds which layer: whole layers in order, so that hidden states cross from a device to the next one once.
+"""Which device holds which layer: whole layers in order, so that hidden states move from a device to the next one once.
 
-The embedding lies with the first layer, the final norm with the last one, the head there too unless it is tied to the
-embedding. Each layer's cache lies beside the layer. One process runs all of it, one device after the other: this is for
+The embedding is on the device of the first layer, the final norm on that of the last one, and so is the head unless it is
+tied to the embedding. Each layer's cache is on the layer's device. The devices run one after the other in one process: for
 models that do not fit one device, not for speed.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Devices = str | torch.device | Sequence[str | torch.device]
 
@@ -45,41 +45,43 @@ class DeviceMap:
     def __str__(self) -> str:
         parts = []
         for device in dict.fromkeys(self.layers):
-            held = [index for index, where in enumerate(self.layers) if where == device]
-            parts.append(f"{device}: layers {held[0]}-{held[-1]}")
+            indices = [index for index, layer_device in enumerate(self.layers) if layer_device == device]
+            parts.append(f"{device}: layers {indices[0]}-{indices[-1]}")
         return ", ".join(parts)
 
 
 def chosen_devices(devices: Devices) -> list[torch.device]:
-    """"auto" is every visible GPU, or the CPU where there is none; a name alone is a list of one."""
+    """The devices of "auto" (every visible GPU, or the CPU if there is none), of one name, or of a list of names."""
     if isinstance(devices, str) and devices == "auto":
         count = torch.cuda.device_count()
         return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
     names = [devices] if isinstance(devices, str | torch.device) else list(devices)
     if not names:
         raise ValueError("device=[]: name at least one device")
-    found = [torch.device(name) for name in names]
-    here = torch.cuda.current_device() if any(d.type == "cuda" and d.index is None for d in found) else 0
-    return [torch.device("cuda", here) if d.type == "cuda" and d.index is None else d for d in found]
+    chosen = [torch.device(name) for name in names]
+    current = torch.cuda.current_device() if any(d.type == "cuda" and d.index is None for d in chosen) else 0
+    return [torch.device("cuda", current) if d.type == "cuda" and d.index is None else d for d in chosen]
 
 
 def plan_device_map(model: nn.Module, devices: Devices, itemsize: int | None = None) -> DeviceMap:
-    """Lays a model's layers out over devices, in order and by bytes: in proportion to free memory where all are GPUs,
+    """Distributes a model's layers over devices, in order and by bytes: in proportion to free memory where all are GPUs,
     evenly otherwise. ValueError when they do not fit.
 
     itemsize: bytes per parameter, for a model on the meta device that will be loaded in another dtype.
     """
-    where = chosen_devices(devices)
+    chosen = chosen_devices(devices)
     sizes = _bytes_by_layer(model, itemsize)
-    free = [_free(device) if device.type == "cuda" else None for device in where]
-    known = [room for room in free if room is not None]
-    shares = known if len(known) == len(where) else [1] * len(where)
-    layers = tuple(where[index] for index in _split(sizes, shares))
-    held = {device: sum(size for size, at in zip(sizes, layers, strict=True) if at == device) for device in where}
-    for device, room in zip(where, free, strict=True):
-        if room is not None and held[device] > room:
+    free = [_free(device) if device.type == "cuda" else None for device in chosen]
+    known = [nbytes for nbytes in free if nbytes is not None]
+    shares = known if len(known) == len(chosen) else [1] * len(chosen)
+    layers = tuple(chosen[index] for index in _split(sizes, shares))
+    needed = dict.fromkeys(chosen, 0)
+    for device, size in zip(layers, sizes, strict=True):
+        needed[device] += size
+    for device, nbytes in zip(chosen, free, strict=True):
+        if nbytes is not None and needed[device] > nbytes:
             raise ValueError(
-                f"{device} would hold {held[device] / 1e9:.1f} GB of weights and has {room / 1e9:.1f} GB free; all weights "
+                f"{device} would hold {needed[device] / 1e9:.1f} GB of weights and has {nbytes / 1e9:.1f} GB free; all weights "
                 f"are {sum(sizes) / 1e9:.1f} GB: give more devices, or load fewer layers"
             )
     tied = any("lm_head" in name for name, _ in model.named_parameters()) is False
@@ -87,13 +89,13 @@ def plan_device_map(model: nn.Module, devices: Devices, itemsize: int | None = N
 
 
 def _free(device: torch.device) -> int:
-    """Bytes of a GPU that can be had: what the system calls free, and what torch keeps for reuse."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    """Bytes available on a GPU: free for the system, or reserved by torch and not allocated."""
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
 
 
 def _bytes_by_layer(model: nn.Module, itemsize: int | None) -> list[int]:
-    """Bytes of each layer, those of the embedding added to the first and those of norm and head to the last."""
+    """Bytes of each layer; the embedding counts with the first one, norm and head with the last one."""
     sizes: dict[int, int] = {}
     before = after = 0
     for name, parameter in model.named_parameters():  # a tied head is listed once, as the embedding
@@ -113,17 +115,12 @@ def _bytes_by_layer(model: nn.Module, itemsize: int | None) -> list[int]:
 
 
 def _split(sizes: Sequence[int], shares: Sequence[int]) -> list[int]:
-    """The index of the device of each layer: that in whose share of all bytes the layer's middle falls."""
-    total, whole, found, device, passed, bound = sum(sizes), sum(shares), [], 0, 0, shares[0]
+    """The index of each layer's device: the one in whose share of all bytes the middle of the layer falls."""
+    total, whole, indices, device, before, bound = sum(sizes), sum(shares), [], 0, 0, shares[0]
     for size in sizes:
-        while (passed + size / 2) * whole > bound * total and device < len(shares) - 1:
+        while (before + size / 2) * whole > bound * total and device < len(shares) - 1:
             device += 1
             bound += shares[device]
-        found.append(device)
-        passed += size
-    return found
-
-
-def moved(value: Tensor | None, device: torch.device) -> Tensor | None:
-    """A tensor on that device; None stays None."""
-    return None if value is None else value.to(device)
+        indices.append(device)
+        before += size
+    return indices

@@ -1,13 +1,13 @@
-"""What goes into each expert, what comes out, and by how much it counts: for pruning, merging and reading experts.
+"""Each expert's inputs, outputs and weights in a forward: for pruning, merging and studying experts.
 
-    with expert_activations(model) as seen:
+    with expert_activations(model) as recorded:
         model(ids)
-    for rows in seen:
-        saliency[rows.layer, rows.expert] += (rows.weights * rows.outputs.norm(dim=-1)).sum()
+    for part in recorded:
+        saliency[part.layer, part.expert] += (part.weights * part.outputs.norm(dim=-1)).sum()
 
-or, keeping nothing, one layer at a time as the forward reaches it: `with expert_activations(model, function): ...`. It listens
-to the named values expert_in and expert_out (taps), so the experts run in the form that shows them, and every value is
-the one the model goes on with.
+or, storing nothing, layer by layer during the forward: `with expert_activations(model, function): ...`. The values are those
+of the taps expert_in and expert_out, so the experts run in the form that materialises them, and the model computes with
+exactly these values.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _VALUES = ("indices", "weights", "expert_in", "expert_out")
 
 @dataclass(frozen=True)
 class ExpertActivations:
-    """One expert's share of one forward, R (token, slot) pairs: inputs and outputs [R, D], the output before its weight
-    in the sum, weights [R]; tokens [R], the rows of the layers' [rows * tokens] they come from.
+    """The tokens of one expert in one forward: inputs and outputs [tokens, D], the outputs before they are weighted;
+    weights [tokens]; tokens, their indices in the layers' N = rows * tokens.
 
-    Tokens that are not there are left out, experts without a row do not appear. On the autograd graph if the forward was.
+    Padding is left out, and so are experts without a token. On the autograd graph if the forward was.
     """
 
     layer: int
@@ -45,17 +45,17 @@ class ExpertActivations:
 def expert_activations(
     model: nn.Module, function: Callable[[ExpertActivations], None] | None = None, layers: Sequence[int] | None = None
 ) -> ExpertActivationRecorder:
-    """Context manager over the forwards of `model`: collects ExpertActivations, or calls `function` on each as its layer ends.
+    """Context manager: collects the ExpertActivations of forwards of `model`, or calls `function` on each when its layer ends.
 
-    layers: numbers of the layers to listen to, all by default; ValueError for one that has no experts. A recomputation
-    under gradient checkpointing is not seen a second time. Inside the block the experts run in the form "watched" (or
-    unfused), which holds the rows of one whole layer.
+    layers: numbers of the layers to record, all by default; ValueError for one that has no experts. A recomputation under
+    gradient checkpointing is not recorded again. Inside the block the experts run in the form "tapped" (or unfused), which
+    holds the values of one whole layer.
     """
     return ExpertActivationRecorder(model, function, layers)
 
 
 class ExpertActivationRecorder(Sequence[ExpertActivations]):
-    """What `expert_activations` collected, in the order of layers, then experts; readable inside the block and after it."""
+    """The collected ExpertActivations in the order of layers, then experts; readable inside the block and after it."""
 
     def __init__(
         self, model: nn.Module, function: Callable[[ExpertActivations], None] | None, layers: Sequence[int] | None
@@ -68,26 +68,26 @@ class ExpertActivationRecorder(Sequence[ExpertActivations]):
         wanted = sorted(blocks) if layers is None else layers
         self._decoders = [m for m in model.modules() if isinstance(m, DecoderLayer) and getattr(m.mlp, "layer", -1) in wanted]
         names = [f"layers.{layer}.mlp.{name}" for layer in wanted for name in _VALUES]
-        self._listener = _Listener(model, names)
+        self._recording = _LastValues(model, names)
         self._function, self._kept = function or self._keep, list[ExpertActivations]()
         self._hooks = ExitStack()
 
     def __enter__(self) -> ExpertActivationRecorder:
         for layer in self._decoders:
             self._hooks.callback(layer.register_forward_hook(self._end).remove)
-        self._hooks.enter_context(self._listener)
+        self._hooks.enter_context(self._recording)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._hooks.close()
 
     def _end(self, layer: Any, args: tuple, output: object) -> None:
-        """After a layer, and outside of what is computed again; the step among its arguments knows which tokens exist."""
-        for rows in _split(int(layer.mlp.layer), self._listener.values.pop(layer.mlp), args[1].layout.valid):
-            self._function(rows)
+        """After a layer, outside of what gradient checkpointing recomputes. args[1] is its LayerContext."""
+        for activations in _split(int(layer.mlp.layer), self._recording.values.pop(layer.mlp), args[1].layout.valid):
+            self._function(activations)
 
-    def _keep(self, rows: ExpertActivations) -> None:
-        self._kept.append(rows)
+    def _keep(self, activations: ExpertActivations) -> None:
+        self._kept.append(activations)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -96,33 +96,33 @@ class ExpertActivationRecorder(Sequence[ExpertActivations]):
         return self._kept[number]
 
     def clear(self) -> None:
-        """Forget what was collected so far."""
+        """Deletes everything collected so far."""
         self._kept.clear()
 
 
-class _Listener(Recording):
-    """A recording that holds what each layer has shown last, until its end takes it."""
+class _LastValues(Recording):
+    """A recording that keeps each layer's last values until the layer ends."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__(model, names)
         self.values: dict[nn.Module, dict[str, Tensor]] = {}
 
     def read(self, module: nn.Module, name: str, value: Tensor) -> None:
-        """A named value of the forward in progress."""
+        """Stores a named value of the forward in progress."""
         if (module, name) in self.targets:
             self.values.setdefault(module, {})[name] = value
 
 
 def _split(layer: int, values: dict[str, Tensor], valid: Tensor | None) -> Iterator[ExpertActivations]:
-    """The rows of each expert: those of expert_in lie expert by expert, in the stable order of the chosen experts."""
+    """The activations of each expert. Rows of expert_in are sorted by expert, in the stable order of the chosen experts."""
     indices = values["indices"]
     order = indices.reshape(-1).argsort(stable=True)
     tokens = order // indices.shape[1]
     parts = [tokens, values["expert_in"], values["expert_out"], values["weights"].reshape(-1)[order]]
     experts = indices.reshape(-1)[order]
     if valid is not None:
-        there = valid.flatten()[tokens]
-        parts, experts = [part[there] for part in parts], experts[there]
+        real = valid.flatten()[tokens]
+        parts, experts = [part[real] for part in parts], experts[real]
     hit, counts = experts.unique_consecutive(return_counts=True)
-    for expert, *rows in zip(hit.tolist(), *(part.split(counts.tolist()) for part in parts), strict=True):
-        yield ExpertActivations(layer, expert, *rows)
+    for expert, *tensors in zip(hit.tolist(), *(part.split(counts.tolist()) for part in parts), strict=True):
+        yield ExpertActivations(layer, expert, *tensors)

@@ -30,7 +30,7 @@ class TextInputs:
     position_ids [B, T] or [3, B, T]: by default counted from each row's first token.
     cache: continued and updated.
     cu_seqlens [documents + 1]: bounds of the documents packed in one row; with a cache, document d continues row d.
-    routing: what the routers are to choose, a `Routing`, indices [B, T, L, S] or a function (layer, logits).
+    routing: what the routers are to choose, a `Routing`, indices [B, T, L, k] or a function (layer, logits).
     output_router_logits (by default as the configuration says), output_routing, output_hidden_states, output_attentions:
     results to return, see `ModelOutput`.
     """

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModelOutput:
-    """The results of a forward call, as attributes and as a mapping of those that are there.
+    """The results of a forward call, as attributes and as a mapping of those that are not None.
 
-    logits [B, T, vocabulary] (or the last positions that were asked for); loss and aux_loss, scalars; router_logits, one
-    [B*T, E] per sparse layer; hidden_states, the embedding, then one [B, T, D] per layer, the last after the final norm;
-    attentions, one per layer: softmax weights [B, H, T, slots] of an attention layer, over the tokens in the cache and the
-    new ones; the exact map [B, H, T, T] of a delta-net layer, over the new tokens only (what it has from before is in its
-    memory, see docs/guide/attention_maps.md); routing; cache, the one that was given. Values at padded positions are zero.
+    logits [B, T, vocabulary] (or of the positions logits_to_keep); loss and aux_loss, scalars; router_logits, one [B*T, E]
+    per sparse layer; hidden_states, the embedding, then one [B, T, D] per layer, the last after the final norm;
+    attentions, one per layer: softmax weights [B, H, T, P] of an attention layer, over the tokens in the cache and the new
+    ones; the exact map [B, H, T, T] of a Gated DeltaNet layer, over the new tokens only (earlier ones are in its recurrent
+    state, see docs/guide/attention_maps.md); routing; cache, the one passed in. Values at padded positions are zero.
     """
 
     logits: Tensor | None = None
@@ -57,7 +57,7 @@ class ModelOutput:
         return len(self.keys())
 
     def keys(self) -> tuple[str, ...]:
-        """Names of the results that are there."""
+        """Names of the results that are not None."""
         return tuple(f.name for f in fields(self) if getattr(self, f.name, None) is not None)
 
     def values(self) -> tuple[Any, ...]:
@@ -71,12 +71,12 @@ class ModelOutput:
 
 
 class LossOutput(ModelOutput):
-    """The result of a call with output_logits=False: everything but the logits."""
+    """The results of a call with output_logits=False: everything but the logits."""
 
     @property
     def logits(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """There are none, and reading them says so."""
-        raise AttributeError("the logits were not computed: the call said output_logits=False")
+        """Not computed: AttributeError."""
+        raise AttributeError("the logits were not computed: the call had output_logits=False")
 
     @logits.setter
     def logits(self, value: Tensor | None) -> None:
@@ -86,7 +86,7 @@ class LossOutput(ModelOutput):
 @dataclass
 class DecoderOutput:
     """What the decoder computed, in the layers' arrangement `layout`: hidden [rows, tokens, D] after the final norm;
-    states, the embedding and each layer's output but the last, when they are to be returned; one LayerOutput per layer."""
+    states, the embedding and the output of every layer but the last, when they are returned; one LayerOutput per layer."""
 
     layout: TokenLayout
     hidden: Tensor
@@ -95,7 +95,7 @@ class DecoderOutput:
 
     @property
     def choices(self) -> list[RouterOutput]:
-        """What the routers chose, one per sparse layer."""
+        """The routers' choices, one per sparse layer."""
         return [layer.router for layer in self.layers if layer.router is not None]
 
     def results(self, inputs: TextInputs, model: Qwen3_5MoeTextModel) -> ModelOutput:
@@ -105,8 +105,8 @@ class DecoderOutput:
         if inputs.output_hidden_states:
             output.hidden_states = tuple(layout.restore(state) for state in [*self.states, self.hidden])
         if inputs.output_attentions:
-            weights = [layer.attention for layer in layers if layer.attention is not None]
-            output.attentions = tuple(restore_attention(each, layout) for each in weights)
+            attentions = [layer.attention for layer in layers if layer.attention is not None]
+            output.attentions = tuple(restore_attention(weights, layout) for weights in attentions)
         router_logits = inputs.output_router_logits
         if router_logits is None:
             router_logits = not model.dense and model.config.output_router_logits
@@ -133,7 +133,7 @@ def restore_flat(values: Tensor, layout: TokenLayout) -> Tensor:
 
 
 def restore_attention(weights: Tensor, layout: TokenLayout) -> Tensor:
-    """Attention weights [rows, H, tokens, keys] to the caller's [B, H, T, keys]; the keys too where they are the tokens."""
+    """Attention weights [rows, H, tokens, P] to the caller's [B, H, T, P]; the keys too where they are the tokens."""
     if layout.source is None:
         return weights
     if weights.shape[-1] != layout.tokens:

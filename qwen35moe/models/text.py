@@ -88,10 +88,11 @@ class Qwen3_5MoeTextModel(PretrainedModel):
     def rotation(self, position_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [rows, tokens, R/2] of positions [3, rows, tokens] (M-RoPE), shared by all attention layers."""
         text, dtype, device = self.config.text_config, wide_dtype(hidden), hidden.device
+        rope = text.rope
         frequencies, scale = inverse_frequencies(
-            text.rope, text.rotary_dim, text.max_position_embeddings, dtype=dtype, device=device
+            rope, text.rotary_dim, text.max_position_embeddings, dtype=dtype, device=device
         )
-        return rotary_tables(position_ids.to(device), frequencies, text.rope.mrope_section, scale)
+        return rotary_tables(position_ids.to(device), frequencies, rope.mrope_section, scale)
 
 
 class Qwen3_5MoeForCausalLM(PretrainedModel):
@@ -161,7 +162,7 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         return output
 
     def _loss(self, inputs: CausalLMInputs, output: ModelOutput, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy from the logits where all of them are there, else from the hidden states in chunks."""
+        """Cross-entropy from the logits if all of them were computed, else from the hidden states in chunks."""
         keep = inputs.logits_to_keep
         if inputs.output_logits and isinstance(keep, int) and keep == 0 and output.logits is not None:
             return cross_entropy(output.logits.flatten(0, 1), targets.flatten(), num_items=inputs.num_items_in_batch)

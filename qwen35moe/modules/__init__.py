@@ -1,1 +1,1 @@
-"""The parts of the decoder: parameters and names, no cleverness. The mathematics is in `qwen35moe.ops`."""
+"""The modules of the decoder and the vision tower: parameters and taps. The mathematics is in `qwen35moe.ops`."""

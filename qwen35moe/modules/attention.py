@@ -37,8 +37,8 @@ class GatedAttention(nn.Module):
     def forward(
         self, x: Tensor, context: LayerContext, state: LayerState | None = None
     ) -> tuple[Tensor, KVCache | None, Tensor | None]:
-        """x [B, T, D]. Returns the output [B, T, D], the keys and values with those of the new tokens, and the attention
-        weights [B, H, T, P] if the context asks for them."""
+        """x [B, T, D]. Returns the output [B, T, D], the keys and values including those of the new tokens, and the attention
+        weights [B, H, T, P] if `context.attentions`."""
         assert state is None or isinstance(state, KVCache)
         query, gate = self.q_proj(x).unflatten(-1, (self.heads, 2, self.head_dim)).unbind(-2)
         key = self.k_norm(self.k_proj(x).unflatten(-1, (self.groups, self.head_dim)))
@@ -54,11 +54,11 @@ class GatedAttention(nn.Module):
         return tap(self, "output", out), state, weights
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: LayerContext) -> tuple[Tensor, Tensor | None]:
-        """softmax(scale * query key^T) value, with the weights themselves if they are returned or tapped."""
-        visible = {"starts": context.layout.starts, "cu_seqlens": context.layout.cu_seqlens}
+        """softmax(scale * query key^T) value, and the weights if they are returned."""
+        mask = {"starts": context.layout.starts, "cu_seqlens": context.layout.cu_seqlens}
         if context.attentions or tapped(self, ("scores",)):
-            weights = tap(self, "scores", attention_weights(query, key, scale=self.scale, **visible))
+            weights = tap(self, "scores", attention_weights(query, key, scale=self.scale, **mask))
             dropped = nn.functional.dropout(weights, self.dropout, self.training)
             return weighted_values(dropped, value).to(query.dtype), weights if context.attentions else None
         dropout = self.dropout if self.training else 0.0
-        return ops.attention(query, key, value, scale=self.scale, dropout=dropout, **visible, caller=self), None
+        return ops.attention(query, key, value, scale=self.scale, dropout=dropout, **mask, caller=self), None

@@ -1,4 +1,4 @@
-"""What the decoder layers of one forward share, and what each returns beside its hidden states."""
+"""The arguments that all decoder layers of a forward share, and the outputs of a layer other than its hidden states."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from qwen35moe.routing import ForcedRouting, RouterOutput
 
 @dataclass(frozen=True)
 class LayerContext:
-    """layout: how the tokens are arranged. rotation: cos and sin [B, T, R/2]. routing: what overrides the routers. record:
-    whether the cache keeps what a rollback needs. attentions: whether attention weights are returned."""
+    """layout: padding, packed documents and positions of the tokens. rotation: cos and sin [B, T, R/2]. routing: overrides the
+    routers. record: whether the cache records the tokens for a rollback. attentions: whether attention weights are returned."""
 
     layout: TokenLayout
     rotation: tuple[Tensor, Tensor]
@@ -24,21 +24,21 @@ class LayerContext:
     attentions: bool = False
 
     def to(self, device: torch.device) -> LayerContext:
-        """The same on another device; forced routing moves its rows layer by layer."""
+        """A copy on another device, except `routing`, which moves its rows when a layer reads them."""
         cos, sin = self.rotation
         return replace(self, layout=self.layout.to(device), rotation=(cos.to(device), sin.to(device)))
 
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """A layer's state after the new tokens, what its router chose, and its attention weights [B, H, T, P] if returned."""
+    """state: of the layer after the new tokens. router: its choice. attention: its weights [B, H, T, P] if returned."""
 
     state: KVCache | DeltaNetUpdate | None = None
     router: RouterOutput | None = None
     attention: Tensor | None = None
 
     def to(self, device: torch.device) -> LayerOutput:
-        """With what the caller sees on another device; the state stays beside its layer."""
+        """A copy with `router` and `attention` on another device; the state stays on the device of its layer."""
         router, attention = self.router, self.attention
         if router is not None:
             router = RouterOutput(*(getattr(router, name).to(device) for name in ("logits", "indices", "weights")))

@@ -1,6 +1,6 @@
 """One decoder layer: a mixer over time, then a feed-forward over width, each on the residual stream.
 
-    h' = h + mixer(norm(h))          mixer: Gated DeltaNet or Gated Attention, as layer_types says
+    h' = h + mixer(norm(h))          mixer: Gated DeltaNet or Gated Attention, by layer_types
     y  = h' + mlp(norm(h'))
 """
 
@@ -24,7 +24,7 @@ from qwen35moe.taps import tap
 
 
 class DecoderLayer(nn.Module):
-    """Layer `index`; its mixer is `linear_attn` or `self_attn`, its `mlp` is sparse or dense, by configuration."""
+    """Layer `index` of the configuration. The mixer is `linear_attn` or `self_attn`; `mlp` is sparse or dense."""
 
     def __init__(self, config: TextConfig, index: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: Tensor, context: LayerContext, state: LayerState | None = None
     ) -> tuple[Tensor, LayerOutput]:
-        """hidden [B, T, D]; returns [B, T, D], and the layer's state and what else it returns."""
+        """hidden [B, T, D]; returns [B, T, D] and the layer's other outputs."""
         run = backends.checkpoint if self.gradient_checkpointing and torch.is_grad_enabled() else _run
         hidden = tap(self, "input", hidden)
         mixed, after, attention = run(self._mixer_of_norm, hidden, context, state)
@@ -50,7 +50,7 @@ class DecoderLayer(nn.Module):
         if not isinstance(self.mlp, SparseMoeBlock):
             hidden = hidden + run(self.mlp, normed)
             return tap(self, "output", hidden), LayerOutput(after, None, attention)
-        # Outside the part that is recomputed, so that a recomputation cannot choose other experts.
+        # Outside the checkpointed function, so that a recomputation cannot choose other experts.
         router = self.mlp.route(normed.flatten(0, 1), context.routing)
         hidden = hidden + run(self.mlp, normed, router)
         return tap(self, "output", hidden), LayerOutput(after, router, attention)

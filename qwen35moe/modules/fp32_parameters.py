@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class FP32Parameters(nn.Module):
-    """A module whose parameters named in `fp32_parameters` are float32 at least, whatever `.to(...)` or a checkpoint asks for.
+    """A module whose parameters named in `fp32_parameters` stay float32 at least, after `.to(...)` and after loading.
 
-    `.double()` widens them, `.to(bfloat16)` and `.half()` leave them in float32 with every digit. `stored_dtypes` is
-    the dtypes in the checkpoint, which are written back where that loses nothing.
+    `.double()` makes them float64; `.to(bfloat16)` and `.half()` do not change them. `stored_dtypes`: their dtypes in the
+    checkpoint, in which they are saved again if that is exact.
     """
 
     fp32_parameters: tuple[str, ...] = ()
@@ -23,22 +23,22 @@ class FP32Parameters(nn.Module):
         self.stored_dtypes: dict[str, torch.dtype] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = {name: self._parameters[name] for name in self.fp32_parameters}
-        kept = {name: None if p is None else p.data for name, p in before.items()}
+        parameters = {name: self._parameters[name] for name in self.fp32_parameters}
+        original = {name: None if parameter is None else parameter.data for name, parameter in parameters.items()}
         super()._apply(fn, recurse)
-        for name, data in kept.items():
+        for name, data in original.items():
             parameter = self._parameters[name]
             if data is None or parameter is None:
                 continue
-            wanted = torch.promote_types(torch.float32, parameter.dtype)
-            if parameter.dtype == wanted:
+            dtype = torch.promote_types(torch.float32, parameter.dtype)
+            if parameter.dtype == dtype:
                 continue
-            if data.is_meta:  # to_empty: there are no values to keep
-                parameter.data = torch.empty_like(parameter, dtype=wanted)
+            if data.is_meta:  # to_empty: no values to keep
+                parameter.data = torch.empty_like(parameter, dtype=dtype)
             else:
-                parameter.data = data.to(parameter.device, wanted)
+                parameter.data = data.to(parameter.device, dtype)
             if parameter.grad is not None:
-                parameter.grad = parameter.grad.to(wanted)
+                parameter.grad = parameter.grad.to(dtype)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

@@ -24,7 +24,7 @@ from qwen35moe.taps import tap, tapped
 
 
 class ShortConvolution(nn.Module):
-    """The causal convolution's weight [C, 1, W], as published, and its call. See `ops.convolution`."""
+    """The causal convolution, with its weight [C, 1, W] as published. See `ops.convolution`."""
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ class ShortConvolution(nn.Module):
 class GatedDeltaNet(FP32Parameters):
     """Yang et al. 2024. See `ops.delta_rule` for the rule and `ops.convolution` for the convolution.
 
-    A_log [H] and dt_bias [H] stay float32: a decay is multiplied over thousands of tokens, and A_log rounded to
-    bfloat16 changes it by up to 0.5 % at each.
+    A_log [H] and dt_bias [H] stay float32: decays are multiplied over thousands of tokens, and rounding A_log to bfloat16
+    changes each of them by up to 0.5 %.
     """
 
     fp32_parameters = ("A_log", "dt_bias")
@@ -64,8 +64,8 @@ class GatedDeltaNet(FP32Parameters):
     def forward(
         self, x: Tensor, context: LayerContext, state: LayerState | None = None
     ) -> tuple[Tensor, DeltaNetUpdate, Tensor | None]:
-        """x [B, T, D]. Returns the output [B, T, D], the state after the last token of each row, and, if the context asks
-        for it, the attention map [B, H, T, T] of the new tokens (`ops.attention_map`)."""
+        """x [B, T, D]. Returns the output [B, T, D], the state after the last token of each row, and, if `context.attentions`,
+        the attention map [B, H, T, T] of the new tokens (`ops.attention_map`)."""
         assert state is None or isinstance(state, DeltaNetState)
         qkv, a, b, z = self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x), self.in_proj_z(x)
         qkv, gate = tap(self, "qkv", qkv), tap(self, "gate", z.unflatten(-1, (self.heads, self.value_width)))
@@ -98,8 +98,8 @@ class GatedDeltaNet(FP32Parameters):
         """The normed output [B, 1, H, V] and the state of one cached token per row by a fused implementation of
         `ops.delta_net_step`; None where `forward` composes the operations.
 
-        A fused implementation reads the weights of conv1d and norm without calling them, so it steps aside where anything is
-        attached to them.
+        A fused implementation reads the weights of conv1d and norm without calling the modules, so it is not used if these have
+        hooks or have been replaced.
         """
         layout = context.layout
         if state is None or layout.tokens != 1 or layout.lengths is not None or layout.cu_seqlens is not None:
@@ -127,7 +127,7 @@ class GatedDeltaNet(FP32Parameters):
         return query, key, tap(self, "value", value.unflatten(-1, (self.heads, self.value_width)))
 
     def _gates(self, a: Tensor, b: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """decay and beta [B, T, H]; zero at padding, which neither forgets nor writes."""
+        """decay and beta [B, T, H]; zero at padding, which keeps the state and writes nothing."""
         decay, beta = decay_and_beta(a, b, self.A_log, self.dt_bias)
         valid = layout.valid
         if valid is not None:
@@ -137,16 +137,16 @@ class GatedDeltaNet(FP32Parameters):
     def _attention_map(
         self, core: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, layout: TokenLayout
     ) -> tuple[Tensor, Tensor]:
-        """The output of the rule with a patch of its attention map applied, and the map [B, H, T, T]."""
-        own = attention_map(query, key, decay=decay, beta=beta, cu_seqlens=layout.cu_seqlens)
-        weights = tap(self, "scores", own)
-        if weights is not own:  # the rule is linear in the values: add the difference
-            core = core + weighted_values(weights - own, value).to(core.dtype)
+        """The output of the rule, corrected if a tap has replaced the attention map, and the map [B, H, T, T]."""
+        computed = attention_map(query, key, decay=decay, beta=beta, cu_seqlens=layout.cu_seqlens)
+        weights = tap(self, "scores", computed)
+        if weights is not computed:  # the rule is linear in the values: add the difference
+            core = core + weighted_values(weights - computed, value).to(core.dtype)
         return core, weights
 
 
 def _segment(qkv: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, layout: TokenLayout) -> Segment:
-    """What a rollback needs of these tokens."""
+    """The values of these tokens that a rollback needs."""
     valid = layout.valid
     if valid is None:
         valid = torch.ones(qkv.shape[:2], dtype=torch.bool, device=qkv.device)

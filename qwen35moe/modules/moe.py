@@ -35,10 +35,10 @@ class MLP(nn.Module):
 
 
 class DenseMLP(MLP):
-    """The feed-forward of the dense siblings, with its named value."""
+    """The feed-forward of dense models, with the tap `output`."""
 
     def __init__(self, config: TextConfig) -> None:
-        assert config.intermediate_size is not None  # the configuration has checked it for a dense model
+        assert config.intermediate_size is not None  # checked by the configuration of a dense model
         super().__init__(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(experts, width, inner))
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, tap: Tap | None = None) -> Tensor:
-        """hidden [N, D], indices and weights [N, k]; returns [N, D]. `tap` receives the values inside."""
+        """hidden [N, D], indices and weights [N, k]; returns [N, D]. tap: see `ops.experts.by_expert`."""
         return ops.experts(hidden, self.gate_up_proj, self.down_proj, indices, weights, tap=tap, caller=self)
 
 
@@ -83,7 +83,7 @@ class SparseMoeBlock(nn.Module):
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def route(self, hidden: Tensor, forced: ForcedRouting | None = None) -> RouterOutput:
-        """What the router chooses for hidden [N, D], or what `forced` puts in its place."""
+        """The router's choice for hidden [N, D], or that of `forced`."""
         logits, weights, indices = self.gate(hidden)
         if tapped(self, ("router_logits",)):
             logits = tap(self, "router_logits", logits)
@@ -93,7 +93,7 @@ class SparseMoeBlock(nn.Module):
         return RouterOutput(logits, tap(self, "indices", indices), tap(self, "weights", weights))
 
     def forward(self, hidden: Tensor, router: RouterOutput | None = None) -> Tensor:
-        """hidden [B, T, D]; returns [B, T, D]. router: what `route` returned; routes by itself without."""
+        """hidden [B, T, D]; returns [B, T, D]. router: the result of `route`; None calls `route`."""
         rows = hidden.flatten(0, -2)
         if router is None:
             router = self.route(rows)

@@ -1,4 +1,4 @@
-"""The norms as modules: a weight and an epsilon."""
+"""The norms as modules with a weight and an epsilon."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen35moe.modules.fp32_parameters import FP32Parameters
 
 
 class RMSNorm(nn.Module):
-    """rms_norm(x) (1 + weight), over the last axis of width `size`; the weight is stored around zero."""
+    """x / sqrt(mean(x^2) + eps) (1 + weight), over the last axis of width `size`; the weight is stored around zero."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -25,10 +25,9 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(FP32Parameters):
-    """rms_norm(x) weight silu(gate), over the last axis of width `size`; the weight is stored around one.
+    """x / sqrt(mean(x^2) + eps) weight silu(gate), over the last axis of width `size`; the weight is stored around one.
 
-    The weight stays float32: Qwen3.5 publishes it so, and rounding it to bfloat16 costs up to 2^-9 of every output
-    of the layer.
+    The weight stays float32, as it is published: rounding it to bfloat16 changes outputs of the layer by up to 2^-9.
     """
 
     fp32_parameters = ("weight",)

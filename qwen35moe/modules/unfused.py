@@ -1,7 +1,8 @@
-"""A layer's experts as modules of their own: for adapters, quantisers and hooks that look for nn.Linear.
+"""A layer's experts as separate modules, for adapters, quantisers and hooks that work on nn.Linear.
 
-The Linears are views of the grouped parameters: nothing is stored twice, and an optimizer step on one changes the other.
-Names are those of transformers' per-expert layout: `experts.7.gate_proj.weight`, `.up_proj.weight`, `.down_proj.weight`.
+The weights of the Linears are views of the grouped parameters: no weight is stored twice, and an optimizer step on one changes
+the other. Names are those of transformers' per-expert layout: `experts.7.gate_proj.weight`, `.up_proj.weight`,
+`.down_proj.weight`.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from qwen35moe.ops.experts import Tap, by_expert
 class UnfusedExperts(nn.ModuleList):
     """`Experts` as a list of E MLPs whose weights are views of its gate_up_proj [E, 2F, D] and down_proj [E, D, F].
 
-    The forward calls every Linear of every expert that was hit, once, so that hooks on them fire. `grouped` gives the grouped
-    parameters as they are now, `fuse` with their gradients. Both work on plain Linears only: an adapter has to be merged
-    and removed before. Rows are counted on the host, so a graph that is compiled breaks here.
+    The forward calls every Linear of every chosen expert once, so that hooks on them run. `grouped` returns the module with the
+    grouped parameters, `fuse` the same with their gradients. Both need plain Linears: merge and remove adapters first. The
+    number of rows of each expert is read on the host, which is a graph break under torch.compile.
     """
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
-        self.__dict__["fused"] = experts  # not a submodule: its parameters are those of the Linears
+        self.__dict__["fused"] = experts  # not a submodule: the Linears have its parameters
         self.__dict__["backend_choices"] = experts.__dict__.get("backend_choices", {})
         count, width, inner = experts.down_proj.shape
         with torch.device("meta"):
@@ -40,11 +41,11 @@ class UnfusedExperts(nn.ModuleList):
         self.train(experts.training)
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, tap: Tap | None = None) -> Tensor:
-        """As `Experts.forward`: hidden [N, D], indices and weights [N, k]; returns [N, D], summed in float32 at least."""
+        """See `Experts.forward`: hidden [N, D], indices and weights [N, k]; returns [N, D], summed in float32 at least."""
         choice = choice_of("experts", self)
         if choice is not None:
             raise ValueError(f"backend={choice!r} cannot run experts: they are unfused; call model.fuse_experts() first")
-        if tap is None:  # each expert is called as a module, so that its hooks fire
+        if tap is None:  # every expert is called as a module, so that its hooks run
             return by_expert(hidden, indices, weights, len(self), lambda expert, x: self[expert](x), _unchanged)
         return by_expert(hidden, indices, weights, len(self), self._activate, self._project, tap)
 
@@ -57,11 +58,12 @@ class UnfusedExperts(nn.ModuleList):
         return mlp.down_proj(x)
 
     def grouped(self) -> Experts:
-        """The grouped module with the values that the Linears have now; no copy while they are still its views."""
+        """The grouped module with the values of the Linears; copies the weights that are no longer its views."""
         experts: Experts = self.__dict__["fused"]
         for linear, name, view in self._views():
             if type(linear) is not nn.Linear:
-                raise ValueError(f"an expert's projection is a {type(linear).__name__}: merge or remove what was added first")
+                kind = type(linear).__name__
+                raise ValueError(f"an expert's projection is a {kind}, not an nn.Linear: merge or remove adapters first")
             parameter = getattr(experts, name)
             if parameter.dtype != linear.weight.dtype or parameter.device != linear.weight.device:
                 parameter.data = torch.empty_like(parameter, dtype=linear.weight.dtype, device=linear.weight.device)
@@ -70,7 +72,7 @@ class UnfusedExperts(nn.ModuleList):
         return experts
 
     def fuse(self) -> Experts:
-        """`grouped`, with gradients and requires_grad: that of a grouped parameter is on if any of its Linears' is."""
+        """`grouped` with gradients; a grouped parameter requires a gradient if that of any of its Linears does."""
         experts = self.grouped()
         parameters = {name: getattr(experts, name) for name in ("gate_up_proj", "down_proj")}
         for parameter in parameters.values():
@@ -86,13 +88,13 @@ class UnfusedExperts(nn.ModuleList):
         return experts.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """.to(), .cuda(), .float(): the grouped parameters move, and the Linears become views of what they are then."""
-        shared = [
+        """.to(), .cuda(), .float(): applied to the grouped parameters, of which the Linears become views again."""
+        views = [
             type(linear) is nn.Linear and self._is_view(linear.weight, name, view) for linear, name, view in self._views()
         ]
         super()._apply(fn, recurse)
         self.__dict__["fused"]._apply(fn)
-        for (linear, name, view), was_view in zip(self._views(), shared, strict=True):
+        for (linear, name, view), was_view in zip(self._views(), views, strict=True):
             if was_view:
                 linear.weight.data = view(getattr(self.__dict__["fused"], name).detach())
         return self
@@ -101,7 +103,7 @@ class UnfusedExperts(nn.ModuleList):
         return not weight.is_meta and weight.data_ptr() == view(getattr(self.__dict__["fused"], name)).data_ptr()
 
     def _views(self) -> Iterator[tuple[Any, str, Callable[[Tensor], Tensor]]]:
-        """(Linear, name of the grouped parameter, function that slices the Linear's weight out of it)."""
+        """(Linear, name of the grouped parameter, function from that parameter to the view that is the Linear's weight)."""
         inner = self.__dict__["fused"].down_proj.shape[-1]
         for number, expert in enumerate(self):
             yield expert.gate_proj, "gate_up_proj", lambda grouped, e=number: grouped[e, :inner]

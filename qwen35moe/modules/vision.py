@@ -1,8 +1,8 @@
-"""The vision tower: pictures cut into patches, a transformer over the patches of each frame, and one token per square of them.
+"""The vision tower: a transformer over the patches of each frame, and one token per square of m x m patches.
 
-patches -> embed + where they lie -> blocks: attention within the frame, MLP -> merge m x m patches -> tokens of width D
+patches -> embed + learned positions -> blocks: attention within the frame, MLP -> merge m x m patches -> tokens of width D
 
-Bai et al. 2025, "Qwen3-VL Technical Report". No deepstack: its list is empty in every published Qwen3.5.
+Bai et al. 2025, "Qwen3-VL Technical Report". No deepstack: its list of layers is empty in every published Qwen3.5.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwen35moe import backends, ops
 from qwen35moe.config import Config, VisionConfig
 from qwen35moe.modules.hooks import is_plain
 from qwen35moe.ops.precision import wide_dtype, widen
-from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, resampled, rotation, tokens_of
+from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, interpolated, rotation, tokens_of
 from qwen35moe.taps import tap
 
 EPS = 1e-6
@@ -26,22 +26,22 @@ EPS = 1e-6
 
 @dataclass
 class VisionOutput:
-    """last_hidden_state [patches, width] before the merger; pooler_output: per image or video its tokens [n, D]."""
+    """last_hidden_state [N, width] before the merger; pooler_output: the tokens [tokens, D] of each image or video."""
 
     last_hidden_state: Tensor
     pooler_output: tuple[Tensor, ...]
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each flattened patch. The weight [width, channels, frames, p, p] is published as a convolution's,
-    whose kernel covers exactly one patch; torch's Conv3d takes ten times as long for it."""
+    """A linear map of each flattened patch. The weight [width, channels, frames, p, p] is published as that of a convolution
+    whose kernel covers exactly one patch; torch's Conv3d takes ten times as long."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.proj = _Projection(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[patches, channels * frames * p * p] to [patches, width]."""
+        """pixels [N, channels * frames * p * p]; returns [N, width]."""
         return self.proj(pixels)
 
 
@@ -58,16 +58,16 @@ class _Projection(nn.Module):
 
 
 class VisionNorm(nn.LayerNorm):
-    """(x - mean) / sqrt(var + eps) w + b over the width, of a stream in float32 at least; returns the weights' dtype."""
+    """(x - mean) / sqrt(var + eps) w + b over the width, computed in float32 at least; returns the dtype of the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., width] to the same."""
+        """x [..., width]; returns [..., width]."""
         dtype, (weight, bias) = self.weight.dtype, widen(self.weight, self.bias)
         return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps).to(dtype)
 
 
 class VisionAttention(nn.Module):
-    """W_o softmax(q k^T / sqrt(head_dim)) v within each frame, q and k turned by their row and column."""
+    """W_o softmax(q k^T / sqrt(K)) v within each frame, q and k rotated by their row and column."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """x [patches, width] to the same; cu_seqlens [frames + 1], cos and sin [1, patches, head_dim / 2]."""
+        """x [N, width], cu_seqlens [frames + 1], rotation: cos and sin [1, N, K/2]; returns [N, width]."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         query, key = ops.rotary(query[None], key[None], *rotation, caller=self)
         query, key, value = tap(self, "query", query[0]), tap(self, "key", key[0]), tap(self, "value", value)
@@ -85,7 +85,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """W_2 gelu(W_1 x), gelu by its tanh form."""
+    """W_2 gelu(W_1 x), gelu in its tanh form."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -93,12 +93,12 @@ class VisionMLP(nn.Module):
         self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [patches, width] to the same."""
+        """x [N, width]; returns [N, width]."""
         return tap(self, "output", self.linear_fc2(_gelu(self, x, "tanh")))
 
 
 def _gelu(caller: VisionMLP | PatchMerger, x: Tensor, approximate: str) -> Tensor:
-    """gelu(W_1 x), as one operation unless somebody hears the call of W_1 or has replaced it."""
+    """gelu(W_1 x), as one operation unless W_1 has hooks or has been replaced."""
     linear = caller.linear_fc1
     if is_plain(linear, nn.Linear):
         return ops.gelu_linear(x, linear.weight, linear.bias, approximate=approximate, caller=caller)
@@ -106,8 +106,8 @@ def _gelu(caller: VisionMLP | PatchMerger, x: Tensor, approximate: str) -> Tenso
 
 
 class VisionBlock(nn.Module):
-    """x' = x + attention(norm(x));  y = x' + mlp(norm(x')). The stream x is float32 at least: rounded to bfloat16 after each
-    of 54 sums it would hold half of a bf16 tower's error."""
+    """x' = x + attention(norm(x));  y = x' + mlp(norm(x')). The residual stream x is float32 at least: rounding it to bfloat16
+    after each of 54 sums would cause half of a bf16 tower's error."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class VisionBlock(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """x [patches, width] to the same."""
+        """x [N, width]; returns [N, width]."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return backends.checkpoint(self._forward, x, cu_seqlens, rotation)
         return self._forward(x, cu_seqlens, rotation)
@@ -129,7 +129,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """One token of m x m patches: W_2 gelu(W_1 [norm(x_1), ..., norm(x_mm)])."""
+    """One token from m x m patches: W_2 gelu(W_1 [norm(x_1), ..., norm(x_mm)])."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -139,18 +139,18 @@ class PatchMerger(nn.Module):
         self.linear_fc2 = nn.Linear(self.merged, config.out_hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[patches, width] to [tokens, D]."""
+        """x [N, width]; returns [tokens, D]."""
         return self.linear_fc2(_gelu(self, self.norm(x).view(-1, self.merged), "none"))
 
 
 class Qwen3_5MoeVisionModel(nn.Module):
-    """The tower. See `forward`; the dense siblings' is the same."""
+    """The vision tower, the same for mixture-of-experts and dense models."""
 
     def __init__(self, config: VisionConfig | Config) -> None:
         super().__init__()
         vision = config.vision_config if isinstance(config, Config) else config
         if vision is None:
-            raise ValueError("this configuration has no vision_config: it is a text model's")
+            raise ValueError("this configuration has no vision_config: it is that of a text model")
         self.config = vision
         self.patch_embed = PatchEmbed(vision)
         self.pos_embed = nn.Embedding(vision.num_position_embeddings, vision.hidden_size)
@@ -166,37 +166,36 @@ class Qwen3_5MoeVisionModel(nn.Module):
         return self.merger.linear_fc2.weight.device
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> VisionOutput:
-        """pixel_values [patches, channels * frames * p * p] in the processor's order, grid_thw [items, 3]: frames, rows and
-        columns of patches of each image or video. All items go through in one call and none sees another."""
+        """pixel_values [N, channels * frames * p * p] in the processor's order; grid_thw [items, 3]: frames, rows and columns
+        of patches of each image or video. Attention stays within a frame, so that items do not affect one another."""
         config, merge = self.config, self.config.spatial_merge_size
         grids = as_grids(grid_thw, merge)
         self._check(pixel_values, grids)
-        place = coordinates(grids, merge, pixel_values.device)
         x = self.patch_embed(pixel_values)
-        turn = rotation(place, config.head_dim, wide_dtype(x))
+        cos_sin = rotation(coordinates(grids, merge, pixel_values.device), config.head_dim, wide_dtype(x))
         bounds = frame_bounds(grids, "cpu" if x.device.type == "meta" else x.device)
-        x = tap(self, "embed", x + self._positions(grids))  # float32 at least, as positions are
+        x = tap(self, "embed", x + self._positions(grids))  # float32 at least, the dtype of the positions
         for block in self.blocks:
-            x = block(x, bounds, turn)
+            x = block(x, bounds, cos_sin)
         tokens = tap(self, "output", self.merger(x))
         return VisionOutput(x.to(tokens.dtype), tokens.split(tokens_of(grids, merge)))
 
     def _positions(self, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        # The whole table through the embedding's own forward, so that hooks, adapters and offloading see it used.
+        # The table comes from the embedding's forward, so that its hooks, adapters and offloading work.
         table = self.pos_embed(torch.arange(self.config.num_position_embeddings, device=self.pos_embed.weight.device))
-        return resampled(table, grids, self.config.spatial_merge_size)
+        return interpolated(table, grids, self.config.spatial_merge_size)
 
     def _check(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> None:
-        c = self.config
-        width, patches = c.in_channels * c.temporal_patch_size * c.patch_size**2, sum(t * h * w for t, h, w in grids)
+        config, patches = self.config, sum(t * h * w for t, h, w in grids)
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
         if pixels.dim() != 2 or pixels.shape[1] != width or not pixels.is_floating_point():
-            raise ValueError(f"pixel values are floats [patches, {width}], got {list(pixels.shape)} {pixels.dtype}")
+            raise ValueError(f"pixel values must be floats [patches, {width}], got {list(pixels.shape)} {pixels.dtype}")
         if pixels.shape[0] != patches:
-            raise ValueError(f"there are {pixels.shape[0]} patches, the grids {grids[:4]} ... describe {patches}")
+            raise ValueError(f"pixel values have {pixels.shape[0]} patches, the grids {grids[:4]} ... have {patches}")
 
 
 def init_vision(module: nn.Module, normal: Callable[[Tensor], None]) -> None:
-    """Draws what only the tower has: `normal` for matrices, identity for norms."""
+    """Initialise the modules that only the tower has: `normal` for matrices, identity for norms."""
     if isinstance(module, nn.LayerNorm):
         module.weight.fill_(1)
         module.bias.zero_()

@@ -1,15 +1,15 @@
-"""The mathematics: one operation per file, as a short definition that runs in float64 and has gradients.
+"""The mathematics: one operation per file, as a short definition that supports float64 and gradients.
 
     from qwen35moe import ops
     output, state = ops.gated_delta_rule(query, key, value, decay=decay, beta=beta)
 
-A call runs the fastest implementation that supports its arguments (`qwen35moe.backends`); `ops.gated_delta_rule.definition`
-is the definition itself. Fast forms in plain PyTorch are in `ops.cpu`, Triton kernels in the package qwen35moe_kernels.
+A call runs the first implementation that supports its arguments (`qwen35moe.backends`); `ops.gated_delta_rule.definition`
+is the definition. Fast forms in plain PyTorch are in `ops.cpu`, Triton kernels in the package qwen35moe_kernels.
 """
 
 from __future__ import annotations
 
-from . import cpu
+from . import cpu, delta_chunked
 from .attention import attention
 from .convolution import short_convolution
 from .decode_step import delta_net_step
@@ -24,6 +24,7 @@ from .vision_attention import vision_attention
 __all__ = [
     "attention",
     "cpu",
+    "delta_chunked",
     "delta_net_step",
     "experts",
     "gated_delta_rule",

@@ -4,9 +4,9 @@
 
 Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries: key head g serves query heads g H/G ... (g+1) H/G - 1).
 
-Query i of row b sees the keys at positions 0 ... starts[b] + i of its row. starts is an int where all rows begin at the same
-position, else a tensor [B]. With cu_seqlens [documents + 1], a row holds packed documents whose keys are the tokens
-themselves, and query i sees the keys of its document up to i.
+Query i of row b attends to the keys at positions 0 ... starts[b] + i of its row. starts is an int if all rows start at the same
+position, else a tensor [B]. With cu_seqlens [documents + 1], the row consists of packed documents without a cache, and query i
+attends to the keys of its document up to i.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
 def causal_mask(
     tokens: int, positions: int, device: torch.device, starts: int | Tensor = 0, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """True where a query sees a key: [1 or B, 1, T, P]."""
+    """True where a query attends to a key: [1 or B, 1, T, P]."""
     query = torch.arange(tokens, device=device)
     key = torch.arange(positions, device=device)
     if cu_seqlens is not None:

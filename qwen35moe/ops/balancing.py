@@ -1,14 +1,14 @@
-r"""Losses on routers: load balancing, exact over any division of the batch, and the z-loss.
+r"""Losses on routers: load balancing, exact for a batch that is processed in parts, and the z-loss.
 
-    load balancing   E sum_e f_e p_e        f_e = choices of expert e per token, p_e = mean softmax(logits)_e
+    load balancing   E sum_e f_e p_e        f_e = assignments to expert e per token, p_e = mean softmax(logits)_e
     z-loss           mean of (log sum_e exp logits_e)^2
 
-What is pooled is said, never implied. scope: f and p are means over all tokens that count ("batch"), or over those of
-one sequence, and the loss is the mean over sequences ("sequence"). per_layer=False pools f and p over the layers
-before the product, as transformers does, so that one layer's collapse can hide behind another; per_layer=True gives [L].
+scope="batch": f_e and p_e are means over all unmasked tokens. scope="sequence": over those of one sequence, and the loss is the
+mean over sequences. per_layer=False averages f_e and p_e over the layers before the product, as transformers does, so that one
+layer's collapse can be hidden by another's opposite one; per_layer=True returns one loss per layer, [L].
 
-The loss of a batch is not the mean of the losses of its parts, since f and p multiply. `LoadBalance` gives every part
-its exact share: value and gradient of the whole are the sums over the parts.
+The loss of a batch is not the mean of the losses of its parts, because f_e and p_e are multiplied. `LoadBalance` computes each
+part's exact contribution: the loss of the batch and its gradient are the sums over the parts.
 """
 
 from __future__ import annotations
@@ -34,38 +34,39 @@ def load_balancing_loss(
     per_layer: bool = False,
     normalize: str = "transformers",
 ) -> Tensor:
-    r"""E sum_e f_e p_e. Differentiable in p; f are counts.
+    r"""E sum_e f_e p_e. Differentiable in p_e; f_e are counts. Float32 at least.
 
-    logits and indices hold one [N, E] and [N, S] per layer; `indices` are those that were used. mask [N] is 1 for
-    tokens that count. Fedus et al. 2021, eq. 4-6, as transformers has it: f and p are pooled over all layers before
-    the product, and f sums to S, so an even load gives S. per_layer=True returns [L], one loss per layer;
-    normalize="top_k" divides by S, so that an even load gives 1.
+    logits, indices: per layer the router's logits [N, E] and the experts that ran [N, k]. mask [N]: 1 for tokens that
+    contribute to f_e and p_e, 0 for the others. Fedus et al. 2021, eq. 4-6, as in transformers: f_e and p_e are averaged over
+    all layers before the product, and f_e sum to k, so that an even load gives k. per_layer=True returns [L], one loss per
+    layer; normalize="top_k" divides by k, so that an even load gives 1.
 
-    scope="sequence" (DeepSeek-V3, eq. 17-20): f and p of each sequence by itself, the mean over sequences that have a
-    token that counts. sequences [N] numbers them (`sequence_numbers`). num_sequences: the sum over that number instead,
-    so that micro-batches of one batch add up to it exactly. Computed in float32 at least.
+    scope="sequence" (DeepSeek-V3, eq. 17-20): f_e and p_e of each sequence, and the mean over the sequences that have an
+    unmasked token. sequences [N]: the number of each token's sequence (`sequence_numbers`). num_sequences: divide the sum over
+    sequences by this number instead, so that the losses of micro-batches add up to that of their batch.
     """
     if normalize not in _SCALES:
         raise ValueError(f"normalize={normalize!r} is neither 'transformers' nor 'top_k'")
     if scope not in ("batch", "sequence"):
         raise ValueError(f"scope={scope!r} is neither 'batch' nor 'sequence'")
     if (scope == "sequence") != (sequences is not None):
-        raise ValueError("scope='sequence' needs sequences=, the number of each token's sequence, and scope='batch' takes none")
+        raise ValueError("scope='sequence' needs sequences=, the number of each token's sequence; scope='batch' takes none")
     if len(logits) == 0 or len(logits) != len(indices):
         raise ValueError(f"the loss needs logits and indices of the same layers, got {len(logits)} and {len(indices)}")
-    experts, slots = logits[0].shape[-1], indices[0].shape[-1]
+    experts, top_k = logits[0].shape[-1], indices[0].shape[-1]
+    # A group is one sequence, or all tokens for scope="batch".
     groups = 1 if sequences is None or sequences.numel() == 0 else int(sequences.max()) + 1
-    sums = [_sums(*pair, mask, sequences, groups) for pair in zip(logits, indices, strict=True)]
+    sums = [_sums(*layer, mask, sequences, groups) for layer in zip(logits, indices, strict=True)]
     counts, probabilities = torch.stack([c for c, _, _ in sums]), torch.stack([p for _, p, _ in sums])  # [L, groups, E]
-    tokens = sums[0][2]
+    tokens = sums[0][2]  # [groups]
     fractions = counts / tokens.clamp(min=1)[:, None]
     means = probabilities / tokens.clamp(min=1)[:, None]
     if not per_layer:
         fractions, means = fractions.mean(0), means.mean(0)
-    loss = experts * (fractions * means).sum(-1)  # [(L,) groups]
-    there = (tokens > 0).sum().clamp(min=1) if num_sequences is None else num_sequences
-    loss = loss.sum(-1) / (1 if scope == "batch" else there)
-    return loss / slots if normalize == "top_k" else loss
+    loss = experts * (fractions * means).sum(-1)  # [groups] or [L, groups]
+    count = (tokens > 0).sum().clamp(min=1) if num_sequences is None else num_sequences
+    loss = loss.sum(-1) / (1 if scope == "batch" else count)
+    return loss / top_k if normalize == "top_k" else loss
 
 
 def router_z_loss(
@@ -74,8 +75,8 @@ def router_z_loss(
 ) -> Tensor:
     r"""Mean over tokens and layers of (log sum_e exp logits_e)^2: keeps router logits small (Zoph et al. 2022, eq. 5).
 
-    logits: one [N, E] per layer; mask [N] is 1 for tokens that count. per_layer=True returns [L]. num_tokens: the sum
-    over tokens divided by it, so that the parts of a batch add up to it. Computed in float32 at least.
+    logits: [N, E] per layer. mask [N]: 0 for tokens to leave out, else 1. per_layer=True returns [L]. num_tokens: divide the
+    sum over tokens by this number, so that the losses of a batch's parts add up to that of the batch. Float32 at least.
     """
     if len(logits) == 0:
         raise ValueError("the z-loss needs the logits of at least one layer")
@@ -87,35 +88,36 @@ def router_z_loss(
 
 
 def sequence_numbers(shape: tuple[int, int], cu_seqlens: Tensor | None = None) -> Tensor:
-    """[B*T]: the number of each token's sequence, rows of a batch (B, T) or the packed documents of one row."""
+    """[N]: the number of each token's sequence. Sequences are the rows of a batch of shape (B, T), or the packed documents of
+    one row."""
     rows, tokens = shape
     if cu_seqlens is None:
         return torch.arange(rows).repeat_interleave(tokens)
-    places = torch.arange(rows * tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens, places, right=True) - 1
+    positions = torch.arange(rows * tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, positions, right=True) - 1
 
 
 class LoadBalance:
-    r"""The load-balancing loss of a batch that is seen in parts: micro-batches, packed rows, data-parallel ranks.
+    r"""The load-balancing loss of a batch that is processed in parts: micro-batches, packed rows, data-parallel ranks.
 
-    With c_e all choices of expert e and n all tokens of the batch, part m brings
+    With c_e assignments to expert e and N unmasked tokens in the whole batch, part i contributes
 
-        share_m = E sum_e (c_e / n) (sum over tokens of m of p_e) / n,        sum_m share_m = the loss of the whole,
+        share_i = E sum_e (c_e / N) (sum over the tokens of part i of p_e) / N,        sum_i share_i = the loss of the batch,
 
-    exactly, and its gradient too, because c carries none: what a part must know beforehand is how often the whole batch
-    chooses each expert. So it takes two steps: `count` every part, then `share` every part.
+    exactly, and likewise its gradient, because c_e has none. A part's share needs c_e of the whole batch, hence two steps:
+    `count` every part, then `share` every part.
 
         balance = LoadBalance(num_experts)
-        for part in parts:                                # 1. counts: a forward without gradient, or routing known
-            balance.count(routing.indices, routing.mask)  #    from a rollout that is replayed
+        for part in parts:                                # 1. counts: of a forward without gradient, or of a rollout's
+            balance.count(routing.indices, routing.mask)  #    routing that the training step replays
         balance.all_reduce()                              #    data-parallel: over all ranks
         for part in parts:                                # 2.
             routing = model(..., output_routing=True).routing
             (cross_entropy + coefficient * balance.share(routing.logits, routing.mask)).backward()
         balance.value()                                   # the loss of the whole batch, for the log
 
-    In a data-parallel run with one part per rank the counts of its own forward will do, one pass in all. Where
-    gradients are averaged over ranks (DDP, FSDP), multiply the share by the number of ranks. share and value agree with
+    In a data-parallel run with one part per rank, count the part in the same forward: one pass in all. Where gradients are
+    averaged over ranks (DDP, FSDP), multiply the share by the number of ranks. share and value agree with
     `load_balancing_loss(..., per_layer=, normalize=)` of the whole batch, scope "batch".
     """
 
@@ -123,29 +125,29 @@ class LoadBalance:
         if normalize not in _SCALES:
             raise ValueError(f"normalize={normalize!r} is neither 'transformers' nor 'top_k'")
         self.num_experts, self.per_layer, self.normalize = num_experts, per_layer, normalize
-        self.counts: Tensor | None = None  # [L, E] choices of experts, float64: exact up to 2^53
-        self.probabilities: Tensor | None = None  # [L, E] sums of p over the tokens shared out so far
+        self.counts: Tensor | None = None  # [L, E] assignments to experts, float64: exact up to 2^53
+        self.probabilities: Tensor | None = None  # [L, E] sums of p_e over the tokens of all shares so far
         self.tokens = torch.zeros((), dtype=torch.float64)
-        self.slots = 0
+        self.top_k = 0  # 0 before the first count
 
     @torch.no_grad()
     def count(self, indices: Tensor, mask: Tensor | None = None) -> None:
-        """Adds the choices [L, N, S] of a part; mask [N] is 1 for tokens that count."""
-        if self.slots not in (0, indices.shape[-1]):
-            raise ValueError(f"a part with {indices.shape[-1]} experts per token after parts with {self.slots}")
-        counts_as = torch.ones(indices.shape[1], device=indices.device) if mask is None else mask.to(indices.device)
-        counts_as = counts_as.double()
-        part = torch.stack([_chosen(layer.long(), counts_as, self.num_experts) for layer in indices])
+        """Add the assignments of a part: indices [L, N, k]; mask [N], 0 for tokens to leave out, else 1."""
+        if self.top_k not in (0, indices.shape[-1]):
+            raise ValueError(f"this part has {indices.shape[-1]} experts per token, the parts before it have {self.top_k}")
+        token_weights = torch.ones(indices.shape[1], device=indices.device) if mask is None else mask.to(indices.device)
+        token_weights = token_weights.double()
+        part = torch.stack([_counts(layer.long(), token_weights, self.num_experts) for layer in indices])
         self.counts = part if self.counts is None else self.counts + part.to(self.counts.device)
-        self.tokens = self.tokens.to(part.device) + counts_as.sum()
-        self.slots = indices.shape[-1]
+        self.tokens = self.tokens.to(part.device) + token_weights.sum()
+        self.top_k = indices.shape[-1]
 
     def share(self, logits: Sequence[Tensor] | Tensor, mask: Tensor | None = None) -> Tensor:
-        """This part's share of the whole loss, from its logits, one [N, E] per layer; with gradient."""
+        """This part's share of the loss of the batch, differentiable. logits: [N, E] per layer; mask as in `count`."""
         if self.counts is None:
-            raise ValueError("nothing was counted: call count() with every part before the first share()")
+            raise ValueError("no part was counted: call count() for every part before the first share()")
         if len(logits) != self.counts.shape[0]:
-            raise ValueError(f"logits of {len(logits)} layers, {self.counts.shape[0]} were counted")
+            raise ValueError(f"logits have {len(logits)} layers, the counted parts have {self.counts.shape[0]}")
         sums = torch.stack([_probabilities(layer, mask) for layer in logits])
         self.probabilities = sums.detach().double() + (0 if self.probabilities is None else self.probabilities)
         return self._loss(sums)
@@ -154,33 +156,33 @@ class LoadBalance:
     def value(self) -> Tensor:
         """The sum of all shares so far, in float64; after the last part, the loss of the whole batch."""
         if self.probabilities is None:
-            raise ValueError("there was no share() yet")
+            raise ValueError("value() needs at least one share() before it")
         return self._loss(self.probabilities)
 
     def merge(self, other: LoadBalance) -> None:
-        """Adds what another one counted and shared out."""
+        """Add the counts and shares of another LoadBalance."""
         if self.counts is None or other.counts is None:
-            raise ValueError("merging needs counts on both sides")
-        if self.slots != other.slots or self.counts.shape != other.counts.shape:
-            sizes = [(*b.counts.shape, b.slots) for b in (self, other) if b.counts is not None]
-            raise ValueError(f"(layers, experts, slots) {sizes[0]} and {sizes[1]} do not fit")
+            raise ValueError("merge() needs counts in both: call count() first")
+        if self.top_k != other.top_k or self.counts.shape != other.counts.shape:
+            sizes = [(*balance.counts.shape, balance.top_k) for balance in (self, other) if balance.counts is not None]
+            raise ValueError(f"(layers, experts, experts per token) must agree, got {sizes[0]} and {sizes[1]}")
         self.counts = self.counts + other.counts.to(self.counts.device)
         self.tokens = self.tokens + other.tokens.to(self.tokens.device)
         if other.probabilities is not None:
             self.probabilities = other.probabilities + (0 if self.probabilities is None else self.probabilities)
 
     def all_reduce(self, group: object = None) -> None:
-        """Adds the counts of all ranks of a torch.distributed group, so that every rank has those of the whole batch.
+        """Sum the counts over all ranks of a torch.distributed group, after the last `count` and before the first `share`.
 
-        Between counting and the first share. Every rank must have counted (a rank without tokens: indices [L, 0, S]).
+        Every rank must have called `count` (a rank without tokens with indices [L, 0, k]).
         """
         import torch.distributed as dist
 
         if self.counts is None or self.probabilities is not None:
-            raise ValueError("all_reduce() belongs between the last count() and the first share()")
-        together = torch.cat([self.counts.flatten(), self.tokens[None]])
-        dist.all_reduce(together, group=group)  # pyright: ignore[reportArgumentType]
-        self.counts, self.tokens = together[:-1].view_as(self.counts), together[-1]
+            raise ValueError("call all_reduce() between the last count() and the first share()")
+        counts_and_tokens = torch.cat([self.counts.flatten(), self.tokens[None]])
+        dist.all_reduce(counts_and_tokens, group=group)  # pyright: ignore[reportArgumentType]
+        self.counts, self.tokens = counts_and_tokens[:-1].view_as(self.counts), counts_and_tokens[-1]
 
     def _loss(self, sums: Tensor) -> Tensor:
         assert self.counts is not None
@@ -189,40 +191,40 @@ class LoadBalance:
         if not self.per_layer:
             fractions, means = fractions.mean(0), means.mean(0)
         loss = sums.shape[-1] * (fractions * means).sum(-1)
-        return loss / self.slots if self.normalize == "top_k" else loss
+        return loss / self.top_k if self.normalize == "top_k" else loss
 
 
 def _sums(
     logits: Tensor, indices: Tensor, mask: Tensor | None, sequences: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per group: choices [groups, E], sums of probabilities [groups, E], tokens [groups]; of one layer."""
-    counts_as, (tokens, experts) = _counts_as(logits, mask), logits.shape
+    """Of one layer and each group: assignments [groups, E], sums of probabilities [groups, E], tokens [groups]."""
+    token_weights, (tokens, experts) = _token_weights(logits, mask), logits.shape
     group = torch.zeros(tokens, dtype=torch.long, device=logits.device) if sequences is None else sequences.to(logits.device)
-    place = group[:, None] * experts + indices
-    chosen = _chosen(place, counts_as, groups * experts).view(groups, experts)
-    weighted = _weighted(logits, counts_as)
+    counts = _counts(group[:, None] * experts + indices, token_weights, groups * experts).view(groups, experts)
+    weighted = _weighted(logits, token_weights)
     if sequences is None:
-        return chosen, weighted.sum(0, keepdim=True), counts_as.sum()[None]
-    return chosen, weighted.new_zeros(groups, experts).index_add(0, group, weighted), _chosen(group[:, None], counts_as, groups)
+        return counts, weighted.sum(0, keepdim=True), token_weights.sum()[None]
+    sums = weighted.new_zeros(groups, experts).index_add(0, group, weighted)
+    return counts, sums, _counts(group[:, None], token_weights, groups)
 
 
-def _chosen(indices: Tensor, counts_as: Tensor, experts: int) -> Tensor:
-    """[E]: how often indices [N, S] name each expert, each row counted counts_as[n] times."""
-    ones = counts_as[:, None].expand(indices.shape).reshape(-1)
-    zeros = torch.zeros(experts, dtype=counts_as.dtype, device=indices.device)
+def _counts(indices: Tensor, token_weights: Tensor, experts: int) -> Tensor:
+    """[E]: how often indices [N, k] contain each expert, the indices of token n counted token_weights[n] times."""
+    ones = token_weights[:, None].expand(indices.shape).reshape(-1)
+    zeros = torch.zeros(experts, dtype=token_weights.dtype, device=indices.device)
     return zeros.index_add(0, indices.reshape(-1), ones)
 
 
-def _weighted(logits: Tensor, counts_as: Tensor) -> Tensor:
-    return logits.to(counts_as.dtype).softmax(-1) * counts_as[:, None]
+def _weighted(logits: Tensor, token_weights: Tensor) -> Tensor:
+    return logits.to(token_weights.dtype).softmax(-1) * token_weights[:, None]
 
 
 def _probabilities(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """[E]: sum over tokens that count of softmax(logits [N, E])."""
-    return _weighted(logits, _counts_as(logits, mask)).sum(0)
+    """[E]: sum over unmasked tokens of softmax(logits [N, E])."""
+    return _weighted(logits, _token_weights(logits, mask)).sum(0)
 
 
-def _counts_as(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """[N], in float32 at least: the mask as numbers, ones without one."""
+def _token_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """[N], float32 at least: the mask as numbers, ones without a mask."""
     dtype = wide_dtype(logits)
     return logits.new_ones(logits.shape[0], dtype=dtype) if mask is None else mask.to(logits.device, dtype)

@@ -2,9 +2,9 @@
 
     y_t = silu(sum_w weight[:, w] * x_{t - W + 1 + w})
 
-A row's inputs before its first token come from `state` [B, C, W-1] (zeros when None), and its last W - 1 inputs are
-returned as the next state. A right-padded row (`lengths`) leaves the inputs before its padding; packed documents
-(`cu_seqlens`, B = 1) each have their own row of state and see nothing of each other.
+`state` [B, C, W-1] holds the inputs before a row's first token (zeros when None); the last W - 1 inputs are returned as the
+next state, for a right-padded row (`lengths`) those before its padding. Packed documents (`cu_seqlens`, B = 1) are independent:
+each has its own row of state.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def short_convolution(
 
 
 def _spans(x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
+    """(row, start, end) of each row or document."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         return [(0, start, end) for start, end in pairwise(bounds)]

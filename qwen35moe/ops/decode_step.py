@@ -1,12 +1,12 @@
 """One cached token of a Gated DeltaNet layer between its projections: convolution, gates, rule and gated norm.
 
-    m = silu(sum_w W_conv[:, w] x_{t - W + 1 + w});  q, k, v = m
-    decay = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b)
-    S' = exp(decay) S + k (x) beta (v - exp(decay) S^T k);  y = rms_norm(S'^T q / sqrt(K)) w silu(gate)
+    q_t, k_t, v_t = silu(sum_w W_conv[:, w] x_{t - W + 1 + w})
+    decay_t = -exp(A_log) softplus(a_t + dt_bias);  beta_t = sigmoid(b_t)
+    S_t = exp(decay_t) S_{t-1} + k_t (x) beta_t (v_t - exp(decay_t) S_{t-1}^T k_t)      q_t, k_t of unit length
+    y_t = gated_rms_norm(S_t^T q_t / sqrt(K), gate_t)
 
 The definition composes the definitions of the other operations. The layer composes the operations themselves, unless a
-fused implementation takes one token of every row: a Triton kernel of one launch, or the plain PyTorch form of
-`ops.cpu.decode_step`.
+fused implementation supports the call: a Triton kernel, or the plain PyTorch form of `ops.cpu.decode_step`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def delta_net_step(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
     A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The normed output [B, H, V] in qkv's dtype, and the states conv_state and recurrent_state after the token.
+    """The normed output [B, H, V] in qkv's dtype, and conv_state and recurrent_state after the token.
 
     qkv [B, C], gate [B, H, V], a and b [B, H], conv_state [B, C, W-1], recurrent_state [B, H, K, V] float32 at least,
     conv_weight [C, W], A_log and dt_bias [H], norm_weight [V]. groups: the number of key heads G.
     """
-    heads, width, out = recurrent_state.shape[1:]
+    H, K, V = recurrent_state.shape[1:]
     mixed, conv_state = short_convolution.definition(qkv[:, None], conv_weight, state=conv_state)
-    query, key, value = mixed.split([groups * width, groups * width, heads * out], dim=-1)
+    query, key, value = mixed.split([groups * K, groups * K, H * V], dim=-1)
     decay, beta = decay_and_beta(a[:, None], b[:, None], A_log, dt_bias)
     core, recurrent_state = gated_delta_rule.definition(
-        query.unflatten(-1, (groups, width)), key.unflatten(-1, (groups, width)), value.unflatten(-1, (heads, out)),
+        query.unflatten(-1, (groups, K)), key.unflatten(-1, (groups, K)), value.unflatten(-1, (H, V)),
         decay=decay, beta=beta, state=recurrent_state,
     )
     return gated_rms_norm.definition(core[:, 0], gate, norm_weight, eps=eps), conv_state, recurrent_state

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, einsum
 
+from qwen35moe.ops.delta_rule import gated_delta_rule, initial_state
 from qwen35moe.ops.norm import l2_norm
 from qwen35moe.ops.precision import widen, without_autocast
 
@@ -43,6 +44,7 @@ class Chunk(NamedTuple):
     scores: Tensor  # p_ij [..., M, M]
 
 
+@gated_delta_rule.implementation("chunked")
 @without_autocast
 def chunked_gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
@@ -53,18 +55,16 @@ def chunked_gated_delta_rule(
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     if cu_seqlens is not None:
         documents = []
-        for d, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        for number, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
             q, k, v, g, b = (x[:, start:end] for x in (query, key, value, decay, beta))
-            before = None if state is None else state[d : d + 1]
+            before = None if state is None else state[number : number + 1]
             documents.append(chunked_gated_delta_rule(q, k, v, decay=g, beta=b, state=before, chunk_size=chunk_size))
         outputs, states = zip(*documents, strict=True)
         return torch.cat(outputs, dim=1), torch.cat(states)
 
-    dtype, length, heads = value.dtype, value.shape[1], value.shape[2]
+    dtype, length = value.dtype, value.shape[1]
     query, key, value, decay, beta = widen(query, key, value, decay, beta)
-    if state is None:
-        state = value.new_zeros(value.shape[0], heads, key.shape[-1], value.shape[-1])
-    state = state.to(value.dtype)
+    state = initial_state(state, query, value)
     chunks = within_chunks(query, key, value, decay, beta, chunk_size)
     outputs = []
     for n in range(chunks.q.shape[1]):

@@ -5,8 +5,8 @@ Yang et al. 2024, "Gated Delta Networks". Per value head, with keys and queries 
     S_t = exp(decay_t) S_{t-1} + k_t (x) beta_t (v_t - exp(decay_t) S_{t-1}^T k_t)        S [K, V]
     o_t = S_t^T q_t / sqrt(K)
 
-The function below is that recurrence, token by token; `ops.delta_chunked` derives the same result from chunks of tokens.
-One contract for all forms:
+The function below is that recurrence, token by token; `ops.delta_chunked` computes the same in chunks of tokens. All forms have
+one contract:
 
     query, key [B, T, G, K]   normalised by the rule: x / sqrt(sum x^2 + 1e-6); key head g serves the value heads
                               g H/G ... (g+1) H/G - 1
@@ -47,7 +47,7 @@ def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence. See the module's contract."""
+    """The recurrence. See the contract above."""
     if cu_seqlens is not None:
         return _by_document(query, key, value, decay, beta, state, cu_seqlens)
     q, k, v, decay, beta = widen(query, key, value, decay, beta)
@@ -66,7 +66,7 @@ def gated_delta_rule(
 
 
 def initial_state(state: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
-    """`state` in v's dtype, zeros [B, H, K, V] for None."""
+    """`state` [B, H, K, V] in v's dtype; zeros for None."""
     if state is None:
         return v.new_zeros(v.shape[0], v.shape[2], q.shape[-1], v.shape[-1])
     return state.to(v.dtype)

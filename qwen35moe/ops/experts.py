@@ -1,22 +1,22 @@
 """The sparse mixture of experts: the router, and the sum over the chosen experts.
 
-    p = softmax(W_r x),  chosen = the k largest,  w_e = p_e / sum of the chosen
-    y = sum over chosen e of w_e * down_e (silu(gate_e x) * up_e x)
+    p = softmax(W_router x);   e_1, ..., e_k: the experts with the k largest p_e;   w_j = p_{e_j} / (p_{e_1} + ... + p_{e_k})
+    y = sum_j w_j expert_{e_j}(x)          expert_e(x) = down_e (silu(gate_e x) * up_e x)
 
-Shazeer et al. 2017. Expert weights are grouped: gate_up [E, 2F, D] (gate rows first), down [E, D, F]. A (token, expert)
-assignment is one entry of the indices [N, k].
+Shazeer et al. 2017. Expert weights are grouped: gate_up [E, 2F, D] (gate rows first), down [E, D, F]. Each entry of the indices
+[N, k] is a (token, expert) assignment.
 
 Implementations of `experts`, fast ones in `ops.cpu`:
 
     loop       the definition, expert by expert
     sorted     assignments sorted by expert, one product per expert, streamed: for CPUs
-    grouped    assignments sorted by expert, torch's grouped_mm, nothing read on the host: for GPUs
-    gathered   a copy of the chosen weights for every assignment, one batched product: for very few assignments
-    tapped     materialises the values inside, for an active tap
+    grouped    assignments sorted by expert, torch's grouped_mm, no synchronisation with the host: for GPUs
+    gathered   a copy of the expert's weights for every assignment, one batched product: for very few assignments
+    tapped     materialises expert_in, expert_act and expert_out, for an active tap
 
-A token's experts are added in the order of their numbers (loop, tapped; sorted where the rows of all assignments take more
-than 32 MB and more than a float32 sum) or of its top-k (the others), always the same for the same arguments; on a GPU, loop
-and tapped need torch.use_deterministic_algorithms(True) for that.
+The sum over j runs in the order of the experts' numbers (loop, tapped; sorted where the rows of all assignments take more than
+32 MB and more than a float32 sum) or of the top-k (the others), always the same for the same arguments; on a GPU, loop and
+tapped need torch.use_deterministic_algorithms(True) for that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from qwen35moe.backends import operation
 from qwen35moe.ops.precision import wide_dtype
 
-Tap = Callable[[str, Tensor], Tensor]  # receives a value by name, returns the value to use in its place
+Tap = Callable[[str, Tensor], Tensor]  # (name, value) -> the value to use in its place
 
 
 @operation
@@ -53,7 +53,7 @@ def router_choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def chosen_weights(logits: Tensor, indices: Tensor) -> Tensor:
-    """The weights [N, k] that logits [N, E] give to experts chosen elsewhere: p_e over the sum of the chosen."""
+    """The weights w_j [N, k] that logits [N, E] give to the experts of indices [N, k]."""
     probabilities = logits.to(wide_dtype(logits)).softmax(-1).gather(-1, indices)
     return (probabilities / probabilities.sum(-1, keepdim=True)).to(logits.dtype)
 
@@ -62,7 +62,7 @@ NOT_MATERIALISED = "a tap reads expert_in, expert_act or expert_out, which this 
 
 
 def unsupported_tap(*args: Tensor, tap: Tap | None = None) -> str | None:
-    """Why an implementation that does not materialise the values inside cannot run: an active tap reads them."""
+    """The reason why an implementation that does not materialise tapped values cannot run, None without an active tap."""
     return None if tap is None else NOT_MATERIALISED
 
 
@@ -70,10 +70,10 @@ def unsupported_tap(*args: Tensor, tap: Tap | None = None) -> str | None:
 def experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Tap | None = None
 ) -> Tensor:
-    """y = sum over chosen e of w_e * down_e (silu(gate_e x) * up_e x), expert by expert.
+    """y = sum_j w_j down_{e_j} (silu(gate_{e_j} x) * up_{e_j} x), expert by expert.
 
-    hidden [N, D], gate_up [E, 2F, D], down [E, D, F], indices and weights [N, k]; returns [N, D] in hidden's dtype, summed
-    in float32 at least. tap receives the values inside, as in `by_expert`.
+    hidden [N, D], gate_up [E, 2F, D], down [E, D, F], indices e_j and weights w_j [N, k]; returns [N, D] in hidden's dtype,
+    summed in float32 at least. tap: see `by_expert`.
     """
     if tap is not None:
         return tapped_experts(hidden, gate_up, down, indices, weights, tap=tap)
@@ -92,7 +92,7 @@ def experts(
 def tapped_experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Tap | None = None
 ) -> Tensor:
-    """All experts stage by stage, so that a tap reads or replaces the rows of a whole layer. See `by_expert`."""
+    """One stage after the other for all experts, so that a tap reads or replaces the rows of the layer. See `by_expert`."""
 
     def activate(expert: int, x: Tensor) -> Tensor:
         gate, up = F.linear(x, gate_up[expert]).chunk(2, dim=-1)
@@ -108,11 +108,11 @@ def by_expert(
     hidden: Tensor, indices: Tensor, weights: Tensor, num_experts: int, activate: Callable[[int, Tensor], Tensor],
     project: Callable[[int, Tensor], Tensor], tap: Tap | None = None,
 ) -> Tensor:
-    """sum over chosen e of w_e * project(e, activate(e, x)), the assignments sorted by expert: [N, D], see `experts`.
+    """sum_j w_j project(e_j, activate(e_j, x)), the assignments sorted by expert: [N, D], see `experts`.
 
-    activate(e, rows [n, D]) gives [n, F], project(e, rows [n, F]) gives [n, D]; only experts that have rows are called.
-    tap(name, value) receives expert_in [N k, D], expert_act [N k, F] and expert_out [N k, D], the rows of one expert after
-    those of the one before, and returns what is used in their place.
+    activate(e, rows [rows, D]) gives [rows, F], project(e, rows [rows, F]) gives [rows, D]; they are called for experts that
+    have rows. tap(name, value) receives expert_in [N k, D], expert_act [N k, F] and expert_out [N k, D], sorted by expert, and
+    returns the values to use in their place.
     """
     flat = indices.reshape(-1)
     order = flat.argsort(stable=True)
@@ -120,16 +120,16 @@ def by_expert(
     token = order // indices.shape[1]
     rows = hidden[token]
     rows = tap("expert_in", rows) if tap else rows
-    inner = _each_expert(activate, rows, counts)
+    inner = _per_expert(activate, rows, counts)
     inner = tap("expert_act", inner) if tap else inner
-    out = _each_expert(project, inner, counts)
+    out = _per_expert(project, inner, counts)
     out = tap("expert_out", out) if tap else out
     dtype = wide_dtype(hidden)
     scaled = out.to(dtype) * weights.reshape(-1)[order].to(dtype)[:, None]
     return torch.zeros_like(hidden, dtype=dtype).index_add(0, token, scaled).to(hidden.dtype)
 
 
-def _each_expert(function: Callable[[int, Tensor], Tensor], rows: Tensor, counts: list[int]) -> Tensor:
-    """function(expert, its rows) for every expert that has rows, end to end."""
+def _per_expert(function: Callable[[int, Tensor], Tensor], rows: Tensor, counts: list[int]) -> Tensor:
+    """function(expert, its rows) for every expert that has rows, concatenated."""
     parts = [function(expert, x) for expert, x in enumerate(rows.split(counts)) if x.shape[0]]
-    return torch.cat(parts) if parts else function(0, rows)  # without a token: the right width, on the graph
+    return torch.cat(parts) if parts else function(0, rows)  # no tokens: an empty result of the right width, in the graph

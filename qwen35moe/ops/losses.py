@@ -1,4 +1,4 @@
-"""The training loss: next-token cross entropy. The routers' losses are in balancing.py."""
+"""The training loss: next-token cross entropy. Losses on routers are in balancing.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ IGNORE = -100
 
 
 def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """labels [B, T] of the tokens to the labels of their predictions: one to the left, -100 at the end of each row
-    and of each packed document."""
+    """labels [B, T] shifted by one token to the left, to the positions that predict them; -100 at the end of each row and of
+    each packed document."""
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     if cu_seqlens is not None:
         ends = cu_seqlens[1:].to(labels.device) - 1
@@ -24,7 +24,7 @@ def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor, *, num_items: int | Tensor | None = None) -> Tensor:
     """Mean of -log softmax(logits)[label] over labels other than -100, or their sum over num_items.
 
-    logits [N, vocabulary], labels [N]; float32 at least. With no label at all the mean is nan, as in torch.
+    logits [N, vocabulary], labels [N]; float32 at least. If all labels are -100, the mean is nan, as in torch.
     """
     reduction = "mean" if num_items is None else "sum"
     loss = F.cross_entropy(logits.to(wide_dtype(logits)), labels, ignore_index=IGNORE, reduction=reduction)

@@ -18,8 +18,8 @@ from qwen35moe.ops.precision import wide_dtype
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (1 + weight), over the last axis.
 
-    x [..., D], weight [D]; returns [..., D] in x's dtype. The arithmetic is float32 at least: squares of bfloat16
-    activations summed in bfloat16 lose the norm's third digit.
+    x [..., D], weight [D]; returns [..., D] in x's dtype. Arithmetic in float32 at least: a sum of squares in bfloat16 is wrong
+    in its third digit.
     """
     dtype = wide_dtype(x)
     wide = x.to(dtype)
@@ -40,5 +40,5 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Te
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(sum(x^2) + eps) over the last axis, in x's dtype: callers widen first. A zero vector stays zero."""
+    """x / sqrt(sum(x^2) + eps) over the last axis, in x's dtype, which should be float32 at least. A zero vector stays zero."""
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)

@@ -1,4 +1,4 @@
-"""In which dtype an operation computes: never less than float32, and float64 stays float64."""
+"""The dtype in which an operation computes: float32 at least, and float64 for float64 inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of an operation's arithmetic: max(float32, dtype of its inputs). float64 in, float64 throughout."""
+    """The dtype of an operation's arithmetic: max(float32, dtypes of its inputs)."""
     dtype = torch.float32
     for tensor in tensors:
         if tensor.is_floating_point():
@@ -23,12 +23,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without_autocast(function: Function) -> Function:
-    """The same with autocast off inside. Autocast is for the projections: it would round the products of an operation that
-    has widened its inputs to bfloat16 again, and even a sum of squares (`vecdot`), though not those written in place."""
+    """Decorator: disable autocast inside `function`. Autocast is meant for the projections. Here it would round the inputs of
+    products, which are float32 on purpose, to bfloat16: matrix products and even `vecdot`, though not their in-place forms."""
 
     @functools.wraps(function)
     def exact(*args: Any, **options: Any) -> Any:
-        for x in args:  # the first tensor tells the device; a generator would cost another call
+        for x in args:  # the first tensor has the device; a generator would cost another call
             if isinstance(x, Tensor):
                 break
         kind = x.device.type  # pyright: ignore[reportPossiblyUnboundVariable]

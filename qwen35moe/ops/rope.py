@@ -19,9 +19,9 @@ def inverse_frequencies(
     rope: RopeParameters, rotary_dim: int, max_position_embeddings: int, *, dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, float]:
-    """The angle per position of each frequency pair, and the factor on cos and sin.
+    """The angle per position of each frequency pair [R/2] in `dtype`, and the scale of cos and sin.
 
-    default: theta^(-2j/R) for j < R/2 and 1. yarn: see `_yarn`. Returns ([R/2] in `dtype`, scale).
+    default: theta^(-2j/R) for j < R/2, and 1. yarn: see `_yarn`.
     """
     exponent = torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim
     plain = 1.0 / (rope.rope_theta**exponent)
@@ -31,10 +31,11 @@ def inverse_frequencies(
 
 
 def _yarn(plain: Tensor, rope: RopeParameters, rotary_dim: int, max_positions: int) -> tuple[Tensor, float]:
-    """YaRN: pairs that turn often within the trained context keep their frequency, slow ones are divided by `factor`.
+    """YaRN: fast pairs keep their frequency, those of slow pairs are divided by `factor`.
 
-    Between the pair that makes beta_fast turns over the original context and the one that makes beta_slow, the two
-    blend linearly (Peng et al. 2023, eq. 17-23). The attention temperature 0.1 ln(factor) + 1 scales cos and sin.
+    Fast pairs make at least beta_fast turns over the original context, slow pairs at most beta_slow; between them the two
+    frequencies are blended linearly (Peng et al. 2023, eq. 17-23). cos and sin are scaled by the attention temperature
+    0.1 ln(factor) + 1.
     """
     original = rope.original_max_position_embeddings or max_positions
     factor = rope.factor or max_positions / original
@@ -47,7 +48,7 @@ def _yarn(plain: Tensor, rope: RopeParameters, rotary_dim: int, max_positions: i
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
     if low == high:
-        high += 0.001  # a ramp of no width would divide by zero
+        high += 0.001  # avoids a division by zero
     index = torch.arange(rotary_dim // 2, dtype=plain.dtype, device=plain.device)
     slow = ((index - low) / (high - low)).clamp(0, 1)
     return plain * (1 - slow) + plain / factor * slow, _yarn_temperature(rope, factor)

@@ -1,4 +1,4 @@
-"""Attention within each frame: every patch of a frame sees all patches of that frame and no other.
+"""Attention within each frame: every patch attends to all patches of its frame.
 
     output = softmax(scale * query key^T) value, frame by frame
 
@@ -16,9 +16,9 @@ from qwen35moe.ops.precision import wide_dtype
 
 @operation(name="eager")
 def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """One softmax over all patches, in which other frames have no weight.
+    """One softmax over all patches with a mask of frames.
 
-    query, key, value [N, H, K], frame f holds the patches cu_seqlens[f] ... cu_seqlens[f + 1] - 1; returns [N, H, K].
+    query, key, value [N, H, K]; frame i has the patches cu_seqlens[i] ... cu_seqlens[i + 1] - 1; returns [N, H, K].
     """
     dtype = wide_dtype(query)
     frame = torch.bucketize(torch.arange(query.shape[0], device=query.device), cu_seqlens[1:], right=True)

@@ -12,6 +12,7 @@ from qwen35moe.cache import Cache
 from tests.support.peer import FULL, LINEAR, odd_shape
 
 BOUND = 1e-5
+LAST_BITS = 1e-13  # of float64, relative: keys with other strides, or none, are other products to a BLAS
 CASE = odd_shape(
     8, layer_types=[LINEAR, FULL, LINEAR], num_hidden_layers=3, linear_num_key_heads=2, linear_num_value_heads=4,
     num_attention_heads=6, num_key_value_heads=3, linear_conv_kernel_dim=3, attention_bias=False,

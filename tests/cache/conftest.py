@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,3 +16,8 @@ def model() -> Any:
     model = peer.ours(CASE)
     peer.draw(model, 0)
     return model
+
+
+@pytest.fixture(scope="module")
+def double(model: Any) -> Any:
+    return copy.deepcopy(model).double()

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qwen35moe.cache import Cache
-from tests.cache.common import BOUND, CACHES, CASE, contents, filled, next_logits, same, tokens
+from tests.cache.common import BOUND, CACHES, CASE, LAST_BITS, contents, filled, next_logits, same, tokens
 from tests.support import peer
-from tests.support.peer import FULL, LINEAR, odd_shape
+from tests.support.peer import FULL, LINEAR, assert_close, odd_shape
 
 # ---------------------------------------------------------------------------------------------------- shape and size
 
@@ -31,13 +31,14 @@ def test_layers_are_read_by_name(model, max_length):
     assert cache[1].key.shape == cache[1].value.shape == (2, 9, 3, text["head_dim"])
 
 
-def test_an_empty_cache_is_zero_and_changes_nothing(model):
+def test_an_empty_cache_is_zero_and_changes_nothing(double):
+    model = double
     cache = model.new_cache(2)
     assert cache.lengths.tolist() == [0, 0] and cache[1].key.shape[1] == 0
     assert (cache[0].recurrent_state == 0).all() and (cache[0].conv_state == 0).all()
     ids = tokens(2, 5)
     with torch.no_grad():
-        assert torch.equal(model(ids, cache=cache).logits, model(ids).logits)
+        assert_close(model(ids, cache=cache).logits, model(ids).logits, LAST_BITS)
 
 
 def test_without_a_cache_none_is_returned(model):
@@ -146,7 +147,8 @@ def test_dtypes_follow_the_model(model):
 
 
 @CACHES
-def test_layers_are_assigned_by_name(model, max_length):
+def test_layers_are_assigned_by_name(double, max_length):
+    model = double
     cache, other = filled(model, max_length=max_length), filled(model, max_length=max_length)
     ids = tokens(2, 9, salt=4)
     with torch.no_grad():
@@ -155,8 +157,10 @@ def test_layers_are_assigned_by_name(model, max_length):
             for name in layer.names:
                 setattr(layer, name, getattr(other_layer, name))
         assert same(contents(cache), contents(source))
-        assert torch.equal(next_logits(model, cache), next_logits(model, source))
-        assert not torch.equal(next_logits(model, other), next_logits(model, cache))
+        actual, expected = next_logits(model, cache), next_logits(model, source)
+        assert_close(actual, expected, LAST_BITS)
+        assert torch.equal(actual, expected) or max_length is not None  # a static cache has strides of its own
+        assert not relative_error(next_logits(model, other), actual) <= 1e-3
 
 
 def test_a_value_of_another_shape_raises(model):

@@ -108,16 +108,16 @@ def test_fp8_is_dequantised(
             continue
         single = names.expert_of(names.canonical(name) or "")
         if single is None or layout == "per_expert":
-            found = new[name]
+            actual = new[name]
         else:
             whole = name.partition(".experts.")[0] + ".experts."
             if single[2] == "down_proj":
-                found = new[whole + "down_proj"][single[1]]
+                actual = new[whole + "down_proj"][single[1]]
             else:
-                found = new[whole + "gate_up_proj"][single[1]].chunk(2)[single[2] == "up_proj"]
+                actual = new[whole + "gate_up_proj"][single[1]].chunk(2)[single[2] == "up_proj"]
         if single is None or single[1] == 3:  # the independent form is slow
             expected = dequantised_from_bytes(raw(value), raw(old[name + "_scale_inv"]), (value.shape[0], value.shape[1]))
-            assert torch.equal(found, expected.float().bfloat16()), name
+            assert torch.equal(actual, expected.float().bfloat16()), name
             checked += 1
     assert checked == 3 * 3 + 4 + 4 * 3 + 4 * 3 + 4 + 3 + 3  # GDN, attention, expert 3, shared expert; the MTP head
 
@@ -180,9 +180,9 @@ def test_transformers_reads_what_was_converted(folders: Callable[[str], Path], t
     convert(folders("fp8"), tmp_path / "new", layout="grouped", dtype="bfloat16", layers=[1, 3])
     theirs = transformers.Qwen3_5MoeForConditionalGeneration.from_pretrained(tmp_path / "new", dtype=torch.bfloat16)
     expected = {name: value for name, value in stored(tmp_path / "new").items() if not name.startswith("mtp.")}
-    found = theirs.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value.bfloat16()) for name, value in expected.items())
+    actual = theirs.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], value.bfloat16()) for name, value in expected.items())
 
 
 # --------------------------------------------------------------------------------------------- side files, forms, memory
@@ -227,7 +227,7 @@ def test_a_stored_copy_of_a_tied_head_stays(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the page counts of /proc")
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_memory_does_not_grow_with_the_checkpoint(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """38 MiB of experts from one layout to the other within 8 MiB, in a process that has converted a small model before."""
+    """Converts 38 MiB of experts within 8 MiB of extra memory, in a process that has converted a small model before."""
 
     def written(name: str, **changes: Any) -> Config:
         config = tiny_config(layers=1, changes=changes)

@@ -58,10 +58,10 @@ def test_a_file_of_the_safetensors_library_is_read_as_it_was_written(tmp_path: P
     content = (tmp_path / "model.safetensors").read_bytes()
     assert header.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        found = header.tensors[name]
-        assert found.shape == tuple(tensor.shape) and found.nbytes == tensor.nbytes and found.numel == tensor.numel()
+        actual = header.tensors[name]
+        assert actual.shape == tuple(tensor.shape) and actual.nbytes == tensor.nbytes and actual.numel == tensor.numel()
         if tensor.numel():
-            raw = bytearray(content[found.offset : found.offset + found.nbytes])
+            raw = bytearray(content[actual.offset : actual.offset + actual.nbytes])
             assert torch.equal(torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape), tensor)
     assert header.nbytes == sum(tensor.nbytes for tensor in tensors.values())
 

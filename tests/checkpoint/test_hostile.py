@@ -153,8 +153,8 @@ BOMBS = {
 
 @pytest.mark.parametrize("kind", BOMBS)
 @pytest.mark.parametrize("where", ["header", "index"])
-def test_json_that_would_take_gigabytes(kind: str, where: str, small: tuple[Case, Tensors], tmp_path: Path) -> None:
-    """Refused by counting, before it is parsed: no memory but the text's own."""
+def test_json_bombs_are_refused(kind: str, where: str, small: tuple[Case, Tensors], tmp_path: Path) -> None:
+    """JSON that would take gigabytes is refused by counting, before parsing: no memory beyond that of the text."""
     case, tensors = small
     folder = write(tmp_path, tensors, case.text, shards=2)
     text = BOMBS[kind]
@@ -162,7 +162,7 @@ def test_json_that_would_take_gigabytes(kind: str, where: str, small: tuple[Case
         (folder / "model.safetensors.index.json").write_bytes(text)
     else:
         (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    sound = write(tmp_path / "sound", tensors, case.text, shards=2)
+    valid_folder = write(tmp_path / "valid", tensors, case.text, shards=2)
 
     def refused() -> None:
         start = time.process_time()
@@ -170,7 +170,7 @@ def test_json_that_would_take_gigabytes(kind: str, where: str, small: tuple[Case
             MODEL.from_pretrained(folder)
         assert time.process_time() - start < 2
 
-    assert memory_taken(refused, lambda: MODEL.from_pretrained(sound)) < 3 * len(text)
+    assert memory_taken(refused, lambda: MODEL.from_pretrained(valid_folder)) < 3 * len(text)
 
 
 def test_many_tensors_are_read_in_bounded_time(
@@ -204,21 +204,21 @@ def test_many_tensors_are_read_in_bounded_time(
     {"linear_conv_kernel_dim": 2**31 - 1},
     {"max_position_embeddings": 2**53},
 ])  # fmt: skip
-def test_configurations_of_absurd_size(change: dict[str, Any], small: tuple[Case, Tensors], tmp_path: Path) -> None:
+def test_configurations_of_absurd_size_are_refused(change: dict[str, Any], small: tuple[Case, Tensors], tmp_path: Path) -> None:
     case, tensors = small
     folder = write(tmp_path, tensors, {key: value for key, value in (case.text | change).items() if value is not None})
-    sound = write(tmp_path / "sound", tensors, case.text)
+    valid_folder = write(tmp_path / "valid", tensors, case.text)
 
-    def tried() -> None:
+    def load() -> None:
         start = time.process_time()
         if "max_position_embeddings" in change:
-            assert MODEL.from_pretrained(folder) is not None  # a limit of the rotary tables, which are made as they are used
+            assert MODEL.from_pretrained(folder) is not None  # limits the rotary tables, which are made on demand
         else:
             with pytest.raises((CheckpointError, ConfigError)):
                 MODEL.from_pretrained(folder)
         assert time.process_time() - start < 3
 
-    assert memory_taken(tried, lambda: MODEL.from_pretrained(sound)) < 16 * 2**20
+    assert memory_taken(load, lambda: MODEL.from_pretrained(valid_folder)) < 16 * 2**20
 
 
 @pytest.mark.parametrize("text", [b"[" * 10**6, b'{"a":' * 10**5, b'{"hidden_size": ' + b"9" * 10**6 + b"}", b"\xff\xfe", b"",

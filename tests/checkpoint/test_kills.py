@@ -36,25 +36,46 @@ def saving(path: Path, models: list[Any], first: int, pipe: int) -> int:
     return child
 
 
+def seconds_of_a_save(path: Path, models: list[Any]) -> float:
+    """The mean time of the first six saves of `saving`."""
+    read, write = os.pipe()
+    child = saving(path, models, 0, write)
+    os.close(write)
+    try:
+        assert os.read(read, 1) == b"+"
+        start, finished = time.monotonic(), 0
+        while finished < 6:
+            written = os.read(read, 100)
+            assert written, "the child process has ended"
+            finished += len(written)
+        return (time.monotonic() - start) / finished
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-def test_a_hundred_kills_at_random_moments(tmp_path: Path) -> None:
+def test_a_hundred_kills_at_random_moments(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Three models of different sizes are saved over one another in turn until the process is killed: a hundred times, and
-    on a busy machine until 25 kills came while files were being written.
+    until 25 kills came while files were being written and one just after, and 20 saves were finished. The moments of the
+    kills are measured in saves of this machine.
 
     After k finished saves the folder contains the model of save k or, if it was just committed, of save k + 1; never an
     older one, a mixture, or no model.
     """
     models = [drawn(1), drawn(2, num_experts=3), drawn(3, num_experts=4, num_hidden_layers=1, layer_types=["full_attention"])]
     models[0].save_pretrained(tmp_path)
+    seconds = seconds_of_a_save(tmp_path_factory.mktemp("timed"), models)
     rng, now, interrupted, later, kills = random.Random(0), 0, 0, 0, 0
-    while kills < KILLS or (interrupted < KILLS // 4 and kills < 4 * KILLS):
+    while kills < KILLS or ((interrupted < KILLS // 4 or now < 20 or not later) and kills < 4 * KILLS):
         kills += 1
         read, write = os.pipe()
         child = saving(tmp_path, models, now + 1, write)
         os.close(write)
         try:
             assert os.read(read, 1) == b"+"
-            time.sleep(rng.uniform(0, 0.02))
+            time.sleep(rng.uniform(0, 4 * seconds))
             os.kill(child, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             finished = len(os.read(read, 20_000))

@@ -38,10 +38,10 @@ def canonical(model: torch.nn.Module) -> Tensors:
     return {name.removeprefix("model."): value for name, value in model.state_dict().items()}
 
 
-def assert_equal(found: Tensors, expected: Tensors) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: Tensors, expected: Tensors) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert actual[name].dtype == value.dtype and torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("row", LAYOUTS)
@@ -50,11 +50,11 @@ def test_a_published_layout_is_read_completely(row: str, tmp_path: Path) -> None
     layout = LAYOUTS[row]
     folder, expected = publish(tmp_path, layout)
     model = (WholeDense if layout.dense else Whole).from_pretrained(folder, parts=parts_of(layout))
-    found = canonical(model)
+    actual = canonical(model)
     if layout.tied:
         assert model.lm_head.weight is model.model.embed_tokens.weight
-        del found["lm_head.weight"]
-    assert_equal(found, expected)
+        del actual["lm_head.weight"]
+    assert_equal(actual, expected)
     assert not model.loading_report.left_out and not model.loading_report.converted
     assert (model.loading_report.dequantised > 0) == layout.fp8
     assert model.config.quantization_config is None and model.dtype == torch.bfloat16
@@ -65,10 +65,10 @@ def test_the_text_class_reads_its_part(row: str, tmp_path: Path) -> None:
     layout = LAYOUTS[row]
     folder, expected = publish(tmp_path, layout)
     model = (Qwen3_5ForCausalLM if layout.dense else MODEL).from_pretrained(folder)
-    found = canonical(model)
+    actual = canonical(model)
     if layout.tied:
-        del found["lm_head.weight"]
-    assert_equal(found, {name: value for name, value in expected.items() if not name.startswith(("visual.", "mtp."))})
+        del actual["lm_head.weight"]
+    assert_equal(actual, {name: value for name, value in expected.items() if not name.startswith(("visual.", "mtp."))})
     stored = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     other = {"model.visual.*": layout.visual, "mtp.*": "mtp."}
     counted = {what: sum(name.startswith(prefix) for name in stored) for what, prefix in other.items()}
@@ -158,8 +158,8 @@ def test_fp8_is_rounded_once_into_any_dtype_in_pieces_of_any_size(
     for layer, name in ((0, "linear_attn.in_proj_qkv"), (1, "self_attn.o_proj"), (1, "mlp.shared_expert.up_proj")):
         key = f"model.language_model.layers.{layer}.{name}.weight"
         exact = block_by_block(stored[key], stored[f"{key}_scale_inv"])
-        found = model.get_parameter(f"model.layers.{layer}.{name}.weight")
-        assert found.dtype == wanted and torch.equal(found, exact.to(wanted))
+        actual = model.get_parameter(f"model.layers.{layer}.{name}.weight")
+        assert actual.dtype == wanted and torch.equal(actual, exact.to(wanted))
     assert model.model.layers[0].linear_attn.A_log.dtype == torch.promote_types(torch.float32, wanted)
     if dtype == "auto":
         assert_equal(canonical(model), {k: v for k, v in expected.items() if not k.startswith(("visual.", "mtp."))})

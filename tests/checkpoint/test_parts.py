@@ -57,10 +57,10 @@ def expected(full: Tensors, layers: list[int], experts: dict[int, list[int]] | N
 
 
 def assert_equal(model: torch.nn.Module, wanted: Tensors) -> None:
-    found = model.state_dict()
-    assert found.keys() == wanted.keys()
+    actual = model.state_dict()
+    assert actual.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert actual[name].dtype == value.dtype and torch.equal(actual[name], value), name
 
 
 CHOICES: dict[str, tuple[dict[str, Any], list[int], dict[int, list[int]] | None]] = {
@@ -203,8 +203,8 @@ def test_grouped_fp8_experts_can_be_selected(tmp_path: Path) -> None:
     model = MODEL.from_pretrained(folder, experts=[4, 1, 2])
     for layer in (0, 1):
         for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"):
-            found = model.get_parameter(f"model.layers.{layer}.{name}")
-            assert torch.equal(found, full[f"layers.{layer}.{name}"][[4, 1, 2]])
+            actual = model.get_parameter(f"model.layers.{layer}.{name}")
+            assert torch.equal(actual, full[f"layers.{layer}.{name}"][[4, 1, 2]])
 
 
 def test_files_without_selected_tensors_are_not_opened_and_may_be_missing(five: tuple[Case, Any], tmp_path: Path) -> None:
@@ -297,13 +297,13 @@ def test_routing_and_named_values_keep_the_checkpoints_layer_numbers(five: tuple
 def test_parts_of_a_class_that_has_them(parts: Any, tmp_path: Path) -> None:
     folder, full = publish(tmp_path, LAYOUTS["3.5 MoE, bf16"])
     model = Whole.from_pretrained(folder, parts=parts, layers=[1], experts=[2, 4])
-    found = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
-    asked = {"visual": "vision", "mtp": "mtp"}
-    kept = [name for name in full if not name.startswith("layers.0.") and asked.get(name.split(".")[0], "text") in parts]
-    assert found.keys() == {name.replace("layers.1.", "layers.0.") if name.startswith("layers.") else name for name in kept}
+    actual = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
+    part_of = {"visual": "vision", "mtp": "mtp"}
+    kept = [name for name in full if not name.startswith("layers.0.") and part_of.get(name.split(".")[0], "text") in parts]
+    assert actual.keys() == {name.replace("layers.1.", "layers.0.") if name.startswith("layers.") else name for name in kept}
     for name in kept:
         value = full[name][[2, 4]] if ".experts." in name or name.endswith("mlp.gate.weight") else full[name]
-        assert torch.equal(found[name.replace("layers.1.", "layers.0.") if name.startswith("layers.") else name], value)
+        assert torch.equal(actual[name.replace("layers.1.", "layers.0.") if name.startswith("layers.") else name], value)
     assert "mtp" in parts or Whole.from_pretrained(folder).state_dict().keys().isdisjoint({"mtp.fc.weight"})
 
 

@@ -133,9 +133,9 @@ def test_the_text_model_is_loaded_from_a_multimodal_checkpoint(is_dense: bool, t
     visual = sum(key.startswith("model.visual.") for key in both.state_dict())
     assert ours.loading_report.left_out == {"model.visual.*": visual} and visual == 12 * 2 + 9
     expected = both.state_dict()
-    found = {key.replace("model.", "model.language_model.", 1): value for key, value in ours.state_dict().items()}
-    assert found.keys() == {key for key in expected if not key.startswith("model.visual.")}
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    actual = {key.replace("model.", "model.language_model.", 1): value for key, value in ours.state_dict().items()}
+    assert actual.keys() == {key for key in expected if not key.startswith("model.visual.")}
+    assert all(torch.equal(value, expected[key]) for key, value in actual.items())
     agree(ours, their_class.from_pretrained(tmp_path / "both", dtype=torch.float32))
     # Saved again, it is a text-only checkpoint for both libraries.
     ours.save_pretrained(tmp_path / "text")

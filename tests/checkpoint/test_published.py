@@ -34,12 +34,12 @@ REPOSITORIES = {
 @pytest.mark.parametrize("name", REPOSITORIES)
 def test_counts_and_bytes_at_full_size(name: str) -> None:
     preset, layout, count, scales, nbytes = REPOSITORIES[name]
-    found = list(tensors(Config.preset(preset), layout))
-    assert len(found) == len({tensor.name for tensor in found}) == count
-    assert sum(tensor.name.endswith("weight_scale_inv") for tensor in found) == scales
-    assert sum(tensor.dtype == "F8_E4M3" for tensor in found) == scales
-    assert sum(tensor.nbytes for tensor in found) == nbytes
-    assert all(names.canonical(tensor.name) for tensor in found)
+    actual = list(tensors(Config.preset(preset), layout))
+    assert len(actual) == len({tensor.name for tensor in actual}) == count
+    assert sum(tensor.name.endswith("weight_scale_inv") for tensor in actual) == scales
+    assert sum(tensor.dtype == "F8_E4M3" for tensor in actual) == scales
+    assert sum(tensor.nbytes for tensor in actual) == nbytes
+    assert all(names.canonical(tensor.name) for tensor in actual)
 
 
 def test_dtypes_and_parts() -> None:
@@ -48,11 +48,11 @@ def test_dtypes_and_parts() -> None:
     wide = [t.name for t in tensors(Config.preset("35b-a3b")) if t.dtype == "F32"]
     assert len(wide) == 60 and all(name.endswith(("A_log", "linear_attn.norm.weight")) for name in wide)
     for preset, layout, mtp in (("35b-a3b", QWEN35, 17 + 3 * 256), ("3.6-35b-a3b", QWEN36, 19), ("27b", QWEN35, 15)):
-        found = [t.name for t in tensors(Config.preset(preset), layout)]
-        assert sum(name.startswith("mtp.") for name in found) == mtp
+        actual = [t.name for t in tensors(Config.preset(preset), layout)]
+        assert sum(name.startswith("mtp.") for name in actual) == mtp
     for preset, visual in (("35b-a3b", 333), ("4b", 297), ("0.8b", 153)):
-        found = [t.name for t in tensors(Config.preset(preset))]
-        assert sum(name.startswith("model.visual.") for name in found) == visual
+        actual = [t.name for t in tensors(Config.preset(preset))]
+        assert sum(name.startswith("model.visual.") for name in actual) == visual
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def test_named_parameters_of_a_model(preset: str, count: int) -> None:
 
 
 def test_checkpoints_saved_by_transformers_have_single_experts_and_no_mtp() -> None:
-    found = {tensor.name for tensor in tensors(Config.preset("35b-a3b"), TRANSFORMERS)}
-    assert not any(name.startswith("mtp.") or name.endswith("experts.down_proj") for name in found)
-    assert len(found) == 1026 - 2 * 40 + 3 * 256 * 40
+    actual = {tensor.name for tensor in tensors(Config.preset("35b-a3b"), TRANSFORMERS)}
+    assert not any(name.startswith("mtp.") or name.endswith("experts.down_proj") for name in actual)
+    assert len(actual) == 1026 - 2 * 40 + 3 * 256 * 40
 
 
 def test_the_list_of_unquantised_modules() -> None:
@@ -73,9 +73,9 @@ def test_the_list_of_unquantised_modules() -> None:
     assert len(quantization_config(Config.preset("27b"), QWEN35.quantised())["modules_to_not_convert"]) == 259
     file = ROOT / "tests" / "data" / "configs" / "reconstructed--Qwen3.5-35B-A3B-FP8.json"
     expected = json.loads(file.read_text())["quantization_config"]
-    found = quantization_config(Config.preset("35b-a3b"), QWEN35.quantised())
-    assert sorted(expected.pop("modules_to_not_convert")) == sorted(found.pop("modules_to_not_convert"))
-    assert found == expected
+    actual = quantization_config(Config.preset("35b-a3b"), QWEN35.quantised())
+    assert sorted(expected.pop("modules_to_not_convert")) == sorted(actual.pop("modules_to_not_convert"))
+    assert actual == expected
 
 
 def test_fp8_is_never_grouped() -> None:
@@ -115,9 +115,9 @@ def raw(tensor: Tensor) -> bytes:
 
 
 def test_all_numbers_of_eight_bits() -> None:
-    found = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    actual = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     expected = torch.tensor([value_of(byte) for byte in range(256)])
-    assert torch.equal(found.nan_to_num(7e7), expected.nan_to_num(7e7))
+    assert torch.equal(actual.nan_to_num(7e7), expected.nan_to_num(7e7))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (128, 7), (129, 131), (40, 260)])
@@ -137,11 +137,11 @@ def test_quantisation_keeps_four_digits(shape: tuple[int, int]) -> None:
     """The error is at most half of the last of 4 binary digits, or half of 2^-9, the smallest number of a block up to 448."""
     weight = torch.randn(shape)
     weight[-1, -1] = 50.0
-    found = dequantise(*quantise(weight))
+    actual = dequantise(*quantise(weight))
     largest = torch.full_like(weight, weight.abs().max().item())
-    assert ((found - weight).abs() <= torch.maximum(weight.abs() * 2.0**-4, largest / 448 * 2.0**-9)).all()
-    again = dequantise(*quantise(found))
-    assert torch.equal(again[-1], found[-1]) or ((again - found).abs() <= found.abs() * 2.0**-4).all()
+    assert ((actual - weight).abs() <= torch.maximum(weight.abs() * 2.0**-4, largest / 448 * 2.0**-9)).all()
+    again = dequantise(*quantise(actual))
+    assert torch.equal(again[-1], actual[-1]) or ((again - actual).abs() <= actual.abs() * 2.0**-4).all()
     zero = quantise(torch.zeros(shape))
     assert torch.equal(dequantise(*zero), torch.zeros(shape)) and (zero[1] == 1).all()
     for wrong in (math.nan, math.inf):

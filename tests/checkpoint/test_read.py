@@ -41,14 +41,14 @@ def renamed(tensors: Tensors, change: Callable[[str], str]) -> Tensors:
 
 
 def assert_weights(model: torch.nn.Module, expected: Tensors, dtype: torch.dtype | None = None) -> None:
-    found = model.state_dict()
-    assert found.keys() == expected.keys()
+    actual = model.state_dict()
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         wanted = value.dtype if dtype is None else dtype
         if name.endswith(FP32_PARAMETERS):
             wanted = torch.promote_types(torch.float32, wanted)
-        assert found[name].dtype == wanted, name
-        assert torch.equal(found[name], value.to(wanted)), name
+        assert actual[name].dtype == wanted, name
+        assert torch.equal(actual[name], value.to(wanted)), name
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +267,8 @@ def test_one_error_reports_everything(bf16: tuple[Case, Tensors], tmp_path: Path
     folder = write(tmp_path, tensors, of.text, shards=2)
     (folder / "generation_config.json").write_text("[1]")
     twice = {"model.layers.1.input_layernorm.weight", "model.language_model.layers.1.input_layernorm.weight"}
-    found = problems_of(folder)
-    assert {problem for problem in found if problem[0] != "stored twice"} == {
+    problems = problems_of(folder)
+    assert {problem for problem in problems if problem[0] != "stored twice"} == {
         ("missing", "layers.1.self_attn.q_norm.weight"),
         ("missing", "layers.0.mlp.experts.3.up_proj.weight"),
         ("unexpected", f"{experts}.5.up_proj.weight"),
@@ -279,7 +279,7 @@ def test_one_error_reports_everything(bf16: tuple[Case, Tensors], tmp_path: Path
         ("unexpected", "base_model.lora_A.weight"),
         ("not a JSON object", "generation_config.json"),
     }
-    assert [subject in twice for kind, subject in found if kind == "stored twice"] == [True]
+    assert [subject in twice for kind, subject in problems if kind == "stored twice"] == [True]
 
 
 def test_grouped_and_per_expert_together_are_refused(bf16: tuple[Case, Tensors], tmp_path: Path) -> None:
@@ -289,8 +289,8 @@ def test_grouped_and_per_expert_together_are_refused(bf16: tuple[Case, Tensors],
     assert problems_of(write(tmp_path, both, of.text)) == {("stored twice", name) for name in names}
     # One expert beside the grouped tensor is enough.
     one = tensors | {"model.layers.1.mlp.experts.2.up_proj.weight": torch.ones(1)}
-    found = problems_of(write(tmp_path, one, of.text))
-    assert found == {("stored twice", "model.layers.1.mlp.experts.gate_up_proj")}
+    problems = problems_of(write(tmp_path, one, of.text))
+    assert problems == {("stored twice", "model.layers.1.mlp.experts.gate_up_proj")}
 
 
 def test_a_missing_shard_is_one_problem_and_not_one_per_tensor(bf16: tuple[Case, Tensors], tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_no_memory_is_allocated_for_a_checkpoint_that_does_not_fit(
     assert problems_of(folder) == {("unexpected", "model.strange")}
 
 
-def test_a_configuration_of_absurd_size_is_refused_without_memory(bf16: tuple[Case, Tensors], tmp_path: Path) -> None:
+def test_a_configuration_of_absurd_size_is_refused_without_allocation(bf16: tuple[Case, Tensors], tmp_path: Path) -> None:
     of, tensors = bf16
     config = of.text | {"vocab_size": 10**6, "moe_intermediate_size": 10**5}
     folder = write(tmp_path / "absurd", tensors, config)

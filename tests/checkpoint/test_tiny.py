@@ -45,9 +45,9 @@ def test_names_shapes_and_dtypes_equal_the_published_ones(name: str, vision: boo
     config, layout = tiny_config(vision=vision, mtp=True, changes={"hidden_size": 144}), LAYOUTS[name]
     nbytes = write_tiny(tmp_path, config, layout, max_shard_size="300KB")
     codes = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
-    found = {name: (tuple(value.shape), codes[value.dtype]) for name, value in stored(tmp_path).items()}
+    actual = {name: (tuple(value.shape), codes[value.dtype]) for name, value in stored(tmp_path).items()}
     expected = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors(config, layout)}
-    assert found == expected and nbytes == read_headers(tmp_path).nbytes and len(read_headers(tmp_path).files) > 2
+    assert actual == expected and nbytes == read_headers(tmp_path).nbytes and len(read_headers(tmp_path).files) > 2
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model_type"] == ("qwen3_5_moe" if vision else "qwen3_5_moe_text")
     assert written["architectures"] == ["Qwen3_5MoeFor" + ("ConditionalGeneration" if vision else "CausalLM")]
@@ -205,9 +205,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["tiny", str(tmp_path / "b"), "--dense", "--layout", "per_expert"]) == 0
     assert Config.from_pretrained(tmp_path / "b").model_type == "qwen3_5_text"
     assert main(["tiny", str(tmp_path / "c"), "--mtp", "--layout", "per_expert", "--mtp-layout", "grouped"]) == 0
-    found = {t.name for t in read_headers(tmp_path / "c").tensors.values()}
+    actual = {t.name for t in read_headers(tmp_path / "c").tensors.values()}
     layout = Layout(experts="per_expert", mtp_experts="grouped")
-    assert found == {t.name for t in tensors(Config.from_pretrained(tmp_path / "c"), layout)}
+    assert actual == {t.name for t in tensors(Config.from_pretrained(tmp_path / "c"), layout)}
     capsys.readouterr()
     for wrong, message in (
         (["--fp8", "--layout", "grouped"], "per_expert, not grouped"),

@@ -44,10 +44,10 @@ def held(model: torch.nn.Module) -> Tensors:
 
 
 def assert_held(model: torch.nn.Module, expected: Tensors) -> None:
-    found = held(model)
-    assert found.keys() == expected.keys()
+    actual = held(model)
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name].cpu(), value), name
+        assert actual[name].dtype == value.dtype and torch.equal(actual[name].cpu(), value), name
 
 
 # ------------------------------------------------------------------------------------------------- through buffers
@@ -166,7 +166,8 @@ def test_every_layer_is_read_to_its_device(
     monkeypatch.setattr(transfer, "read_exactly", lambda *which: nbytes.append(which[2]) or exactly(*which))
     monkeypatch.setattr(fill, "view_of", lambda *which: nbytes.append(view(*which).nbytes) or view(*which))
     model = MODEL.from_pretrained(folder, device=["cpu", "meta"])
-    assert model.placement is not None and model.placement.layers == (CPU, META) and model.placement.head == META
+    device_map = model.device_map
+    assert device_map is not None and device_map.layers == (CPU, META) and device_map.head == META
     stored = 0
     for name, parameter in model.named_parameters():
         name = name.removeprefix("model.")
@@ -286,8 +287,8 @@ def test_experts_stored_one_by_one_are_mapped(
     loaded = MODEL.from_pretrained(folder)
     report = loaded.loading_report
     assert (report.stitched, report.stacked) == ((4, 0) if why is None else (0, 4))
-    found = loaded.state_dict()
-    assert all(torch.equal(found[name].float(), value.float()) for name, value in expected.items())
+    actual = loaded.state_dict()
+    assert all(torch.equal(actual[name].float(), value.float()) for name, value in expected.items())
     part = MODEL.from_pretrained(folder, experts=[4, 1, 3])
     assert part.loading_report.stitched == report.stitched
     name = "model.layers.1.mlp.experts.down_proj"

@@ -29,10 +29,10 @@ def held(model: torch.nn.Module) -> Tensors:
 
 
 def assert_held(model: torch.nn.Module, expected: Tensors) -> None:
-    found = held(model)
-    assert found.keys() == expected.keys()
+    actual = held(model)
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert actual[name].dtype == value.dtype and torch.equal(actual[name], value), name
 
 
 def without_mtp(tensors: Tensors) -> Tensors:
@@ -56,15 +56,15 @@ def test_a_selection(row: str, tmp_path: Path) -> None:
     """One layer with three of its experts, and the whole vision tower."""
     folder, expected = publish(tmp_path, LAYOUTS[row])
     model = MODEL.from_pretrained(folder, layers=[1], experts=[4, 0, 2], parts={"text", "vision"})
-    found = held(model)
+    actual = held(model)
     assert model.config.text_config.num_hidden_layers == 1 and model.config.text_config.num_experts == 3
     for name, value in without_mtp(expected).items():
         if name.startswith("layers.0."):
             continue
-        mine = found.pop(name.replace("layers.1.", "layers.0."))
+        mine = actual.pop(name.replace("layers.1.", "layers.0."))
         routed = ".mlp.experts." in name or name.endswith(".mlp.gate.weight")
         assert torch.equal(mine, value[[4, 0, 2]] if routed else value), name
-    assert not found and model.model.language_model.source_layers == (1,)
+    assert not actual and model.model.language_model.source_layers == (1,)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_the_vision_tower_is_on_the_device_of_the_first_layer(tmp_path: Path) ->
     device_of = {names.canonical(name) or name: parameter.device for name, parameter in model.named_parameters()}
     first = {name for name in device_of if name.startswith(("visual.", "embed_tokens.", "layers.0."))}
     assert {device_of[name] for name in first} == {CPU} and {device_of[name] for name in device_of.keys() - first} == {META}
-    found = held(model)
-    assert all(torch.equal(found[name], expected[name]) for name in first)
+    actual = held(model)
+    assert all(torch.equal(actual[name], expected[name]) for name in first)
     assert model.device_map is not None and model.model.language_model.device_map == model.device_map
 
 

@@ -135,10 +135,10 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        actual = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     expected = model.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name].to(expected[name].dtype), expected[name]) for name in found)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name].to(expected[name].dtype), expected[name]) for name in actual)
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -282,8 +282,8 @@ def in_child(function: Callable[[], object]) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the page counts of /proc")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_saving_takes_no_second_copy_of_the_weights(layout: str, tmp_path: Path) -> None:
-    """A child process saves 60 MiB of experts within 8 MiB of further memory, after it has saved a small model."""
+def test_saving_makes_no_second_copy_of_the_weights(layout: str, tmp_path: Path) -> None:
+    """A child process saves 60 MiB of experts within 8 MiB of extra memory, after it has saved a small model."""
     sizes = dict(hidden_size=1024, moe_intermediate_size=1024, num_experts=10, num_experts_per_tok=2)
     text = odd_shape(11).text | sizes | dict(num_hidden_layers=1, layer_types=[FULL])
     model: Any = MODEL(Config.from_dict(text)).to(torch.bfloat16)

@@ -149,9 +149,9 @@ def test_parameter_counts_equal_the_published_ones(preset: str) -> None:
 def test_tensors_and_bytes_equal_the_published_ones(
     preset: str, tensors: int, size: int, how: dict[str, Any]
 ) -> None:
-    found = list(Config.preset(preset).tensor_shapes(mtp=True, **how))
-    assert len({t.name for t in found}) == len(found) == tensors
-    assert sum(prod(t.shape) * {"BF16": 2, "F32": 4}[t.dtype] for t in found) == size
+    actual = list(Config.preset(preset).tensor_shapes(mtp=True, **how))
+    assert len({t.name for t in actual}) == len(actual) == tensors
+    assert sum(prod(t.shape) * {"BF16": 2, "F32": 4}[t.dtype] for t in actual) == size
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_rows_end_on_their_own_and_stay_ended() -> None:
     cache = model.new_cache(3)
     out = generate(model, ids, mask, max_new_tokens=6, eos_token_id=[7, 8], pad_token_id=PAD, cache=cache)
     assert out[:, 7:].tolist() == [[11, 7, PAD, PAD, PAD, PAD], [11, 11, 11, 8, PAD, PAD], [11] * 6]
-    # What is fed for an ended row is padding: its memory stays at all but its last token.
+    # Ended rows are fed padding: the cache holds all but their last token.
     assert cache.rows == [PROMPTS[0] + [11], PROMPTS[1] + [11] * 3, PROMPTS[2] + [11] * 5]
     masked = [mask[:, -1].tolist() for _, mask in model.calls[1:] if mask is not None]
     assert masked == [[0, 1, 1]] * 2 + [[0, 0, 1]] * 2
@@ -220,7 +221,7 @@ def test_defaults_of_the_checkpoint_apply_where_they_should() -> None:
     greedy = generate(model, PROMPTS[0], max_new_tokens=12)
     plain = FakeModel()
     assert torch.equal(greedy, generate(plain, PROMPTS[0], max_new_tokens=12, eos_token_id=[7]))
-    # sampling from the checkpoint's top_k=1 is greedy; from a given top_k it is not
+    # sampling with the checkpoint's top_k=1 is greedy; with the argument's top_k it is not
     assert torch.equal(generate(model, PROMPTS[0], max_new_tokens=12, do_sample=True, seed=1), greedy)
     assert not torch.equal(generate(model, PROMPTS[0], max_new_tokens=12, do_sample=True, top_k=30, seed=1), greedy)
     model.generation_config = {"repetition_penalty": 3.0}
@@ -271,8 +272,8 @@ def test_ended_neighbours_change_nothing() -> None:
     batch = generate(model, PROMPTS, seed=3, **options)
     for row, prompt in enumerate(PROMPTS):
         alone = generate(model, prompt, seed=row_seed(3, row), **options)[0, len(prompt) :].tolist()
-        found = batch[row, 7:].tolist()
-        assert found[: len(alone)] == alone and set(found[len(alone) :]) <= {PAD}
+        actual = batch[row, 7:].tolist()
+        assert actual[: len(alone)] == alone and set(actual[len(alone) :]) <= {PAD}
 
 
 # ---------------------------------------------------------------------------------------------------------- streaming
@@ -323,7 +324,7 @@ def test_streamer_protocol() -> None:
 
 def test_transformers_streamer_in_a_thread() -> None:
     model = FakeModel(256, script=says("naïve 🎉 text"))
-    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=20)  # type: ignore[arg-type]
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=300)  # type: ignore[arg-type]
     options: dict[str, Any] = dict(input_ids=[ord(">")], max_new_tokens=len("naïve 🎉 text".encode()), streamer=streamer)
     thread = threading.Thread(target=generate, args=(model,), kwargs=options)
     thread.start()
@@ -367,34 +368,34 @@ def test_a_long_text_is_not_decoded_again_and_again() -> None:
 
 
 @given(st.text("abé", max_size=12), st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3))
-def test_a_stop_string_is_found_at_its_last_byte(text: str, strings: list[str]) -> None:
+def test_a_stop_string_counts_from_its_last_byte(text: str, strings: list[str]) -> None:
     stops, data = StopStrings(strings, Letters(), 1), text.encode()
     for end in range(1, len(data) + 1):
-        found = stops.put(0, data[end - 1])
+        actual = stops.put(0, data[end - 1])
         whole = data[:end].decode("utf-8", errors="ignore")
-        assert found == any(each in whole for each in strings)
-        if found:
+        assert actual == any(each in whole for each in strings)
+        if actual:
             return
 
 
 @given(st.lists(st.text("ab", max_size=4), max_size=6), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_cut_gives_the_text_before_the_first_stop_string(pieces: list[str], strings: list[str]) -> None:
-    cut, given_out = Cut(strings), ""
+    cut, text = Cut(strings), ""
     for piece in pieces:
-        given_out += cut.put(piece)
-        if cut.found:
+        text += cut.put(piece)
+        if cut.stopped:
             break
-    given_out += cut.end()
+    text += cut.end()
     places = []
     for end in range(len("".join(pieces)) + 1):  # the match that is complete first, as it comes in
         places = [place for place in ("".join(pieces)[:end].find(each) for each in strings) if place >= 0]
         if places:
             break
-    if cut.found:
-        assert places and given_out <= "".join(pieces) and not any(each in given_out for each in strings)
-        assert "".join(pieces).startswith(given_out)
+    if cut.stopped:
+        assert places and text <= "".join(pieces) and not any(each in text for each in strings)
+        assert "".join(pieces).startswith(text)
     else:
-        assert not places and given_out == "".join(pieces)
+        assert not places and text == "".join(pieces)
 
 
 def test_stop_strings_end_a_row_across_token_borders() -> None:
@@ -403,7 +404,7 @@ def test_stop_strings_end_a_row_across_token_borders() -> None:
     assert Letters().decode(out[0].tolist()) == ">one two\n\n"
     out = generate(model, [ord(">")], max_new_tokens=20, stop="two", tokenizer=Letters())
     assert Letters().decode(out[0].tolist()) == ">one two"
-    # what stands in the prompt does not stop
+    # a stop string in the prompt does not count
     assert generate(model, [ord(">")], max_new_tokens=20, stop=">", tokenizer=Letters()).shape == (1, 21)
 
 
@@ -465,6 +466,24 @@ def test_a_static_cache_is_filled_to_its_end() -> None:
     assert out.shape == (1, 11)
 
 
+# ---------------------------------------------------------------------------------------------------------- signature
+
+
+def test_generate_and_stream_take_the_same_arguments() -> None:
+    """Described in both; `generate` takes a streamer too, and no keyword is swallowed."""
+    arguments = [list(inspect.signature(function).parameters) for function in (generate, stream)]
+    assert arguments[0] == [*arguments[1], "streamer"] and arguments[1][:3] == ["model", "input_ids", "attention_mask"]
+    for function, names in zip((generate, stream), arguments, strict=True):
+        assert all(name in (function.__doc__ or "") for name in names[1:])
+        kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+        assert set(kinds[3:]) == {inspect.Parameter.KEYWORD_ONLY}
+    model = FakeModel()
+    with pytest.raises(TypeError, match=r"^generate\(\) got an unexpected keyword argument 'max_tokens'"):
+        generate(model, PROMPTS[0], max_tokens=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="'streamer'"):
+        stream(model, PROMPTS[0], streamer=object())  # type: ignore[call-arg]
+
+
 # ------------------------------------------------------------------------------------------------------------- errors
 
 ONE = torch.tensor([PROMPTS[0]])
@@ -520,9 +539,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize("arguments, words", BAD, ids=[words[:30] for _, words in BAD])
 def test_bad_input_is_refused_before_anything_runs(arguments: dict[str, Any], words: str) -> None:
     model = FakeModel()
-    given: dict[str, Any] = {"input_ids": ONE} | arguments
+    arguments = {"input_ids": ONE} | arguments
     with pytest.raises(ValueError, match=words):
-        generate(model, **given)
+        generate(model, **arguments)
     assert not model.calls
 
 
@@ -593,9 +612,9 @@ def test_greedy_tokens_are_transformers_over_64_tokens(pair: tuple[Any, Any, Any
     case, model, peer = pair
     ids, mask = padded_rows(rows_of(case), "left")
     expected = their_answer(peer, ids, mask, max_new_tokens=64, eos_token_id=None, pad_token_id=0)
-    found = model.generate(ids, mask, max_new_tokens=64, eos_token_id=[])
-    assert found.shape == (3, 14 + 64)
-    assert torch.equal(found, expected)
+    actual = model.generate(ids, mask, max_new_tokens=64, eos_token_id=[])
+    assert actual.shape == (3, 14 + 64)
+    assert torch.equal(actual, expected)
     right = model.generate(*padded_rows(rows_of(case), "right"), max_new_tokens=64, eos_token_id=[])
     assert torch.equal(right[:, 14:], expected[:, 14:])
 
@@ -606,13 +625,13 @@ def test_ends_are_transformers(pair: tuple[Any, Any, Any]) -> None:
     free = model.generate(ids, mask, max_new_tokens=24, eos_token_id=[])[:, 14:]
     ends = [int(free[0, 7]), int(free[1, 18])]
     options: dict[str, Any] = dict(max_new_tokens=24, eos_token_id=ends, pad_token_id=2)
-    found = model.generate(ids, mask, **options)
-    assert found.shape[1] < free.shape[1] + 14 or (found[:, -1] == 2).any()  # some row has ended early
-    assert torch.equal(found, their_answer(peer, ids, mask, **options))
+    actual = model.generate(ids, mask, **options)
+    assert actual.shape[1] < free.shape[1] + 14 or (actual[:, -1] == 2).any()  # some row has ended early
+    assert torch.equal(actual, their_answer(peer, ids, mask, **options))
 
 
 def test_repetition_penalty_is_transformers(pair: tuple[Any, Any, Any]) -> None:
-    """Without padding: there theirs counts the padding token as seen."""
+    """Without padding: transformers counts the padding token as seen."""
     case, model, peer = pair
     ids = case.ids(3, 8)
     options: dict[str, Any] = dict(max_new_tokens=24, repetition_penalty=1.4)

@@ -1,5 +1,5 @@
-"""Layers over several devices. Where no GPU is, the second device is "meta": whatever is left behind on the first one
-meets a meta tensor there, and that raises."""
+"""Layers over several devices. Without a GPU the second device is "meta": a tensor left on the first device meets a meta
+tensor in an operation, which raises."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_layers_go_to_devices_in_order_and_by_bytes() -> None:
     model = dense().place([CPU, META])
     assert model.device_map is not None and model.device_map.layers == (CPU, CPU, META, META)
     assert str(model.device_map) == "cpu: layers 0-1, meta: layers 2-3"
-    where = {name: parameter.device for name, parameter in model.named_parameters()}
-    assert {where[name] for name in where if ".layers.0." in name or ".layers.1." in name} == {CPU}
-    assert {where[name] for name in where if ".layers.2." in name or ".layers.3." in name} == {META}
-    assert where["model.embed_tokens.weight"] == CPU and where["lm_head.weight"] == META == where["model.norm.weight"]
+    device = {name: parameter.device for name, parameter in model.named_parameters()}
+    assert {device[name] for name in device if ".layers.0." in name or ".layers.1." in name} == {CPU}
+    assert {device[name] for name in device if ".layers.2." in name or ".layers.3." in name} == {META}
+    assert device["model.embed_tokens.weight"] == CPU and device["lm_head.weight"] == META == device["model.norm.weight"]
     assert model.device == CPU
 
 
@@ -55,8 +55,8 @@ def mixture() -> Qwen3_5MoeForCausalLM:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("build", [dense, mixture])
-def test_a_forward_leaves_nothing_behind(build: Callable[[], Qwen3_5MoeForCausalLM], padded: bool) -> None:
-    """Mask, positions, rotation, labels and routing reach the layers' devices; the part on the CPU computes what it did."""
+def test_a_forward_moves_everything_along(build: Callable[[], Qwen3_5MoeForCausalLM], padded: bool) -> None:
+    """Mask, positions, rotation, labels and routing reach the layers' devices; the layers on the CPU compute the same bits."""
     model, mask = build(), torch.ones_like(IDS)
     if padded:
         mask[0, :3] = 0
@@ -75,7 +75,7 @@ def test_a_forward_leaves_nothing_behind(build: Callable[[], Qwen3_5MoeForCausal
         assert out.routing is not None and out.routing.indices.shape == (4, 14, 2)
 
 
-def test_the_cache_lies_beside_its_layers() -> None:
+def test_the_cache_is_on_its_layers_devices() -> None:
     model = dense().place([CPU, META])
     cache = model.new_cache(2)
     with torch.no_grad():
@@ -86,16 +86,16 @@ def test_the_cache_lies_beside_its_layers() -> None:
     assert cache[1].key.device == CPU and cache[3].key.device == META  # type: ignore[union-attr]
 
 
-def test_a_saved_cache_comes_back_beside_its_layers(tmp_path: Path) -> None:
+def test_a_saved_cache_is_loaded_on_its_layers_devices(tmp_path: Path) -> None:
     model = dense()
     cache = model.new_cache(2)
     with torch.no_grad():
         model(IDS, cache=cache)
     cache.save(tmp_path / "cache.safetensors")
-    where = model.place([CPU, META]).device_map
-    assert where is not None
-    back = type(cache).load(tmp_path / "cache.safetensors", model.config.text_config, devices=where.layers)
-    assert [layer.tensors()[0].device for layer in back.layers] == list(where.layers)
+    device_map = model.place([CPU, META]).device_map
+    assert device_map is not None
+    back = type(cache).load(tmp_path / "cache.safetensors", model.config.text_config, devices=device_map.layers)
+    assert [layer.tensors()[0].device for layer in back.layers] == list(device_map.layers)
     assert torch.equal(back[1].key_buffer, cache[1].key)  # type: ignore[union-attr]
 
 
@@ -107,7 +107,7 @@ def test_a_tied_head_stays_with_the_embedding() -> None:
         model(IDS)
 
 
-def test_one_device_is_no_placement_and_to_brings_everything_together() -> None:
+def test_one_device_needs_no_map_and_to_moves_everything_to_one() -> None:
     model = dense()
     before = model(IDS).logits
     assert model.place(["cpu", "cpu"]).device_map is None and torch.equal(model(IDS).logits, before)
@@ -123,7 +123,7 @@ def test_auto_is_all_gpus_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [str(device) for device in chosen_devices("auto")] == ["cuda:0", "cuda:1", "cuda:2"]
 
 
-def test_gpus_get_layers_by_free_memory_and_too_little_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_get_layers_by_free_memory_and_too_little_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         model = Qwen3_5MoeForCausalLM(experts(num_hidden_layers=12, layer_types=None))
     whole = sum(p.numel() * 4 for p in model.parameters())

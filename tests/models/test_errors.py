@@ -1,4 +1,4 @@
-"""Bad input of a forward: a ValueError that names what was given and what was expected, and nothing half done."""
+"""Bad input of a forward: a ValueError that names the actual and the expected value, and an unchanged cache."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
                            ["cu_seqlens", "attention_mask"]),
     "bounds against positions": (ROW | {"cu_seqlens": bounds(0, 3, T), "position_ids": bounds(0, 1, 0, 1, 2, 3)[None]},
                                  ["token 2", "[0, 3, 6]"]),
-    # labels and what is asked for
+    # labels and results
     "labels, shape": ({"labels": ids(B, T - 1)}, [f"[{B}, {T - 1}]", f"[{B}, {T}]"]),
     "labels, float": ({"labels": ids().float()}, ["torch.float32", "integers"]),
     "label too high": ({"labels": with_id(WORDS)}, [f"label {WORDS} ", f"0 ... {WORDS - 1}", "-100"]),
@@ -170,7 +170,7 @@ def held(cache: Any) -> list[Any]:
 
 @pytest.mark.parametrize("make,arguments,words", CACHED.values(), ids=CACHED)
 def test_refused_with_a_cache_which_stays_as_it_was(model, make, arguments, words):
-    """The same tensors, lengths and room, and the next step as if nothing had been tried."""
+    """The cache keeps its tensors and lengths."""
     with torch.no_grad():
         cache = make(model)
         ours = hasattr(cache, "layers")
@@ -185,7 +185,7 @@ def test_refused_with_a_cache_which_stays_as_it_was(model, make, arguments, word
 
 @pytest.mark.parametrize("arguments", [{"labels": with_id(WORDS)}, {"logits_to_keep": -1}, {"input_ids": with_id(-1)}],
                          ids=["label", "logits to keep", "id"])
-def test_the_next_step_is_as_if_nothing_had_been_tried(model, arguments):
+def test_a_refused_call_does_not_change_the_next_step(model, arguments):
     with torch.no_grad():
         cache = cached()(model)
         other = cache.clone()
@@ -195,13 +195,13 @@ def test_the_next_step_is_as_if_nothing_had_been_tried(model, arguments):
         assert torch.equal(model(step, cache=cache).logits, model(step, cache=other).logits)
 
 
-@pytest.mark.parametrize("asked", ["output_routing", "output_router_logits"])
-def test_a_dense_model_is_asked_for_its_routers(asked):
-    """Refused before the cache moves."""
+@pytest.mark.parametrize("argument", ["output_routing", "output_router_logits"])
+def test_a_dense_model_has_no_router_outputs(argument):
+    """Refused before the cache changes."""
     dense = peer.ours(odd_shape(100, dense=True))
     cache = dense.new_cache(1)
-    with torch.no_grad(), pytest.raises(ValueError, match=f"{asked}.*dense"):
-        dense(ones(1, 2), cache=cache, **{asked: True})
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{argument}.*dense"):
+        dense(ones(1, 2), cache=cache, **{argument: True})
     assert cache.lengths.tolist() == [0] and cache.seen == 0
 
 
@@ -228,7 +228,7 @@ def test_caches_of_no_size(model, arguments, words):
 @pytest.mark.parametrize("with_cache", [False, True], ids=["no cache", "cache"])
 @pytest.mark.parametrize("side", ["left", "right", "between"])
 def test_nan_in_padding_is_never_seen(model, side, with_cache):
-    """Embeddings full of nan where the mask says nothing is: logits, states, loss and gradients as with zeros there."""
+    """Embeddings of nan at masked positions: logits, states, loss and gradients are those of zeros at these positions."""
     mask = {"left": [[0, 0, 1, 1, 1, 1], [1] * 6], "right": [[1, 1, 1, 1, 0, 0], [1] * 6],
             "between": [[1, 0, 0, 1, 1, 0], [1] * 6]}[side]
     attention_mask = torch.tensor(mask)
@@ -273,16 +273,16 @@ def test_positions_of_one_row_hold_for_every_row(model, row, mask):
     one = torch.tensor([row])
     with torch.no_grad():
         expected = model(ids(3), position_ids=one.expand(3, -1).contiguous(), attention_mask=mask)
-        found = model(ids(3), position_ids=one, attention_mask=mask)
-        assert torch.equal(found.logits, expected.logits)
+        actual = model(ids(3), position_ids=one, attention_mask=mask)
+        assert torch.equal(actual.logits, expected.logits)
         if mask is None:
             alone = torch.cat([model(ids(3)[r : r + 1], position_ids=one).logits for r in range(3)])
-            assert_close(found.logits, alone, 1e-5)
+            assert_close(actual.logits, alone, 1e-5)
 
 
 def test_three_axes_of_one_row_hold_for_every_row(model):
     axes = torch.randint(0, 50, (3, 1, T), generator=peer.generator(0))
-    for given in (axes, torch.cat([torch.arange(T)[None, None], axes])):  # transformers' four begin with the text's
+    for position_ids in (axes, torch.cat([torch.arange(T)[None, None], axes])):  # transformers' four begin with the text's
         with torch.no_grad():
             expected = model(ids(), position_ids=axes.expand(3, B, T).contiguous()).logits
-            assert torch.equal(model(ids(), position_ids=given).logits, expected)
+            assert torch.equal(model(ids(), position_ids=position_ids).logits, expected)

@@ -1,4 +1,4 @@
-"""Experts for research: their rows one by one, and as modules of their own."""
+"""Experts for research: the activations of each one, and experts as modules of their own."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def mlp(experts: Experts, expert: int, rows: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, experts.down_proj[expert])
 
 
-# ---------------------------------------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------------------------------------- activations
 
 
 @pytest.mark.parametrize("unfused", [False, True], ids=["grouped", "unfused"])
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
-def test_rows_of_every_expert(model, padded, unfused):
-    """Each expert's output is its MLP of its input; weighted and added up by token they are the routed sum; the load is
-    that of the routing; a padded token is nobody's row."""
+def test_activations_of_every_expert(model, padded, unfused):
+    """An expert's output is its MLP of its input; weighted and summed by token the outputs are the routed sum; the load is
+    that of the routing; no expert has a padded token."""
     experts = [layer.mlp.experts for layer in model.model.layers]
     if unfused:
         model.unfuse_experts()
@@ -55,9 +55,9 @@ def test_rows_of_every_expert(model, padded, unfused):
     assert ran.counts.get(("experts", "tapped"), 0) == (0 if unfused else L)
     assert [(r.layer, r.expert) for r in rows] == sorted({(r.layer, r.expert) for r in rows})
     for layer in range(L):
-        here = [r for r in rows if r.layer == layer]
+        of_layer = [r for r in rows if r.layer == layer]
         total = torch.zeros_like(seen[f"layers.{layer}.mlp.routed"])
-        for r in here:
+        for r in of_layer:
             assert isinstance(r, ExpertActivations) and r.tokens.shape == r.weights.shape == r.inputs.shape[:1]
             assert_close(r.outputs, mlp(experts[layer], r.expert, r.inputs), 1e-12)
             total.index_add_(0, r.tokens, r.weights[:, None] * r.outputs)
@@ -65,19 +65,19 @@ def test_rows_of_every_expert(model, padded, unfused):
         assert_close(total[valid.flatten()], seen[f"layers.{layer}.mlp.routed"][valid.flatten()], 1e-12)
         assert not bool(total[~valid.flatten()].any())
         chosen = routing.indices[layer][mask.flatten().bool()].flatten()
-        assert {r.expert: len(r.tokens) for r in here} == {int(e): int((chosen == e).sum()) for e in chosen.unique()}
+        assert {r.expert: len(r.tokens) for r in of_layer} == {int(e): int((chosen == e).sum()) for e in chosen.unique()}
 
 
-def test_rows_as_they_come_of_some_layers(model):
-    """Nothing is kept; the block's end is the end of it; what a patch changes is what is seen."""
-    came: list[ExpertActivations] = []
+def test_a_function_gets_the_activations_of_some_layers(model):
+    """Nothing is stored, nothing is recorded after the block, and patched values are recorded as patched."""
+    received: list[ExpertActivations] = []
     with torch.no_grad():
         patch = taps.patch(model, {"layers.1.mlp.expert_out": torch.zeros_like})
-        with patch, expert_activations(model, came.append, [1]) as none:
+        with patch, expert_activations(model, received.append, [1]) as none:
             model(IDS)
         model(IDS)
-    assert len(none) == 0 and {r.layer for r in came} == {1} and sum(len(r.tokens) for r in came) == B * T * S
-    assert not any(bool(r.outputs.any()) for r in came)
+    assert len(none) == 0 and {r.layer for r in received} == {1} and sum(len(r.tokens) for r in received) == B * T * S
+    assert not any(bool(r.outputs.any()) for r in received)
     for wrong in ([2], [-1]):
         with pytest.raises(ValueError, match=r"layer -?\d has none; layers with experts: \[0, 1\]"):
             expert_activations(model, layers=wrong)
@@ -86,8 +86,8 @@ def test_rows_as_they_come_of_some_layers(model):
 
 
 @pytest.mark.parametrize("unfused", [False, True], ids=["grouped", "unfused"])
-def test_rows_are_seen_once_and_carry_gradients(model, unfused):
-    """Under gradient checkpointing too: the recomputation is not seen. Mean saliency has a gradient to the router."""
+def test_activations_are_recorded_once_and_carry_gradients(model, unfused):
+    """Also under gradient checkpointing: the recomputation is not recorded. The weights have a gradient to the router."""
     if unfused:
         model.unfuse_experts()
     counts = []
@@ -208,8 +208,8 @@ def test_saving_unfused_experts_writes_the_same_checkpoint(model, tmp_path: Path
 
 
 @torch.no_grad()
-def test_what_moves_or_copies_the_weights(model):
-    """.to(dtype) keeps them one; deepcopy and load_state_dict(assign=True) part them, and fusing brings the new values."""
+def test_moving_and_copying_the_weights(model):
+    """.to(dtype) keeps the views; deepcopy and load_state_dict(assign=True) separate them, and fusing takes the new values."""
     model.unfuse_experts()
     twin = copy.deepcopy(model)
     model.to(torch.float32)
@@ -227,7 +227,7 @@ def test_what_moves_or_copies_the_weights(model):
 
 
 class Adapted(nn.Module):
-    """What an adapter library puts in a Linear's place."""
+    """A Linear with an adapter, as adapter libraries make it."""
 
     def __init__(self, base: nn.Linear, rank: int = 2) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class Adapted(nn.Module):
 
 
 def test_an_adapter_on_every_linear_of_an_expert(model, tmp_path: Path):
-    """It takes part and learns, the base stays; fusing and saving say that it has to go first; merged, they work."""
+    """The adapter gets gradients, the base does not; fusing and saving raise until the adapter is merged."""
     plain = model(IDS).logits.detach()
     model.unfuse_experts()
     names = [name for name in linears(model) if name.endswith("down_proj")]

@@ -92,3 +92,21 @@ def test_text_compiles_into_one_graph(cls: Any) -> None:
     with torch.no_grad():
         assert torch.equal(compiled(ids, labels=ids).loss, made(ids, labels=ids).loss)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_is_exported(strict: bool) -> None:
+    made = Qwen3_5MoeForCausalLM(model().config.text_only()).init_weights().eval()
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = made
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids).logits
+
+    ids = torch.randint(0, 48, (2, 9), generator=torch.Generator().manual_seed(0))
+    exported = torch.export.export(Logits(), (ids,), strict=strict)
+    with torch.no_grad():
+        assert torch.equal(exported.module()(ids), made(ids).logits)

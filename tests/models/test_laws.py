@@ -1,7 +1,7 @@
 """The laws of the model, at the cuts where chunks, convolutions and caches begin and end.
 
-Each says how it holds. "Bit for bit" is meant so. "Within the bound" is 1e-5, relative, in float32: the same sums in
-another order (another chunk boundary, another batch in a matrix product), nothing else.
+Each test states how its law holds: "bit for bit", or "within the bound", which is 1e-5, relative, in float32: the same
+sums in another order (another chunk boundary, another batch in a matrix product), nothing else.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def tokens(batch: int, length: int, salt: int = 0) -> Tensor:
 
 
 def states(cache: Any, row: int | None = None) -> dict[str, Tensor]:
-    """What a cache holds, by name; of one row only as many slots as it has tokens."""
-    found = {}
+    """The states in a cache by name; of one row only the positions of its tokens."""
+    tensors = {}
     for i, kind in enumerate(CASE.text["layer_types"]):
         names = ("conv_state", "recurrent_state") if kind == LINEAR else ("key", "value")
         for name in names:
@@ -48,8 +48,8 @@ def states(cache: Any, row: int | None = None) -> dict[str, Tensor]:
             if row is not None:
                 tensor = tensor[row : row + 1]
                 tensor = tensor if kind == LINEAR else tensor[:, : int(cache.lengths[row])]
-            found[f"{i}.{name}"] = tensor
-    return found
+            tensors[f"{i}.{name}"] = tensor
+    return tensors
 
 
 @torch.no_grad()
@@ -67,20 +67,20 @@ def _with_gradients(model: Any, logits: Tensor, seed: int = 3) -> dict[str, Tens
     return peer.gradients(model)
 
 
-@pytest.mark.parametrize("told_by", ["cu_seqlens", "position_ids"])
+@pytest.mark.parametrize("separator", ["cu_seqlens", "position_ids"])
 @pytest.mark.parametrize("lengths", [[1, 3, 4], [63, 64, 65], [129, 1, 2], [5, 5]], ids=str)
-def test_packed_documents_equal_separate_ones(model, lengths, told_by):
+def test_packed_documents_equal_separate_ones(model, lengths, separator):
     """Within the bound: logits, and the gradient of every parameter."""
     ids = tokens(1, sum(lengths))
     bounds = [0, *itertools.accumulate(lengths)]
-    if told_by == "cu_seqlens":
+    if separator == "cu_seqlens":
         packed = model(ids, cu_seqlens=torch.tensor(bounds)).logits
     else:
         packed = model(ids, position_ids=torch.cat([torch.arange(length) for length in lengths])[None]).logits
     separate = torch.cat([model(ids[:, a:b]).logits for a, b in itertools.pairwise(bounds)], dim=1)
     assert_close(packed, separate, BOUND)
-    found = _with_gradients(model, packed)
-    assert_all_close(found, _with_gradients(model, separate), BOUND, "gradients")
+    actual = _with_gradients(model, packed)
+    assert_all_close(actual, _with_gradients(model, separate), BOUND, "gradients")
 
 
 def test_packed_rows_of_a_batch_and_their_losses(model):
@@ -155,8 +155,8 @@ def test_padding_in_between_and_gradients(model):
     padded = torch.cat([model(ids, attention_mask=mask).logits[r][real[r]] for r in range(2)])
     separate = torch.cat([model(ids[r][real[r]][None]).logits[0] for r in range(2)])
     assert_close(padded, separate, BOUND)
-    found = _with_gradients(model, padded)
-    assert_all_close(found, _with_gradients(model, separate), BOUND, "gradients")
+    actual = _with_gradients(model, padded)
+    assert_all_close(actual, _with_gradients(model, separate), BOUND, "gradients")
 
 
 # ------------------------------------------------------------------------------------ prefix + rest, decode == prefill
@@ -195,7 +195,7 @@ def test_decoding_equals_prefill(model, max_length):
 @CACHES
 @AT_CUTS
 def test_a_draft_rolled_back_was_never_drafted(model, cut, max_length):
-    """Keys, values and convolution inputs bit for bit; memories and what follows within the bound (run again)."""
+    """Keys, values and convolution states bit for bit; recurrent states and later logits within the bound (recomputed)."""
     ids, draft, rest = tokens(2, cut), tokens(2, 5, salt=1), tokens(2, 4, salt=2)
     cache = prefilled(model, ids, max_length, record=5).cache
     never = prefilled(model, ids, max_length).cache
@@ -203,19 +203,19 @@ def test_a_draft_rolled_back_was_never_drafted(model, cut, max_length):
         model(draft, cache=cache)
         cache.rollback(5)
         assert cache.lengths.tolist() == never.lengths.tolist()
-        found, expected = states(cache), states(never)
-        memories = {name for name in found if name.endswith("recurrent_state")}
-        assert_all_close({n: found[n] for n in memories}, {n: expected[n] for n in memories}, BOUND)
-        for name in found.keys() - memories:
-            assert torch.equal(found[name], expected[name]), name
+        actual, expected = states(cache), states(never)
+        recurrent = {name for name in actual if name.endswith("recurrent_state")}
+        assert_all_close({n: actual[n] for n in recurrent}, {n: expected[n] for n in recurrent}, BOUND)
+        for name in actual.keys() - recurrent:
+            assert torch.equal(actual[name], expected[name]), name
         assert_close(model(rest, cache=cache).logits, model(rest, cache=never).logits, BOUND)
         assert_all_close(states(cache), states(never), BOUND)
 
 
 @CACHES
 @AT_CUTS
-def test_each_row_rolls_back_as_far_as_it_likes(model, cut, max_length):
-    """Within the bound: drafted token by token, 0 to 5 of them taken back, row by row; then twice more."""
+def test_each_row_rolls_back_by_its_own_number(model, cut, max_length):
+    """Within the bound: drafted token by token, then two rollbacks of 0 to 5 tokens per row."""
     ids, draft, rest = tokens(3, cut), tokens(3, 5, salt=1), tokens(3, 4, salt=2)
     cache = prefilled(model, ids, max_length, record=6).cache
     with torch.no_grad():
@@ -271,29 +271,29 @@ def test_rows_of_a_batch_can_be_permuted(model):
         assert_close(model(ids[order]).logits, model(ids).logits[order], BOUND)
 
 
-@pytest.mark.parametrize("each_layer_its_own", [True, False])
-def test_permuted_experts_change_nothing(model, each_layer_its_own):
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_permuted_experts_change_nothing(model, per_layer):
     """Within the bound: a token's experts are added in their order. The balancing loss pools expert e of all layers, so
     it only stays when all layers are permuted alike."""
     ids = tokens(2, 65)
     twin = peer.ours(CASE, source=model)
-    orders = [torch.randperm(7, generator=peer.generator(i if each_layer_its_own else 0)) for i in range(5)]
+    orders = [torch.randperm(7, generator=peer.generator(i if per_layer else 0)) for i in range(5)]
     with torch.no_grad():
         for layer, order in zip(twin.model.layers, orders, strict=True):
             for weight in (layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
                 weight.copy_(weight[order].clone())
-        found = twin(ids, output_routing=True, output_router_logits=True)
+        actual = twin(ids, output_routing=True, output_router_logits=True)
         expected = model(ids, output_routing=True, output_router_logits=True)
-    assert_close(found.logits, expected.logits, BOUND)
-    if not each_layer_its_own:
-        assert_close(found.aux_loss, expected.aux_loss, BOUND)
+    assert_close(actual.logits, expected.logits, BOUND)
+    if not per_layer:
+        assert_close(actual.aux_loss, expected.aux_loss, BOUND)
     for i, order in enumerate(orders):
-        assert torch.equal(order[found.routing.indices[i]], expected.routing.indices[i])
+        assert torch.equal(order[actual.routing.indices[i]], expected.routing.indices[i])
 
 
 def test_a_saved_and_loaded_model_is_the_original_bit_for_bit(model, tmp_path):
-    """The weights always. The logits too where the weights lie in memory of torch's own alignment; in a mapped file they
-    lie elsewhere, and the order in which the matrix products of the CPU's library sum follows that."""
+    """The weights always. The logits too when torch allocated the weights; those of a mapped file have another alignment, on
+    which the order of summation in the CPU library's matrix products depends."""
     ids = tokens(2, 65)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()

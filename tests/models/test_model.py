@@ -1,4 +1,4 @@
-"""The model classes: sizes of the published presets, what other libraries touch, precision islands."""
+"""The model classes: sizes of the published presets, methods for other libraries, parameters kept in float32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import qwen35moe
 from qwen35moe import Config, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 from qwen35moe.config import ConfigError, TextConfig
 
-ISLANDS = ("A_log", "dt_bias", "linear_attn.norm.weight")
+FP32 = ("A_log", "dt_bias", "linear_attn.norm.weight")
 
 
 def small(**changes: object) -> TextConfig:
@@ -42,7 +42,7 @@ def test_a_class_of_the_other_family_is_refused():
 
 
 @pytest.mark.parametrize("way", ["to", "bfloat16", "half", "assign", "to_empty"])
-def test_islands_stay_float32_and_keep_their_digits(way):
+def test_fp32_parameters_stay_float32_and_keep_their_digits(way):
     model = Qwen3_5MoeForCausalLM(small()).init_weights(seed=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if way == "to":
@@ -58,9 +58,9 @@ def test_islands_stay_float32_and_keep_their_digits(way):
             model = Qwen3_5MoeForCausalLM(small()).to(torch.bfloat16)
         model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
-        island = name.endswith(ISLANDS)
-        assert (parameter.dtype == torch.float32) == island, name
-        if island and way not in ("assign", "to_empty"):
+        kept = name.endswith(FP32)
+        assert (parameter.dtype == torch.float32) == kept, name
+        if kept and way not in ("assign", "to_empty"):
             assert torch.equal(parameter, before[name])
     assert {p.dtype for p in model.double().parameters()} == {torch.float64}
 
@@ -110,7 +110,7 @@ def test_the_whole_model_compiles_into_one_graph():
     assert torch.equal(compiled(ids).logits, model(ids).logits)
 
 
-def test_the_output_is_a_mapping_of_what_is_there():
+def test_the_output_is_a_mapping_of_its_results():
     model = Qwen3_5MoeForCausalLM(small()).init_weights()
     ids = torch.arange(8)[None]
     out = model(ids, labels=ids)

@@ -1,9 +1,10 @@
 """Our text model against transformers 5.23 with the same weights: attention and experts eager, float32 unless it says so.
 
 Sixty random tiny configurations (see `peer.odd_shape`), twelve dense siblings. At ordinary gates the bound is 1e-5,
-relative, on everything. At transformers' own init its two forms of the delta rule differ by 4e-3 in the gradient of A_log,
-and in bf16 both models are off: there our float64 model is the judge, ours at most 1.25 times as far from it as theirs in
-a case, and no further in the geometric mean.
+relative, on everything. Where float32 itself has fewer digits our float64 model is the judge: ours is at most `SPREADS` times
+as far from it as it moves itself when its operations are rounded to float32 (tests/support/rounding.py), and over all cases no
+further than theirs in the geometric mean, within the `MARGIN` that another processor's roundings make. In bf16 ours is at
+most 1.25 times as far as theirs in a case.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from torch import Tensor
 from qwen35moe import backends, taps
 from tests.support import peer
 from tests.support.peer import Case, assert_all_close, assert_close, odd_shape, relative_error
+from tests.support.rounding import UNIT, spread
 
 BOUND = 1e-5
+# Of 4,900 values and gradients at three kinds of gates, with AVX2 and with AVX-512, the worst is 6.4 spreads from float64.
+SPREADS = 8
+# The geometric means over a thousand errors move by a few percent from one processor to another.
+MARGIN = 1.1
 CASES = [odd_shape(seed) for seed in range(60)]
 # seven seeds among which every odd shape comes twice, and five more
 DENSE = [odd_shape(seed, dense=True) for seed in (110, 121, 123, 126, 130, 189, 219, 100, 102, 103, 104, 105)]
@@ -138,18 +144,16 @@ def gradient_errors(case: Case) -> dict[str, tuple[float, ...]]:
 
 @EVERY
 def test_every_gradient(case):
-    """Within 1e-5 of theirs. Where float32 itself has fewer digits, float64 judges: within 1e-5 of it, or at most 1.25
-    times as far from it as theirs, which is the rule of bf16."""
-    wrong = {name: f"{ours:.1e} against {theirs:.1e}" for name, (apart, ours, theirs) in gradient_errors(case).items()
-             if not apart <= BOUND and not ours <= max(BOUND, 1.25 * theirs)}
-    assert not wrong, wrong
+    """Within 1e-5 of theirs or of float64; where float32 itself has fewer digits, within 8 spreads of float64."""
+    errors = {f"gradients {name}": ours for name, (apart, ours, _) in gradient_errors(case).items() if not apart <= BOUND}
+    assert not (wrong := beyond_float32(case, "ordinary", errors)), wrong
 
 
 def test_gradients_over_all_cases():
     """In the geometric mean no further from float64 than theirs."""
     errors = [error for case in CASES + DENSE for error in gradient_errors(case).values()]
     ours, theirs = ([max(error[side], 1e-9) for error in errors] for side in (1, 2))
-    assert geometric_mean(ours) <= geometric_mean(theirs)
+    assert len(errors) > 1000 and geometric_mean(ours) <= MARGIN * geometric_mean(theirs)
 
 
 @EVERY
@@ -335,38 +339,60 @@ def test_64_greedy_tokens_of_a_left_padded_batch(case):
 
 # ------------------------------------------------------------------------------- other gates, judged by float64
 
-OTHER_GATES = {"transformers": BOUND, "hard": 1e-4}  # of gradients; 1e-4 is the contract's beyond gates of -20
+OTHER_GATES = ("transformers", "hard")
+
+
+def by_name(results: Results) -> dict[str, Tensor]:
+    return {f"{kind} {name}": tensor for kind, group in results.items() for name, tensor in group.items()}
+
+
+@functools.lru_cache(maxsize=4)
+def exactly(case: Case, gates: str) -> tuple[Any, dict[str, Tensor]]:
+    """Our float64 model and its values and gradients."""
+    model = peer.ours(case, source=pair(case, gates)[1]).double()
+    return model, by_name(run(model, case))
 
 
 @functools.cache
 def judged(case: Case, gates: str) -> dict[str, tuple[float, float]]:
     """Relative errors of our float32 model and of theirs against our float64 model, by value and by gradient."""
     ours, theirs = pair(case, gates)
-    truth = run(peer.ours(case, source=theirs).double(), case)
     with backends.use(attention="eager"):
-        found = run(ours, case)
-    expected = run(theirs, case, use_cache=False)
-    return {f"{kind} {name}": (relative_error(found[kind][name], tensor), relative_error(expected[kind][name], tensor))
-            for kind, group in truth.items() for name, tensor in group.items()}
+        found = by_name(run(ours, case))
+    expected = by_name(run(theirs, case, use_cache=False))
+    return {name: (relative_error(found[name], tensor), relative_error(expected[name], tensor))
+            for name, tensor in exactly(case, gates)[1].items()}
+
+
+def beyond_float32(case: Case, gates: str, errors: dict[str, float]) -> dict[str, str]:
+    """Those of our relative errors that float32 does not explain: beyond the bound, and beyond 8 times the distance by which
+    float64 moves when its operations are rounded. Of a gradient that hard gates make 1e-14 of those beside it (a decay of
+    e^-80 is in it, squared) float32 need not have any digit."""
+    if all(error <= BOUND for error in errors.values()):
+        return {}
+    model, exact = exactly(case, gates)
+    with backends.use(attention="eager"):
+        moved, largest = spread(lambda: by_name(run(model, case)), exact), {}
+    for name, tensor in exact.items():
+        largest[block(name)] = max(largest.get(block(name), 0.0), tensor.abs().max().item())
+    wrong = {}
+    for name, error in errors.items():
+        size = exact[name].abs().max().item()
+        allowed = max(BOUND, (SPREADS * moved[name] + UNIT**2 * largest[block(name)]) / size if size else 0.0)
+        if not error <= allowed:
+            wrong[name] = f"{error:.1e}, float32 explains {allowed:.1e}"
+    return wrong
 
 
 @pytest.mark.parametrize("gates", OTHER_GATES)
 @pytest.mark.parametrize("case", CASES[::3], ids=repr)
-def test_at_other_gates_we_are_within_the_bound_or_no_worse(case, gates):
-    """Every value of the forward, and the worst of the gradients: within the bound, or at most 1.25 times as far from
-    float64 as theirs. (A single tensor is a matter of luck here: behind a hard gate a token reads (q . k) v alone, which
-    the norm scales up to one, and a rounding with it. At their own init theirs is the worse in ten tensors for each of
-    ours, at hard gates in as many. In the worst case at hard gates, seed 6, a token's rule
-    answers 1.4e-5 where others answer 0.05, and the norm scales that up: last bits changed at random behind a rule that is
-    computed in float64 move the worst gradient from 2e-6 to 3.5e-5. Over fourteen other draws of its weights it is 5.5e-6
-    in the geometric mean, 6.5e-6 by the recurrent form, 6.6e-6 theirs. The bound there is that of the gates' gradient.)"""
-    errors = judged(case, gates)
-    gradients = [error for name, error in errors.items() if name.startswith("gradients ")]
-    compared = {name: (*error, BOUND) for name, error in errors.items() if not name.startswith("gradients ")}
-    compared["worst gradient"] = (*(max(error[side] for error in gradients) for side in (0, 1)), OTHER_GATES[gates])
-    worse = {name: f"{ours:.1e} against {theirs:.1e}" for name, (ours, theirs, bound) in compared.items()
-             if not ours <= max(bound, 1.25 * theirs)}
-    assert not worse, worse
+def test_at_other_gates_every_value_is_as_float32_allows(case, gates):
+    """Every value of the forward and every gradient: within the bound, or within 8 spreads of float64. (Beside theirs a
+    single tensor is a matter of luck: behind a hard gate a token reads (q . k) v alone, which the norm scales up to one, and
+    a rounding with it. In seed 6 at hard gates a token's rule answers 1.4e-5 where others answer 0.05, and last bits changed
+    at random behind a rule that is computed in float64 move the worst gradient from 2e-6 to 3.5e-5.)"""
+    wrong = beyond_float32(case, gates, {name: ours for name, (ours, _) in judged(case, gates).items()})
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("gates", OTHER_GATES)
@@ -374,7 +400,7 @@ def test_other_gates_over_all_cases(gates):
     """In the geometric mean of all values and gradients no further from float64 than theirs."""
     errors = [error for case in CASES[::3] for error in judged(case, gates).values()]
     ours, theirs = ([max(error[side], 1e-9) for error in errors] for side in (0, 1))
-    assert geometric_mean(ours) <= geometric_mean(theirs)
+    assert len(errors) > 1000 and geometric_mean(ours) <= MARGIN * geometric_mean(theirs)
 
 
 def geometric_mean(errors: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""VisualInputs in the decoder, ours alone: positions against a count by hand, the cache, packing, files, names, refusals."""
+"""Images and videos in our decoder: positions against a count by hand, the cache, packing, files, names, errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qwen35moe.models.vision_inputs import MultimodalInputs, VisualInputs
 from qwen35moe.models.vision_positions import positions
 from tests.support import peer, peer_vision
 from tests.support.peer import assert_all_close, assert_close
-from tests.support.peer_vision import END, IMAGE, START, VIDEO, Case, odd_multimodal
+from tests.support.peer_vision import END, IMAGE, START, VIDEO, Case, odd_visual
 
 BOUND = 1e-5
 TEXT = {
@@ -60,26 +60,26 @@ def batch(side: str = "right", rows: tuple[Any, ...] = ROWS) -> dict[str, Tensor
 
 @cached
 def model(dtype: torch.dtype = torch.float32) -> Any:
-    """Nobody may change it."""
+    """One model for all tests: not to be changed."""
     made = Qwen3_5MoeForConditionalGeneration(config()).eval()
     peer_vision.draw(made, 2)
     return made.to(dtype)
 
 
 def row(number: int, side: str = "none") -> dict[str, Tensor]:
-    """One row of the batch as a batch of its own, with its own pictures."""
+    """One row of the batch as a batch of its own, with its own images and videos."""
     whole, alone = batch(), batch(side, (ROWS[number],))
-    before = [item for each in ROWS[:number] for item in each if isinstance(item, tuple)]
+    before = [item for earlier in ROWS[:number] for item in earlier if isinstance(item, tuple)]
     mask = whole["attention_mask"][number].bool()
-    found = {"input_ids": whole["input_ids"][number][mask][None]}
+    inputs = {"input_ids": whole["input_ids"][number][mask][None]}
     for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
         if grid in alone:
-            first = sum(each[0] == kind for each in before)
+            first = sum(item[0] == kind for item in before)
             count = len(alone[grid])
             sizes = whole[grid].prod(1).tolist()
-            found[grid] = whole[grid][first : first + count]
-            found[pixels] = torch.cat(whole[pixels].split(sizes)[first : first + count])
-    return found
+            inputs[grid] = whole[grid][first : first + count]
+            inputs[pixels] = torch.cat(whole[pixels].split(sizes)[first : first + count])
+    return inputs
 
 
 # ------------------------------------------------------------------------------------------------------------ positions
@@ -87,11 +87,11 @@ def row(number: int, side: str = "none") -> dict[str, Tensor]:
 
 def by_hand(row: tuple[Any, ...], merge: int) -> tuple[list[tuple[int, int, int]], int]:
     """(time, height, width) of every token of a row, counted one by one."""
-    found, p = [], 0
+    placed, p = [], 0
 
     def word() -> None:
         nonlocal p
-        found.append((p, p, p))
+        placed.append((p, p, p))
         p += 1
 
     for item in row:
@@ -104,31 +104,31 @@ def by_hand(row: tuple[Any, ...], merge: int) -> tuple[list[tuple[int, int, int]
             for _ in range(2 if kind == "video" else 0):
                 word()  # the timestamp
             word()
-            found += [(p, p + i, p + j) for i in range(h // merge) for j in range(w // merge)]
+            placed += [(p, p + i, p + j) for i in range(h // merge) for j in range(w // merge)]
             p += max(h, w) // merge
             word()
-    return found, p
+    return placed, p
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_counted_by_hand(side):
-    for case in [Case(9, CONFIG, ROWS, side), *(odd_multimodal(seed, side=side) for seed in range(400, 420))]:
+    for case in [Case(9, CONFIG, ROWS, side), *(odd_visual(seed, side=side) for seed in range(400, 420))]:
         inputs, merge = case.inputs(), case.vision.get("spatial_merge_size", 2)
-        pictures = VisualInputs(image_grid_thw=inputs.get("image_grid_thw"), video_grid_thw=inputs.get("video_grid_thw"))
+        visual = VisualInputs(image_grid_thw=inputs.get("image_grid_thw"), video_grid_thw=inputs.get("video_grid_thw"))
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        found, after = positions(inputs["mm_token_type_ids"], pictures, merge, mask=mask)
-        for r, each in enumerate(case.rows):
-            expected, p = by_hand(each, merge)
-            assert found[:, r, mask[r].bool()].T.tolist() == [list(triple) for triple in expected] and after[r] == p
-        assert (found[:, mask == 0] == 0).all()
+        actual, after = positions(inputs["mm_token_type_ids"], visual, merge, mask=mask)
+        for r, items in enumerate(case.rows):
+            expected, p = by_hand(items, merge)
+            assert actual[:, r, mask[r].bool()].T.tolist() == [list(triple) for triple in expected] and after[r] == p
+        assert (actual[:, mask == 0] == 0).all()
 
 
 def test_frames_without_timestamps_and_images_side_by_side():
-    """Placeholders that no word separates are told apart by the grids."""
+    """The grids separate placeholders between which there is no word."""
     types = torch.tensor([[1] * 6 + [1] * 2 + [2] * 2 + [2] * 2 + [0]])
-    pictures = VisualInputs(image_grid_thw=torch.tensor([[1, 4, 6], [1, 2, 4]]), video_grid_thw=torch.tensor([[2, 4, 2]]))
-    found, after = positions(types, pictures, 2)
-    assert found[0, 0].tolist() == [0] * 6 + [3] * 2 + [5] * 2 + [7] * 2 + [9] and after.tolist() == [10]
+    visual = VisualInputs(image_grid_thw=torch.tensor([[1, 4, 6], [1, 2, 4]]), video_grid_thw=torch.tensor([[2, 4, 2]]))
+    actual, after = positions(types, visual, 2)
+    assert actual[0, 0].tolist() == [0] * 6 + [3] * 2 + [5] * 2 + [7] * 2 + [9] and after.tolist() == [10]
 
 
 # ----------------------------------------------------------------------------------------------------- rows and packing
@@ -145,16 +145,16 @@ def test_a_row_of_a_batch_is_the_row_alone(side):
 
 
 def test_packed_rows_are_separate_rows():
-    """cu_seqlens: documents with pictures end to end; a second packed call continues them in a cache."""
+    """cu_seqlens: documents with images and videos end to end; a second packed call continues them in a cache."""
     rows = [row(number) for number in range(len(ROWS))]
-    lengths = [each["input_ids"].shape[1] for each in rows]
+    lengths = [inputs["input_ids"].shape[1] for inputs in rows]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    pictures = {name: value for name, value in batch().items() if "pixel" in name or "grid" in name}
-    ids = torch.cat([each["input_ids"] for each in rows], 1)
+    visual = {name: value for name, value in batch().items() if "pixel" in name or "grid" in name}
+    ids = torch.cat([inputs["input_ids"] for inputs in rows], 1)
     cache, more = model().new_cache(3), torch.randint(0, 48, (1, 7), generator=peer.generator(0))
     with torch.no_grad():
-        packed = model()(ids, cu_seqlens=bounds, **pictures).logits[0]
-        again = model()(ids, cu_seqlens=bounds, cache=cache, **pictures).logits[0]
+        packed = model()(ids, cu_seqlens=bounds, **visual).logits[0]
+        again = model()(ids, cu_seqlens=bounds, cache=cache, **visual).logits[0]
         then = model()(more, cu_seqlens=torch.tensor([0, 2, 3, 7]), cache=cache).logits[0]
         for number, part in enumerate(packed.split(lengths)):
             alone = model().new_cache(1)
@@ -166,7 +166,7 @@ def test_packed_rows_are_separate_rows():
 
 
 def test_labels_and_a_batch_under_checkpointing():
-    """A loss with pictures; gradient checkpointing of tower and decoder changes nothing but memory."""
+    """A loss with images and videos; gradient checkpointing of tower and decoder changes no gradient."""
     inputs = batch()
     made = Qwen3_5MoeForConditionalGeneration(config())
     peer_vision.draw(made, 2)
@@ -211,7 +211,7 @@ def test_the_offset_is_part_of_the_cache(tmp_path: Path):
         assert_close(model()(words[[2, 0]], cache=cache).logits, expected[[2, 0]], BOUND, "reordered")
 
 
-def test_a_rollback_over_pictures_is_refused_and_one_behind_them_is_not():
+def test_a_rollback_over_images_is_refused_and_one_behind_them_is_not():
     with torch.no_grad():
         cache = model().new_cache(1, record=64)
         model()(**row(0), cache=cache)
@@ -223,11 +223,11 @@ def test_a_rollback_over_pictures_is_refused_and_one_behind_them_is_not():
             cache.rollback(2)
         text = model().new_cache(1, record=64)
         model()(**row(1), cache=text)
-        text.rollback(2)  # nothing seen, nothing to forget
+        text.rollback(2)  # the row has no image
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
-def test_decoding_after_pictures_is_the_whole(max_length):
+def test_decoding_after_images_is_the_whole(max_length):
     """Token by token behind a prefill, on a growing and on a static cache."""
     inputs = row(0)
     words = torch.randint(0, 48, (1, 6), generator=peer.generator(1))
@@ -240,31 +240,31 @@ def test_decoding_after_pictures_is_the_whole(max_length):
     assert_close(steps, whole[:, -6:], BOUND)
 
 
-def test_three_axis_positions_move_the_cache_on():
-    """Features already among the embeddings and positions of the caller's: what follows continues from there."""
+def test_three_axis_positions_set_the_offset_of_the_cache():
+    """With features already in the embeddings and the caller's positions, later tokens continue from these positions."""
     inputs = row(0)
     types = torch.where(inputs["input_ids"] == IMAGE, 1, torch.where(inputs["input_ids"] == VIDEO, 2, 0))
-    pictures = VisualInputs(image_grid_thw=inputs["image_grid_thw"], video_grid_thw=inputs["video_grid_thw"])
-    places, after = positions(types, pictures, 2)
+    visual = VisualInputs(image_grid_thw=inputs["image_grid_thw"], video_grid_thw=inputs["video_grid_thw"])
+    places, after = positions(types, visual, 2)
     with torch.no_grad():
         call = MultimodalInputs(**inputs)
         embeds, _, _ = model().model.embed(call, check(call, model().language_model))
         caches = [model().new_cache(1) for _ in range(4)]
         first = model()(**inputs, cache=caches[0]).logits
         grids = {name: value for name, value in inputs.items() if "grid" in name}
-        for cache, given in zip(caches[1:], (
+        for cache, arguments in zip(caches[1:], (
             {"position_ids": places}, {"position_ids": torch.cat([places[:1], places])}, {"mm_token_type_ids": types, **grids},
         ), strict=True):
-            assert_close(model()(inputs_embeds=embeds, cache=cache, **given).logits, first, BOUND)
+            assert_close(model()(inputs_embeds=embeds, cache=cache, **arguments).logits, first, BOUND)
             assert cache.rope_delta.tolist() == (after - types.shape[1]).tolist()
-        found = [model()(torch.tensor([[3, 4]]), cache=cache).logits for cache in caches]
-        assert all(torch.equal(other, found[0]) for other in found)
+        actual = [model()(torch.tensor([[3, 4]]), cache=cache).logits for cache in caches]
+        assert all(torch.equal(other, actual[0]) for other in actual)
 
 
 # ------------------------------------------------------------------------------------------------- features, processors
 
 
-def test_features_are_made_once_and_passed_back():
+def test_features_are_computed_once_and_passed_back():
     inputs = batch()
     with torch.no_grad():
         expected = model()(**inputs).logits
@@ -283,7 +283,7 @@ def test_features_are_made_once_and_passed_back():
 
 
 def test_the_processor_output_is_taken_whole():
-    """Every key that transformers' Qwen3VLProcessor returns, for pictures and for text alone."""
+    """Every key that transformers' Qwen3VLProcessor returns, for images, for videos and for text alone."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
@@ -299,15 +299,15 @@ def test_the_processor_output_is_taken_whole():
         model().generate(**batch("left"), max_new_tokens=2, eos_token_id=[])
 
 
-def test_a_placeholder_that_the_model_says_itself_is_a_word():
-    """Generated placeholders are no pictures: the next step takes them as tokens."""
+def test_a_generated_placeholder_is_a_word():
+    """Generated placeholders stand for no image: the next step takes them as tokens."""
     cache = model().new_cache(1)
     with torch.no_grad():
         model()(**row(1), cache=cache)
         assert model()(torch.tensor([[IMAGE]]), cache=cache).logits.shape == (1, 1, 61)
 
 
-def test_what_contradicts_itself_is_refused():
+def test_contradicting_inputs_are_refused():
     inputs, refuse = row(0), pytest.raises
     grids = {name: value for name, value in inputs.items() if "grid" in name}
     with refuse(ValueError, match="holds 6 image placeholders, the 0 images given make 0 tokens: pass the images too"):
@@ -338,7 +338,7 @@ def test_what_contradicts_itself_is_refused():
     with refuse(ValueError, match="are the images and videos in the order of their rows"):
         model()(**swapped)
     masked = batch()
-    masked["attention_mask"][0, 4:7] = 0  # placeholders that nobody may see count as nothing
+    masked["attention_mask"][0, 4:7] = 0  # masked placeholders do not count
     with refuse(ValueError, match="the 3 images given make"):
         model()(**masked)
     with refuse(ValueError, match="the cache ends inside image 0"):
@@ -360,17 +360,17 @@ def test_what_contradicts_itself_is_refused():
 # -------------------------------------------------------------------------------------------------------- names and files
 
 
-def test_the_body_gives_the_hidden_states_of_the_whole():
+def test_the_model_without_its_head_returns_the_hidden_states():
     inputs = batch()
     body = Qwen3_5MoeModel(config()).eval()
     body.load_state_dict(model().model.state_dict())
     with torch.no_grad():
         expected = model()(**inputs, output_hidden_states=True)
         cache, other = body.new_cache(3), model().new_cache(3)
-        found = body(**inputs, cache=cache, output_hidden_states=True, output_routing=True)
+        actual = body(**inputs, cache=cache, output_hidden_states=True, output_routing=True)
         model()(**inputs, cache=other)
-    assert_close(found.last_hidden_state, expected.hidden_states[-1], 1e-6)
-    assert torch.equal(cache.rope_delta, other.rope_delta) and found.routing.layers == (0, 1, 2, 3)
+    assert_close(actual.last_hidden_state, expected.hidden_states[-1], 1e-6)
+    assert torch.equal(cache.rope_delta, other.rope_delta) and actual.routing.layers == (0, 1, 2, 3)
 
 
 def test_the_tower_has_named_values_and_the_text_model_keeps_its_own():
@@ -378,8 +378,8 @@ def test_the_tower_has_named_values_and_the_text_model_keeps_its_own():
     inputs = row(0)
     with torch.no_grad(), taps.record(model(), "*") as seen:
         model()(**inputs | {"pixel_values_videos": inputs["pixel_values_videos"]})
-    heard = {re.sub(r"\d+", "N", name) for name in seen}
-    assert heard == {entry.name for entry in taps.catalogue()}
+    names = {re.sub(r"\d+", "N", name) for name in seen}
+    assert names == {entry.name for entry in taps.catalogue()}
     patches, tokens = 24, 6
     for entry in taps.catalogue():
         if entry.name.startswith("visual."):
@@ -423,10 +423,10 @@ def test_weights_are_drawn_everywhere_and_meta_models_hold_nothing():
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_files_pass_between_the_libraries(tmp_path: Path, dense: bool, tied: bool):
-    """Saved there and read here, saved here and read there: names, values, the tied head, and the answer."""
+    """Saved by either library and read by the other: names, values, the tied head, and the logits."""
     import transformers
 
-    case = odd_multimodal(77 + dense, dense=dense)
+    case = odd_visual(77 + dense, dense=dense)
     case = Case(case.seed, case.config | {"tie_word_embeddings": tied}, case.rows, case.side)
     theirs = peer_vision.theirs(case)
     inputs = case.inputs()
@@ -446,6 +446,6 @@ def test_files_pass_between_the_libraries(tmp_path: Path, dense: bool, tied: boo
     with torch.no_grad():
         expected = theirs(**inputs, use_cache=False).logits
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        assert_close(back(**inputs, use_cache=False).logits, expected, 1e-6)  # mapped memory lies at other addresses
+        assert_close(back(**inputs, use_cache=False).logits, expected, 1e-6)  # a mapped file has another alignment
         assert_close(ours(**inputs).logits[real], expected[real], BOUND)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").architectures == [cls.__name__]

@@ -1,8 +1,8 @@
-"""VisualInputs in the decoder against transformers 5.23 with the same weights: attention and experts eager.
+"""Images and videos in the decoder against transformers 5.23 with the same weights: attention and experts eager.
 
 Forty-four random batches with images and videos of odd grids, several per row or none, padded left or right, and eight of
 the dense siblings: tower, merged features, positions, offsets, logits, gradients into the pixels and the tower, greedy
-tokens. Where transformers itself goes wrong (a second turn that brings pictures) its own single call is the truth.
+tokens. Where transformers itself is wrong (a second turn with new images) its own single call is the truth.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from qwen35moe import backends
-from qwen35moe.models.vision_inputs import VisualInputs, positions, token_types
+from qwen35moe.models.vision_inputs import VisualInputs, token_types
+from qwen35moe.models.vision_positions import positions
 from tests.support import peer, peer_vision
 from tests.support.peer import assert_all_close, assert_close, relative_error
-from tests.support.peer_vision import Case, odd_multimodal
+from tests.support.peer_vision import Case, odd_visual
+from tests.support.rounding import spread
 
 BOUND = 1e-5
-CASES = [odd_multimodal(seed) for seed in range(44)]
-DENSE = [odd_multimodal(seed, dense=True) for seed in range(300, 308)]
+SPREADS = 8  # as in tests/models/test_parity.py
+CASES = [odd_visual(seed) for seed in range(44)]
+DENSE = [odd_visual(seed, dense=True) for seed in range(300, 308)]
 EVERY = pytest.mark.parametrize("case", CASES + DENSE, ids=repr)
 # transformers cannot generate without an attention layer, and goes wrong behind right padding
 GREEDY = [case for case in [*CASES[:30], *DENSE[:3]]
@@ -36,7 +39,7 @@ def test_the_cases_have_every_odd_shape():
     wanted = {
         "left padding": lambda c: c.side == "left",
         "right padding": lambda c: c.side == "right",
-        "rows of text beside rows with pictures": lambda c: c.rows and any(len(r) == 1 for r in c.rows) and len(c.rows) > 1,
+        "rows of text beside others": lambda c: c.rows and any(len(r) == 1 for r in c.rows) and len(c.rows) > 1,
         "two images in a row": lambda c: any(sum(i[0] == "image" for i in r if isinstance(i, tuple)) > 1 for r in c.rows),
         "image and video in a row": lambda c: any({"image", "video"} <= {i[0] for i in r if isinstance(i, tuple)}
                                                   for r in c.rows),
@@ -53,7 +56,7 @@ def test_the_cases_have_every_odd_shape():
 
 @functools.lru_cache(maxsize=4)
 def pair(case: Case) -> tuple[Any, Any]:
-    """The two models of a case with the same weights. Nobody may change them."""
+    """The two models of a case with the same weights: not to be changed."""
     theirs = peer_vision.theirs(case)
     return peer_vision.ours(case, theirs), theirs
 
@@ -61,8 +64,8 @@ def pair(case: Case) -> tuple[Any, Any]:
 def offset(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Our positions [3, B, T] and the next position of each row."""
     config = pair(case)[0].config
-    pictures = VisualInputs(**{name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")})
-    return positions(token_types(inputs["input_ids"], config), pictures, case.vision["spatial_merge_size"],
+    visual = VisualInputs(**{name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")})
+    return positions(token_types(inputs["input_ids"], config), visual, case.vision["spatial_merge_size"],
                      mask=inputs.get("attention_mask"))
 
 
@@ -77,15 +80,15 @@ def test_features_positions_and_logits(case):
             if pixels not in inputs:
                 continue
             expected = theirs.model.visual(inputs[pixels], grid_thw=inputs[grid])
-            found = features(inputs[pixels], inputs[grid])
-            assert_close(found.last_hidden_state, expected.last_hidden_state, BOUND, "tower")
-            assert_close(torch.cat(found.pooler_output), expected.pooler_output, BOUND, "features")
+            actual = features(inputs[pixels], inputs[grid])
+            assert_close(actual.last_hidden_state, expected.last_hidden_state, BOUND, "tower")
+            assert_close(torch.cat(actual.pooler_output), expected.pooler_output, BOUND, "features")
             counts = [t * h * w // case.vision["spatial_merge_size"] ** 2 for t, h, w in inputs[grid].tolist()]
-            assert [len(part) for part in found.pooler_output] == counts
-        given = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_values_videos")}
-        places, deltas = theirs.model.get_rope_index(**given)
-        found_places, after = offset(case, inputs)
-        assert torch.equal(found_places, places) and torch.equal(after - real.sum(1), deltas[:, 0])
+            assert [len(part) for part in actual.pooler_output] == counts
+        grids = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_values_videos")}
+        places, deltas = theirs.model.get_rope_index(**grids)
+        actual_places, after = offset(case, inputs)
+        assert torch.equal(actual_places, places) and torch.equal(after - real.sum(1), deltas[:, 0])
         expected = theirs(**inputs, use_cache=False).logits
         cache = ours.new_cache(len(real))
         assert_close(ours(**inputs, cache=cache).logits[real], expected[real], BOUND, "logits")
@@ -94,34 +97,37 @@ def test_features_positions_and_logits(case):
 
 def tower_gradients(model: Any, inputs: dict[str, Tensor], weights: Tensor, real: Tensor, **options: Any) -> dict[str, Tensor]:
     """Gradients of a weighted sum of the logits into the pixels and every weight of the tower."""
-    given = {name: value.detach().clone() for name, value in inputs.items()}
-    pixels = {name: given[name].requires_grad_() for name in ("pixel_values", "pixel_values_videos") if name in given}
+    arguments = {name: value.detach().clone() for name, value in inputs.items()}
+    pixels = {name: arguments[name].requires_grad_() for name in ("pixel_values", "pixel_values_videos") if name in arguments}
     model.zero_grad(set_to_none=True)
-    logits = model(**given, **options).logits
+    logits = model(**arguments, **options).logits
     (logits[real] * weights.to(logits.dtype)).sum().backward()
-    found = {name: gradient for name, gradient in peer.gradients(model).items() if "visual" in name}
-    return found | {name: value.grad for name, value in pixels.items() if value.grad is not None}
+    gradients = {name: gradient for name, gradient in peer.gradients(model).items() if "visual" in name}
+    return gradients | {name: value.grad for name, value in pixels.items() if value.grad is not None}
 
 
 @EVERY
 def test_gradients_into_the_pixels_and_the_tower(case):
-    """Within 1e-5 of theirs; where float32 has fewer digits, our float64 model judges: no further than 1.25 times theirs."""
+    """Within 1e-5 of theirs; where float32 has fewer digits, our float64 model judges: no further from it than 8 times as far
+    as it moves when its operations are rounded to float32 (see tests/models/test_parity.py)."""
     ours, theirs = pair(case)
     inputs = case.inputs()
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     weights = torch.randn(int(real.sum()), case.config["text_config"]["vocab_size"], generator=peer.generator(3))
     expected = tower_gradients(theirs, inputs, weights, real, use_cache=False)
     with backends.use(attention="eager"):
-        found = tower_gradients(ours, inputs, weights, real)
-    assert found.keys() == expected.keys() and any("pixel" in name for name in found)
-    apart = {name: relative_error(found[name], expected[name]) for name in found}
+        actual = tower_gradients(ours, inputs, weights, real)
+    assert actual.keys() == expected.keys() and any("pixel" in name for name in actual)
+    apart = {name: relative_error(actual[name], expected[name]) for name in actual}
     if max(apart.values()) > BOUND:
         wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+        model = peer_vision.ours(case, theirs, torch.float64)
         with backends.use(attention="eager"):
-            truth = tower_gradients(peer_vision.ours(case, theirs, torch.float64), wide, weights, real)
+            truth = tower_gradients(model, wide, weights, real)
+            moved = spread(lambda: tower_gradients(model, wide, weights, real), truth)
         for name, error in apart.items():
-            mine, other = (relative_error(side[name], truth[name]) for side in (found, expected))
-            assert error <= BOUND or mine <= max(BOUND, 1.25 * other), f"{name}: {mine:.1e} against {other:.1e}"
+            mine, explained = relative_error(actual[name], truth[name]), SPREADS * moved[name] / truth[name].abs().max().item()
+            assert error <= BOUND or mine <= max(BOUND, explained), f"{name}: {mine:.1e}, float32 explains {explained:.1e}"
 
 
 @pytest.mark.parametrize("case", GREEDY, ids=repr)
@@ -133,15 +139,15 @@ def test_greedy_tokens(case):
     assert torch.equal(ours.generate(**inputs, **options), expected)
 
 
-# --------------------------------------------------------------------------- what transformers gets wrong, silently
+# --------------------------------------------------------------------------- where transformers is silently wrong
 
 
 Turn = dict[str, Tensor]
 
 
 def conversation(seed: int) -> tuple[Case, Any, Any, Turn, int, Turn, Turn]:
-    """One row with pictures in both halves: the models, the whole, where it is cut, and the two turns."""
-    case = odd_multimodal(seed, rows=1)
+    """One row with images and videos in both turns: the models, the whole, the cut, and the two turns."""
+    case = odd_visual(seed, rows=1)
     m = case.vision["spatial_merge_size"]
     first: tuple[Any, ...] = (3, ("image", (1, 2 * m, 3 * m)), 4, ("video", (2, 3 * m, m)), 2)
     second: tuple[Any, ...] = (2, ("image", (1, 4 * m, m)), 3, ("video", (3, m, 2 * m)), 3)
@@ -162,8 +168,8 @@ def conversation(seed: int) -> tuple[Case, Any, Any, Turn, int, Turn, Turn]:
 
 @pytest.mark.parametrize("seed", [51, 52, 54, 57])
 @pytest.mark.parametrize("max_length", [None, 160])
-def test_a_second_turn_with_new_pictures_on_a_cache(seed, max_length):
-    """As if all had been said at once, in a forward and in generate, given the new pictures or all of them."""
+def test_a_second_turn_with_new_images_on_a_cache(seed, max_length):
+    """Equal to one call with both turns, in a forward and in generate, with the new images and videos or all of them."""
     _, ours, theirs, whole, cut, first, second = conversation(seed)
     with torch.no_grad():
         expected = theirs(**whole, use_cache=False).logits

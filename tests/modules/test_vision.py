@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen35moe import backends, taps
 from qwen35moe.config import ConfigError, VisionConfig
 from qwen35moe.modules.vision import Qwen3_5MoeVisionModel
-from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, resampled, rotation, tokens_of
+from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, interpolated, rotation, tokens_of
 from tests.support import peer, peer_vision
 from tests.support.peer import assert_all_close, assert_close
 
@@ -153,11 +153,11 @@ def test_coordinates_frames_and_rotation_of_patches():
 def test_the_position_table_is_interpolated_between_its_corners_and_has_gradients():
     table = torch.randn(25, 3, dtype=torch.float64, requires_grad=True)
     grid = [(1, 6, 4)]
-    positions = resampled(table, grid, 1).view(6, 4, 3)
+    positions = interpolated(table, grid, 1).view(6, 4, 3)
     for row, column, entry in ((0, 0, 0), (0, 3, 4), (5, 0, 20), (5, 3, 24)):
         assert torch.equal(positions[row, column], table[entry])
-    assert torch.autograd.gradcheck(lambda t: resampled(t, [(1, 6, 4), (2, 2, 2)], 2), (table,))
-    assert resampled(table.bfloat16(), grid, 1).dtype == torch.float32
+    assert torch.autograd.gradcheck(lambda t: interpolated(t, [(1, 6, 4), (2, 2, 2)], 2), (table,))
+    assert interpolated(table.bfloat16(), grid, 1).dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------------- bfloat16
@@ -282,7 +282,7 @@ def test_invalid_inputs_are_errors():
     model = tower()
     x = pixels(GRIDS, model.config)
     for grid, message in (
-        (torch.tensor(GRIDS[:2]), "there are 144 patches, the grids"),
+        (torch.tensor(GRIDS[:2]), "pixel values have 144 patches, the grids"),
         (torch.tensor([[1, 3, 4]]), re.escape("(1, 3, 4): rows and columns are positive multiples of 2")),
         (torch.tensor([[0, 4, 4]]), "frames >= 1"),
         (torch.tensor([1, 4, 4]), r"integers \[items, 3\]"),
@@ -292,9 +292,9 @@ def test_invalid_inputs_are_errors():
         with pytest.raises(ValueError, match=message):
             model(x, grid)
     for wrong in (x[:, :-1], x[None], x.long()):
-        with pytest.raises(ValueError, match=r"pixel values are floats \[patches, 54\]"):
+        with pytest.raises(ValueError, match=r"pixel values must be floats \[patches, 54\]"):
             model(wrong, torch.tensor(GRIDS))
-    with pytest.raises(ValueError, match="image_grid_thw holds"):
+    with pytest.raises(ValueError, match="image_grid_thw contains"):
         as_grids(torch.tensor([[1, -2, 2]]), 2, "image_grid_thw")
 
 

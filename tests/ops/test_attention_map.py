@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen35moe import Config, Qwen3_5MoeForCausalLM, taps
-from qwen35moe.ops.attention_map import attention_map, writers
+from qwen35moe.ops.attention_map import attention_map, state_map
 from qwen35moe.ops.cpu.delta_rule import chunked_gated_delta_rule
 from tests.support.delta_rule import (
     CUTS,
@@ -33,7 +33,7 @@ EXACT = 1e-14
 def map_and_shares(values: dict[str, Tensor], **options: Tensor | None) -> tuple[Tensor, Tensor]:
     """The map [B, H, T, T] and the share [B, H, T, K] of every token in the final state."""
     gates = {"decay": values["decay"], "beta": values["beta"], **options}
-    return attention_map(values["query"], values["key"], **gates), writers(values["key"], **gates)
+    return attention_map(values["query"], values["key"], **gates), state_map(values["key"], **gates)
 
 
 def reference(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def test_with_a_cache_the_map_covers_the_new_tokens_and_the_state_the_earlier_on
     from_state, decayed_state = recurrent_gated_delta_rule(values["query"], values["key"], zeros, **gates, state=state_before)
     assert from_state.abs().max() > 1e-6  # the state does contribute
     assert_close(apply_map(out.attentions[2], values["value"]) + from_state, values["core"], EXACT)
-    shares = torch.einsum("bhjk,bjhv->bhkv", writers(values["key"], **gates), values["value"])
+    shares = torch.einsum("bhjk,bjhv->bhkv", state_map(values["key"], **gates), values["value"])
     assert_close(shares + decayed_state, values["state"], EXACT)
 
 

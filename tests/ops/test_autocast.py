@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen35moe import backends
 from qwen35moe.modules.gated_deltanet import GatedDeltaNet
-from qwen35moe.ops.attention_map import attention_map, writers
+from qwen35moe.ops.attention_map import attention_map, state_map
 from tests.support import peer
 from tests.support.peer import LINEAR, odd_shape
 
@@ -69,7 +69,7 @@ def test_the_attention_map() -> None:
     inputs, _ = delta_rule_inputs(20)
     q, k, _, decay, beta, _ = inputs
     assert_unaffected(lambda q, k, decay, beta: (attention_map(q, k, decay=decay, beta=beta),), [q, k, decay, beta], False)
-    assert_unaffected(lambda k, decay, beta: (writers(k, decay=decay, beta=beta),), [k, decay, beta], False)
+    assert_unaffected(lambda k, decay, beta: (state_map(k, decay=decay, beta=beta),), [k, decay, beta], False)
 
 
 @pytest.mark.parametrize("name", ["cpu", "torch"])

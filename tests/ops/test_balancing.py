@@ -195,14 +195,14 @@ def test_merged_accumulators():
 def test_steps_in_the_wrong_order_are_errors():
     logits, indices, _ = routed()
     balance = LoadBalance(EXPERTS)
-    for step, message in ((lambda: balance.share(logits), "count"), (balance.value, "no share"), (balance.all_reduce, "count"),
-                        (lambda: balance.merge(balance), "counts on both")):  # fmt: skip
+    for step, message in ((lambda: balance.share(logits), "count"), (balance.value, "one share"), (balance.all_reduce, "count"),
+                        (lambda: balance.merge(balance), "counts in both")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             step()
     balance.count(torch.stack(indices))
-    with pytest.raises(ValueError, match="3 experts per token after parts with 2"):
+    with pytest.raises(ValueError, match="3 experts per token, the parts before it have 2"):
         balance.count(torch.zeros(LAYERS, 4, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="logits of 2 layers, 3 were counted"):
+    with pytest.raises(ValueError, match="logits have 2 layers, the counted parts have 3"):
         balance.share(logits[:2])
     balance.share(logits)
     with pytest.raises(ValueError, match="between"):

@@ -39,7 +39,7 @@ def compare(form: Callable[..., Any], definition: Callable[..., Any], args: tupl
         assert ours.shape == true.shape
         if not true.numel():
             continue
-        # `forgetting` sets decays below e^-80 (e^-30 in float32) to zero.
+        # `floored_exp` sets decays below e^-80 (e^-30 in float32) to zero.
         floor = 10 * math.exp(-80 if args[0].dtype == torch.float64 else -30) if "decay" in options else 0.0
         assert (ours.double() - true).abs().max() <= bound * true.abs().max() + floor
 

@@ -181,7 +181,7 @@ def test_the_figure_of_the_docs_is_drawn_without_pyplot(tmp_path: Path) -> None:
     program = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__'); "
     program += "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     words = [sys.executable, "-c", program, str(script), "--out", str(tmp_path / "p.png")]
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert script.with_suffix(".png").stat().st_size < 200_000

@@ -19,8 +19,8 @@ TEMPLATE = r"""
     {%- else %}
         {%- for part in content %}
             {%- if part.type == 'image' or 'image' in part %}
-                {%- set count.pictures = count.pictures + 1 %}
-                {%- if add_vision_id %}{{ 'Picture ' ~ count.pictures ~ ': ' }}{% endif %}
+                {%- set count.images = count.images + 1 %}
+                {%- if add_vision_id %}{{ 'Picture ' ~ count.images ~ ': ' }}{% endif %}
                 {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
             {%- elif 'video' in part %}
                 {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
@@ -32,7 +32,7 @@ TEMPLATE = r"""
         {%- endfor %}
     {%- endif %}
 {%- endmacro %}
-{%- set count = namespace(pictures=0, last=0) %}
+{%- set count = namespace(images=0, last=0) %}
 {%- if not messages %}{{ raise_exception('there are no messages') }}{% endif %}
 {%- for message in messages %}
     {%- if message.role == 'user' and not message.content is none %}

@@ -1,8 +1,8 @@
-"""Compiling Triton kernels for a GPU without one: `python -m tests.support.compile_triton` for all of this package's.
+"""Compiles Triton kernels for a GPU on a machine without one, in a process of its own.
 
-The interpreter accepts what the compiler refuses. Triton's wheel brings ptxas, so a kernel can be compiled down to
-machine code for a target that is not there; `cuobjdump`, beside it, says what it needs: registers a thread, bytes
-spilled to local memory, shared memory. Run in a process without TRITON_INTERPRET.
+The interpreter accepts code that the compiler rejects. Triton's wheel contains ptxas, so that a kernel can be compiled to
+machine code for an absent target, and `cuobjdump`, which reports its registers per thread, bytes spilled to local memory, and
+shared memory. The process must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compilation. types: what each argument that is no constexpr is ("*bf16", "i32", "fp32"), by name;
-    aligned: whether pointers and sizes may be taken for multiples of 16, as they are at the published sizes."""
+    """One compilation. types: the type of each argument that is not a constexpr ("*bf16", "i32", "fp32"), by name; aligned:
+    pointers and sizes that are multiples of 16, as at the published sizes."""
 
     module: str
     name: str
@@ -38,7 +38,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one program takes: registers a thread, bytes a thread spills or stacks, bytes of shared memory."""
+    """Registers per thread, bytes per thread in local memory (spills and stack), and bytes of shared memory."""
 
     name: str
     registers: int
@@ -46,18 +46,18 @@ class Usage:
     shared: int
 
 
-def compiled(kernels: list[Kernel], timeout: float = 300.0) -> list[Usage]:
-    """Each kernel compiled in one process of its own, cached nowhere; RuntimeError with the compiler's words."""
+def compiled(kernels: list[Kernel], timeout: float = 1800.0) -> list[Usage]:
+    """Compiles the kernels in one new process, without a cache; RuntimeError with the compiler's message."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": folder, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "tests.support.compile_triton"], input=json.dumps([asdict(kernel) for kernel in kernels]),
             capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout,
         )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(done.stderr[-4000:])
-    return [Usage(**usage) for usage in json.loads(done.stdout.splitlines()[-1])]
+    if process.returncode:
+        raise RuntimeError(process.stderr[-4000:])
+    return [Usage(**usage) for usage in json.loads(process.stdout.splitlines()[-1])]
 
 
 def _compile(kernel: Kernel) -> Usage:
@@ -66,9 +66,9 @@ def _compile(kernel: Kernel) -> Usage:
     from triton.compiler import ASTSource
 
     function = getattr(importlib.import_module(kernel.module), kernel.name)
-    unknown = set(function.arg_names) ^ {*kernel.types, *kernel.constants}
-    if unknown:
-        raise ValueError(f"{kernel.name}: {sorted(unknown)} given and not taken, or taken and not given")
+    unmatched = set(function.arg_names) ^ {*kernel.types, *kernel.constants}
+    if unmatched:
+        raise ValueError(f"{kernel.name}: {sorted(unmatched)} are not both arguments of the kernel and in types or constants")
     signature = {name: kernel.types.get(name, "constexpr") for name in function.arg_names}
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned}
     source = ASTSource(fn=function, signature=signature, constexprs=kernel.constants, attrs=attributes)
@@ -90,4 +90,4 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(_compile(Kernel(**one))) for one in json.load(sys.stdin)]))
+    print(json.dumps([asdict(_compile(Kernel(**kernel))) for kernel in json.load(sys.stdin)]))

@@ -1,4 +1,4 @@
-"""Judging one fast path on chosen arguments: worst error of outputs and gradients against the definition in float64."""
+"""Compares one implementation on chosen arguments with the definition in float64: errors of outputs and gradients."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from qwen35moe import backends
 from qwen35moe.backends.verification import Row, judge
 
-# Kernels run here: compiled where there is a GPU, else in Triton's interpreter (see conftest).
+# Kernels run compiled on a GPU, otherwise in Triton's interpreter (see conftest).
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Outputs are rounded once. Triton's interpreter cuts bfloat16 off instead of rounding it: 2^-7 of a number, not 2^-8.
+# Outputs are rounded once. Triton's interpreter truncates to bfloat16 instead of rounding: an error of 2^-7, not 2^-8.
 ROUNDED = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}
 
 
@@ -28,11 +28,11 @@ def integers(*values: int) -> Tensor:
 
 
 def entry(operation: str, name: str) -> backends.Implementation:
-    return next(each for each in backends.implementations(operation) if each.name == name)
+    return next(candidate for candidate in backends.implementations(operation) if candidate.name == name)
 
 
 def judged(operation: str, name: str, args: tuple, options: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> Row:
-    """The implementation on these arguments; AssertionError with its words where it refused or raised."""
+    """The errors of the implementation on these arguments; AssertionError if it is unsupported or raises."""
 
     def cases(*_: Any) -> Any:
         yield args, options
@@ -58,7 +58,7 @@ def refusal(operation: str, name: str, *args: Any, **options: Any) -> str | None
 
 
 def gradients(fn: Callable[..., Any], *leaves: Tensor) -> tuple[Tensor, ...]:
-    """Of the sum of squares of everything floating that fn returns."""
+    """Gradients of the sum of squares of all outputs of fn."""
     copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     outputs = fn(*copies)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

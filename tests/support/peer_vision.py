@@ -1,6 +1,6 @@
 """transformers' multimodal models in tiny, unusual shapes, ours with the same weights, and prompts with images and videos.
 
-`odd_multimodal(seed)` draws a model (its text part is that of `peer.odd_shape`) and a batch: images and videos with different
+`odd_visual(seed)` draws a model (its text part is that of `peer.odd_shape`) and a batch: images and videos with different
 numbers of frames, rows and columns, several per row or none, padding left, right or none. For `theirs`, `ours` and `draw` see
 `peer`.
 """
@@ -97,7 +97,7 @@ def odd_vision(rng: random.Random, hidden: int, merge: int | None = None) -> dic
     }
 
 
-def odd_multimodal(seed: int, *, dense: bool = False, rows: int | None = None, side: str | None = None, **vision: Any) -> Case:
+def odd_visual(seed: int, *, dense: bool = False, rows: int | None = None, side: str | None = None, **vision: Any) -> Case:
     """A random case. Rows and columns of a grid differ, videos have 2 or 3 frames, some rows are text only."""
     rng = random.Random(seed)
     text = peer.odd_shape(seed, dense=dense).text | {"tie_word_embeddings": False}

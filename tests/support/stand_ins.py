@@ -1,8 +1,8 @@
-"""Stand-ins for packages that need a GPU: their documented signatures and checks, computed by our definitions.
+"""Stand-ins for packages that need a GPU: the documented signatures and checks, with plain PyTorch inside.
 
-A stand-in refuses what the package refuses (dtypes, strides, shapes, arguments that exclude one another), by the
-package's own documentation and checks: causal_conv1d 1.6, flash-attn 2.8. It knows no argument that the package does not
-know. What it cannot show is how the package computes.
+A stand-in rejects the dtypes, strides, shapes and combinations of arguments that the package rejects, according to the
+package's documentation and checks (causal_conv1d 1.6, flash-attn 2.8), and has no other arguments. It does not show the
+package's own arithmetic.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from qwen35moe import backends
 HALF = (torch.float16, torch.bfloat16)
 
 
-def require(holds: bool, what: str) -> None:
-    if not holds:
-        raise RuntimeError(what)
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------- causal_conv1d
@@ -61,7 +61,7 @@ def causal_conv1d_fn(
         require(last and initial_states.dtype == x.dtype, "initial_states: channel last, x's dtype")
         require(initial_states.shape == before.shape and initial_states.stride(1) == 1, "initial_states.stride(1) == 1")
         before = initial_states
-    require(not return_final_states and final_states_out is None and bias is None, "not needed here")
+    require(not return_final_states and final_states_out is None and bias is None, "not in this stand-in")
     inputs, wide = torch.cat([before, x], dim=-1).float(), weight.float()
     total = torch.zeros(batch, channels, tokens, device=x.device)
     for w in range(taps):
@@ -85,7 +85,7 @@ def causal_conv1d_update(
     require(conv_state.dtype == x.dtype, "conv_state.scalar_type() == input_type")
     require(conv_state.shape[:2] == x.shape and conv_state.shape[2] >= taps - 1, "conv_state (batch, dim, state_len)")
     require(2 <= taps <= 4, "causal_conv1d only supports width between 2 and 4")
-    require(bias is None and cache_seqlens is None and conv_state_indices is None, "not needed here")
+    require(bias is None and cache_seqlens is None and conv_state_indices is None, "not in this stand-in")
     inputs = torch.cat([conv_state, x[..., None]], dim=-1)
     conv_state.copy_(inputs[..., 1:])
     total = (inputs[..., -taps:].float() * weight.float()).sum(-1)
@@ -96,13 +96,13 @@ def causal_conv1d_update(
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, dropout_p: float) -> Tensor:
-    """One row: q [T, H, K], k and v [S, G, K]. The causal mask ends at the last key."""
-    repeats, tokens, slots = q.shape[1] // k.shape[1], q.shape[0], k.shape[0]
+    """One row: q [T, H, K], k and v [S, G, K]. The causal mask is aligned to the last key."""
+    repeats, tokens, positions = q.shape[1] // k.shape[1], q.shape[0], k.shape[0]
     k, v = (x.float().repeat_interleave(repeats, dim=1) for x in (k, v))
     scores = torch.einsum("thk,shk->hts", q.float(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
-        seen = torch.ones(tokens, slots, dtype=torch.bool, device=q.device).tril(slots - tokens)
-        scores = scores.masked_fill(~seen, float("-inf"))
+        visible = torch.ones(tokens, positions, dtype=torch.bool, device=q.device).tril(positions - tokens)
+        scores = scores.masked_fill(~visible, float("-inf"))
     weights = F.dropout(scores.softmax(-1).nan_to_num(0.0), dropout_p)
     return torch.einsum("hts,shk->thk", weights, v).to(q.dtype)
 
@@ -135,7 +135,7 @@ def flash_attn_varlen_func(
     _check_attention(q, k, v)
     require(q.dim() == 3, "q (total_q, nheads, headdim)")
     require(cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32, "cu_seqlens_q must have dtype int32")
-    require(isinstance(max_seqlen_q, int) and isinstance(max_seqlen_k, int), "max_seqlen is a number")
+    require(isinstance(max_seqlen_q, int) and isinstance(max_seqlen_k, int), "max_seqlen is an int")
     require(max_seqlen_q == int(cu_seqlens_q.diff().max()), "max_seqlen_q is the longest")
     require(max_seqlen_k == int(cu_seqlens_k.diff().max()), "max_seqlen_k is the longest")
     splits = (cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), cu_seqlens_k.diff().tolist())
@@ -152,8 +152,8 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
 ) -> Tensor:  # fmt: skip
     _check_attention(q, k_cache, v_cache)
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache))
-    require(not wanted, "flash_attn_with_kvcache does not support backward pass")
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache))
+    require(not gradient, "flash_attn_with_kvcache does not support backward pass")
     if isinstance(cache_seqlens, Tensor):
         require(cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == q.shape[:1], "seqlens_k int32 (batch_size,)")
         ends = cache_seqlens.tolist()
@@ -175,7 +175,7 @@ PACKAGES: dict[str, tuple[str, tuple[Callable[..., Any], ...]]] = {
 
 @contextmanager
 def installed(package: str, operations: tuple[str, ...]) -> Iterator[ModuleType]:
-    """As if the package were installed and its GPU there: its adapter registers again, and takes CPU tensors."""
+    """Installs the stand-in and registers its adapter again, as on a machine with a GPU; the adapter takes CPU tensors."""
     from qwen35moe_kernels import runtime
 
     version, functions = PACKAGES[package]
@@ -188,7 +188,7 @@ def installed(package: str, operations: tuple[str, ...]) -> Iterator[ModuleType]
     name = package.replace("_", "-")
     patches = [
         mock.patch.dict(sys.modules, {package: module}),
-        mock.patch.object(importlib.metadata, "version", lambda each: version if each in (package, name) else known(each)),
+        mock.patch.object(importlib.metadata, "version", lambda query: version if query in (package, name) else known(query)),
         mock.patch.object(torch.cuda, "is_available", lambda: True),
         mock.patch.object(runtime, "unsupported_cuda", lambda **tensors: None),
     ]

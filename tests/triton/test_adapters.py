@@ -1,6 +1,6 @@
-"""The adapters to causal_conv1d and flash-attn, against stand-ins that refuse what the packages refuse.
+"""The adapters to causal_conv1d and flash-attn, with stand-ins that reject what the packages reject.
 
-Forward and backward against the definitions, which implementation ran, what a forced choice says, every unsupported.
+Forward and backward against the definitions, which implementation ran, errors of a forced choice, every unsupported reason.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_convolution_forward_and_backward(form: str, tokens: int, taps: int) -> 
     options: dict[str, Any] = {} if form == "plain" else {"state": draw(3, 16, taps - 1, seed=2)}
     if form == "lengths":
         options["lengths"] = integers(tokens, min(1, tokens), tokens)
-        if tokens > 1:  # past a length only the definition promises zeros
+        if tokens > 1:  # past a length only the definition returns zeros
             x, weight = draw(3, tokens, 16), draw(16, taps, seed=1)
             with backends.use(short_convolution="causal_conv1d"):
                 y, after = backends.run("short_convolution", x, weight, **options)
@@ -71,7 +71,7 @@ def test_convolution_of_packed_documents(lengths: list[int]) -> None:
 
 
 @pytest.mark.usefixtures("conv")
-def test_convolution_in_bfloat16_and_one_token_leave_the_given_state_alone() -> None:
+def test_one_token_in_bfloat16_leaves_the_state_unchanged() -> None:
     args, state = (draw(2, 1, 8, dtype=BF16), draw(8, 4, seed=1, dtype=BF16)), draw(2, 8, 3, seed=2, dtype=BF16)
     before = state.clone()
     with backends.ran() as ran:
@@ -93,7 +93,7 @@ def test_one_token_goes_through_update_and_more_through_fn(conv: ModuleType, cal
 
 
 @pytest.mark.usefixtures("conv")
-def test_convolution_objections() -> None:
+def test_convolution_unsupported() -> None:
     def reason(x: Tensor, weight: Tensor, **options: Any) -> str | None:
         return refusal("short_convolution", "causal_conv1d", x, weight, **options)
 
@@ -104,10 +104,10 @@ def test_convolution_objections() -> None:
     assert reason(draw(1, 6, 12), draw(12, 4)) == "x has 12 channels, causal_conv1d takes multiples of 8"
     assert reason(x.double(), weight) == "x is float64, not one of float32, bfloat16, float16"
     packed = reason(x, weight, cu_seqlens=bounds, state=draw(2, 8, 3))
-    assert packed == "state: causal_conv1d cannot start packed documents (cu_seqlens) from given inputs"
+    assert packed == "state: causal_conv1d takes no initial state for packed documents (cu_seqlens)"
     with backends.use(short_convolution="causal_conv1d"), pytest.raises(ValueError, match="cannot run .* 5 taps"):
         backends.run("short_convolution", x, draw(8, 5))
-    with backends.ran() as ran:  # auto goes on to the next
+    with backends.ran() as ran:  # auto takes the next
         backends.run("short_convolution", x, draw(8, 5))
     assert {name for _, name in ran.counts} != {"causal_conv1d"}
 
@@ -115,18 +115,18 @@ def test_convolution_objections() -> None:
 # -------------------------------------------------------------------------------------------------------------- flash_attn
 
 
-def attention_case(batch: int, tokens: int, slots: int, starts: Any, bounds: Tensor | None = None, width: int = 16):
-    shapes = ((tokens, 6), (slots, 2), (slots, 2))
+def attention_case(batch: int, tokens: int, positions: int, starts: Any, bounds: Tensor | None = None, width: int = 16):
+    shapes = ((tokens, 6), (positions, 2), (positions, 2))
     args = tuple(draw(batch, *shape, width, seed=i, dtype=BF16) for i, shape in enumerate(shapes))
     return args, {"scale": width**-0.5, "starts": starts, "cu_seqlens": bounds}
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 65])
-@pytest.mark.parametrize("start,room", [(0, 0), (9, 0), (0, 5), (9, 5)])
+@pytest.mark.parametrize("start,unused", [(0, 0), (9, 0), (0, 5), (9, 5)])
 @pytest.mark.usefixtures("flash")
-def test_attention_forward_and_backward(tokens: int, start: int, room: int) -> None:
-    """From the first slot or after others, with and without empty slots behind."""
-    args, options = attention_case(2, tokens, start + tokens + room, start)
+def test_attention_forward_and_backward(tokens: int, start: int, unused: int) -> None:
+    """From position 0 or a later one, with and without unused positions at the end of key."""
+    args, options = attention_case(2, tokens, start + tokens + unused, start)
     assert_close("attention", "flash_attn", args, options, BF16, **BOUND)
 
 
@@ -138,15 +138,15 @@ def test_attention_of_packed_documents_and_heads_of_256() -> None:
     assert_close("attention", "flash_attn", args, options, BF16, **BOUND)
 
 
-def test_which_of_its_functions_runs(flash: ModuleType, calls) -> None:
+def test_which_function_of_flash_attn_runs(flash: ModuleType, calls) -> None:
     def ran(args: tuple[Tensor, ...], options: dict[str, Any], name: str) -> dict[str, Any]:
-        with calls(flash, name) as seen, backends.ran() as record:
+        with calls(flash, name) as recorded, backends.ran() as record:
             out = backends.run("attention", *args, **options)
-        assert seen.count == 1 and record.counts == {("attention", "flash_attn"): 1}
+        assert recorded.count == 1 and record.counts == {("attention", "flash_attn"): 1}
         with backends.use(attention="eager"):
             expected = backends.run("attention", *args, **options)
         assert (out - expected).abs().max() <= 2**-7 * expected.abs().max()
-        return seen.arguments[0][1]
+        return recorded.arguments[0][1]
 
     assert ran(*attention_case(2, 4, 4, 0), "flash_attn_func")["causal"] is True
     assert ran(*attention_case(2, 1, 9, 6), "flash_attn_with_kvcache")["cache_seqlens"] == 7
@@ -154,21 +154,21 @@ def test_which_of_its_functions_runs(flash: ModuleType, calls) -> None:
     assert ragged["cache_seqlens"].tolist() == [9, 5]
     ran(*attention_case(1, 7, 7, 0, integers(0, 3, 7)), "flash_attn_varlen_func")
     args, options = attention_case(2, 2, 9, 6)
-    with calls(flash, "flash_attn_func") as seen:  # with a gradient not through the cache
+    with calls(flash, "flash_attn_func") as recorded:  # the function for a cache has no backward
         backends.run("attention", args[0].requires_grad_(), *args[1:], **options)
-    assert seen.count == 1 and seen.arguments[0][0][1].shape[1] == 8
+    assert recorded.count == 1 and recorded.arguments[0][0][1].shape[1] == 8
 
 
-def test_dropout_is_passed_on_and_determinism_too(flash: ModuleType, calls) -> None:
+def test_dropout_and_determinism_are_passed_on(flash: ModuleType, calls) -> None:
     args, options = attention_case(2, 4, 4, 0)
-    with calls(flash, "flash_attn_func") as seen:
+    with calls(flash, "flash_attn_func") as recorded:
         backends.run("attention", *args, **options, dropout=0.25)
         torch.use_deterministic_algorithms(False)
         try:
             backends.run("attention", *args, **options)
         finally:
             torch.use_deterministic_algorithms(True, warn_only=True)
-    (_, first), (_, second) = seen.arguments
+    (_, first), (_, second) = recorded.arguments
     assert (first["dropout_p"], first["deterministic"]) == (0.25, True)
     assert (second["dropout_p"], second["deterministic"]) == (0.0, False)
 
@@ -186,11 +186,11 @@ def test_vision_frames() -> None:
 
 
 @pytest.mark.usefixtures("flash")
-def test_attention_objections() -> None:
+def test_attention_unsupported() -> None:
     def reason(case: Any, **more: Any) -> str:
-        found = refusal("attention", "flash_attn", *case[0], **(case[1] | more))
-        assert found is not None
-        return found
+        text = refusal("attention", "flash_attn", *case[0], **(case[1] | more))
+        assert text is not None
+        return text
 
     case = attention_case(2, 3, 9, 6)
     args, options = case
@@ -199,48 +199,49 @@ def test_attention_objections() -> None:
     assert reason((args[:2] + (args[2][..., :8],), options)).startswith("value has heads of 8 and query of 16")
     assert reason(attention_case(1, 3, 3, 0, width=264)) == "query has heads of 264, flash_attn takes up to 256"
     assert reason(attention_case(1, 3, 3, 0, width=12)) == "query has heads of 12, flash_attn takes multiples of 8"
-    assert reason((args, options | {"starts": 7})).startswith("starts 7: 3 tokens from there")
+    beyond = reason((args, options | {"starts": 7}))
+    assert beyond == "starts 7: 3 more tokens do not fit into the 9 positions of key"
     ragged = (args, options | {"starts": integers(6, 2)})
-    assert reason(ragged, dropout=0.1).startswith("dropout 0.1: rows that begin at different slots")
-    wanted = (args[0].clone().requires_grad_(), *args[1:]), ragged[1]
-    assert reason(wanted).startswith("starts: rows that begin at different slots have no backward")
+    assert reason(ragged, dropout=0.1).startswith("dropout 0.1: not supported for rows that start at different positions")
+    trained = (args[0].clone().requires_grad_(), *args[1:]), ragged[1]
+    assert reason(trained).startswith("starts: rows that start at different positions have no backward")
     with backends.use(attention="flash_attn"), pytest.raises(ValueError, match="cannot run attention: starts"):
-        backends.run("attention", *wanted[0], **wanted[1])
+        backends.run("attention", *trained[0], **trained[1])
     packed = attention_case(2, 7, 7, 0, integers(0, 3, 7))
     assert reason(packed).startswith("cu_seqlens: query [2, 7, 6, 16]")
     assert reason((args[:1] + tuple(x[:, :, :1].expand(-1, -1, 4, -1) for x in args[1:]), options)).startswith("query has 6")
 
 
 @pytest.mark.usefixtures("flash")
-def test_verify_shows_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pitfalls E1 is about: the values are right, one gradient is not, and only a check of both shows it."""
-    healthy = sys.modules["flash_attn"].flash_attn_func
+def test_verify_reports_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is right and one gradient is wrong: `verify` checks both."""
+    correct = sys.modules["flash_attn"].flash_attn_func
 
-    def sick(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return healthy(q, k, 1.5 * v - 0.5 * v.detach(), **options)
+    def wrong(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return correct(q, k, 1.5 * v - 0.5 * v.detach(), **options)
 
     assert backends.verify("flash_attn", dtypes=(BF16,)).ok
-    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_func", sick)
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_func", wrong)
     report = backends.verify("flash_attn", dtypes=(BF16,))
     assert not report.ok and "FAILED" in str(report)
     assert all(row.forward <= row.bounds[0] for row in report.ran)
 
 
-# ------------------------------------------------------------------------------------------- what is missing, and what cannot
+# ---------------------------------------------------------------------------------------------------- missing, unsupported
 
 
-def test_where_they_are_not_installed_they_say_how_to_get_them() -> None:
+def test_a_missing_package_names_the_command_that_installs_it() -> None:
     for operation, name, how in (
         ("short_convolution", "causal_conv1d", "causal_conv1d is not installed: pip install causal-conv1d"),
         ("attention", "flash_attn", "flash_attn is not installed: pip install 'flash-attn>=2.6' --no-build-isolation"),
     ):
-        found = next(entry for entry in backends.implementations(operation) if entry.name == name)
-        if found.missing != how:
+        implementation = next(entry for entry in backends.implementations(operation) if entry.name == name)
+        if implementation.missing != how:
             pytest.skip(f"{name} is installed here")
         assert how in backends.describe(operation)
 
 
-def test_packages_without_a_gpu_an_old_one_and_flash_attn_4_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_without_a_gpu_with_an_old_version_and_with_flash_attn_4_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen35moe_kernels import flash_attn, runtime
 
     monkeypatch.setattr(runtime, "installed", lambda package: True)
@@ -248,16 +249,16 @@ def test_packages_without_a_gpu_an_old_one_and_flash_attn_4_alone(monkeypatch: p
     assert flash_attn._missing() == "there is no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.5.8")
-    assert flash_attn._missing().startswith("flash-attn 2.5.8 is installed, 2.6 is needed")
+    assert flash_attn._missing().startswith("flash-attn 2.5.8 is installed, 2.6 or newer is needed")
 
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    assert flash_attn._missing().startswith("flash_attn is installed without flash-attn 2")
+    assert flash_attn._missing().startswith("flash_attn is installed without the distribution flash-attn")
 
 
-def test_cpu_tensors_and_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_tensors_and_old_gpus_are_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen35moe_kernels import causal_conv1d, flash_attn, runtime
 
     x, weight = torch.zeros(1, 3, 8), torch.zeros(8, 4)
@@ -273,11 +274,11 @@ def test_cpu_tensors_and_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     wide = torch.zeros(1, 3, 2, 256, dtype=BF16, requires_grad=True)
     assert flash_attn.attention_unsupported(wide, wide, wide, **options) is None
     dropped = flash_attn.attention_unsupported(wide, wide, wide, **options, dropout=0.1)
-    assert dropped == "dropout 0.1: heads of 256 have no backward with it on capability (8, 9)"
+    assert dropped == "dropout 0.1: heads of 256 have no backward with dropout on capability (8, 9)"
 
 
 def test_the_attention_adapter_takes_every_argument_of_the_definition() -> None:
-    """One argument more would be a mask that the adapter silently ignores."""
+    """A further argument would be a mask that the adapter silently ignores."""
     from qwen35moe_kernels import flash_attn
 
     parameters = [inspect.signature(f).parameters for f in (flash_attn.attention, flash_attn.attention_unsupported)]

@@ -1,6 +1,6 @@
 """The Triton convolution: every length, state, padding, packed documents, dtypes, gradients; one operation when compiled.
 
-The programs' blocks are small, so that the tests cross them; the interpreter's time goes with the number of programs.
+Blocks are small, so that short inputs span several; the interpreter's time grows with the number of programs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def test_several_blocks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("taps", [1, 2, 5])
-def test_other_numbers_of_taps_and_no_state(taps: int) -> None:
+def test_other_filter_widths_and_no_state(taps: int) -> None:
     close((draw(B, 18, C), draw(C, taps, seed=1)), {})
     close((draw(3, 1, C), draw(C, taps, seed=1)), {"state": draw(3, C, taps - 1, seed=2)})
 
@@ -68,23 +68,25 @@ def test_packed_documents(carried: bool, lengths: list[int]) -> None:
     options = {"cu_seqlens": bounds} | ({"state": draw(len(lengths), C, W - 1, seed=2)} if carried else {})
     close((draw(1, sum(lengths), C), draw(C, W, seed=1)), options)
     x, weight = draw(1, sum(lengths), C), draw(C, W, seed=1)
-    found = [backends.run(OPERATION, x, weight, **options | {"cu_seqlens": each})[0] for each in (bounds, bounds.int())]
-    assert torch.equal(*found)
+    outputs = [backends.run(OPERATION, x, weight, **options | {"cu_seqlens": b})[0] for b in (bounds, bounds.int())]
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("lengths", [[19, 1, 2], [18, 19, 0]], ids=str)
 @pytest.mark.parametrize("carried", [True, False], ids=["state", "no state"])
-def test_right_padded_rows_and_nobody_reads_the_padding(carried: bool, lengths: list[int]) -> None:
+def test_right_padded_rows_and_padding_is_not_read(carried: bool, lengths: list[int]) -> None:
     x, weight, state = draw(3, 19, C), draw(C, W, seed=1), draw(3, C, W - 1, seed=2)
     options = {"lengths": integers(*lengths)} | ({"state": state} if carried else {})
     close((x, weight), options)
-    unread = x.clone()
+    nan_padded = x.clone()
     for row, length in enumerate(lengths):
-        unread[row, length:] = float("nan")
-    ran = [backends.run(OPERATION, each, weight, **options) for each in (x, unread)]
+        nan_padded[row, length:] = float("nan")
+    ran = [backends.run(OPERATION, inputs, weight, **options) for inputs in (x, nan_padded)]
     assert all(torch.equal(one, other) for one, other in zip(*ran, strict=True))
     if carried:
-        grads = [gradients(lambda y, w: backends.run(OPERATION, y, w, **options), each, weight) for each in (x, unread)]
+        grads = [
+            gradients(lambda y, w: backends.run(OPERATION, y, w, **options), inputs, weight) for inputs in (x, nan_padded)
+        ]
         assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
@@ -100,17 +102,18 @@ def test_states_are_slices_of_the_inputs_and_steps_equal_the_whole() -> None:
     assert (torch.cat(steps, dim=1) - whole).abs().max() < 1e-6
 
 
-def test_views_are_taken_as_they_are() -> None:
+def test_views_equal_contiguous_tensors() -> None:
     wide, weight = draw(B, 18, 3 * C), draw(C, W, seed=1)
     x, state = wide[..., C : 2 * C], draw(B, W - 1, C, seed=2).mT
-    found = backends.run(OPERATION, x, weight, state=state)
+    viewed = backends.run(OPERATION, x, weight, state=state)
     expected = backends.run(OPERATION, x.contiguous(), weight, state=state.contiguous())
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    turned = wide.mT.contiguous().mT[..., :C]
-    assert torch.equal(backends.run(OPERATION, turned, weight)[0], backends.run(OPERATION, turned.contiguous(), weight)[0])
+    assert all(torch.equal(one, other) for one, other in zip(viewed, expected, strict=True))
+    transposed = wide.mT.contiguous().mT[..., :C]
+    expected = backends.run(OPERATION, transposed.contiguous(), weight)[0]
+    assert torch.equal(backends.run(OPERATION, transposed, weight)[0], expected)
 
 
-def test_it_ran_and_says_so_forward_and_backward(calls) -> None:
+def test_forward_and_backward_launch_and_are_recorded(calls) -> None:
     from qwen35moe_kernels import convolution
 
     x, weight = draw(B, 5, C).requires_grad_(), draw(C, W, seed=1)
@@ -136,7 +139,7 @@ def test_one_operation_under_torch_compile() -> None:
     )  # fmt: skip
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_raises() -> None:
     x = draw(1, 4, C).requires_grad_()
     y, _ = backends.run(OPERATION, x, draw(C, W, seed=1))
     with pytest.raises(RuntimeError):
@@ -144,7 +147,7 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
-def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = draw(1, 3, C), draw(C, W)
     assert refusal(OPERATION, "triton", x, weight) is None
     assert refusal(OPERATION, "triton", x.double(), weight) == "x is float64, not one of float32, bfloat16, float16"

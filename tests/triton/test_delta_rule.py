@@ -1,7 +1,7 @@
-"""The Triton delta rule against the recurrence in float64: every length, gate and key that breaks a chunked form, packed
-documents, both directions; what it keeps, what it refuses, and that a GPU's compiler takes it.
+"""The Triton delta rule against the recurrence in float64: lengths, gates and keys that are hard for a chunked form, packed
+documents, forward and backward; memory of the backward, unsupported inputs, compilation for a GPU.
 
-Where there is no GPU the kernels run in Triton's interpreter, whose time goes with chunks times heads: few of each here.
+Without a GPU the kernels run in Triton's interpreter, whose time grows with chunks times heads, so the cases are small.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ ONE_HEAD = (1, 1, 5, 7)
 
 
 def triton_rule(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Through the table, by name; that it is what ran."""
+    """The Triton kernels, chosen by name; checks that they ran."""
     with backends.use(gated_delta_rule="triton"), backends.ran() as ran:
         result = backends.run("gated_delta_rule", *args, **options)
     assert ran.counts == {("gated_delta_rule", "triton"): 1}
     return result
 
 
-def drawn(length: int, **how: Any) -> dict[str, Tensor]:
-    return {name: tensor.to(DEVICE) for name, tensor in inputs(length, **{"batch": 1, "heads": HEADS} | how).items()}
+def drawn(length: int, **options: Any) -> dict[str, Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in inputs(length, **{"batch": 1, "heads": HEADS} | options).items()}
 
 
 def against_the_recurrence(values: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     truth = with_gradients(recurrent_gated_delta_rule, doubles(values), **options)
-    found = with_gradients(triton_rule, values, **options)
-    assert_within_bounds(found, truth, values["decay"].min().item())
-    return found
+    results = with_gradients(triton_rule, values, **options)
+    assert_within_bounds(results, truth, values["decay"].min().item())
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------- against the recurrence
 
 
 @pytest.mark.parametrize("length", CUTS)
-def test_every_length_from_a_state_and_from_none(length: int) -> None:
+def test_every_length_with_and_without_a_state(length: int) -> None:
     against_the_recurrence(drawn(length, seed=length, heads=ONE_HEAD))
     if length in (1, 65):
         against_the_recurrence(drawn(length, seed=length, state=False))
@@ -71,7 +71,7 @@ def test_head_ratios_and_widths_in_a_batch(heads: tuple[int, int, int, int]) -> 
 
 @pytest.mark.parametrize("gates,keys", [*zip(GATES, itertools.cycle(KEYS), strict=False), ("ordinary", "correlated")])
 def test_every_gate(gates: str, keys: str) -> None:
-    several_chunks = not gates.startswith("-") or gates == "-0.0001"  # all others leave the next chunk nothing new
+    several_chunks = not gates.startswith("-") or gates == "-0.0001"  # otherwise the second chunk is independent
     against_the_recurrence(drawn(67 if several_chunks else 33, gates=gates, keys=keys, heads=ONE_HEAD))
 
 
@@ -81,21 +81,21 @@ def test_every_gate(gates: str, keys: str) -> None:
      ("ordinary", "any", "0")],
 )  # fmt: skip
 def test_every_extreme_of_beta(gates: str, keys: str, betas: str) -> None:
-    """beta 1 and equal keys overwrite one slot again and again: the triangular system is at its worst."""
+    """With beta 1 and equal keys every token overwrites the same value: the worst-conditioned triangular system."""
     against_the_recurrence(drawn(67, gates=gates, keys=keys, betas=betas, heads=ONE_HEAD))
 
 
-def test_the_gate_gradient_at_hard_gates_is_no_rounding_error() -> None:
+def test_the_gate_gradient_at_hard_gates_is_exact() -> None:
     """All gates at -28: the true gradient is about e^-28 throughout."""
     values = drawn(66, gates="-28.0", state=False, heads=ONE_HEAD)
     truth = with_gradients(recurrent_gated_delta_rule, doubles(values))["d_decay"]
-    found = with_gradients(triton_rule, values)["d_decay"]
+    gradient = with_gradients(triton_rule, values)["d_decay"]
     assert 0 < truth.abs().max() < 1e-10
-    assert (found - truth).abs().max() < 1e-13
+    assert (gradient - truth).abs().max() < 1e-13
 
 
-def test_what_forgets_everything_forgets_everything() -> None:
-    """A gate of minus infinity: no NaN, and what follows is as if it were the first."""
+def test_a_decay_of_minus_infinity_clears_the_state() -> None:
+    """No NaN, and the result after it is that of a row that starts there."""
     values = drawn(9, heads=ONE_HEAD)
     values["decay"][:, 4] = float("-inf")
     out, final = call(triton_rule, values)
@@ -106,7 +106,7 @@ def test_what_forgets_everything_forgets_everything() -> None:
 
 @pytest.mark.parametrize("lengths", [[1, 3, 4], [64, 1, 66], [0, 2, 0]], ids=str)
 def test_packed_documents(lengths: list[int]) -> None:
-    """Each from its own state; none at all of a document leaves its state. The table may lie on the host."""
+    """Each document starts from its own state; an empty one returns its state. cu_seqlens may be on the host."""
     values = drawn(sum(lengths), state=False, heads=ONE_HEAD)
     values["state"] = draw(len(lengths), *ONE_HEAD[1:], seed=5)
     bounds = integers(*itertools.accumulate(lengths, initial=0))
@@ -120,8 +120,8 @@ def test_packed_documents(lengths: list[int]) -> None:
         against_the_recurrence(values, cu_seqlens=bounds)
 
 
-def test_tensors_as_the_layer_cuts_them() -> None:
-    """query, key and value are views of one projection; a state and gates may be transposed views as well."""
+def test_views() -> None:
+    """query, key and value are views of one projection, as in the layer; state and gates are transposed views."""
     groups, heads, width, out = 1, 2, 4, 6
     mixed = draw(2, 6, 2 * groups * width + heads * out, seed=1)
     query, key, value = mixed.split([groups * width, groups * width, heads * out], dim=-1)
@@ -141,39 +141,39 @@ def test_tensors_as_the_layer_cuts_them() -> None:
 
 
 def test_bfloat16_within_its_roundings() -> None:
-    """The bounds of `backends.verify`: float32 sums, gates and memories, operands of bfloat16."""
+    """The bounds of `backends.verify`: float32 sums, gates and states, operands of bfloat16."""
     values = drawn(70, heads=(1, 2, 16, 24), dtype=torch.bfloat16)
     values |= {name: values[name].float() for name in ("decay", "beta", "state")}
     truth = with_gradients(recurrent_gated_delta_rule, doubles(values))
-    found = with_gradients(triton_rule, values)
-    for name, tensor in found.items():
+    results = with_gradients(triton_rule, values)
+    for name, tensor in results.items():
         same = name in ("out", "d_query", "d_key", "d_value")
         assert tensor.dtype == (torch.bfloat16 if same else torch.float32)
         assert_close(tensor, truth[name], 2e-2 if name in ("out", "final") else 4e-2, name)
 
 
-def test_gradients_of_what_is_asked_for() -> None:
-    """Of the final state alone, of the output alone, and for some of the inputs alone; no state, no gradient of one."""
+@pytest.mark.parametrize("result", [0, 1], ids=["output", "final state"])
+def test_gradients_of_one_result_for_some_inputs(result: int) -> None:
     values = drawn(3, heads=ONE_HEAD)
-    for which in (0, 1):
-        for form, wide in ((triton_rule, values), (recurrent_gated_delta_rule, doubles(values))):
-            leaves = {n: t.clone().requires_grad_(n in ("key", "decay")) for n, t in wide.items()}
-            found = torch.autograd.grad(call(form, leaves)[which].square().sum(), [leaves["key"], leaves["decay"]])
-            truth = found if form is not triton_rule else None
-            mine = found if form is triton_rule else mine  # noqa: F821
-        for each, expected in zip(mine, truth, strict=True):
-            assert_close(each, expected, 2e-5)
+
+    def gradients(form: Any, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        leaves = {n: t.clone().requires_grad_(n in ("key", "decay")) for n, t in leaves.items()}
+        return torch.autograd.grad(call(form, leaves)[result].square().sum(), [leaves["key"], leaves["decay"]])
+
+    truth = gradients(recurrent_gated_delta_rule, doubles(values))
+    for gradient, expected in zip(gradients(triton_rule, values), truth, strict=True):
+        assert_close(gradient, expected, 2e-5)
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_raises() -> None:
     values = {name: tensor.requires_grad_() for name, tensor in drawn(3, heads=ONE_HEAD).items()}
     (first,) = torch.autograd.grad(call(triton_rule, values)[0].sum(), [values["key"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative.*gated_delta_rule='torch'"):
+    with pytest.raises(RuntimeError, match="no second derivative.*gated_delta_rule='recurrent'"):
         first.sum().backward()
 
 
-def test_what_is_kept_for_the_backward_fits() -> None:
-    """At most 64 KiB a token and layer at the sizes of 35B, inputs included; on tensors without storage."""
+def test_memory_kept_for_the_backward() -> None:
+    """At most 46 KiB per token and layer at the sizes of 35B, inputs included; on meta tensors."""
     from qwen35moe_kernels import delta_rule
 
     tokens, half, wide = 4096, {"dtype": torch.bfloat16, "device": "meta"}, {"dtype": torch.float32, "device": "meta"}
@@ -192,8 +192,8 @@ def test_what_is_kept_for_the_backward_fits() -> None:
     assert sum(tensor.nbytes for tensor in kept.values()) <= 46 * 1024 * tokens
 
 
-def test_the_custom_operations_are_what_torch_takes_them_for() -> None:
-    """Fake tensors have the shapes of real ones, gradients are registered, nothing aliases: torch.library's own check."""
+def test_the_custom_operators_pass_opcheck() -> None:
+    """torch.library's own check: fake tensors have the shapes of real ones, gradients are registered, nothing aliases."""
     from qwen35moe_kernels import delta_rule
 
     values = drawn(3, state=False, heads=ONE_HEAD)
@@ -203,11 +203,11 @@ def test_the_custom_operations_are_what_torch_takes_them_for() -> None:
     torch.library.opcheck(delta_rule.delta_rule, (*leaves, integers(0, 1, 3)), test_utils=checks)
 
 
-def test_compiled_it_is_one_operation() -> None:
-    """No break, and one node of the graph, packed documents included."""
+def test_one_operation_under_torch_compile() -> None:
+    """No graph break and one node, also for packed documents."""
     graphs: list[torch.fx.GraphModule] = []
 
-    def seen(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
         graphs.append(graph)
         return graph.forward
 
@@ -220,42 +220,42 @@ def test_compiled_it_is_one_operation() -> None:
 
     values, bounds = drawn(5, state=False, heads=ONE_HEAD), integers(0, 2, 5)
     with backends.use(gated_delta_rule="triton"):
-        compiled = torch.compile(both, backend=seen, fullgraph=True)
+        compiled = torch.compile(both, backend=backend, fullgraph=True)
         assert_close(compiled(values, bounds), both(values, bounds), 1e-6)
     (graph,) = graphs
-    ours = [node for node in graph.graph.nodes if "qwen35moe_kernels" in str(node.target)]
-    assert len(ours) == 1
+    nodes = [node for node in graph.graph.nodes if "qwen35moe_kernels" in str(node.target)]
+    assert len(nodes) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- choosing
 
 
-def test_objections() -> None:
+def test_unsupported() -> None:
     values = drawn(3)
 
-    def reason(**other: Tensor) -> str | None:
-        given = values | other
-        return refusal("gated_delta_rule", "triton", *(given.pop(name) for name in ("query", "key", "value")), **given)
+    def reason(**changes: Tensor) -> str | None:
+        options = values | changes
+        return refusal("gated_delta_rule", "triton", *(options.pop(name) for name in ("query", "key", "value")), **options)
 
     assert reason() is None
     assert reason(query=values["query"].double()) == "query is float64, not one of float32, bfloat16"
     assert reason(value=values["value"].half()) == "value is float16, not one of float32, bfloat16"
     assert reason(state=values["state"].double()) == "state is float64, not one of float32, bfloat16"
     mixed = reason(value=values["value"].bfloat16())
-    assert mixed == "query is torch.float32, key torch.float32 and value torch.bfloat16: it multiplies one dtype"
+    assert mixed == "query is torch.float32, key torch.float32 and value torch.bfloat16: the kernels take one dtype"
     wide = draw(1, 3, 1, 300)
-    assert "keys are 300 wide: at most 256" in (reason(query=wide, key=wide) or "")
+    assert "keys are 300 wide: a program holds the state of keys up to 256 wide" in (reason(query=wide, key=wide) or "")
     wide = draw(1, 3, 1, 65)
     assert reason(query=wide, key=wide) is None  # without a gradient
     narrow = reason(query=wide, key=wide.requires_grad_())
-    assert narrow == "float32 keys 65 wide need more shared memory for their gradient than there is: at most 64"
+    assert narrow == "float32 keys are 65 wide: with a gradient, shared memory suffices up to 64"
     assert reason(query=wide.bfloat16(), key=wide.bfloat16(), value=values["value"].bfloat16()) is None
-    assert reason(**{name: t[:, :0] for name, t in values.items() if name != "state"}) == "there are no tokens"
+    assert reason(**{name: t[:, :0] for name, t in values.items() if name != "state"}) == "query has no tokens"
     assert reason(query=values["query"].to("meta")) == "query is on meta, not on CUDA"
 
 
-def test_where_it_stands_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the PyTorch forms on a GPU; behind them in the interpreter, so that auto never takes that."""
+def test_its_place_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead of the PyTorch forms on a GPU, behind them in the interpreter, where auto does not take it."""
     from qwen35moe_kernels import delta_rule, runtime
 
     places = []
@@ -270,37 +270,37 @@ def test_where_it_stands_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kernels_of_35b(*names: str) -> list[Kernel]:
-    """For 16 key and 32 value heads of 128 in bfloat16, with the blocks and warps that delta_rule.py takes there."""
+    """For 16 key and 32 value heads of 128 in bfloat16, with the blocks and warps of the launches in delta_rule.py."""
     from qwen35moe_kernels import delta_rule_backward, delta_rule_forward
 
     wide = {"decay", "beta", "sums", "norms", "initial", "final", "d_final", "d_initial", "d_units", "d_decay", "d_beta"}
-    numbers = {"tokens", "total", "q_token", "q_head", "k_token", "k_head", "v_token", "v_head"}
-    constants = {"G": 16, "H": 32, "K": 128, "V": 128, "KP": 128, "BK": 32, "C": 64, "PACKED": False, "HAS_STATE": True,
+    integers = {"tokens", "total", "q_token", "q_head", "k_token", "k_head", "v_token", "v_head"}
+    constants = {"G": 16, "H": 32, "K": 128, "V": 128, "KP": 128, "BK": 32, "M": 64, "PACKED": False, "HAS_STATE": True,
                  "WIDEN": False, "spans": None, "bounds": None, "first_chunks": None}  # fmt: skip
-    blocks = {"prepare": (0, 2), "recur": (32, 4), "answer": (128, 4), "attend_back": (128, 4), "recur_back": (32, 4)}
-    made = []
+    blocks = {"prepare": (0, 2), "recur": (32, 4), "outputs": (128, 4), "attend_back": (128, 4), "recur_back": (32, 4)}
+    compilations = []
     for name in names:
         module = delta_rule_forward if hasattr(delta_rule_forward, name) else delta_rule_backward
         arguments = getattr(module, name).arg_names
         columns, warps = blocks.get(name, (64, 8))
-        given = {key: value for key, value in (constants | {"BV": columns}).items() if key in arguments}
+        fixed = {key: value for key, value in (constants | {"BV": columns}).items() if key in arguments}
         types = {
-            key: "fp32" if key == "scale" else "i32" if key in numbers else "*fp32" if key in wide else "*bf16"
-            for key in arguments if key not in given
+            key: "fp32" if key == "scale" else "i32" if key in integers else "*fp32" if key in wide else "*bf16"
+            for key in arguments if key not in fixed
         }  # fmt: skip
         aligned = tuple(key for key in types if key != "scale")
-        made.append(Kernel(module.__name__, name, types, given, warps, 2 if "recur" in name else 1, aligned=aligned))
-    return made
+        compilations.append(Kernel(module.__name__, name, types, fixed, warps, 2 if "recur" in name else 1, aligned=aligned))
+    return compilations
 
 
-def test_a_compiler_for_hopper_takes_them_at_the_sizes_of_35b() -> None:
-    """What the interpreter accepts and the compiler refuses shows here. Shared memory suffices; the kernels that go from
-    chunk to chunk, and the answers, spill nothing, the last two of the backward a known little.
+def test_kernels_compile_for_hopper_at_the_sizes_of_35b() -> None:
+    """The interpreter accepts code that the compiler rejects. Shared memory suffices; only the last two kernels of the backward
+    spill, a known number of bytes.
 
-    `prepare` is left out: it alone takes ten seconds.
+    `prepare` is left out: compiling it takes ten seconds.
     """
-    spilled = {"queries_back": 168, "keys_back": 600}  # bytes a thread; Triton 3.6 and 3.7 differ by 8
-    names = ("recur", "answer", "attend_back", "recur_back", *spilled)
+    spilled = {"queries_back": 168, "keys_back": 600}  # bytes per thread; Triton 3.6 and 3.7 differ by 8
+    names = ("recur", "outputs", "attend_back", "recur_back", *spilled)
     for usage in compiled(kernels_of_35b(*names)):
         assert usage.local <= spilled.get(usage.name, 0) and usage.shared <= 227 * 1024, usage
 
@@ -311,14 +311,14 @@ def test_on_a_gpu_at_the_sizes_of_35b(dtype: torch.dtype) -> None:
     values = drawn(331, heads=(16, 32, 64 if dtype == torch.float32 else 128, 128), dtype=dtype)
     values |= {name: values[name].float() for name in ("decay", "beta", "state")}
     truth = with_gradients(recurrent_gated_delta_rule, doubles(values))
-    found = with_gradients(triton_rule, values)
-    for name, tensor in found.items():
+    results = with_gradients(triton_rule, values)
+    for name, tensor in results.items():
         bound = 2e-5 if dtype == torch.float32 else 2e-2 if name in ("out", "final") else 4e-2
         assert_close(tensor, truth[name], bound, name)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_nothing_waits_for_it() -> None:
+def test_on_a_gpu_the_host_does_not_synchronise() -> None:
     values, bounds = drawn(200, state=False, heads=(16, 32, 64, 128)), integers(0, 1, 70, 200)
     with_gradients(triton_rule, values, cu_seqlens=bounds)
     leaves = {name: tensor.requires_grad_() for name, tensor in values.items()}

@@ -1,5 +1,5 @@
-"""The adapter to flash-linear-attention, against a stand-in with fla's documented signature and checks (0.6): arguments by
-name, dtypes and shapes; forward and backward against the definition; which function ran; every unsupported."""
+"""The adapter to flash-linear-attention, with a stand-in of fla's documented signature and checks (0.6): names, dtypes and
+shapes of arguments; forward and backward against the definition; which function ran; every unsupported reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, options: dic
     require(v.shape[2] % heads == 0, "num_v_heads (HV) must be evenly divisible by num_heads (H)")
     require(g.shape == beta.shape == v.shape[:3], "g and beta must be of shape [B, T, HV]")
     require(q.dtype == k.dtype == v.dtype and g.dtype == torch.float32, "q.dtype == k.dtype == v.dtype, g in float32")
-    require(options["scale"] == width**-0.5 and options["use_qk_l2norm_in_kernel"], "as the definition has them")
+    require(options["scale"] == width**-0.5 and options["use_qk_l2norm_in_kernel"], "as in the definition")
     rows = batch
     if bounds is not None:
         require(batch == 1, "The batch size is expected to be 1 rather than the given one when using `cu_seqlens`")
@@ -53,7 +53,7 @@ def chunk_gated_delta_rule(
     cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, cp_context: Any = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     require(q.dtype in HALF, "ChunkGatedDeltaRuleFunction does not support float32")
-    require(not (use_beta_sigmoid_in_kernel or allow_neg_eigval or state_v_first or cp_context), "not needed here")
+    require(not (use_beta_sigmoid_in_kernel or allow_neg_eigval or state_v_first or cp_context), "not in this stand-in")
     if cu_seqlens_cpu is not None:
         require(cu_seqlens is not None and torch.equal(cu_seqlens.cpu(), cu_seqlens_cpu), "cu_seqlens, on the host as well")
     require(q.shape[-1] <= 256, "current kernel does not support head dimension larger than 256")
@@ -68,9 +68,9 @@ def fused_recurrent_gated_delta_rule(
     beta: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None,
     output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, g, beta, initial_state))
-    require(not wanted, "Backward pass is not implemented yet")
-    require(gk is None and gv is None and g is not None and beta is not None, "not needed here")
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, g, beta, initial_state))
+    require(not gradient, "Backward pass is not implemented yet")
+    require(gk is None and gv is None and g is not None and beta is not None, "not in this stand-in")
     assert g is not None and beta is not None
     return _rule(q, k, v, g, beta, {
         "scale": scale, "initial_state": initial_state, "output_final_state": output_final_state,
@@ -83,7 +83,7 @@ VERSIONS = {"fla-core": "0.6.0", "triton": "3.6.0"}
 
 @pytest.fixture
 def fla(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """As if fla 0.6 with Triton 3.6 were installed on a machine with an A100: the adapter registers again, before all."""
+    """fla 0.6 with Triton 3.6 on a machine with an A100: the adapter registers again, ahead of all others."""
     from qwen35moe_kernels import fla as adapter
     from qwen35moe_kernels import runtime
 
@@ -101,8 +101,8 @@ def fla(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     machine(monkeypatch, (8, 0))
     before = list(backends.implementations(OPERATION))
     backends.unregister(OPERATION, "fla")
-    with monkeypatch.context() as there_is_a_gpu:
-        there_is_a_gpu.setattr(torch.cuda, "is_available", lambda: True)
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
         adapter.register(backends.register)
     yield module
     TABLE[OPERATION].assign(before)
@@ -146,7 +146,7 @@ def test_packed_documents_from_states(dtype: torch.dtype) -> None:
 
 
 def test_one_token_goes_through_the_recurrent_kernel(fla: ModuleType, calls: Any) -> None:
-    """In float32 too, which it computes exactly; but not where a gradient is wanted, of which it has none."""
+    """In float32 too, which it computes exactly, but not with a gradient, which it does not support."""
     with (
         calls(fla, "fused_recurrent_gated_delta_rule") as steps,
         calls(fla, "chunk_gated_delta_rule") as chunks,
@@ -165,7 +165,7 @@ def test_one_token_goes_through_the_recurrent_kernel(fla: ModuleType, calls: Any
 
 
 @pytest.mark.usefixtures("fla")
-def test_objections(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(args: tuple[Tensor, ...], options: dict[str, Tensor], **other: Tensor) -> str | None:
         return refusal(OPERATION, "fla", *args, **(options | other))
 
@@ -178,25 +178,25 @@ def test_objections(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fla takes one dtype" in (reason((*args[:2], args[2].half()), options) or "")
     assert "264 and 12 wide: fla takes at most 256" in (reason(*drawn(2, width=264)) or "")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert reason(args, options) == "a graph is being compiled, and fla is no library operation"
+    assert reason(args, options) == "a graph is being compiled, and fla is not a torch.library operator"
 
 
 @pytest.mark.usefixtures("fla")
-def test_training_avoids_what_gives_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Hopper with Triton 3.6 auto trains with another implementation, a forced choice raises, `verify` says why."""
+def test_training_avoids_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper with Triton 3.6 auto trains with another implementation, a forced choice raises, and `verify` reports why."""
 
-    def refused(width: int = 128) -> str | None:
+    def reason(width: int = 128) -> str | None:
         args, options = drawn(2, width=width, out=width)
         args[1].requires_grad_()
         with torch.no_grad():
             assert refusal(OPERATION, "fla", *args, **options) is None  # the forward is right everywhere
         return refusal(OPERATION, "fla", *args, **options)
 
-    assert refused() is None
+    assert reason() is None
     machine(monkeypatch, (9, 0), triton="3.7.1")
-    assert refused() is None
+    assert reason() is None
     machine(monkeypatch, (9, 0), triton="3.6.0+git1")
-    assert "wrong on Hopper GPUs with Triton 3.6.0+git1 (its issue 640)" in (refused() or "")
+    assert "wrong on Hopper GPUs with Triton 3.6.0+git1 (its issue 640)" in (reason() or "")
     report = backends.verify("fla", dtypes=[torch.bfloat16], device="cpu")
     assert not report.ran and "issue 640" in str(report)
     args, options = drawn(2)
@@ -207,31 +207,30 @@ def test_training_avoids_what_gives_wrong_gradients(monkeypatch: pytest.MonkeyPa
     with backends.use(gated_delta_rule="fla"), pytest.raises(ValueError, match="cannot run .*issue 640"):
         backends.run(OPERATION, *args, **options)
     machine(monkeypatch, (10, 0), triton="3.7.1")
-    assert "has given NaN on this GPU (its issue 913)" in (refused() or "")
+    assert "returned NaN on this GPU (its issue 913)" in (reason() or "")
     for capability in ((9, 0), (10, 0)):
         machine(monkeypatch, capability, qla=True)
-        assert refused() is None
-        assert refused(width=64) is not None  # flash-qla takes 128 only
+        assert reason() is None
+        assert reason(width=64) is not None  # flash-qla takes 128 only
         with monkeypatch.context() as off:
             off.setenv("FLA_FLASH_QLA", "0")
-            assert refused() is not None
+            assert reason() is not None
     machine(monkeypatch, (12, 0))
-    assert refused() is None
+    assert reason() is None
 
 
 @pytest.mark.usefixtures("fla")
-def test_an_older_fla_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_fla_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen35moe_kernels import fla as adapter
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert adapter.missing() is None
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.1")
     assert (adapter.missing() or "").startswith("fla 0.5.1 is installed, the adapter needs 0.6 or newer")
-    assert adapter._numbers("0.10.2.dev3+g1") == (0, 10, 2)
 
 
-def test_where_it_is_absent_describe_says_how_to_have_it() -> None:
+def test_describe_names_the_command_that_installs_it() -> None:
     if refusal(OPERATION, "fla", *drawn(2)[0], **drawn(2)[1]) is None:
         pytest.skip("fla is installed on this machine")
     text = backends.describe(OPERATION)
-    assert "fla" in text and ("flash-qla, which it then uses by itself" in text or "no CUDA device" in text)
+    assert "fla" in text and ("flash-qla, which fla uses if it is installed" in text or "no CUDA device" in text)

@@ -1,6 +1,6 @@
-"""The fast paths on a GPU, at the sizes of Qwen3.5-35B-A3B, forward and backward against the definitions in float64.
+"""The kernels on a GPU, at the sizes of Qwen3.5-35B-A3B, forward and backward against the definitions in float64.
 
-`python -m pytest -m gpu tests` is the one command; the small cases of the other files run compiled there as well.
+`python -m pytest -m gpu tests` runs them. The small cases of the other files also run compiled on a GPU.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tests.triton.test_step import arguments
 
 pytestmark = pytest.mark.gpu
 C, W, G, H, K = 8192, 4, 16, 32, 128
-# A GPU rounds: 2^-9 of a number in bfloat16, of the largest at most 2^-8.
-ONCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+# A GPU rounds to nearest: relative to the largest value, an error of at most 2^-8 in bfloat16.
+ROUNDED = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 def check(operation: str, args: tuple, options: dict[str, Any], dtype: torch.dtype, *, differentiable: bool = True) -> None:
-    backward = 4 * ONCE[dtype] if differentiable else None
-    assert_close(operation, "triton", args, options, dtype, forward=2 * ONCE[dtype], backward=backward)
+    backward = 4 * ROUNDED[dtype] if differentiable else None
+    assert_close(operation, "triton", args, options, dtype, forward=2 * ROUNDED[dtype], backward=backward)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,8 +41,8 @@ def test_convolution_of_padded_rows_and_packed_documents() -> None:
     check("short_convolution", (args[0].view(1, 2800, C), args[1]), options, torch.bfloat16)
 
 
-def test_convolution_beyond_2_to_the_31_numbers() -> None:
-    """The last tokens of a row whose offsets do not fit 32 bits equal those tokens on their own."""
+def test_convolution_beyond_2_to_the_31_elements() -> None:
+    """The last tokens of a row, whose offsets do not fit into 32 bits, equal these tokens alone."""
     tokens = (1 << 31) // C + 100
     x, weight = torch.empty(1, tokens, C, dtype=torch.bfloat16, device="cuda"), draw(C, W, dtype=torch.bfloat16)
     x[:, -200:] = draw(1, 200, C, seed=1, dtype=torch.bfloat16)
@@ -68,7 +68,7 @@ def test_one_token(batch: int, gates: str, dtype: torch.dtype) -> None:
     check("delta_net_step", args, options, dtype, differentiable=False)
 
 
-def test_auto_takes_them() -> None:
+def test_auto_takes_the_kernels() -> None:
     args, options = arguments(2, G, H, K, K, W, torch.bfloat16)
     with torch.no_grad(), backends.ran() as ran:
         backends.run("delta_net_step", *args, **options)

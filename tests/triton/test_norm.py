@@ -13,10 +13,10 @@ OPERATION, EPS = "gated_rms_norm", {"eps": 1e-6}
 
 
 @pytest.fixture(autouse=True)
-def few_numbers_at_once(monkeypatch: pytest.MonkeyPatch):
+def small_blocks(monkeypatch: pytest.MonkeyPatch):
     from qwen35moe_kernels import gated_norm
 
-    for name, size in (("_NUMBERS", 64), ("_NUMBERS_BACKWARD", 32), ("_PROGRAMS", 3)):
+    for name, size in (("_ELEMENTS", 64), ("_ELEMENTS_BACKWARD", 32), ("_PROGRAMS", 3)):
         monkeypatch.setattr(gated_norm, name, size)
     with backends.use(gated_rms_norm="triton"):
         yield
@@ -30,20 +30,20 @@ def test_every_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> No
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # e^1000 is infinite, and 1 / (1 + e^1000) zero
-def test_hard_values() -> None:
-    """A zero row stays zero; gates at which sigmoid saturates give finite values and gradients."""
+def test_extreme_values() -> None:
+    """A zero row stays zero; gates that saturate the sigmoid give finite values and gradients."""
     x, gate = draw(6, 12), 1e3 * draw(6, 12, seed=1)
     x[2] = 0
     assert_close(OPERATION, "triton", (x, gate, draw(12, seed=2)), EPS, torch.float32, forward=2e-6, backward=4e-6)
     assert not backends.run(OPERATION, x, gate, draw(12), **EPS)[2].any()
 
 
-def test_views_and_which_ran() -> None:
+def test_views_and_the_recorded_implementation() -> None:
     wide = draw(4, 3, 20)
     x, gate, weight = wide[..., :8], wide[..., 8:16], draw(8, seed=1)
     with backends.ran() as ran:
-        found = backends.run(OPERATION, x, gate, weight, **EPS)
-    assert torch.equal(found, backends.run(OPERATION, x.contiguous(), gate.contiguous(), weight, **EPS))
+        viewed = backends.run(OPERATION, x, gate, weight, **EPS)
+    assert torch.equal(viewed, backends.run(OPERATION, x.contiguous(), gate.contiguous(), weight, **EPS))
     assert ran.counts == {(OPERATION, "triton"): 1}
 
 
@@ -62,11 +62,11 @@ def test_one_operation_under_torch_compile() -> None:
     )  # fmt: skip
 
 
-def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = draw(2, 8), draw(8)
     assert refusal(OPERATION, "triton", x, x, weight, **EPS) is None
     assert refusal(OPERATION, "triton", x, x.double(), weight, **EPS).startswith("gate is float64, not one of")
-    assert refusal(OPERATION, "triton", x, x[:1], weight, **EPS) == "gate [1, 8] is to be broadcast over x [2, 8]"
+    assert refusal(OPERATION, "triton", x, x[:1], weight, **EPS) == "gate [1, 8] would be broadcast over x [2, 8]"
     long = draw(1, 8193)
     assert refusal(OPERATION, "triton", long, long, long[0], **EPS) == "x has rows of 8193, one program holds 8192"
     if DEVICE == "cpu":

@@ -1,7 +1,7 @@
-"""The adapter to sonic-moe, against a stand-in with its signature that refuses what the package refuses.
+"""The adapter to sonic-moe, with a stand-in of its signature and checks, by the documentation of 0.1.2, the first release with
+`concat_layout`.
 
-The stand-in computes by our definition; what it cannot show is how the package computes. By the package's own
-documentation: 0.1.2, the first release with `concat_layout`.
+The stand-in computes with our definition. It does not show the package's own arithmetic.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def moe_general_routing_inputs(
     w2: Tensor, b2: Tensor | None, E: int, stream_id: int, activation_type: ActivationType,
     is_inference_mode_enabled: bool = False, concat_layout: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x [T, H], router_scores, token_indices and expert_indices [TK], w1 [2I, H, E], w2 [H, I, E]; o [T, H], and how
-    many pairs each expert has. Pairs may differ in number from token to token."""
+    """In the package's letters: x [T, H], router_scores, token_indices and expert_indices [TK], w1 [2I, H, E], w2 [H, I, E];
+    returns o [T, H] and the number of assignments per expert. Tokens may have different numbers of assignments."""
     require(not torch.compiler.is_compiling(), "assert not torch.compiler.is_compiling()")
-    require(b1 is None and b2 is None and activation_type == ActivationType.SWIGLU, "not needed here")
+    require(b1 is None and b2 is None and activation_type == ActivationType.SWIGLU, "not in this stand-in")
     require(x.dtype in (torch.bfloat16, torch.float16) and x.dtype == w1.dtype == w2.dtype, "bfloat16 or float16")
     require(router_scores.dtype == torch.float32 and x.is_contiguous(), "router_scores float32, x contiguous")
     require(token_indices.dtype == expert_indices.dtype == torch.int32, "int32 indices")
@@ -55,10 +55,10 @@ def moe_general_routing_inputs(
         require(all(size % 8 == 0 for size in weight.shape[:2]), "16 bytes")
     require(w1.shape == (2 * w2.shape[1], w2.shape[0], E) and w2.shape[2] == E, "w1 (2I, H, E), w2 (H, I, E)")
     require(stream_id == STREAM, "the current stream")
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, router_scores, w1, w2))
-    require(not (wanted and is_inference_mode_enabled), "h was not kept for the backward")
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, router_scores, w1, w2))
+    require(not (gradient and is_inference_mode_enabled), "h was not kept for the backward")
     gate_up = w1.permute(2, 0, 1)
-    if not concat_layout:  # the gate's and the other rows take turns
+    if not concat_layout:  # rows of gate and up alternate
         gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], dim=1)
     rows = loop_experts(x[token_indices.long()], gate_up, w2.permute(2, 0, 1), expert_indices.long()[:, None],
                         torch.ones_like(router_scores)[:, None])  # fmt: skip
@@ -68,7 +68,7 @@ def moe_general_routing_inputs(
 
 @contextmanager
 def installed(version: str = "0.1.2.post1") -> Iterator[ModuleType]:
-    """As if the package were installed and its GPU there: its adapter registers again, and takes CPU tensors."""
+    """Installs the stand-in and registers the adapter again, as on a machine with a GPU; the adapter takes CPU tensors."""
     from qwen35moe_kernels import runtime, sonic_moe
 
     modules = {name: ModuleType(name) for name in ("sonicmoe", "sonicmoe.enums", "sonicmoe.functional")}
@@ -97,10 +97,10 @@ def sonic() -> Iterator[ModuleType]:
         yield module
 
 
-def problem(tokens: int = 9, slots: int = 2, number: int = 3, width: int = 16, inner: int = 8) -> tuple[Tensor, ...]:
-    tensors = draw(tokens, width), draw(number, 2 * inner, width, seed=1), draw(number, width, inner, seed=2)
-    indices = draw(tokens, number, seed=3).topk(slots, dim=-1).indices
-    weights = draw(tokens, slots, seed=4).softmax(-1)
+def problem(tokens: int = 9, top_k: int = 2, experts: int = 3, width: int = 16, inner: int = 8) -> tuple[Tensor, ...]:
+    tensors = draw(tokens, width), draw(experts, 2 * inner, width, seed=1), draw(experts, width, inner, seed=2)
+    indices = draw(tokens, experts, seed=3).topk(top_k, dim=-1).indices
+    weights = draw(tokens, top_k, seed=4).softmax(-1)
     return *(x.to(BF16) for x in tensors), indices, weights.to(BF16)
 
 
@@ -115,57 +115,59 @@ def test_forward_and_backward(size: tuple[int, ...]) -> None:
     assert_close("experts", "sonic_moe", (*args[:3], repeated, args[4]), {}, BF16, forward=2**-6, backward=2**-5)
 
 
-def test_it_runs_where_every_expert_has_many_rows_and_keeps_nothing_without_a_gradient(sonic: ModuleType, calls) -> None:
+def test_auto_takes_it_for_many_assignments_and_it_keeps_nothing_without_a_gradient(sonic: ModuleType, calls) -> None:
     many, few = problem(tokens=96), problem(tokens=95)
-    with backends.ran() as ran, calls(sonic, "moe_general_routing_inputs") as seen:
+    with backends.ran() as ran, calls(sonic, "moe_general_routing_inputs") as recorded:
         backends.run("experts", *many)
         backends.run("experts", many[0].requires_grad_(), *many[1:])
         backends.run("experts", *few)
     assert [call.name for call in ran.calls] == ["sonic_moe", "sonic_moe", "gathered"]
-    assert [options["is_inference_mode_enabled"] for _, options in seen.arguments] == [True, False]
+    assert [options["is_inference_mode_enabled"] for _, options in recorded.arguments] == [True, False]
     with backends.use(experts="sonic_moe"), backends.ran() as ran:
         backends.run("experts", *few)
     assert ran.counts == {("experts", "sonic_moe"): 1}
 
 
 @pytest.mark.usefixtures("sonic")
-def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, gate_up, down, indices, weights = problem()
 
-    def said(*args: Any, **options: Any) -> str | None:
+    def reason(*args: Any, **options: Any) -> str | None:
         return refusal("experts", "sonic_moe", *args, **options)
 
-    assert said(hidden, gate_up, down, indices, weights) is None
-    assert said(hidden, gate_up, down, indices, weights, tap=print).startswith("a tap reads expert_in")
-    assert said(hidden.float(), gate_up, down, indices, weights) == "hidden is float32, not one of bfloat16, float16"
-    assert "down torch.float16, sonic-moe takes one dtype" in said(hidden, gate_up, down.half(), indices, weights)
-    assert said(hidden, gate_up.mT.contiguous().mT, down, indices, weights).startswith("gate_up is not contiguous")
-    assert said(*problem(tokens=0)) == "indices holds no pair"
-    assert said(*problem(width=20)) == "hidden has rows of 20, sonic-moe takes multiples of 8 (16 bytes)"
-    assert said(*problem(inner=12)) == "down has rows of 12, sonic-moe takes multiples of 8 (16 bytes)"
+    assert reason(hidden, gate_up, down, indices, weights) is None
+    tapped = reason(hidden, gate_up, down, indices, weights, tap=print)
+    assert tapped.startswith("a tap reads expert_in, expert_act or expert_out, which this implementation")
+    assert reason(hidden.float(), gate_up, down, indices, weights) == "hidden is float32, not one of bfloat16, float16"
+    assert "down torch.float16, sonic-moe takes one dtype" in reason(hidden, gate_up, down.half(), indices, weights)
+    assert reason(hidden, gate_up.mT.contiguous().mT, down, indices, weights).startswith("gate_up is not contiguous")
+    assert reason(*problem(tokens=0)) == "indices is empty"
+    assert reason(*problem(width=20)) == "hidden has rows of 20, sonic-moe takes multiples of 8 (16 bytes)"
+    assert reason(*problem(inner=12)) == "down has rows of 12, sonic-moe takes multiples of 8 (16 bytes)"
     wide = indices.repeat(1, 2)
-    assert said(hidden, gate_up, down, wide, weights.repeat(1, 2)).startswith("indices has 4 slots for 3 experts")
+    assert reason(hidden, gate_up, down, wide, weights.repeat(1, 2)).startswith("indices has top_k 4 for 3 experts")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: False)
-        assert said(hidden, gate_up, down, indices, weights).startswith("deterministic algorithms are asked for")
+        assert reason(hidden, gate_up, down, indices, weights).startswith("deterministic algorithms are enabled")
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert said(hidden, gate_up, down, indices, weights) == "a graph is being compiled, which sonic-moe refuses"
-    for capability, words in (((8, 0), "made for compute capability 9.0"), ((10, 3), "can be silently wrong (its issue 63)")):
-        monkeypatch.setattr("qwen35moe_kernels.runtime.capability", lambda tensor, found=capability: found)
-        assert words in said(hidden, gate_up, down, indices, weights)
+        assert reason(hidden, gate_up, down, indices, weights) == "a graph is being compiled, which sonic-moe does not support"
+    older, newer = "sonic-moe supports compute capability 9.0", "can be silently wrong (its issue 63)"
+    for capability, words in (((8, 0), older), ((10, 3), newer)):
+        monkeypatch.setattr("qwen35moe_kernels.runtime.capability", lambda tensor, value=capability: value)
+        assert words in reason(hidden, gate_up, down, indices, weights)
     monkeypatch.setattr("qwen35moe_kernels.runtime.capability", lambda tensor: (9, 0))
-    assert said(hidden, gate_up, down, indices, weights) is None
+    assert reason(hidden, gate_up, down, indices, weights) is None
 
 
-def test_what_is_missing_is_said() -> None:
+def test_a_missing_or_old_package_is_reported() -> None:
     args = problem()
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"sonicmoe is not installed|hidden is on cpu, not on CUDA"):
             with backends.use(experts="sonic_moe"):
                 backends.run("experts", *args)
     with installed("0.1.1"):
-        assert "sonic-moe 0.1.1 is installed, 0.1.2 is needed" in refusal("experts", "sonic_moe", *args)
+        assert "sonic-moe 0.1.1 is installed, 0.1.2 or newer is needed" in refusal("experts", "sonic_moe", *args)
 
 
 @pytest.mark.gpu

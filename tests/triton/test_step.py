@@ -1,7 +1,7 @@
-"""One token of Gated DeltaNet in one launch or two: against its definition, and in the model, where it may step in.
+"""One token of Gated DeltaNet in one or two launches: against its definition, and in the model.
 
-It may where every row brings one token, nobody wants a gradient, listens to what it never forms, records segments, hangs
-on the modules that it goes around, or has chosen a form of an operation that it contains.
+The model uses it for one token per row, without a gradient, without a tap on a value that it does not materialise, without
+recorded segments, without hooks on the modules that it replaces, and unless a form of an operation inside it was chosen.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def test_at_other_gates(gates: str) -> None:
 
 
 @pytest.mark.parametrize("a", [-90.0, -17.0, -9.7, 0.0, 19.0, 90.0])
-def test_the_decay_is_right_at_every_a(a: float) -> None:
-    """softplus loses its digits at one end or the other when it is written down as it stands."""
+def test_the_decay_over_the_range_of_a(a: float) -> None:
+    """A direct formula of softplus loses its digits at one end of the range."""
     args, options = arguments(*SIZES[0], torch.float32)
     args = (*args[:2], torch.full_like(args[2], a), args[3])
     options |= {"dt_bias": torch.zeros_like(options["dt_bias"]), "A_log": torch.zeros_like(options["A_log"])}
@@ -75,32 +75,32 @@ def test_equal_and_zero_keys() -> None:
     assert_close(OPERATION, "triton", args, options, torch.float32, forward=4e-6)
 
 
-def test_nothing_given_is_written_to_and_views_are_taken() -> None:
+def test_inputs_are_not_written_to_and_may_be_views() -> None:
     args, options = arguments(*SIZES[0], torch.float32)
     before = [x.clone() for x in (*args, options["conv_state"], options["recurrent_state"])]
     with backends.use(delta_net_step="triton"), backends.ran() as ran:
-        found = backends.run(OPERATION, *args, **options)
-        turned = options | {name: options[name].mT.contiguous().mT for name in ("conv_state", "recurrent_state")}
-        again = backends.run(OPERATION, *args, **turned)
+        outputs = backends.run(OPERATION, *args, **options)
+        transposed = options | {name: options[name].mT.contiguous().mT for name in ("conv_state", "recurrent_state")}
+        again = backends.run(OPERATION, *args, **transposed)
     assert ran.counts == {(OPERATION, "triton"): 2}
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
     unchanged = (*args, options["conv_state"], options["recurrent_state"])
     assert all(torch.equal(a, b) for a, b in zip(unchanged, before, strict=True))
 
 
-def test_objections_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     args, options = arguments(*SIZES[0], torch.float32)
     assert refusal(OPERATION, "triton", *args, **options) is None
     wide = options | {"recurrent_state": options["recurrent_state"].double()}
     assert refusal(OPERATION, "triton", *args, **wide) == "recurrent_state is float64, not float32"
     large = options | {"recurrent_state": torch.empty(1, 1, 256, 256, device=DEVICE)}
-    too_large = "recurrent_state has 256 x 256 numbers a head, one program holds 32768"
+    too_large = "recurrent_state has 256 x 256 elements per head, one program holds 32768"
     assert refusal(OPERATION, "triton", *args, **large) == too_large
     double = options | {"A_log": options["A_log"].double()}
     assert refusal(OPERATION, "triton", *args, **double).startswith("A_log is float64, not one of")
-    wanted = options | {"recurrent_state": options["recurrent_state"].clone().requires_grad_()}
+    trained = options | {"recurrent_state": options["recurrent_state"].clone().requires_grad_()}
     with backends.use(delta_net_step="triton"), pytest.raises(ValueError, match="it has no backward and an input"):
-        backends.run(OPERATION, *args, **wanted)
+        backends.run(OPERATION, *args, **trained)
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         assert refusal(OPERATION, "triton", *args, **options) == "recurrent_state is on cpu, not on CUDA"
@@ -123,7 +123,7 @@ def model() -> Any:
 
 @torch.no_grad()
 def decoded(model: Any, *, max_length: int | None = None, record: int = 0) -> tuple[Tensor, Any]:
-    """The logits of two tokens after a prompt of six, one at a time, and the cache then."""
+    """Logits of two tokens, one at a time, after a prompt of six, and the cache after them."""
     ids = CASE.ids(2, 8).to(DEVICE)
     cache = model.new_cache(2, max_length, record=record)
     model(ids[:, :6], cache=cache)
@@ -133,16 +133,16 @@ def decoded(model: Any, *, max_length: int | None = None, record: int = 0) -> tu
 
 @pytest.fixture
 def in_front() -> Any:
-    """The kernel in front of the definition, as on a GPU."""
-    found = entry(OPERATION, "triton")
-    options: dict[str, Any] = {"skips": found.skips, "differentiable": False}
-    backends.register(OPERATION, "fused", found.fn, found.unsupported, before="fused_cpu", **options)
+    """The kernel ahead of the definition, as on a GPU."""
+    kernel = entry(OPERATION, "triton")
+    options: dict[str, Any] = {"skips": kernel.skips, "differentiable": False}
+    backends.register(OPERATION, "fused", kernel.fn, kernel.unsupported, before="fused_cpu", **options)
     yield
     backends.unregister(OPERATION, "fused")
 
 
 def steps(ran: Any) -> dict[str, int]:
-    """How often each operation of the delta-net layers ran while one token came at a time."""
+    """Number of calls of every operation of the delta-net layers."""
     counts: dict[str, int] = {}
     for call in ran.calls:
         if call.operation in (OPERATION, "short_convolution", "gated_delta_rule", "gated_rms_norm"):
@@ -156,15 +156,15 @@ FUSED = {"short_convolution": 2, "gated_delta_rule": 2, "gated_rms_norm": 2, OPE
 
 @pytest.mark.usefixtures("in_front")
 @pytest.mark.parametrize("max_length", [None, 20], ids=["growing", "static"])
-def test_the_model_decodes_through_it_and_says_so(model: Any, max_length: int | None) -> None:
+def test_the_model_decodes_with_it(model: Any, max_length: int | None) -> None:
     with backends.ran() as ran:
-        found, cache = decoded(model, max_length=max_length)
+        logits, cache = decoded(model, max_length=max_length)
     assert steps(ran) == FUSED
     assert {call.path for call in ran.calls if call.operation == OPERATION} == {f"layers.{i}.linear_attn" for i in (0, 2)}
     with backends.use(delta_net_step="torch"), backends.ran() as ran:
         expected, other = decoded(model, max_length=max_length)
     assert steps(ran) == COMPOSED
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     for layer in (0, 2):
         for name in ("conv_state", "recurrent_state"):
             one, two = getattr(cache[layer], name), getattr(other[layer], name)
@@ -172,7 +172,7 @@ def test_the_model_decodes_through_it_and_says_so(model: Any, max_length: int | 
 
 
 @pytest.mark.usefixtures("in_front")
-def test_it_steps_aside_for_everything_it_would_go_around(model: Any) -> None:
+def test_the_model_composes_the_operations_where_needed(model: Any) -> None:
     with backends.ran() as ran:
         expected, _ = decoded(model)
     assert steps(ran) == FUSED
@@ -181,22 +181,22 @@ def test_it_steps_aside_for_everything_it_would_go_around(model: Any) -> None:
     def composed_in_layer_0(ran: Any) -> bool:
         return {call.path for call in ran.calls if call.operation == OPERATION} == {"layers.2.linear_attn"}
 
-    with backends.ran() as ran, taps.record(model, "layers.0.linear_attn.decay") as seen:
-        found, _ = decoded(model)
-    assert composed_in_layer_0(ran) and len(seen["layers.0.linear_attn.decay"]) == 3
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    formed = [f"layers.0.linear_attn.{name}" for name in ("qkv", "gate", "normed", "state", "output")]
-    with backends.ran() as ran, taps.record(model, formed) as seen:
+    with backends.ran() as ran, taps.record(model, "layers.0.linear_attn.decay") as recorded:
+        logits, _ = decoded(model)
+    assert composed_in_layer_0(ran) and len(recorded["layers.0.linear_attn.decay"]) == 3
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    names = [f"layers.0.linear_attn.{name}" for name in ("qkv", "gate", "normed", "state", "output")]
+    with backends.ran() as ran, taps.record(model, names) as recorded:
         decoded(model)
     assert steps(ran) == FUSED
-    with backends.use(delta_net_step="torch"), taps.record(model, formed) as other:
+    with backends.use(delta_net_step="torch"), taps.record(model, names) as other:
         decoded(model)
-    for name in formed:
-        assert len(seen[name]) == len(other[name]) == 3
-        for one, two in zip(seen[name], other[name], strict=True):
+    for name in names:
+        assert len(recorded[name]) == len(other[name]) == 3
+        for one, two in zip(recorded[name], other[name], strict=True):
             assert one.shape == two.shape and (one - two).abs().max() <= 1e-5 * two.abs().max()
-    for name in (layer.conv1d, layer.norm):
-        handle = name.register_forward_hook(lambda *_: None)
+    for module in (layer.conv1d, layer.norm):
+        handle = module.register_forward_hook(lambda *_: None)
         with backends.ran() as ran:
             decoded(model)
         handle.remove()

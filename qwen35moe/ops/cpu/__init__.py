@@ -1,12 +1,12 @@
 """Fast forms of the operations in plain PyTorch. Importing this package registers them.
 
-Most are written for CPUs: fewer passes over memory, blocks that stay in cache, explicit backwards. Forms that run on any
-device (SDPA, grouped_mm, chunks) are beside them.
+Most are for CPUs: fewer passes over memory, blocks that stay in cache, explicit backwards. Others run on any device: attention
+by SDPA, experts by grouped_mm, the delta rule in chunks.
 """
 
 from __future__ import annotations
 
-from . import (  # noqa: F401  each registers its implementations
+from . import (  # noqa: F401  each registers implementations
     attention,
     convolution,
     decode_step,

@@ -16,18 +16,18 @@ def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, starts: int | Tensor = 0,
     cu_seqlens: Tensor | None = None, dropout: float = 0.0,
 ) -> Tensor:
-    """Packed documents one after the other; one token without a mask and without repeated keys."""
+    """One call of SDPA per packed document, else one call; for one new token without a mask and without repeated keys."""
     if cu_seqlens is not None:
-        parts = [
-            sdpa_attention(query[:, a:b], key[:, a:b], value[:, a:b], scale=scale, dropout=dropout)
-            for a, b in pairwise(cu_seqlens.tolist())
-            if b > a
+        documents = [
+            sdpa_attention(query[:, start:end], key[:, start:end], value[:, start:end], scale=scale, dropout=dropout)
+            for start, end in pairwise(cu_seqlens.tolist())
+            if end > start
         ]
-        return torch.cat(parts, dim=1)
+        return torch.cat(documents, dim=1)
     tokens, positions, heads = query.shape[1], key.shape[1], query.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if tokens == 1 and not isinstance(starts, Tensor) and positions == starts + 1:
-        # One new token sees every key: the query heads of a key head become its queries, and no key is repeated.
+        # One new token attends to every key: the query heads of a key head become its query positions.
         q = q.reshape(q.shape[0], key.shape[2], -1, q.shape[-1])
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
         return out.reshape(q.shape[0], 1, heads, -1)

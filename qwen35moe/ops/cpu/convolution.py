@@ -1,4 +1,4 @@
-"""The short causal convolution of `ops.convolution` over all tokens at once, and a block of tokens at a time."""
+"""The short causal convolution of `ops.convolution` for all tokens at once, and for a block of tokens at a time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ def short_convolution_torch(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Shifted products over all rows and documents at once.
-
-    Positions past a row's length hold a convolution of whatever the padding holds.
-    """
+    """Shifted products of all rows and documents at once. The output at padding is undefined."""
     taps, channels = weight.shape[-1], x.shape[-1]
     past = taps - 1
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -37,24 +34,25 @@ def short_convolution_torch(
 def _packed(
     x: Tensor, weight: Tensor, before: Tensor, cu_seqlens: Tensor, convolve: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Put each document's own W - 1 inputs in front of it, then convolve all documents as one row."""
+    """Insert each document's W - 1 inputs `before` [documents, W-1, C] in front of it, then convolve all documents as one
+    row."""
     past, tokens = weight.shape[-1] - 1, x.shape[1]
     bounds = cu_seqlens.to(x.device)
     documents = bounds.shape[0] - 1
     order = torch.arange(documents, device=x.device)
     document = torch.repeat_interleave(order, bounds.diff(), output_size=tokens)
-    place = torch.arange(tokens, device=x.device) + past * (document + 1)
+    position = torch.arange(tokens, device=x.device) + past * (document + 1)
     tap = torch.arange(past, device=x.device)
     front = (bounds[:-1] + past * order)[:, None] + tap
     inputs = x.new_zeros(1, tokens + past * documents, x.shape[-1])
-    inputs = inputs.index_copy(1, place, x).index_copy(1, front.flatten(), before.reshape(1, -1, x.shape[-1]))
-    end = (bounds[1:] + past * order)[:, None] + tap  # the last W - 1 inputs of each document, its front included
+    inputs = inputs.index_copy(1, position, x).index_copy(1, front.flatten(), before.reshape(1, -1, x.shape[-1]))
+    end = (bounds[1:] + past * order)[:, None] + tap  # the last W - 1 inputs of each document, with `before`
     last = inputs[0, end]
-    return convolve(inputs, weight).index_select(1, place - past), last.mT
+    return convolve(inputs, weight).index_select(1, position - past), last.mT
 
 
 def _shifted_sum(inputs: Tensor, weight: Tensor) -> Tensor:
-    """silu(sum_w weight[:, w] * inputs[:, t + w]) for t = 0 ... T - 1, where inputs has T + W - 1 tokens."""
+    """silu(sum_w weight[:, w] * inputs[:, t + w]) for t = 0 ... T - 1 of inputs [B, T + W - 1, C]."""
     taps = weight.shape[-1]
     tokens, dtype = inputs.shape[1] - taps + 1, wide_dtype(inputs, weight)
     wide, columns = inputs.to(dtype), weight.to(dtype).T.contiguous()
@@ -69,7 +67,8 @@ def short_convolution_cpu(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A block of tokens at a time in memory that is reused. Differentiable once, for which it keeps x alone."""
+    """A block of tokens at a time in memory that is reused. Differentiable once; the backward keeps x, weight and state
+    alone."""
     past, channels = weight.shape[-1] - 1, x.shape[-1]
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     before = x.new_zeros(rows, past, channels) if state is None else state.mT.to(x.dtype)
@@ -86,7 +85,7 @@ def _blocked(inputs: Tensor, weight: Tensor) -> Tensor:
 class _Convolution(torch.autograd.Function):
     """y = silu(s), s_t = sum_w weight[:, w] x_{t - W + 1 + w}; x [B, T, C], the W - 1 inputs before it [B, W-1, C].
 
-    Backward: ds = dy silu'(s), s computed again; dx_t = sum_w weight[:, w] ds_{t + W - 1 - w};
+    Backward, with s computed again: ds = dy silu'(s); dx_t = sum_w weight[:, w] ds_{t + W - 1 - w};
     dweight[:, w] = sum_t ds_t x_{t - W + 1 + w}.
     """
 
@@ -120,7 +119,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Sums:
-    """The sums before the SiLU, a block of tokens at a time, and the block's inputs [B, W - 1 + size, C]."""
+    """The sums s_t of a block of tokens at a time, and the inputs [B, W - 1 + size, C] of the block."""
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         batch, self.tokens, channels = x.shape
@@ -134,9 +133,10 @@ class _Sums:
         return ((start, min(start + self.step, self.tokens)) for start in range(0, self.tokens, self.step))
 
     def sums(self, x: Tensor, before: Tensor, start: int, end: int) -> Tensor:
-        size, behind = end - start, min(start, self.past)  # the block's first inputs: of x as far as they reach
-        self.inputs[:, : self.past - behind] = before[:, start:]
-        self.inputs[:, self.past - behind : self.past + size] = x[:, start - behind : end]
+        """s_t for t = start ... end - 1; fills `inputs`."""
+        size, from_x = end - start, min(start, self.past)  # of the W - 1 inputs before the block, those that are in x
+        self.inputs[:, : self.past - from_x] = before[:, start:]
+        self.inputs[:, self.past - from_x : self.past + size] = x[:, start - from_x : end]
         total = torch.mul(self.inputs[:, :size], self.columns[0], out=self.total[:, :size])
         for w in range(1, self.past + 1):
             total.addcmul_(self.inputs[:, w : w + size], self.columns[w])
@@ -144,7 +144,7 @@ class _Sums:
 
 
 def _last_inputs(before: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
-    """The last W - 1 inputs of each row [B, C, W-1]: of `before` [B, W-1, C] and then x, up to the row's length."""
+    """The last W - 1 inputs of each row [B, C, W-1]: of `before` [B, W-1, C] followed by x up to the row's length."""
     past = before.shape[1]
     if lengths is None:
         recent = x[:, max(0, x.shape[1] - past) :]

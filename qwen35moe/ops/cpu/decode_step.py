@@ -1,4 +1,4 @@
-"""One cached token of a Gated DeltaNet layer on a CPU: `ops.decode_step` without the cost of several dispatches."""
+"""One cached token of a Gated DeltaNet layer on a CPU: `ops.decode_step` with few calls of PyTorch functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qwen35moe.ops.delta_rule import decay_and_beta
 from qwen35moe.ops.norm import l2_norm
 from qwen35moe.ops.precision import without_autocast
 
-SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")  # named values that a fused step does not materialise
+SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")  # tapped values that it does not materialise
 
 
 @delta_net_step.implementation("fused_cpu", device="cpu", compiles=False, skips=SKIPS, differentiable=False)
@@ -21,32 +21,33 @@ def delta_net_step_cpu(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
     A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The step without a backward, rounded once at the end. It writes over its own temporaries, never over its arguments:
-    a snapshot may share the recurrent state."""
-    heads, width, out = recurrent_state.shape[1:]
+    """The step without a backward, rounded once at the end. It overwrites temporaries, never its arguments: a snapshot of the
+    cache may share the recurrent state."""
+    H, K, V = recurrent_state.shape[1:]
     decay, beta = decay_and_beta(a, b, A_log, dt_bias)
     dtype = torch.promote_types(decay.dtype, qkv.dtype)
     window = torch.cat([conv_state.mT.to(qkv.dtype), qkv[:, None]], dim=1)  # [B, W, C]
     mixed = F.silu((window.to(dtype) * conv_weight.T.to(dtype)).sum(1), inplace=True)
-    query_key, value = mixed.split([2 * groups * width, heads * out], dim=-1)
-    qk, v = query_key.unflatten(-1, (2, groups, width)), value.unflatten(-1, (heads, out))
+    query_key, value = mixed.split([2 * groups * K, H * V], dim=-1)
+    qk, v = query_key.unflatten(-1, (2, groups, K)), value.unflatten(-1, (H, V))
     core, recurrent_state = one_token(qk, v, decay.exp_(), beta, recurrent_state.to(dtype))
     normed = normalise_(core, eps).mul_(norm_weight.to(dtype)).mul_(F.silu(gate.to(dtype)))
     return normed.to(qkv.dtype), window[:, 1:].mT, recurrent_state
 
 
-def one_token(qk: Tensor, v: Tensor, kept: Tensor, beta: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the delta rule, with one reading of the state for both products: S'^T q = (e^decay S)^T q + (k . q) write.
+def one_token(qk: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of the delta rule that reads the state once: S_t^T q_t = (alpha_t S_{t-1})^T q_t + (k_t . q_t) w_t.
 
-    qk [B, 2, G, K]: the query above the key, not normalised; v [B, H, V]; kept = e^decay and beta [B, H]; before
-    [B, H, K, V]; one dtype, float32 at least. Returns the output [B, H, V] and the state after the token.
+    w_t = beta_t (v_t - (alpha_t S_{t-1})^T k_t). qk [B, 2, G, K]: the query above the key, not normalised; v [B, H, V]; alpha =
+    exp(decay) and beta [B, H]; state [B, H, K, V]; one dtype, float32 at least. Returns the output [B, H, V] and the state
+    after the token.
     """
-    batch, heads, width, out = before.shape
-    rows, groups = batch * heads, qk.shape[2]
-    unit = l2_norm(qk).transpose(1, 2)[:, :, None].expand(-1, -1, heads // groups, -1, -1).reshape(rows, 2, width)
-    state = before.reshape(rows, width, out) * kept.reshape(rows, 1, 1)
-    by_query, by_key = torch.bmm(unit, state).chunk(2, dim=1)
-    write = torch.sub(v.reshape(rows, 1, out), by_key).mul_(beta.reshape(rows, 1, 1))
+    B, H, K, V = state.shape
+    rows, G = B * H, qk.shape[2]
+    unit = l2_norm(qk).transpose(1, 2)[:, :, None].expand(-1, -1, H // G, -1, -1).reshape(rows, 2, K)
+    decayed = state.reshape(rows, K, V) * alpha.reshape(rows, 1, 1)
+    query_read, key_read = torch.bmm(unit, decayed).chunk(2, dim=1)
+    write = torch.sub(v.reshape(rows, 1, V), key_read).mul_(beta.reshape(rows, 1, 1))
     query, key = unit.chunk(2, dim=1)
-    output = by_query.addcmul_(torch.linalg.vecdot(query, key)[..., None], write).mul_(width**-0.5)
-    return output.reshape(batch, heads, out), state.baddbmm_(key.mT, write).view(before.shape)
+    output = query_read.addcmul_(torch.linalg.vecdot(query, key)[..., None], write).mul_(K**-0.5)
+    return output.reshape(B, H, V), decayed.baddbmm_(key.mT, write).view(state.shape)

@@ -1,15 +1,18 @@
-r"""The gated delta rule a chunk of tokens at a time, as matrix products. Contract in `ops.delta_rule`.
+r"""The gated delta rule in chunks of M tokens, as matrix products in memory that is reused. Contract in `ops.delta_rule`.
 
-Inside a chunk that starts from memory S, with D_ij = exp(decay_{j+1} + ... + decay_i) for j <= i, d_i = exp(decay_1 + ...
-+ decay_i) and t_j = D_Cj, the corrections W [C, V] of all its tokens solve one triangular system:
+Symbols and steps are those of `ops.delta_chunked`, which docs/reference/delta_rule.md derives. For one value head and the
+tokens i, j = 1 ... M of a chunk that starts with the recurrent state S_0:
 
-    U = V - d K S
-    W = X beta U                X = (I + A)^-1,  A_ij = beta_i (k_i . k_j) D_ij for j < i
-    O = d Q S + P W             P = Q K^T * D
-    S' = d_C S + (t K)^T W
+    2   d_ij = exp(decay_{j+1} + ... + decay_i) for j <= i, else 0          d_i0 = exp(decay_1 + ... + decay_i)
+    3   a_ij = beta_i d_ij (k_i . k_j) for j < i, else 0                    x = (I + a)^-1 diag(beta)
+    5   p_ij = d_ij (q_i . k_j)
+    6   r_i = v_i - d_i0 S_0^T k_i                                          w_i = sum_j x_ij r_j
+    7   o_i = d_i0 S_0^T q_i + sum_j p_ij w_j
+    8   S_M = d_M0 S_0 + sum_j k_j (x) d_Mj w_j
 
-What depends on one chunk alone (`inside`) is computed for a block of chunks at once, in memory that stays in a CPU's
-cache; then the memory passes through them one after the other.
+There is no step 4: the residual r_i needs S_0^T k_i, which the product that gives S_0^T q_i for step 7 computes as well, so
+that u_i and y_i are not needed. Steps 1 to 5 (`chunk_terms`) run for a block of chunks at once, whose size keeps them in a
+CPU's cache; steps 6 to 8 then pass the state from chunk to chunk.
 """
 
 from __future__ import annotations
@@ -25,134 +28,135 @@ from torch import Tensor
 from qwen35moe.ops.cpu.triangular import by_blocks, by_substitution
 from qwen35moe.ops.precision import wide_dtype, without_autocast
 
-_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of the memories of a block's chunks, were they all kept
+_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of one recurrent state for each chunk of a block
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the tokens of a call fill chunks. Of packed documents each begins at a chunk, which keeps them apart for good.
+    """The chunks of a call. Each packed document starts a chunk of its own; padding fills its last chunk.
 
-    tokens: with the gaps between documents; chunk: C; block: chunks worked on at once. document: which row of the states
-    each chunk belongs to, None when every row of the batch is one document. source [tokens]: the token at each position,
-    in a gap the last one before it; place [T]: the position of each token; there [tokens]: 0 in a gap, else 1.
+    length: tokens with the padding between documents; chunk_size: M; block_size: chunks per block. document: the document of
+    each chunk, None when every row of the batch is one document. source [length]: the token at each position, in padding
+    the last one before it; position [T]: the position of each token; valid [length]: 0 in padding, else 1.
     """
 
-    tokens: int
-    chunk: int
-    block: int
+    length: int
+    chunk_size: int
+    block_size: int
     document: list[int] | None = None
     source: Tensor | None = None
-    place: Tensor | None = None
-    there: Tensor | None = None
+    position: Tensor | None = None
+    valid: Tensor | None = None
 
     @property
     def chunks(self) -> int:
-        return -(-self.tokens // self.chunk)
+        return -(-self.length // self.chunk_size)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """[first, last) chunk of each block."""
-        return ((c, min(c + self.block, self.chunks)) for c in range(0, self.chunks, self.block))
+        return ((c, min(c + self.block_size, self.chunks)) for c in range(0, self.chunks, self.block_size))
 
-    def row(self, states: Tensor, c: int) -> Tensor:
-        """[N, K, R*V]: the part of states [rows, G, K, R*V] that chunk c works on, a view."""
-        mine = states if self.document is None else states[self.document[c] : self.document[c] + 1]
-        return mine.flatten(0, 1)
+    def state_of(self, states: Tensor, c: int) -> Tensor:
+        """[B G, K, H/G V]: the states of chunk c among those of all rows [B or documents, G, K, H/G V], a view."""
+        rows = states if self.document is None else states[self.document[c] : self.document[c] + 1]
+        return rows.flatten(0, 1)
 
     def continues(self, c: int) -> bool:
-        """Whether chunk c goes on where chunk c - 1 stopped."""
+        """Whether chunk c starts with the state after chunk c - 1."""
         return c > 0 and (self.document is None or self.document[c] == self.document[c - 1])
 
     def take(self, x: Tensor, first: int, last: int) -> Tensor:
-        """x [B, T, H, ...] of these chunks -> [n, B, H, C, ...]; gaps hold anything, what lies behind the end zeros."""
-        rows = slice(first * self.chunk, min(last * self.chunk, self.tokens))
+        """x [B, T, H, ...] of these chunks -> [chunks, B, H, M, ...]; padding between documents is undefined, at the end 0."""
+        rows = slice(first * self.chunk_size, min(last * self.chunk_size, self.length))
         x = x[:, rows] if self.source is None else x.index_select(1, self.source[rows])
-        if missing := -x.shape[1] % self.chunk:
+        if missing := -x.shape[1] % self.chunk_size:
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
-        return x.unflatten(1, (-1, self.chunk)).transpose(0, 1).transpose(2, 3)
+        return x.unflatten(1, (-1, self.chunk_size)).transpose(0, 1).transpose(2, 3)
 
     def mask(self, first: int, last: int) -> Tensor | None:
-        """[n, 1, 1, C] of these chunks: 0 in a gap, else 1."""
-        if self.there is None:
+        """[chunks, 1, 1, M] of these chunks: 0 in padding, else 1; None without padding between documents."""
+        if self.valid is None:
             return None
-        return self.there[first * self.chunk : last * self.chunk].view(-1, 1, 1, self.chunk)
+        return self.valid[first * self.chunk_size : last * self.chunk_size].view(-1, 1, 1, self.chunk_size)
 
     def put(self, x: Tensor, first: int, out: Tensor) -> None:
-        """The way back: x [n, B, H, C, ...] of the chunks from `first` on into its positions of out [B, tokens, H, ...]."""
+        """Write x [chunks, B, H, M, ...] of the chunks from `first` on to its positions in out [B, length, H, ...]."""
         x = x.transpose(2, 3).transpose(0, 1)
-        start, room = first * self.chunk, x.shape[1] * self.chunk
-        rows = out[:, start : start + room]
-        if rows.shape[1] == room:
-            rows.unflatten(1, (-1, self.chunk)).copy_(x)
+        start, size = first * self.chunk_size, x.shape[1] * self.chunk_size
+        rows = out[:, start : start + size]
+        if rows.shape[1] == size:
+            rows.unflatten(1, (-1, self.chunk_size)).copy_(x)
         else:
             rows.copy_(x.flatten(1, 2)[:, : rows.shape[1]])
 
-    def gathered(self, x: Tensor) -> Tensor:
-        """[B, tokens, ...] -> [B, T, ...]: without the gaps."""
-        return x if self.place is None else x.index_select(1, self.place)
+    def without_padding(self, x: Tensor) -> Tensor:
+        """[B, length, ...] -> [B, T, ...]."""
+        return x if self.position is None else x.index_select(1, self.position)
 
 
-def sizes(key: Tensor, value: Tensor, chunk: int) -> tuple[int, int]:
-    """Tokens per chunk, fewer than `chunk` for a short row, and chunks per block.
+def sizes(key: Tensor, value: Tensor, chunk_size: int) -> tuple[int, int]:
+    """Tokens per chunk, fewer than `chunk_size` for a short row, and chunks per block.
 
-    Not fewer than 16, so that short documents round in a packed row as they do alone.
+    At least 16 tokens, so that a short document is rounded in a packed row as it is alone.
     """
-    batch, tokens, heads, out = value.shape
-    while chunk > 16 and chunk // 2 >= tokens:
-        chunk //= 2
+    B, T, H, V = value.shape
+    while chunk_size > 16 and chunk_size // 2 >= T:
+        chunk_size //= 2
     budget = _BLOCK_BYTES["cpu" if value.device.type == "cpu" else "cuda"]
-    return chunk, max(4, budget // (4 * batch * heads * key.shape[-1] * out))
+    return chunk_size, max(4, budget // (4 * B * H * key.shape[-1] * V))
 
 
-def plan(key: Tensor, value: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Plan:
-    """See `Plan` and `sizes`. Reads cu_seqlens on the host: on a GPU packed documents wait for it, once per call."""
+def plan(key: Tensor, value: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Plan:
+    """See `Plan` and `sizes`. Copies cu_seqlens to the host: one synchronisation per call with packed documents on a GPU."""
     tokens = value.shape[1]
-    chunk, block = sizes(key, value, chunk)
+    chunk_size, block_size = sizes(key, value, chunk_size)
     if cu_seqlens is None:
-        return Plan(tokens, chunk, block)
+        return Plan(tokens, chunk_size, block_size)
     bounds = cu_seqlens.cpu()
     lengths = bounds.diff()
-    counts = (lengths + chunk - 1) // chunk
-    begins = (counts.cumsum(0) - counts) * chunk  # of each document, among the positions
+    counts = (lengths + chunk_size - 1) // chunk_size
+    starts = (counts.cumsum(0) - counts) * chunk_size  # of each document, among the positions
     of_token, of_chunk = torch.repeat_interleave(lengths), torch.repeat_interleave(counts)
-    place = torch.arange(tokens) - bounds[:-1][of_token] + begins[of_token]
-    of_position = of_chunk.repeat_interleave(chunk)
-    source = torch.arange(of_position.shape[0]) - begins[of_position] + bounds[:-1][of_position]
+    position = torch.arange(tokens) - bounds[:-1][of_token] + starts[of_token]
+    of_position = of_chunk.repeat_interleave(chunk_size)
+    source = torch.arange(of_position.shape[0]) - starts[of_position] + bounds[:-1][of_position]
     source = source.minimum(bounds[1:][of_position] - 1)
-    there = torch.zeros(source.shape[0]).index_fill_(0, place, 1)
-    source, place, there = (x.to(value.device) for x in (source, place, there))
-    return Plan(source.shape[0], chunk, block, of_chunk.tolist(), source, place, there)
+    valid = torch.zeros(source.shape[0]).index_fill_(0, position, 1)
+    source, position, valid = (x.to(value.device) for x in (source, position, valid))
+    return Plan(source.shape[0], chunk_size, block_size, of_chunk.tolist(), source, position, valid)
 
 
 @dataclass
-class Inside:
-    """What depends on one chunk alone, for n chunks. N = B*G rows, R = H/G.
+class ChunkTerms:
+    """Results of steps 1 to 5 for the chunks of a block. The value heads of a key head are in an axis of their own, H/G."""
 
-    qk [n, N, 2C, K]: unit queries / sqrt(K) above unit keys, which are `norm` [n, N, 2C, 1] times the given ones; v
-    [n, N, R, C, V]; beta, since_start = d, to_end = t [n, N, R, C]; between = D, inverse = X [n, N, R, C, C]; scores
-    [n, N, 2C, C]: Q K^T above K K^T.
-    """
-
-    qk: Tensor
-    norm: Tensor
-    v: Tensor
-    beta: Tensor
-    since_start: Tensor
-    to_end: Tensor
-    between: Tensor
-    inverse: Tensor
-    scores: Tensor
+    qk: Tensor  # q_i above k_i [chunks, B G, 2M, K]
+    norm: Tensor  # by which the rule's queries and keys were multiplied [chunks, B G, 2M, 1]
+    v: Tensor  # v_i [chunks, B G, H/G, M, V]
+    beta: Tensor  # beta_i [chunks, B G, H/G, M]
+    decay_since_start: Tensor  # d_i0 [chunks, B G, H/G, M]
+    decay_to_end: Tensor  # d_Mi [chunks, B G, H/G, M]
+    decay_between: Tensor  # d_ij [chunks, B G, H/G, M, M]
+    inverse: Tensor  # (I + a)^-1 [chunks, B G, H/G, M, M]
+    products: Tensor  # q_i . k_j above k_i . k_j [chunks, B G, 2M, M]
 
     @property
-    def halves(self) -> tuple[Tensor, Tensor]:
-        """Q K^T and K K^T [n, N, 1, C, C]."""
-        return self.scores[:, :, None].chunk(2, dim=-2)  # pyright: ignore[reportReturnType]
+    def query_key(self) -> Tensor:
+        """q_i . k_j [chunks, B G, 1, M, M]."""
+        return self.products[:, :, None].chunk(2, dim=-2)[0]
+
+    @property
+    def key_key(self) -> Tensor:
+        """k_i . k_j [chunks, B G, 1, M, M]."""
+        return self.products[:, :, None].chunk(2, dim=-2)[1]
 
 
-def inside(
+def chunk_terms(
     plan: Plan, first: int, last: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor
-) -> Inside:
-    """Chunks first ... last - 1. See `Inside`."""
-    dtype, size, groups = wide_dtype(query, key, value, decay, beta), plan.chunk, key.shape[2]
+) -> ChunkTerms:
+    """Steps 1 to 5 for the chunks first ... last - 1."""
+    # 1. Queries and keys of unit length, in chunks.
+    dtype, size, groups = wide_dtype(query, key, value, decay, beta), plan.chunk_size, key.shape[2]
     q, k = plan.take(query, first, last), plan.take(key, first, last)
     qk = torch.empty(*q.shape[:3], 2 * size, q.shape[-1], dtype=dtype, device=q.device)
     qk[..., :size, :], qk[..., size:, :] = q, k
@@ -162,92 +166,98 @@ def inside(
     qk *= norm[..., None]
     v = plan.take(value, first, last)
     v = torch.empty(v.shape, dtype=dtype, device=v.device).copy_(v).unflatten(2, (groups, -1)).flatten(1, 2)
-    g, b = (plan.take(x, first, last).to(dtype) for x in (decay, beta))
-    there = plan.mask(first, last)
-    if there is not None:  # a token in a gap neither forgets nor writes
-        g, b = g * there, b * there
-    g, b = (x.unflatten(2, (groups, -1)).flatten(1, 2).contiguous() for x in (g, b))
-    between = forgetting(segment_sums(g)).tril_()
-    keys = qk[:, :, size:]
-    scores = qk @ keys.mT  # once per key head
-    system = scores[:, :, None, size:] * between
-    system *= b[..., None]
+    decay, beta = (plan.take(x, first, last).to(dtype) for x in (decay, beta))
+    valid = plan.mask(first, last)
+    if valid is not None:  # a padding token keeps the state and writes nothing
+        decay, beta = decay * valid, beta * valid
+    decay, beta = (x.unflatten(2, (groups, -1)).flatten(1, 2).contiguous() for x in (decay, beta))
+    # 2. Decay between two tokens.
+    decay_between = floored_exp(segment_sums(decay)).tril_()
+    # 3. and 5. The products of queries and keys, once per key head; the triangular system and its inverse.
+    products = qk @ qk[:, :, size:].mT
+    system = products[:, :, None, size:] * decay_between
+    system *= beta[..., None]
     inverse = by_substitution(system) if system.device.type == "cpu" else by_blocks(system.tril_(-1))
-    # Entry (i, j) of the inverse carries D_ij as a factor: where that is nothing, so is the entry, rounding apart.
-    inverse.masked_fill_(between == 0, 0)
-    since_start, to_end = forgetting(g.cumsum(-1)), between[..., -1, :].clone()
-    return Inside(qk, norm[..., None], v, b, since_start, to_end, between, inverse, scores)
+    # Entry (i, j) of the inverse has the factor d_ij: where that is zero, the entry is zero too, except for rounding.
+    inverse.masked_fill_(decay_between == 0, 0)
+    since_start, to_end = floored_exp(decay.cumsum(-1)), decay_between[..., -1, :].clone()
+    return ChunkTerms(qk, norm[..., None], v, beta, since_start, to_end, decay_between, inverse, products)
 
 
 def segment_sums(decay: Tensor) -> Tensor:
-    """[..., C] -> [..., C, C]: decay_{j+1} + ... + decay_i for j < i, and zero on and above the diagonal.
+    """[..., M] -> [..., M, M]: decay_{j+1} + ... + decay_i for j < i, and zero on and above the diagonal.
 
-    Each entry is summed on its own, not as a difference of two running sums: behind a gate of -80 such a difference
-    keeps no digit of a gate of -1e-4.
+    Each entry is summed on its own: a difference of two running sums has no correct digit of a gate of -1e-4 that follows
+    a gate of -80.
     """
     size = decay.shape[-1]
     below = torch.ones(size, size, dtype=torch.bool, device=decay.device).tril(-1)
     return torch.where(below, decay[..., :, None], 0).cumsum_(-2)
 
 
-def forgetting(logs: Tensor) -> Tensor:
-    """exp(logs), exactly zero where less than 1e-13 (float64: 1e-35) would be left. Written in place of `logs`.
+def floored_exp(logs: Tensor) -> Tensor:
+    """exp(logs), exactly zero where it is below 1e-13 (float64: 1e-35). Overwrites `logs`.
 
-    Without the floor the products that follow fill with denormal numbers, which a CPU handles in microcode: at hard
-    gates every form of the rule becomes several times slower, and no digit of the result depends on them.
+    Without the floor the products that follow contain denormal numbers, which a CPU handles in microcode: with strongly
+    negative gates every form of the rule is several times slower, and no digit of the result depends on them.
     """
     floor = -80.0 if logs.dtype == torch.float64 else -30.0
     return torch.threshold_(logs, floor, float("-inf")).exp_()
 
 
-class Corrections:
-    """U, W and what follows from them for the memory, chunk by chunk; `keep` chunks of results stay to be read.
+class AcrossChunks:
+    """Steps 6 and 8, chunk by chunk, in memory for the results of `capacity` chunks.
 
-    by_query = Q S, by_key = K S, wanted = U, write = W [keep, N, R, C, V]; brought = t W [keep, N, C, R*V].
+    state_reads [capacity, B G, 2M, H/G V]: S_0^T q_i above S_0^T k_i, and their views query_reads and key_reads [capacity,
+    B G, H/G, M, V]. residual r_i and writes w_i [capacity, B G, H/G, M, V], decayed_writes d_Mi w_i [capacity, B G, M, H/G V].
     """
 
-    def __init__(self, part: Inside, keep: int) -> None:
-        rows, each, size, out = part.v.shape[1:]
+    def __init__(self, terms: ChunkTerms, capacity: int) -> None:
+        rows, repeats, size, V = terms.v.shape[1:]
 
         def empty(*shape: int) -> Tensor:
-            return part.v.new_empty(keep, rows, *shape)
+            return terms.v.new_empty(capacity, rows, *shape)
 
-        self.reads, self.brought = empty(2 * size, each * out), empty(size, each * out)
-        self.wanted, self.write = empty(each, size, out), empty(each, size, out)
-        self.by_query, self.by_key = apart(self.reads, each).chunk(2, dim=-2)
+        self.state_reads, self.decayed_writes = empty(2 * size, repeats * V), empty(size, repeats * V)
+        self.residual, self.writes = empty(repeats, size, V), empty(repeats, size, V)
+        self.query_reads, self.key_reads = split_heads(self.state_reads, repeats).chunk(2, dim=-2)
 
-    def one_chunk(self, part: Inside, c: int, solve: Tensor, memory: Tensor, after: Tensor | None, at: int) -> None:
-        """Chunk c of `part` from `memory` [N, K, R*V], its results at `at`; the memory behind it goes into `after`, which
-        may be the same tensor. solve = X diag(beta) [N, R, C, C]."""
-        each, size = part.v.shape[2], part.v.shape[-2]
-        wanted, write, brought = self.wanted[at], self.write[at], self.brought[at]
-        torch.bmm(part.qk[c], memory, out=self.reads[at])
-        torch.mul(self.by_key[at], part.since_start[c][..., None], out=wanted)
-        torch.sub(part.v[c], wanted, out=wanted)
-        torch.bmm(solve.flatten(0, 1), wanted.flatten(0, 1), out=write.flatten(0, 1))
-        torch.mul(write, part.to_end[c][..., None], out=apart(brought, each))
+    def run_chunk(
+        self, terms: ChunkTerms, c: int, transform: Tensor, state: Tensor, after: Tensor | None, index: int
+    ) -> None:
+        """Chunk c of `terms` from `state` [B G, K, H/G V]; the results go to `index`, the state after the chunk to `after`,
+        which may be `state`. transform: x_ij [B G, H/G, M, M]."""
+        repeats, size = terms.v.shape[2], terms.v.shape[-2]
+        residual, writes, decayed_writes = self.residual[index], self.writes[index], self.decayed_writes[index]
+        # 6. Residuals and writes.
+        torch.bmm(terms.qk[c], state, out=self.state_reads[index])
+        torch.mul(self.key_reads[index], terms.decay_since_start[c][..., None], out=residual)
+        torch.sub(terms.v[c], residual, out=residual)
+        torch.bmm(transform.flatten(0, 1), residual.flatten(0, 1), out=writes.flatten(0, 1))
+        # 8. State after the chunk.
+        torch.mul(writes, terms.decay_to_end[c][..., None], out=split_heads(decayed_writes, repeats))
         if after is not None:
-            kept = part.since_start[c, :, None, :, -1:]
-            torch.mul(memory.unflatten(-1, (each, -1)), kept, out=after.unflatten(-1, (each, -1)))
-            after.baddbmm_(part.qk[c, :, size:].mT, brought)
+            decay_of_chunk = terms.decay_since_start[c, :, None, :, -1:]
+            torch.mul(state.unflatten(-1, (repeats, -1)), decay_of_chunk, out=after.unflatten(-1, (repeats, -1)))
+            after.baddbmm_(terms.qk[c, :, size:].mT, decayed_writes)
 
 
-def apart(x: Tensor, each: int) -> Tensor:
-    """[..., C, R*V] -> [..., R, C, V]: value heads side by side as heads of their own, a view."""
-    return x.unflatten(-1, (each, -1)).transpose(-2, -3)
+def split_heads(x: Tensor, repeats: int) -> Tensor:
+    """[..., M, H/G V] -> [..., H/G, M, V], a view."""
+    return x.unflatten(-1, (repeats, -1)).transpose(-2, -3)
 
 
-def side_by_side(states: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """A copy [rows, G, K, R*V] of states [rows, H, K, V]: the memories of the value heads that share a key head lie side by
-    side, so that one product reads them all."""
-    rows, heads, width, out = states.shape
-    wide = torch.empty(rows, groups, width, heads // groups, out, dtype=dtype, device=states.device)
-    return wide.copy_(rearrange(states, "b (g r) k v -> b g k r v", g=groups)).flatten(-2)
+def group_heads(states: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """A copy [rows, G, K, H/G V] of states [rows, H, K, V]: the value heads that share a key head are side by side, so that
+    one product reads all of their states."""
+    rows, H, K, V = states.shape
+    grouped = torch.empty(rows, groups, K, H // groups, V, dtype=dtype, device=states.device)
+    return grouped.copy_(rearrange(states, "b (g h) k v -> b g k h v", g=groups)).flatten(-2)
 
 
-def one_after_another(states: Tensor, out: int) -> Tensor:
-    """The way back, [rows, G, K, R*V] -> [rows, H, K, V]."""
-    return rearrange(states, "b g k (r v) -> b (g r) k v", v=out).contiguous()
+def ungroup_heads(states: Tensor, value_width: int) -> Tensor:
+    """[rows, G, K, H/G V] -> [rows, H, K, V]."""
+    return rearrange(states, "b g k (h v) -> b (g h) k v", v=value_width).contiguous()
 
 
 @without_autocast
@@ -255,26 +265,27 @@ def chunked_forward(
     plan: Plan, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None, rows: int,
     boundaries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, T, H, V] and memories [rows, H, K, V]; boundaries [blocks, N, K, R*V] gets the memory before each block."""
-    (batch, _, groups, width), (heads, out) = key.shape, value.shape[2:]
+    """Output [B, T, H, V] and states [rows, H, K, V]; boundaries [blocks, B G, K, H/G V] gets the state before each block."""
+    (B, _, G, K), (H, V) = key.shape, value.shape[2:]
     dtype = wide_dtype(query, key, value, decay, beta)
     if state is None:
-        memories = torch.zeros(rows, groups, width, heads // groups * out, dtype=dtype, device=value.device)
+        states = torch.zeros(rows, G, K, H // G * V, dtype=dtype, device=value.device)
     else:
-        memories = side_by_side(state, groups, dtype)
-    output = value.new_empty(batch, plan.tokens, heads, out)
-    work = answer = None
+        states = group_heads(state, G, dtype)
+    output = value.new_empty(B, plan.length, H, V)
+    across = chunk_output = None
     for index, (first, last) in enumerate(plan.blocks()):
-        part = inside(plan, first, last, query, key, value, decay, beta)
-        if work is None or answer is None:
-            work, answer = Corrections(part, 1), torch.empty_like(part.v[0])
+        terms = chunk_terms(plan, first, last, query, key, value, decay, beta)
+        if across is None or chunk_output is None:
+            across, chunk_output = AcrossChunks(terms, 1), torch.empty_like(terms.v[0])
         if boundaries is not None:
-            boundaries[index] = plan.row(memories, first)
-        solve, attend = part.inverse.mul_(part.beta[..., None, :]), part.between.mul_(part.halves[0])
+            boundaries[index] = plan.state_of(states, first)
+        transform, scores = terms.inverse.mul_(terms.beta[..., None, :]), terms.decay_between.mul_(terms.query_key)
         for c in range(last - first):
-            memory = plan.row(memories, first + c)
-            work.one_chunk(part, c, solve[c], memory, memory, 0)
-            torch.mul(work.by_query[0], part.since_start[c][..., None], out=answer)
-            answer.flatten(0, 1).baddbmm_(attend[c].flatten(0, 1), work.write[0].flatten(0, 1))
-            plan.put(answer.view(1, batch, heads, plan.chunk, out), first + c, output)
-    return plan.gathered(output), one_after_another(memories, out)
+            before = plan.state_of(states, first + c)
+            across.run_chunk(terms, c, transform[c], before, before, 0)
+            # 7. Output.
+            torch.mul(across.query_reads[0], terms.decay_since_start[c][..., None], out=chunk_output)
+            chunk_output.flatten(0, 1).baddbmm_(scores[c].flatten(0, 1), across.writes[0].flatten(0, 1))
+            plan.put(chunk_output.view(1, B, H, plan.chunk_size, V), first + c, output)
+    return plan.without_padding(output), ungroup_heads(states, V)

@@ -1,6 +1,6 @@
-"""The gated delta rule as matrix products over chunks of tokens; contract in `ops.delta_rule`.
+"""The gated delta rule as matrix products of chunks of tokens: the implementations. Contract in `ops.delta_rule`.
 
-delta_chunks.py holds the forward, delta_gradient.py the backward, this file the implementations that are made of them.
+The forward is in delta_chunks.py, the backward in delta_gradient.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qwen35moe.ops.cpu.delta_gradient import chunked_operator
 from qwen35moe.ops.delta_rule import gated_delta_rule, initial_state
 from qwen35moe.ops.precision import widen, without_autocast
 
-CHUNK = 32  # smaller chunks save work, which grows with the square, larger ones launches: 32 is fastest on CPUs
+CHUNK = 32  # M: smaller chunks need fewer products per token, larger ones fewer calls; 32 is the fastest on CPUs
 
 
 @gated_delta_rule.implementation("chunked_cpu", compiles=False, differentiable=False)
@@ -22,7 +22,7 @@ def chunked_gated_delta_rule_cpu(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Chunks without a backward, for which nothing is kept; one token by the recurrence."""
+    """Chunks without a backward; one token by the recurrence."""
     if query.shape[1] == 1 and cu_seqlens is None:
         return _one_token(query, key, value, decay, beta, state)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -34,16 +34,16 @@ def _one_token(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     q, k, v, decay, beta = widen(query, key, value, decay, beta)
-    before = initial_state(state, q, v)
-    output, after = one_token(torch.cat([q, k], dim=1), v[:, 0], decay[:, 0].exp(), beta[:, 0], before)
-    return output[:, None].to(value.dtype), after
+    state = initial_state(state, q, v)
+    output, state = one_token(torch.cat([q, k], dim=1), v[:, 0], decay[:, 0].exp(), beta[:, 0], state)
+    return output[:, None].to(value.dtype), state
 
 
 def chunked_gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None, chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Chunks, differentiable once. chunk_size is 8, 16, 32, ..."""
+    """Chunks of chunk_size = M tokens, 8, 16, 32, ...; differentiable once."""
     return chunked_operator(query, key, value, decay, beta, state, cu_seqlens, chunk_size)
 
 

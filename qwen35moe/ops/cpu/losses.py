@@ -8,14 +8,14 @@ from torch.utils.checkpoint import checkpoint
 from qwen35moe.ops.losses import IGNORE, linear_cross_entropy
 from qwen35moe.ops.precision import wide_dtype
 
-_TOKENS_AT_ONCE = 512  # 512 rows of a 248,320 word vocabulary are 0.5 GB in float32
+_TOKENS_AT_ONCE = 512  # 512 rows of logits for a vocabulary of 248,320 are 0.5 GB in float32
 
 
 @linear_cross_entropy.implementation("torch")
 def chunked_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, num_items: int | Tensor | None = None
 ) -> Tensor:
-    """Some hundred tokens at a time, forward and backward: the logits are never in memory whole."""
+    """A block of tokens at a time, forward and backward; the logits of a block are computed again in backward."""
     total = hidden.new_zeros((), dtype=wide_dtype(hidden))
     for start in range(0, hidden.shape[0], _TOKENS_AT_ONCE):
         rows = slice(start, start + _TOKENS_AT_ONCE)

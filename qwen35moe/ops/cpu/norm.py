@@ -1,6 +1,6 @@
 """The norms of `ops.norm`, a block of rows at a time.
 
-On a CPU the definition's time is mostly that of fresh pages: each of its temporaries is as large as x in float32.
+On a CPU the definition spends most of its time on page faults: each of its temporaries is as large as x in float32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rms_norm_cpu(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 @gated_rms_norm.implementation("cpu", device="cpu", compiles=False)
 def gated_rms_norm_cpu(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """`gated_rms_norm`; differentiable once, for which it keeps x and gate alone."""
+    """`gated_rms_norm`, differentiable once; the backward keeps x, gate and weight alone."""
     return _GatedRMSNorm.apply(x, gate, weight, eps)  # pyright: ignore[reportReturnType]
 
 
@@ -79,7 +79,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 
 
 def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """function over blocks of rows; it gets wide copies, which it may overwrite."""
+    """Apply `function` to blocks of rows. It gets copies in `wide_dtype`, which it may overwrite."""
     dtype = wide_dtype(*tensors)
     flat = [x.reshape(-1, x.shape[-1]) for x in tensors]
     out = torch.empty_like(flat[0])

@@ -9,16 +9,16 @@ from qwen35moe.ops.precision import wide_dtype
 from qwen35moe.ops.rope import rotary
 
 _BLOCK = 1 << 17  # numbers rotated at once: with their temporaries they stay in cache
-_FEW = 64  # tokens: below, the definition's temporaries are no larger
+_FEW = 64  # tokens, below which the definition's temporaries stay in cache as well
 
 
 def _few_tokens(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> str | None:
-    return f"{query.shape[1]} tokens are few" if query.shape[1] < _FEW else None
+    return f"{query.shape[1]} tokens are fewer than {_FEW}" if query.shape[1] < _FEW else None
 
 
 @rotary.implementation("cpu", _few_tokens, device="cpu", compiles=False, differentiable=False)
 def rotary_cpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotary` without a backward. The result is laid out head after head in memory, as attention reads it."""
+    """`rotary` without a backward. In memory the results are [B, H, T, K], the order in which attention reads them."""
     return _rotated_by_blocks(query, cos, sin), _rotated_by_blocks(key, cos, sin)
 
 

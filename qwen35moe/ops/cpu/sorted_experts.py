@@ -1,13 +1,15 @@
-"""The experts with the (token, slot) pairs sorted by expert: the form for CPUs, forward and backward.
+"""The experts with the (token, expert) assignments sorted by expert: the form for CPUs, forward and backward.
 
-    P = gather(x) W_gate_up^T      A = silu(P_gate) * P_up      y = sum over slots of w * (A W_down^T)
+For an assignment of a token x to an expert with weight w, where dy is the gradient of the token's y and so for other symbols:
 
-    B = gather(dy) W_down          dw = <B, A>                  dA = w B         dP from dA and P
-    dW_down = dy^T (w A)           dW_gate_up = dP^T x          dx = sum over slots of dP W_gate_up
+    z = W_gate_up x          h = silu(gate) * up with gate, up = z          y = sum over the token's assignments of w W_down h
 
-Beyond its inputs the backward keeps P [N S, 2F] alone: the gathered rows and A are made again, and the experts' outputs
-are not needed, because dw = <dy, A W_down^T> = <dy W_down, A> (Guo et al. 2025, SonicMoE). Every product writes into a
-buffer or straight into the gradient: outside products, a CPU spends its time on touching fresh memory.
+    b = W_down^T dy          dw = b . h          dh = w b          dz from dh and z
+    dW_down = sum of dy (x) w h       dW_gate_up = sum of dz (x) x       dx = sum over the token's assignments of W_gate_up^T dz
+
+Beyond its inputs the backward keeps z [N k, 2F] alone: the rows x and h are computed again, and the experts' outputs are not
+needed, because dw = dy . W_down h = W_down^T dy . h (Guo et al. 2025, SonicMoE). Every product writes into a buffer or straight
+into the gradient: outside products, a CPU spends its time on page faults in newly allocated memory.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from torch import Tensor
 
 from qwen35moe.ops.precision import wide_dtype
 
-_BLOCK = 256  # rows of several experts worked on between two passes over a buffer: a few MB, which the cache holds
-_PIECE = 1024  # rows of one expert at once: shorter pieces make slower products, longer ones touch more fresh memory
-_KEPT = 32 << 20  # bytes of all pairs' rows up to which they are kept and summed in one pass: 0.3 ms instead of
-#                   6 for 512 tokens, S = 8, D = 2048 (2 cores of Zen 4); above, fresh memory would cost more than that
+_BLOCK = 256  # rows of several experts between two passes over a buffer: a few MB, which fit in cache
+_PIECE = 1024  # rows of one expert at once: shorter pieces make slower products, longer ones touch more new memory
+_KEPT = 32 << 20  # bytes of all assignments' rows up to which they are kept and summed in one pass: 0.3 ms instead of
+#                   6 for 512 tokens, k = 8, D = 2048 (2 cores of Zen 4); above, new memory would cost more than that
 _FEW_ROWS = 64  # on CPUs with AMX, up to here weight @ rows.T streams a bfloat16 weight faster than rows @ weight.T
 _AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
 
@@ -32,10 +34,10 @@ _AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, 
 def sorted_experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: object = None
 ) -> Tensor:
-    """Arguments and result as in `ops.experts.loop_experts`. Each expert hit reads its weights once.
+    """Arguments and result as in `ops.experts.experts`. Reads the weights of each chosen expert once.
 
-    The number of rows of each expert is read on the host. Has a backward, and no second one. Under torch.compile it
-    is one operation that the compiler does not look into.
+    Differentiable once. Synchronises with the host for the number of rows of each expert. Under torch.compile it is one
+    opaque operator.
     """
     inputs = (hidden, gate_up, down, weights)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -47,31 +49,36 @@ def sorted_experts(
 
 
 class Block(NamedTuple):
-    """Consecutive experts and their pairs: the pairs' places in sorted order, and (expert, first, last) within."""
+    """Consecutive experts and their assignments."""
 
-    pairs: slice
-    parts: tuple[tuple[int, slice], ...]
+    assignments: slice  # in sorted order
+    parts: tuple[tuple[int, slice], ...]  # (expert, its rows within the block)
+
+    @property
+    def size(self) -> int:
+        return self.assignments.stop - self.assignments.start
 
 
-def sort_pairs(indices: Tensor, experts: int, split: bool = False) -> tuple[Tensor, list[Block]]:
-    """The pairs [N S] sorted by expert, and blocks of up to _BLOCK rows that cover them in order.
+def sort_assignments(indices: Tensor, num_experts: int, split: bool = False) -> tuple[Tensor, list[Block]]:
+    """The assignments [N k] sorted by expert, and blocks of up to _BLOCK rows that cover them in order.
 
     An expert with more rows than that is a block of its own; with `split` several, of up to _PIECE rows.
     """
     flat = indices.reshape(-1)
-    counts = torch.bincount(flat, minlength=experts).tolist()
-    if len(counts) > experts:
-        raise ValueError(f"the indices name expert {len(counts) - 1}, the experts are 0 ... {experts - 1}")
-    hit = [(expert, count) for expert, count in enumerate(counts) if count]
+    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    if len(counts) > num_experts:
+        raise ValueError(_out_of_range(len(counts) - 1, num_experts))
+    pieces = [(expert, count) for expert, count in enumerate(counts) if count]
     if split:
-        hit = [(expert, min(_PIECE, count - n)) for expert, count in hit for n in range(0, count, _PIECE)]
-    return flat.argsort(stable=True), list(_blocks(hit))
+        pieces = [(expert, min(_PIECE, count - n)) for expert, count in pieces for n in range(0, count, _PIECE)]
+    return flat.argsort(stable=True), list(_blocks(pieces))
 
 
-def _blocks(hit: Sequence[tuple[int, int]]) -> Iterator[Block]:
+def _blocks(pieces: Sequence[tuple[int, int]]) -> Iterator[Block]:
+    """pieces: (expert, number of rows), in order."""
     start = size = 0
     parts: list[tuple[int, slice]] = []
-    for expert, count in hit:
+    for expert, count in pieces:
         if parts and size + count > _BLOCK:
             yield Block(slice(start, start + size), tuple(parts))
             start, size, parts = start + size, 0, []
@@ -82,146 +89,150 @@ def _blocks(hit: Sequence[tuple[int, int]]) -> Iterator[Block]:
 
 
 def _one_token(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """y [1, D]: nothing to sort, and the sum over the slots is a product."""
+    """y [1, D]: nothing to sort, and the weighted sum over the experts is a product."""
     chosen, (width, inner) = indices[0].tolist(), down.shape[1:]
-    _check_range(chosen, gate_up.shape[0])
-    pre, out = hidden.new_empty(len(chosen), 2 * inner), hidden.new_empty(len(chosen), width)
-    for expert, p in zip(chosen, pre.split(1), strict=False):
-        project(hidden, gate_up[expert], p)
-    gate, up = pre.chunk(2, dim=-1)
-    for expert, a, y in zip(chosen, F.silu(gate).mul_(up).split(1), out.split(1), strict=False):
-        project(a, down[expert], y)
+    for expert in chosen:
+        if not 0 <= expert < gate_up.shape[0]:
+            raise ValueError(_out_of_range(expert, gate_up.shape[0]))
+    z, out = hidden.new_empty(len(chosen), 2 * inner), hidden.new_empty(len(chosen), width)
+    for expert, row in zip(chosen, z.split(1), strict=False):
+        project(hidden, gate_up[expert], row)
+    gate, up = z.chunk(2, dim=-1)
+    for expert, h, y in zip(chosen, F.silu(gate).mul_(up).split(1), out.split(1), strict=False):
+        project(h, down[expert], y)
     dtype = wide_dtype(hidden)
     return torch.mm(weights.to(dtype), out.to(dtype)).to(hidden.dtype)
 
 
-def _check_range(chosen: Sequence[int], experts: int) -> None:
-    for expert in chosen:
-        if not 0 <= expert < experts:
-            raise ValueError(f"the indices name expert {expert}, the experts are 0 ... {experts - 1}")
+def _out_of_range(expert: int, num_experts: int) -> str:
+    return f"indices contain expert {expert}, the experts are 0 ... {num_experts - 1}"
 
 
 def _forward(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, kept: Tensor | None = None
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, saved: Tensor | None = None
 ) -> Tensor:
-    """y [N, D]; writes P into `kept` [N S, 2F] where given."""
-    (tokens, width), slots, inner = hidden.shape, indices.shape[1], down.shape[-1]
-    order, blocks = sort_pairs(indices, gate_up.shape[0], split=True)
-    dtype, pairs = wide_dtype(hidden), order.numel()
-    largest = max((block.pairs.stop - block.pairs.start for block in blocks), default=0)
-    whole = _keeps_all(hidden, slots) and weights.dtype == hidden.dtype
-    rows, scales = order // slots, weights.reshape(-1)[order].to(dtype)[:, None]
-    x, act = hidden.new_empty(largest, width), hidden.new_empty(largest, inner)
-    pre = hidden.new_empty(largest, 2 * inner) if kept is None else kept
-    out = hidden.new_empty(pairs if whole else largest, width)
-    total = None if whole else hidden.new_zeros(tokens, width, dtype=dtype)
-    scaled = None if whole else hidden.new_empty(largest, width, dtype=dtype)
+    """y [N, D]; writes z into `saved` [N k, 2F] if it is passed."""
+    (tokens, width), top_k, inner = hidden.shape, indices.shape[1], down.shape[-1]
+    order, blocks = sort_assignments(indices, gate_up.shape[0], split=True)
+    dtype, assignments = wide_dtype(hidden), order.numel()
+    largest = max((block.size for block in blocks), default=0)
+    one_pass = _sums_in_one_pass(hidden, top_k) and weights.dtype == hidden.dtype
+    token, scales = order // top_k, weights.reshape(-1)[order].to(dtype)[:, None]
+    x, h = hidden.new_empty(largest, width), hidden.new_empty(largest, inner)
+    z_buffer = hidden.new_empty(largest, 2 * inner) if saved is None else saved
+    out = hidden.new_empty(assignments if one_pass else largest, width)
+    total = None if one_pass else hidden.new_zeros(tokens, width, dtype=dtype)
+    scaled = None if one_pass else hidden.new_empty(largest, width, dtype=dtype)
     for block in blocks:
-        size = block.pairs.stop - block.pairs.start
-        p = pre[:size] if kept is None else pre[block.pairs]
-        y = out[block.pairs] if whole else out[:size]
-        torch.index_select(hidden, 0, rows[block.pairs], out=x[:size])
-        for expert, part in block.parts:
-            project(x[part], gate_up[expert], p[part])
-        gate, up = p.chunk(2, dim=-1)
-        torch.ops.aten.silu.out(gate, out=act[:size]).mul_(up)
-        for expert, part in block.parts:
-            project(act[part], down[expert], y[part])
+        size = block.size
+        z = z_buffer[:size] if saved is None else z_buffer[block.assignments]
+        y = out[block.assignments] if one_pass else out[:size]
+        torch.index_select(hidden, 0, token[block.assignments], out=x[:size])
+        for expert, rows in block.parts:
+            project(x[rows], gate_up[expert], z[rows])
+        gate, up = z.chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate, out=h[:size]).mul_(up)
+        for expert, rows in block.parts:
+            project(h[rows], down[expert], y[rows])
         if total is not None and scaled is not None:
-            total.index_add_(0, rows[block.pairs], scaled[:size].copy_(y).mul_(scales[block.pairs]))
+            total.index_add_(0, token[block.assignments], scaled[:size].copy_(y).mul_(scales[block.assignments]))
     if total is not None:
         return total.to(hidden.dtype)
-    return _summed(order, out, weights)
+    return _sum_by_token(order, out, weights)
 
 
-def _keeps_all(hidden: Tensor, slots: int) -> bool:
-    """Whether the rows of all pairs are kept and summed in one pass, not added block by block to a wide sum [N, D].
-
-    They are where they take no more memory than that sum (two slots of bfloat16), or little.
-    """
-    kept = slots * hidden.element_size()
+def _sums_in_one_pass(hidden: Tensor, top_k: int) -> bool:
+    """Whether the rows of all assignments are kept and summed in one pass, not added block by block to a wide sum [N, D]: if
+    they take no more memory than that sum (top-2 in bfloat16), or little."""
+    kept = top_k * hidden.element_size()
     return kept <= wide_dtype(hidden).itemsize or kept * hidden.numel() <= _KEPT
 
 
-def _summed(order: Tensor, out: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of each token's rows [N, D], summed in float32, from the rows of all pairs [N S, D], sorted."""
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view(weights.shape)
+def _sum_by_token(order: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of each token's rows [N, D], in float32, from the sorted rows of all assignments [N k, D]."""
+    positions = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view(weights.shape)
     if not len(order):
-        return out.new_zeros(len(weights), out.shape[1])
-    return F.embedding_bag(places, out, mode="sum", per_sample_weights=weights)
+        return rows.new_zeros(len(weights), rows.shape[1])
+    return F.embedding_bag(positions, rows, mode="sum", per_sample_weights=weights)
 
 
 def _backward(
-    grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, pre: Tensor,
-    wanted: Sequence[bool],
+    grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, saved: Tensor,
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, gate_up, down and weights; an empty tensor for those that are not `wanted`."""
-    dtype, slots, (width, inner) = wide_dtype(hidden), indices.shape[1], down.shape[1:]
-    order, blocks = sort_pairs(indices, gate_up.shape[0])
-    rows, scales = order // slots, weights.reshape(-1)[order].to(dtype)[:, None]
-    to_hidden, to_gate_up, to_down, to_weights = wanted
-    grads = [torch.empty_like(x) if want else x.new_empty(0) for x, want in zip((gate_up, down), wanted[1:3], strict=True)]
-    whole = to_hidden and _keeps_all(hidden, slots)
-    every = hidden.new_empty(order.numel(), width) if whole else None  # dx of all pairs
-    total = hidden.new_zeros(hidden.shape if to_hidden and not whole else 0, dtype=dtype)
-    by_pair = weights.new_zeros(order.numel(), dtype=dtype)
-    _zero_unhit(grads, blocks, gate_up.shape[0])
-    largest = max((block.pairs.stop - block.pairs.start for block in blocks), default=0)
-    shared = hidden.new_empty(largest, width)  # dy until it has been used, then x, then dx
-    back, act, dp = (hidden.new_empty(largest, n) for n in (inner, inner, 2 * inner))
+    """Gradients of hidden, gate_up, down and weights; an empty tensor for those whose `needs_grad` is False."""
+    dtype, top_k, (width, inner) = wide_dtype(hidden), indices.shape[1], down.shape[1:]
+    order, blocks = sort_assignments(indices, gate_up.shape[0])
+    token, scales = order // top_k, weights.reshape(-1)[order].to(dtype)[:, None]
+    needs_hidden, needs_gate_up, needs_down, needs_weights = needs_grad
+    d_gate_up, d_down = _empty_unless_needed((gate_up, down), needs_grad[1:3])
+    one_pass = needs_hidden and _sums_in_one_pass(hidden, top_k)
+    all_dx = hidden.new_empty(order.numel(), width) if one_pass else None  # of all assignments
+    total = hidden.new_zeros(hidden.shape if needs_hidden and not one_pass else 0, dtype=dtype)
+    d_scales = weights.new_zeros(order.numel(), dtype=dtype)
+    _zero_unused((d_gate_up, d_down), blocks, gate_up.shape[0])
+    largest = max((block.size for block in blocks), default=0)
+    buffer = hidden.new_empty(largest, width)  # dy, then x, then dx
+    b, h, dz = (hidden.new_empty(largest, n) for n in (inner, inner, 2 * inner))
     wide = hidden.new_empty(min(_BLOCK, largest) if total.numel() else 0, width, dtype=dtype)
     for block in blocks:
-        size, row, scale, p = block.pairs.stop - block.pairs.start, rows[block.pairs], scales[block.pairs], pre[block.pairs]
-        some, pieces = shared[:size], [slice(n, min(n + _BLOCK, size)) for n in range(0, size, _BLOCK)]
-        torch.index_select(grad, 0, row, out=some)
-        for expert, part in block.parts:
-            torch.mm(some[part], down[expert], out=back[part])
+        size, tokens = block.size, token[block.assignments]
+        scale, z, d_scale = scales[block.assignments], saved[block.assignments], d_scales[block.assignments]
+        block_rows, pieces = buffer[:size], [slice(n, min(n + _BLOCK, size)) for n in range(0, size, _BLOCK)]
+        torch.index_select(grad, 0, tokens, out=block_rows)
+        for expert, rows in block.parts:
+            torch.mm(block_rows[rows], down[expert], out=b[rows])
         for n in pieces:
-            by_pair[block.pairs][n] = _swiglu_backward(p[n], back[n], scale[n], act[n], dp[n])
-        if to_down:
-            for expert, part in block.parts:
-                torch.mm(some[part].t(), act[part], out=grads[1][expert])
-        if to_gate_up:
-            torch.index_select(hidden, 0, row, out=some)
-            for expert, part in block.parts:
-                torch.mm(dp[part].t(), some[part], out=grads[0][expert])
-        if to_hidden:
-            dx = some if every is None else every[block.pairs]
-            for expert, part in block.parts:
-                torch.mm(dp[part], gate_up[expert], out=dx[part])
-            for n in pieces if every is None else ():
-                total.index_add_(0, row[n], wide[: n.stop - n.start].copy_(dx[n]))
-    by_slot = torch.empty_like(by_pair).scatter_(0, order, by_pair).view(indices.shape).to(weights.dtype)
-    to_x = total.to(hidden.dtype) if every is None else _summed(order, every, hidden.new_ones(indices.shape))
-    return to_x, grads[0], grads[1], by_slot if to_weights else weights.new_empty(0)
+            d_scale[n] = _swiglu_backward(z[n], b[n], scale[n], h[n], dz[n])
+        if needs_down:
+            for expert, rows in block.parts:
+                torch.mm(block_rows[rows].t(), h[rows], out=d_down[expert])
+        if needs_gate_up:
+            torch.index_select(hidden, 0, tokens, out=block_rows)
+            for expert, rows in block.parts:
+                torch.mm(dz[rows].t(), block_rows[rows], out=d_gate_up[expert])
+        if needs_hidden:
+            dx = block_rows if all_dx is None else all_dx[block.assignments]
+            for expert, rows in block.parts:
+                torch.mm(dz[rows], gate_up[expert], out=dx[rows])
+            for n in pieces if all_dx is None else ():
+                total.index_add_(0, tokens[n], wide[: n.stop - n.start].copy_(dx[n]))
+    d_weights = torch.empty_like(d_scales).scatter_(0, order, d_scales).view(indices.shape).to(weights.dtype)
+    d_hidden = total.to(hidden.dtype) if all_dx is None else _sum_by_token(order, all_dx, hidden.new_ones(indices.shape))
+    return d_hidden, d_gate_up, d_down, d_weights if needs_weights else weights.new_empty(0)
 
 
-def _zero_unhit(grads: Sequence[Tensor], blocks: Sequence[Block], experts: int) -> None:
-    """Experts that nobody chose have gradient zero; the others' gradients are written once, by their product."""
-    hit = {expert for block in blocks for expert, _ in block.parts}
+def _empty_unless_needed(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
+    """Memory for the gradients of the inputs that need one, an empty tensor for the others."""
+    return [torch.empty_like(x) if needed else x.new_empty(0) for x, needed in zip(inputs, needs_grad, strict=True)]
+
+
+def _zero_unused(grads: Sequence[Tensor], blocks: Sequence[Block], num_experts: int) -> None:
+    """The gradients of experts that no token chose are zero; the others are written once, by their product."""
+    chosen = {expert for block in blocks for expert, _ in block.parts}
     for grad in grads:
         if grad.numel():
-            for expert in set(range(experts)) - hit:
+            for expert in set(range(num_experts)) - chosen:
                 grad[expert].zero_()
 
 
-def _swiglu_backward(pre: Tensor, back: Tensor, scales: Tensor, act: Tensor, dp: Tensor) -> Tensor:
-    """dw [n] of a block from P [n, 2F] and B [n, F]; writes w A into `act` [n, F] and dP into `dp` [n, 2F]."""
-    gate, up = pre.to(scales.dtype).chunk(2, dim=-1)
-    to_gate, to_up = dp.chunk(2, dim=-1)
+def _swiglu_backward(z: Tensor, b: Tensor, scales: Tensor, h: Tensor, dz: Tensor) -> Tensor:
+    """dw [rows] of a block from z [rows, 2F] and b [rows, F]; writes w h into `h` [rows, F] and dz into `dz` [rows, 2F]."""
+    gate, up = z.to(scales.dtype).chunk(2, dim=-1)
+    d_gate, d_up = dz.chunk(2, dim=-1)
     silu = F.silu(gate)
     inner = silu * up
-    wide = back.to(scales.dtype)
-    by_pair = torch.linalg.vecdot(wide, inner)
-    act.copy_(inner.mul_(scales))
+    wide = b.to(scales.dtype)
+    d_scales = torch.linalg.vecdot(wide, inner)
+    h.copy_(inner.mul_(scales))
     wide.mul_(scales)
-    to_up.copy_(silu.mul_(wide))
-    to_gate.copy_(torch.ops.aten.silu_backward(wide.mul_(up), gate))
-    return by_pair
+    d_up.copy_(silu.mul_(wide))
+    d_gate.copy_(torch.ops.aten.silu_backward(wide.mul_(up), gate))
+    return d_scales
 
 
 def project(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = rows @ weight.T, in the order that reads a bfloat16 weight fastest on this CPU: [n, D], [F, D] -> [n, F].
+    """out = rows @ weight.T in the order that streams a bfloat16 weight fastest on this CPU: [rows, D], [F, D] -> [rows, F].
 
     With AMX one row takes 23-26 GB/s by mv and up to 64 as weight @ rows.T, against 17-21 the other way round. Without
     (AVX-512 alone) the plain product is the fastest for every number of rows: 11-14 GB/s of 14.
@@ -238,9 +249,9 @@ def project(rows: Tensor, weight: Tensor, out: Tensor) -> None:
 def _experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """(y, P); P is empty unless kept for a backward."""
-    pre = hidden.new_empty(indices.numel() if keep else 0, gate_up.shape[1])
-    return _forward(hidden, gate_up, down, indices, weights, pre if keep else None), pre
+    """(y, z); z is empty unless kept for a backward."""
+    z = hidden.new_empty(indices.numel() if keep else 0, gate_up.shape[1])
+    return _forward(hidden, gate_up, down, indices, weights, z if keep else None), z
 
 
 @_experts.register_fake
@@ -252,22 +263,19 @@ def _experts_shapes(
 
 @torch.library.custom_op("qwen35moe::experts_backward", mutates_args=())
 def _experts_backward(
-    grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, pre: Tensor,
-    wanted: Sequence[bool],
+    grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, saved: Tensor,
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _backward(grad, hidden, gate_up, down, indices, weights, pre, wanted)
+    return _backward(grad, hidden, gate_up, down, indices, weights, saved, needs_grad)
 
 
 @_experts_backward.register_fake
 def _experts_backward_shapes(
-    grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, pre: Tensor,
-    wanted: Sequence[bool],
+    grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, saved: Tensor,
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth = (
-        torch.empty_like(x) if want else x.new_empty(0)
-        for x, want in zip((hidden, gate_up, down, weights), wanted, strict=True)
-    )
-    return first, second, third, fourth
+    d_hidden, d_gate_up, d_down, d_weights = _empty_unless_needed((hidden, gate_up, down, weights), needs_grad)
+    return d_hidden, d_gate_up, d_down, d_weights
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -280,19 +288,19 @@ def _gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if grad is None:
         return (None,) * 6
     needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[1], needs[2], needs[4]]
-    found = _experts_backward(grad, *ctx.saved_tensors, wanted)
-    hidden, gate_up, down, weights = (g if want else None for g, want in zip(found, wanted, strict=True))
+    needs_grad = [needs[0], needs[1], needs[2], needs[4]]
+    gradients = _experts_backward(grad, *ctx.saved_tensors, needs_grad)
+    hidden, gate_up, down, weights = (x if needed else None for x, needed in zip(gradients, needs_grad, strict=True))
     return hidden, gate_up, down, None, weights, None
 
 
-def _remember_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pass
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise ValueError("the sorted experts have no second derivative: choose backends.use(experts='loop'), which has")
+    raise ValueError("the sorted experts have no second derivative: choose backends.use(experts='loop'), which has one")
 
 
 _experts.register_autograd(_gradient, setup_context=_setup)
-_experts_backward.register_autograd(_no_second_gradient, setup_context=_remember_nothing)
+_experts_backward.register_autograd(_no_second_gradient, setup_context=_save_nothing)

@@ -1,5 +1,5 @@
-"""(I + a)^-1 for strictly lower triangular a [..., M, M]: by substitution on a CPU, by blocks where that is a long chain of
-tiny steps."""
+"""(I + a)^-1 for strictly lower triangular a [..., M, M]: by substitution on a CPU; by blocks on a GPU, where substitution
+would be many small dependent steps."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _BASE = 8
 
 
 def by_substitution(system: Tensor) -> Tensor:
-    """Row by row: torch's triangular solve against the identity. Entries on or above a's diagonal are not read."""
+    """torch's triangular solve with the identity as right side. Entries on and above the diagonal of a are ignored."""
     eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
     return torch.linalg.solve_triangular(system, eye.expand_as(system), upper=False, unitriangular=True)
 
 
 def by_blocks(system: Tensor) -> Tensor:
-    """For M = 8, 16, 32, ...: each block of 8 by its finite Neumann product, then merged upwards, [[x, 0], [-y l x, y]], in
-    log2(M / 8) + 3 rounds of batched products.
+    """For M = 8, 16, 32, ...: blocks of 8 on the diagonal by their finite Neumann product, then pairs of neighbouring blocks
+    merged, [[b, 0], [l, c]]^-1 = [[b^-1, 0], [-c^-1 l b^-1, c^-1]], in log2(M/8) + 3 rounds of batched products.
 
-    A Neumann product over a whole chunk is exact only on paper: its powers of a overflow the digits of float32 once keys
-    correlate (relative error 5e3 at correlation 0.9 and M = 64, against 2e-7 for blocks of 8).
+    A Neumann product of the whole chunk is equal in exact arithmetic only: with correlated keys its powers of a lose all digits
+    of float32 (relative error 5e3 at correlation 0.9 and M = 64, against 2e-7 for blocks of 8).
     """
     size = system.shape[-1]
     if size % _BASE or size // _BASE & (size // _BASE - 1):
@@ -33,9 +33,9 @@ def by_blocks(system: Tensor) -> Tensor:
     _diagonal(inverse, _BASE).copy_((eye - diagonal) @ (eye + square) @ (eye + square @ square))
     block = _BASE
     while block < size:
-        pairs, inverse_pairs = _diagonal(flat, 2 * block), _diagonal(inverse, 2 * block)
-        upper, lower = inverse_pairs[..., :block, :block], inverse_pairs[..., block:, block:]
-        inverse_pairs[..., block:, :block] = -(lower @ pairs[..., block:, :block] @ upper)
+        merged, merged_inverse = _diagonal(flat, 2 * block), _diagonal(inverse, 2 * block)
+        upper, lower = merged_inverse[..., :block, :block], merged_inverse[..., block:, block:]
+        merged_inverse[..., block:, :block] = -(lower @ merged[..., block:, :block] @ upper)
         block *= 2
     return inverse.view_as(system)
 
