@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME [arguments of NAME]]`: run a benchmark, or list them."""
+"""`python -m benchmarks [NAME [arguments of NAME]]`: run a suite or a tool, or list them."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import benchmarks
 
-NOT_BENCHMARKS = {"__main__", "common", "machine"}
+TOOLS = ("compare", "numerics", "rerun", "routing_numerics", "synthetic")  # the modules of `tools` that are commands
 
 
-def names() -> list[str]:
-    """The modules of this package that are benchmarks."""
-    return sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in NOT_BENCHMARKS)
+def suites() -> list[str]:
+    """The modules of this package that measure."""
+    return sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "tools"))
+
+
+def load(name: str) -> ModuleType:
+    """The module of a suite or a tool."""
+    return importlib.import_module(f"benchmarks.tools.{name}" if name in TOOLS else f"benchmarks.{name}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m benchmarks NAME [--device cpu] [--json out.json]   (NAME --help tells more)\n")
-        for name in names():
-            summary = (importlib.import_module(f"benchmarks.{name}").__doc__ or "").strip().split("\n")[0]
-            print(f"  {name:<14} {summary}")
+        print("usage: python -m benchmarks NAME [--device cpu] [--json out.json]   (NAME --help shows all options)")
+        for title, names in (("suites", suites()), ("tools", TOOLS)):
+            print(f"\n{title}:")
+            for name in names:
+                print(f"  {name:<16} {(load(name).__doc__ or '').strip().splitlines()[0]}")
         return 0
     name, rest = arguments[0], arguments[1:]
-    if name not in names():
-        print(f"no benchmark {name!r}; there are {', '.join(names())}", file=sys.stderr)
+    if name not in (*suites(), *TOOLS):
+        print(f"no benchmark {name!r}; there are {', '.join([*suites(), *TOOLS])}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"benchmarks.{name}").main(rest) or 0
+    return load(name).main(rest) or 0
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
-"""What `import qwen35moe` costs beyond `import torch`, and what loading every public name costs.
+"""Seconds of `import qwen35moe` beyond `import torch`, and of loading every public name.
 
-Each run is a fresh process that imports torch first and then times the rest; the first round writes bytecode and fills
-the page cache and is not counted. There is no answer to check: an import that fails stops the benchmark.
+Each run is a fresh process that imports torch first and then times the rest. The first round writes bytecode and fills the
+page cache; it is not counted. There is no answer to check: an import that fails stops the benchmark.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.common import Report, Timing, arguments
+from benchmarks.tools.common import Report, Timing, arguments, fresh_process
 
-ROOT = Path(__file__).resolve().parents[1]
 FIRST, REST = "import time; start = time.perf_counter()", "print(time.perf_counter() - start)"
 PROGRAMS = {
     "torch": f"{FIRST}; import torch; {REST}",
@@ -26,13 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(__doc__).parse_args(argv)
     report = Report("imports", rounds=options.rounds)
     with report.case("import/process") as case:
-        rounds = [{name: seconds(program) for name, program in PROGRAMS.items()} for _ in range(options.rounds + 1)]
+        rounds = [{name: fresh_process("-c", program) for name, program in PROGRAMS.items()} for _ in range(options.rounds + 1)]
         case.timings = {name: Timing(tuple(times[name] for times in rounds[1:])) for name in PROGRAMS}
         case.baseline = "torch"
     return report.finish(options)
-
-
-def seconds(program: str) -> float:
-    """What a program prints last, run in a fresh process at the root of the checkout."""
-    run = subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return float(run.stdout.split()[-1])

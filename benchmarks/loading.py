@@ -1,15 +1,15 @@
-"""Loading a checkpoint in bfloat16, beside transformers: seconds, bytes per second, anonymous memory, and one layer alone.
+"""Loading a checkpoint in bfloat16, beside transformers: seconds, bytes per second, anonymous memory; one layer alone.
 
-    python -m benchmarks.synthetic /somewhere/4b --layout per_expert     # 9 GB, outside the repository
+    python -m benchmarks synthetic /somewhere/4b --layout per_expert     # 9 GB, outside the repository
     python -m benchmarks loading --checkpoint /somewhere/4b [--device cuda] [--json out.json]
 
-Each measurement is a process of its own, sides in turns, all weight files in the page cache. "load" is from_pretrained;
+Each measurement is a process of its own, in turns, with all weight files in the page cache. "load" is from_pretrained;
 "load and touch" ends when every page of the weights was read once, since a load that maps files has not read them;
-"copied" is ours with weights="copy". With --device cuda all sides end with the weights there (transformers loads them as it
-does without a device and moves them). The answer: all sides' parameters must have the same digests (sums of all bits,
-and samples; first round); A_log and its like rounded to bfloat16 first, as transformers stores them. "layer" is one layer
-with weights="copy" beside reading as many bytes from the same files into fresh memory (--layer -1: not measured). Memory is
-the most RssAnon of the load above what it was before, against the experts' bytes; on a GPU that is what buffers take.
+"copied" is ours with weights="copy". With --device cuda the weights end on the GPU (transformers loads them on the CPU and
+moves them). The answer: the parameters of all must have the same digests (sums of all bits, and samples; first round), those
+kept in float32 rounded to bfloat16 first, as transformers stores them. "layer" is one layer with weights="copy" beside
+reading as many bytes from the same files into fresh memory (--layer -1: not measured). Memory is the growth of RssAnon
+during the load, against the experts' bytes; on a GPU that is the size of the buffers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -28,12 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Case, Report, Timing, arguments
-from benchmarks.text_4b.memory import Watch, usage, warm, weight_files
-from benchmarks.text_4b.sides import side
+from benchmarks.text_4b.peers import peer
+from benchmarks.tools.common import Case, Report, Timing, arguments, fresh_process, in_turns
+from benchmarks.tools.memory import PeakSampler, stored_bytes, usage, warm, weight_files
 
-ROOT = Path(__file__).resolve().parents[1]
-SIDES = ("transformers", "ours", "copied")
+IMPLEMENTATIONS = ("transformers", "ours", "copied")
 FASTER = 4  # per-expert files: ours against transformers
 ROOM = 0.3e9  # anonymous bytes beyond the experts'
 
@@ -54,16 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = "" if options.device == "cpu" else "/gpu"
     total = sum(experts.values()) / 1e9
     print(f"{layout}: experts {total:.2f} GB, {warm(files):.0%} of the files in the page cache", flush=True)
-    runs = in_turns(options, SIDES)
+    runs = in_turns(IMPLEMENTATIONS, options.rounds, lambda task, number: worker(task, number, options))
     for name in ("load", "load_and_touch"):
         with report.case(f"loading/{layout}{place}/{name}/bf16") as case:
             compare(case, runs, name)
-    layers = in_turns(options, ("read", "layer")) if options.layer >= 0 else {}
-    if layers:
+    layers: dict[str, list[dict[str, Any]]] = {}
+    if options.layer >= 0:
+        layers = in_turns(("read", "layer"), options.rounds, lambda task, number: worker(task, number, options))
         with report.case(f"loading/{layout}/one_layer/bf16") as case:
             case.baseline = "read"
-            case.timings.update({name: Timing(tuple(run["load"] for run in found)) for name, found in layers.items()})
-    memory = {name: max(run["anonymous"] for run in found) for name, found in runs.items()}
+            case.timings.update({name: Timing(tuple(run["load"] for run in rows)) for name, rows in layers.items()})
+    memory = {name: max(run["anonymous"] for run in rows) for name, rows in runs.items()}
     for name, most in memory.items():
         print(f"  {name:<24} anonymous memory {most / 1e9:6.2f} GB, {(most - experts['per_expert']) / 1e9:+.2f} beside the "
               f"experts that are stacked (ours: at most {ROOM / 1e9})")  # fmt: skip
@@ -74,39 +73,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(case: Case, runs: dict[str, list[dict[str, Any]]], name: str) -> None:
-    """Times of the sides whose weights agree."""
-    digests = {side: {run["digest"] for run in found if run["digest"]} for side, found in runs.items()}
+    """Times of the implementations whose weights agree."""
+    digests = {who: {run["digest"] for run in rows if run["digest"]} for who, rows in runs.items()}
     case.baseline = "transformers"
-    for contestant, found in runs.items():
-        if digests[contestant] != digests["transformers"] or len(digests[contestant]) != 1:
-            case.wrong[contestant] = "its weights have other digests than transformers'"
-        case.figures[contestant] = {"GB/s": found[0]["nbytes"] / min(run[name] for run in found) / 1e9}
-    right = {side: found for side, found in runs.items() if side not in case.wrong}
-    case.timings.update({side: Timing(tuple(run[name] for run in found)) for side, found in right.items()})
+    for implementation, rows in runs.items():
+        if digests[implementation] != digests["transformers"] or len(digests[implementation]) != 1:
+            case.wrong[implementation] = "the digests of its weights differ from transformers'"
+        case.figures[implementation] = {"GB/s": rows[0]["nbytes"] / min(run[name] for run in rows) / 1e9}
+    right = {who: rows for who, rows in runs.items() if who not in case.wrong}
+    case.timings.update({who: Timing(tuple(run[name] for run in rows)) for who, rows in right.items()})
 
 
-def in_turns(options: argparse.Namespace, tasks: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """What fresh processes found in each round; the order turns every round."""
-    found: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
-    for number in range(options.rounds):
-        for task in tasks if number % 2 == 0 else tasks[::-1]:
-            command = [sys.executable, "-m", "benchmarks.loading", "--worker", task]
-            command += ["--checkpoint", str(options.checkpoint), "--layer", str(options.layer), "--device", options.device]
-            command += ["--digest"] if number == 0 else []
-            warm(weight_files(options.checkpoint))  # each time: a system may give cached pages away within seconds
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"{task}: the process ended with {done.returncode}\n{done.stdout}")
-            found[task].append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+def worker(task: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The result of a task in a fresh process, in round `number`."""
+    command = ["-m", "benchmarks.loading", "--worker", task, "--checkpoint", str(options.checkpoint)]
+    command += ["--layer", str(options.layer), "--device", options.device, *(["--digest"] if number == 0 else [])]
+    warm(weight_files(options.checkpoint))  # every time: a system may drop cached pages within seconds
+    return fresh_process(*command)
 
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
-    """from_pretrained, then a first look at all weights."""
-    runner = side("transformers" if options.worker == "transformers" else "ours")
+    """from_pretrained, then the first read of all weights."""
+    runner = peer("transformers" if options.worker == "transformers" else "ours")
     if options.device != "cpu":
-        torch.zeros(1, device=options.device)  # the device's own start
-    base, watch = usage()["RssAnon"], Watch()
+        torch.zeros(1, device=options.device)  # starts the device
+    base, sampler = usage()["RssAnon"], PeakSampler()
     start = time.perf_counter()
     if options.worker == "transformers":
         runner.load(options.checkpoint)
@@ -120,20 +111,20 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
         parameter.detach().view(-1).view(torch.uint8)[::4096].sum()
     wait(options.device)
     touched = time.perf_counter()
-    anonymous = watch.stop() - base
+    anonymous = sampler.stop() - base
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
     times = {"load": loaded - start, "load_and_touch": touched - start}
     return {**times, "anonymous": anonymous, "nbytes": nbytes, "digest": digest(model) if options.digest else None}
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was told."""
+    """Wait until the device is idle."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
 def digest(model: nn.Module) -> str:
-    """Of all parameters in bfloat16, by name."""
+    """A digest of all parameters in bfloat16, by name."""
     total = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         flat = value.detach().to(torch.bfloat16).contiguous().view(-1).view(torch.int16)
@@ -149,7 +140,7 @@ def _bytes(values: Tensor) -> list[int]:
 
 
 def layer(options: argparse.Namespace) -> dict[str, Any]:
-    """One layer with the embedding that every model has, read into memory."""
+    """Load one layer, with the embedding and the norm of every model, into memory."""
     from qwen35moe import Qwen3_5MoeForCausalLM
 
     start = time.perf_counter()
@@ -159,7 +150,7 @@ def layer(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read(options: argparse.Namespace) -> dict[str, Any]:
-    """As many bytes, from the beginning of the files, with two threads and nothing else to do."""
+    """Read as many bytes from the beginning of the files with two threads."""
     from concurrent.futures import ThreadPoolExecutor
 
     from qwen35moe import Qwen3_5MoeForCausalLM
@@ -190,15 +181,11 @@ def read(options: argparse.Namespace) -> dict[str, Any]:
 
 def expert_bytes(folder: Path) -> dict[str, int]:
     """Bytes of routed experts in the files, by layout."""
-    found = {"grouped": 0, "per_expert": 0}
-    for file in weight_files(folder):
-        with file.open("rb") as f:
-            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        for name, entry in header.items():
-            if ".mlp.experts." in name and not name.startswith("mtp."):
-                kind = "per_expert" if name.endswith(".weight") else "grouped"
-                found[kind] += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return found
+    total = {"grouped": 0, "per_expert": 0}
+    for name, nbytes in stored_bytes(folder):
+        if ".mlp.experts." in name and not name.startswith("mtp."):
+            total["per_expert" if name.endswith(".weight") else "grouped"] += nbytes
+    return total
 
 
 TASKS = {"transformers": load, "ours": load, "copied": load, "layer": layer, "read": read}

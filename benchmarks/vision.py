@@ -1,7 +1,7 @@
-"""The vision tower at the 35B model's sizes, bf16 on a CPU, beside transformers' in one process; and what each takes of memory.
+"""The vision tower at the 35B model's sizes, bf16 on a CPU, beside transformers': time in one process, and memory.
 
-Two prompts: one image of 1024 x 1024 pixels (4096 patches of 16 x 16), and sixteen of mixed small sizes. Both towers hold
-the same weights; before they are timed each answers for two small images, against float32. Memory is the growth of the
+Two prompts: one image of 1024 x 1024 pixels (4096 patches of 16 x 16), and sixteen small images of mixed sizes. Both towers
+have the same weights; their outputs for two small images are first compared with float32. Memory is the growth of the
 resident set during one forward, each in a process of its own.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Report, arguments
+from benchmarks.tools.common import Report, arguments, fresh_process
+from benchmarks.tools.memory import usage
 from qwen35moe.config import Config, VisionConfig
 from qwen35moe.modules.vision import Qwen3_5MoeVisionModel
 
@@ -30,15 +29,14 @@ GRIDS = {
     ],
 }  # fmt: skip
 CHECKED = [(1, 12, 20), (1, 16, 8)]
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--depth", type=int, help="blocks, for a quick look (the published tower has 27)")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
-    parser.add_argument("--prompt", choices=list(GRIDS), help="one of the two alone")
-    parser.add_argument("--only", choices=["time", "memory"], help="one of the two measurements alone")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
+    parser.add_argument("--prompt", choices=list(GRIDS), help="only this prompt")
+    parser.add_argument("--only", choices=["time", "memory"], help="only this measurement")
     parser.add_argument("--growth-of", choices=["ours", "transformers"], help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     config = _config(options.depth)
@@ -47,28 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     names = [options.prompt] if options.prompt else list(GRIDS)
     report, memory = Report("vision", rounds=options.rounds), {}
+    report.extra["memory_growth_mib"] = memory
     if options.only != "memory":
         measure_time(report, config, names, options.warmup)
     for name in names if options.only != "time" else ():
-        memory[name] = {who: _growth_in_a_process(who, name) for who in ("transformers", "ours")}
-        print(f"{name} grows by {', '.join(f'{mib:.0f} MiB ({who})' for who, mib in memory[name].items())}", flush=True)
-    status = report.finish(options)
-    if options.json:
-        written = json.loads(options.json.read_text(encoding="utf-8")) | {"memory_growth_mib": memory}
-        options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    return status
+        memory[name] = {library: growth_in_a_process(library, name) for library in ("transformers", "ours")}
+        print(f"{name}: memory grows by {', '.join(f'{mib:.0f} MiB ({who})' for who, mib in memory[name].items())}", flush=True)
+    return report.finish(options)
 
 
 def measure_time(report: Report, config: VisionConfig, names: Sequence[str], warmup: int) -> None:
     """A case for each prompt; both towers in this process, in turns."""
-    contestants = towers(config, ["transformers", "ours"])
-    answers = checked(contestants, config)
+    implementations = towers(config, ["transformers", "ours"])
+    answers = checked(implementations, config)
     for name in names:
         with report.case(f"tower/depth{config.depth}/{name}/bf16") as case:
-            for contestant, (found, truth) in answers.items():
-                case.check(contestant, found, truth, bound=0.1)
+            for library, (answer, truth) in answers.items():
+                case.check(library, answer, truth, bound=0.1)
             pixels, grid = prompt(GRIDS[name], config)
-            runs = {who: _run(tower, pixels, grid) for who, tower in contestants.items()}
+            runs = {library: _run(tower, pixels, grid) for library, tower in implementations.items()}
             case.time(runs, baseline="transformers", warmup=warmup)
 
 
@@ -79,7 +74,7 @@ def _config(depth: int | None) -> VisionConfig:
 
 
 def towers(config: VisionConfig, names: Sequence[str]) -> dict[str, Any]:
-    """bf16 towers with the same weights: matrices of unit gain halved, so that twenty-seven blocks stay ordinary."""
+    """bf16 towers with the same weights: matrices of gain 0.5, so that activations stay bounded over 27 blocks."""
     ours = Qwen3_5MoeVisionModel(config).bfloat16().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -88,21 +83,18 @@ def towers(config: VisionConfig, names: Sequence[str]) -> dict[str, Any]:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             else:
                 parameter.normal_(0, 0.5 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.02, generator=generator)
-    found: dict[str, Any] = {}
-    for name in names:
-        found[name] = ours if name == "ours" else _theirs(config, ours)
-    return found
+    return {name: ours if name == "ours" else _theirs(config, ours) for name in names}
 
 
 def _theirs(config: VisionConfig, ours: Qwen3_5MoeVisionModel) -> Any:
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling
     from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeVisionConfig
 
-    given = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     with torch.device("meta"):
-        theirs = modeling.Qwen3_5MoeVisionModel._from_config(Qwen3_5MoeVisionConfig(**given), attn_implementation="sdpa")
+        theirs = modeling.Qwen3_5MoeVisionModel._from_config(Qwen3_5MoeVisionConfig(**fields), attn_implementation="sdpa")
     theirs.load_state_dict(ours.state_dict(), assign=True)
-    theirs.rotary_pos_emb = modeling.Qwen3_5MoeVisionRotaryEmbedding(theirs.config)  # its buffer is no weight
+    theirs.rotary_pos_emb = modeling.Qwen3_5MoeVisionRotaryEmbedding(theirs.config)  # its buffer is not in the state dict
     return theirs.eval()
 
 
@@ -122,39 +114,32 @@ def _run(tower: Any, pixels: Tensor, grid: Tensor) -> Callable[[], Any]:
 
 
 def _tokens(output: Any) -> Tensor:
-    found = output.pooler_output
-    return found if isinstance(found, Tensor) else torch.cat(found)
+    tokens = output.pooler_output
+    return tokens if isinstance(tokens, Tensor) else torch.cat(tokens)
 
 
-def checked(contestants: dict[str, Any], config: VisionConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each one's tokens of two small images, and those of the float32 tower."""
+def checked(implementations: dict[str, Any], config: VisionConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """By implementation: the tokens of two small images, and those of the float32 tower."""
     pixels, grid = prompt(CHECKED, config)
     wide = Qwen3_5MoeVisionModel(config).eval()
-    wide.load_state_dict(contestants["ours"].state_dict())
+    wide.load_state_dict(implementations["ours"].state_dict())
     truth = _tokens(_run(wide, pixels.float(), grid)())
-    return {name: (_tokens(_run(tower, pixels, grid)()), truth) for name, tower in contestants.items()}
+    return {name: (_tokens(_run(tower, pixels, grid)()), truth) for name, tower in implementations.items()}
 
 
 def growth(tower: Any, grids: Sequence[tuple[int, int, int]]) -> float:
-    """MiB by which the resident set grows at most during one forward (Linux; nan elsewhere)."""
+    """MiB by which the peak of the resident set grows during one forward (Linux; nan elsewhere)."""
     pixels, grid = prompt(grids, tower.config)
-    _run(tower, *prompt(CHECKED, tower.config))()  # libraries load their code at the first call
+    _run(tower, *prompt(CHECKED, tower.config))()  # the first call loads libraries
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:
         return float("nan")
-    before = _status("VmRSS")
+    before = usage()["VmRSS"]
     _run(tower, pixels, grid)()
-    return (_status("VmHWM") - before) / 1024
+    return (usage()["VmHWM"] - before) / 2**20
 
 
-def _status(name: str) -> int:
-    """KiB, from the kernel's account of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def _growth_in_a_process(contestant: str, name: str) -> float:
-    command = [sys.executable, "-m", "benchmarks", "vision", "--depth", "1", "--prompt", name, "--growth-of", contestant]
-    run = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return float(run.stdout.split()[-1])
+def growth_in_a_process(library: str, name: str) -> float:
+    """`growth` of one block of a tower, in a fresh process."""
+    return fresh_process("-m", "benchmarks", "vision", "--depth", "1", "--prompt", name, "--growth-of", library)

@@ -112,6 +112,30 @@ def test_every_folder_of_the_packages_is_a_package() -> None:
     assert not [name_of(folder) for folder in folders if not (folder / "__init__.py").exists()]
 
 
+def operations_by_string(tree: ast.AST) -> list[int]:
+    """Lines of calls such as `backends.run("rms_norm", ...)`, and of `run("rms_norm", ...)` after a from-import."""
+    doors = {"run", "resolve"}
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            if name in doors and isinstance(node.args[0].value, str):
+                lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("path", files("qwen35moe/modules", "qwen35moe/models"), ids=name_of)
+def test_modules_call_operations_as_functions(path: Path) -> None:
+    """`ops.rms_norm(...)` leads an editor to the definition, `backends.run("rms_norm", ...)` does not."""
+    lines = operations_by_string(ast.parse(path.read_text(encoding="utf-8")))
+    assert not lines, f"{name_of(path)} names an operation by a string on lines {lines}"
+
+
+def test_an_operation_named_by_a_string_is_found() -> None:
+    source = 'backends.run("rms_norm", x)\nops.rms_norm(x)\nresolve("router", x, caller=self)\nrun(self._mix, x)\n'
+    assert operations_by_string(ast.parse(source)) == [1, 3]
+
+
 # -------------------------------------------------------------------------------------------------------- public names
 
 

@@ -1,14 +1,14 @@
-"""Gated DeltaNet: rule, convolution, layer, cached token; every implementation, transformers, fla and causal_conv1d.
+"""Gated DeltaNet: rule, convolution, layer, cached token; all implementations beside transformers, fla and causal_conv1d.
 
-Without arguments: the situations that the targets speak of, and the table of targets at the end. Otherwise the product of
-what is given:
+Without arguments: the scenarios that the targets need, and the table of targets at the end. Otherwise the product of the
+lists:
 
     python -m benchmarks delta --operations rule,layer --tokens 512,1024,2048,4096 --plot delta.png
     python -m benchmarks delta --device cuda
 
-Sizes are those of Qwen3.5-35B-A3B (hidden 2048, 16 key heads, 32 value heads, 128 wide, 4 taps). Every contestant's answer
-is compared with float64 first; one that is wrong has no time. Ratios are of minima of interleaved runs. Bytes: saved_bytes,
-what autograd keeps for the backward, inputs included and weights not; peak_bytes, on a GPU, of forward and backward.
+Sizes are those of Qwen3.5-35B-A3B (hidden 2048, 16 key heads, 32 value heads, 128 wide, 4 taps). Every answer is first
+compared with float64; a wrong implementation is not timed. Ratios are of minima of interleaved runs. Bytes: saved_bytes,
+which autograd keeps for the backward, with inputs and without weights; peak_bytes, on a GPU, of forward and backward.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
-from benchmarks.common import Case, Report, Timing, arguments, interleave, peak_bytes, saved_bytes, touch
 from benchmarks.delta import layers, operations
-from benchmarks.delta.lines import draw
-from benchmarks.delta.situations import DTYPES, FULL_SIZE, GATES, MODES, Race, Situation, Sizes
-from benchmarks.delta.targets import judged, situations
+from benchmarks.delta.plot import draw
+from benchmarks.delta.scenarios import DTYPES, FULL_SIZE, GATES, MODES, Comparison, Scenario, Sizes
+from benchmarks.delta.targets import scenarios, verdicts
+from benchmarks.tools.common import Case, Report, Timing, arguments, interleave, peak_bytes, saved_bytes, touch
 from qwen35moe.backends.verification import BOUNDS
 
-RACES: dict[str, Callable[[Situation, str, Sizes], Race]] = {
+COMPARISONS: dict[str, Callable[[Scenario, str, Sizes], Comparison]] = {
     "rule": operations.rule, "convolution": operations.convolution, "layer": layers.layer, "step": layers.step,
     "fused_step": operations.fused_step,
 }
@@ -38,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     report = Report("delta", device=options.device, rounds=options.rounds)
     copied = copy_rate(options.device) if options.device.startswith("cuda") else None
-    for situation in chosen(options):
-        with report.case(situation.id) as case:
-            run(case, situation, copied, warmup=options.warmup)
-    rows = judged(report.cases, options.device)
+    for scenario in choose(options):
+        with report.case(scenario.id) as case:
+            run(case, scenario, copied, warmup=options.warmup)
+    rows = verdicts(report.cases, options.device)
     report.extra["targets"] = rows
     if rows:
-        print("\ntarget | asked | measured | verdict\n---|---|---|---")
+        print("\nquantity | target | measured | verdict\n---|---|---|---")
         print("\n".join(" | ".join(map(str, row.values())) for row in rows))
     if options.plot:
         draw(report.as_dict(), options.plot)
@@ -54,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = arguments(__doc__, rounds=7)
-    parser.add_argument("--warmup", type=int, default=1, help="runs of each contestant that are not counted")
-    parser.add_argument("--targets", action="store_true", help="the situations of the targets (the default)")
-    parser.add_argument("--only", default="", help="of those, the ones whose id begins so")
-    parser.add_argument("--operations", type=_listed(tuple(RACES)), help=f"of {', '.join(RACES)}")
-    parser.add_argument("--tokens", type=_listed(), help="lengths")
-    parser.add_argument("--gates", type=_listed(GATES), help=f"of {', '.join(GATES)}")
+    parser.add_argument("--warmup", type=int, default=1, help="runs of each implementation that are not counted")
+    parser.add_argument("--targets", action="store_true", help="the scenarios of the targets (the default)")
+    parser.add_argument("--only", default="", help="of those, the ones whose id begins with this")
+    parser.add_argument("--operations", type=_listed(tuple(COMPARISONS)), help=f"with commas, of {', '.join(COMPARISONS)}")
+    parser.add_argument("--tokens", type=_listed(), help="lengths, with commas")
+    parser.add_argument("--gates", type=_listed(GATES), help=f"with commas, of {', '.join(GATES)}")
     parser.add_argument("--modes", type=_listed(MODES), help="forward, train (forward and backward)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -67,87 +68,87 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _listed(known: tuple[str, ...] | None = None) -> Callable[[str], list]:
+def _listed(allowed: tuple[str, ...] | None = None) -> Callable[[str], list]:
     def parse(text: str) -> list:
         names = text.split(",")
-        if known is None:
+        if allowed is None:
             return [int(name) for name in names]
-        if wrong := set(names) - set(known):
-            raise argparse.ArgumentTypeError(f"{', '.join(sorted(wrong))}: not of {', '.join(known)}")
+        if unknown := set(names) - set(allowed):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not of {', '.join(allowed)}")
         return names
 
     return parse
 
 
-def chosen(options: argparse.Namespace) -> Iterator[Situation]:
-    """What the command line asks for."""
-    free = (options.operations, options.tokens, options.gates, options.modes)
-    if options.targets or not any(free):
-        yield from (s for s in situations(options.device) if s.id.startswith(options.only))
+def choose(options: argparse.Namespace) -> Iterator[Scenario]:
+    """The scenarios of the command line."""
+    lists = (options.operations, options.tokens, options.gates, options.modes)
+    if options.targets or not any(lists):
+        yield from (s for s in scenarios(options.device) if s.id.startswith(options.only))
         return
-    names, lengths, gates, modes = free
+    names, lengths, gates, modes = lists
     product = itertools.product(names or ["rule", "layer"], lengths or [512, 2048], gates or GATES, modes or MODES[:1])
-    known: set[str] = set()
+    ids: set[str] = set()
     for operation, tokens, gate, mode in product:
-        single = operation in ("step", "fused_step")
-        situation = Situation(
-            operation, 1 if single else tokens, gate, "forward" if single else mode, options.batch, options.dtype,
+        decode = operation in ("step", "fused_step")
+        scenario = Scenario(
+            operation, 1 if decode else tokens, gate, "forward" if decode else mode, options.batch, options.dtype,
             options.layers if operation == "step" else 1,
         )
-        if situation.id not in known:
-            known.add(situation.id)
-            yield situation
+        if scenario.id not in ids:
+            ids.add(scenario.id)
+            yield scenario
 
 
-def run(case: Case, situation: Situation, copied: float | None = None, sizes: Sizes = FULL_SIZE, warmup: int = 1) -> None:
-    """Judge every contestant of the situation, count its bytes, and time those that are right."""
-    race = RACES[situation.operation](situation, case.device, sizes)
-    case.facts.update(asdict(situation), auto=race.auto)
-    case.refused.update(race.refused)
-    truth = race.truth()
-    for name, contestant in race.contestants.items():
+def run(case: Case, scenario: Scenario, copied: float | None = None, sizes: Sizes = FULL_SIZE, warmup: int = 1) -> None:
+    """Check the answer of every implementation of the scenario, count its bytes, and time those that are right."""
+    comparison = COMPARISONS[scenario.operation](scenario, case.device, sizes)
+    case.facts.update(asdict(scenario), auto=comparison.auto)
+    case.refused.update(comparison.refused)
+    truth = comparison.truth()
+    runs = {
+        name: partial(implementation.answer, scenario.mode, comparison.cotangents)
+        for name, implementation in comparison.implementations.items()
+    }
+    for name, implementation in comparison.implementations.items():
         try:
-            found = race.view(contestant.answer(situation.mode, race.cotangents))
-            for value in (value for value in truth if value in found):
-                case.check(name, found[value], truth[value], bound=bound(situation, value))
-        except Exception as error:  # one broken contestant must not take the report with it; it has no time
+            answer = comparison.view(runs[name]())
+            for value in (value for value in truth if value in answer):
+                case.check(name, answer[value], truth[value], bound=bound(scenario, value))
+        except Exception as error:  # a broken implementation is reported and not timed; the others still are
             case.wrong[name] = f"{type(error).__name__}: {error}"
             continue
-        del found
+        del answer
         figures = case.figures.setdefault(name, {})
-        if situation.mode == "train":
-            figures["saved_bytes"] = saved_bytes(contestant.forward, race.weights)
+        if scenario.mode == "train":
+            figures["saved_bytes"] = saved_bytes(implementation.forward, comparison.weights)
         if case.device.startswith("cuda"):
-            figures["peak_bytes"] = peak_bytes(lambda c=contestant: c.answer(situation.mode, race.cotangents), case.device)
+            figures["peak_bytes"] = peak_bytes(runs[name], case.device)
     del truth
-    touch(*race.inputs)
-    runs = {
-        name: (lambda c=contestant: c.answer(situation.mode, race.cotangents))
-        for name, contestant in race.contestants.items()
-    }
-    case.time(runs, baseline=race.baseline, warmup=warmup)
+    touch(*comparison.inputs)
+    case.time(runs, baseline=comparison.baseline, warmup=warmup)
     for name, timing in case.timings.items():
-        _rates(case.figures.setdefault(name, {}), timing, situation, race, copied)
+        _rates(case.figures.setdefault(name, {}), timing, scenario, comparison, copied)
 
 
-def _rates(figures: dict[str, float], timing: Timing, situation: Situation, race: Race, copied: float | None) -> None:
-    if situation.layers > 1:
-        figures["per_layer_s"] = timing.min / situation.layers
-    if race.moved:
-        figures["gb_per_s"] = race.moved / timing.min / 1e9
+def _rates(figures: dict[str, float], timing: Timing, scenario: Scenario, comparison: Comparison, copied: float | None) -> None:
+    if scenario.layers > 1:
+        figures["per_layer_s"] = timing.min / scenario.layers
+    if comparison.moved:
+        figures["gb_per_s"] = comparison.moved / timing.min / 1e9
         if copied:
             figures["of_copy"] = figures["gb_per_s"] / copied
 
 
-def bound(situation: Situation, value: str) -> float:
+def bound(scenario: Scenario, value: str) -> float:
     """The error that an answer may have: that of `backends.verify` for one operation, twice that for a whole layer."""
-    forward, backward = BOUNDS[DTYPES[situation.dtype]]
-    whole = WHOLE_LAYER if situation.operation in ("layer", "step") else 1
+    forward, backward = BOUNDS[DTYPES[scenario.dtype]]
+    whole = WHOLE_LAYER if scenario.operation in ("layer", "step") else 1
     return whole * (backward if value.startswith("d_") else forward)
 
 
 def copy_rate(device: str, nbytes: int = 1 << 30) -> float:
-    """GB/s, read and written, of a plain copy on this device: what a memory-bound operation is measured against."""
+    """GB/s, read and written, of a copy on this device: the limit of a memory-bound operation."""
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / interleave({"copy": lambda: target.copy_(source)}, device=device)["copy"].min / 1e9

@@ -1,4 +1,4 @@
-"""The races of whole layers: Gated DeltaNet over many tokens, and one cached token through several layers in turn."""
+"""Comparisons of whole layers: Gated DeltaNet over many tokens, and one cached token through several layers in turn."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.delta import peers
-from benchmarks.delta.situations import DTYPES, FULL_SIZE, Answer, Contestant, Race, Situation, Sizes
+from benchmarks.delta.scenarios import DTYPES, FULL_SIZE, Answer, Comparison, Implementation, Scenario, Sizes
 from qwen35moe import Config, backends
-from qwen35moe.cache.layout import TokenLayout
-from qwen35moe.cache.states import DeltaNetState
+from qwen35moe.cache import DeltaNetState, DeltaNetUpdate
 from qwen35moe.models.inputs import plan_layout
 from qwen35moe.models.text import Qwen3_5MoeTextModel
+from qwen35moe.modules.context import LayerContext
 
-PROMPT = 8  # tokens that a layer has seen before the cached one
-# The forms that the suite holds to the definitions in float64; the definition of the rule itself takes minutes here.
+PROMPT = 8  # tokens in the cache before the decoded one
+# Forms that the tests compare with the definitions in float64; the rule's definition would take minutes at these sizes.
 _TRUE = {"gated_delta_rule": "torch", "short_convolution": "direct"}
 
 
-def build(situation: Situation, device: str, sizes: Sizes) -> tuple[list[Any], Any]:
-    """Our layers, of a model's own init with the gates of the situation, and their configuration.
+def build(scenario: Scenario, device: str, sizes: Sizes) -> tuple[list[Any], Any]:
+    """Our layers with a model's initial weights and the gates of the scenario, and their configuration.
 
-    A_log and dt_bias are rounded to the layers' dtype, as transformers keeps them, so that both sides have equal weights.
+    A_log and dt_bias are rounded to the layers' dtype, as transformers stores them: both libraries have equal weights.
     """
-    count = situation.layers
+    count = scenario.layers
     text = Config.preset("35b-a3b").replace(
         **{"num_hidden_layers": count, "layer_types": ("linear_attention",) * count, "hidden_size": sizes.hidden},
         **{"linear_num_key_heads": sizes.groups, "linear_num_value_heads": sizes.heads, "vocab_size": 8},
         **{"linear_key_head_dim": sizes.key, "linear_value_head_dim": sizes.value, "linear_conv_kernel_dim": sizes.taps},
         **{"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
     ).text_config
-    dtype = DTYPES[situation.dtype]
-    model = Qwen3_5MoeTextModel(text).init_weights(seed=0, gates=situation.gates).to(dtype).to(device)
+    dtype = DTYPES[scenario.dtype]
+    model = Qwen3_5MoeTextModel(text).init_weights(seed=0, gates=scenario.gates).to(dtype).to(device)
     layers: list[Any] = [layer.get_submodule("linear_attn") for layer in model.layers]
     with torch.no_grad():
         for layer in layers:
@@ -43,32 +43,37 @@ def build(situation: Situation, device: str, sizes: Sizes) -> tuple[list[Any], A
     return layers, text
 
 
-def layer(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> Race:
+def layer_context(x: Tensor) -> LayerContext:
+    """The context of a forward without padding on x [B, T, D]; Gated DeltaNet does not read the rotation."""
+    return LayerContext(plan_layout(x.shape[0], x.shape[1], x.device), (torch.empty(0), torch.empty(0)))
+
+
+def layer(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Comparison:
     """One layer on normed inputs, without a cache: [B, T, D] to [B, T, D]."""
-    s, train = situation, situation.mode == "train"
+    s, train = scenario, scenario.mode == "train"
     (ours,), text = build(s, device, sizes)
     ours.requires_grad_(train)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(s.batch, s.tokens, sizes.hidden, generator=generator).to(device, DTYPES[s.dtype]).requires_grad_(train)
     cotangents = {"out": torch.randn(x.shape, generator=generator).to(device, DTYPES[s.dtype])}
-    layout = plan_layout(s.batch, s.tokens, torch.device(device))
+    context = layer_context(x)
 
     def run(layer: Any, x: Tensor) -> Answer:
-        return {"out": layer(x, layout)[0]}
+        return {"out": layer(x, context)[0]}
 
     def truth() -> Answer:
         wide, inputs = copy.deepcopy(ours).double(), x.detach().double().requires_grad_(train)
         with backends.use(**_TRUE):
-            return Contestant(lambda: run(wide, inputs), _leaves(wide, inputs)).answer(s.mode, cotangents)
+            return Implementation(lambda: run(wide, inputs), _leaves(wide, inputs)).answer(s.mode, cotangents)
 
-    found = {"ours": Contestant(lambda: run(ours, x), _leaves(ours, x))}
+    compared = {"ours": Implementation(lambda: run(ours, x), _leaves(ours, x))}
     weights, baseline = list(ours.parameters()), "ours"
     if peers.modeling() is not None:
         (theirs,), _ = peers.layers([ours], text)
         theirs.requires_grad_(train)
-        found = {"transformers": Contestant(lambda: {"out": theirs(x)}, _leaves(theirs, x))} | found
+        compared = {"transformers": Implementation(lambda: {"out": theirs(x)}, _leaves(theirs, x))} | compared
         weights, baseline = weights + list(theirs.parameters()), "transformers"
-    return Race(found, truth, baseline, "ours", [x, *weights], cotangents, weights=weights)
+    return Comparison(compared, truth, baseline, "ours", [x, *weights], cotangents, weights=weights)
 
 
 def _leaves(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -76,45 +81,49 @@ def _leaves(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 class _Chain:
-    """One token after the other through layers that each go on from their own memory."""
+    """One token after the other through all layers, each of which continues from its own state."""
 
     def __init__(self, layers: list[Any], prompt: Tensor, token: Tensor) -> None:
         self.layers, self.token = layers, token
-        self.layout = plan_layout(token.shape[0], 1, token.device)
-        before = plan_layout(token.shape[0], prompt.shape[1], token.device)
+        self.context, before = layer_context(token), layer_context(prompt)
         with torch.inference_mode():
-            self.memories: list[DeltaNetState] = [layer(prompt, before)[1] for layer in layers]
+            self.states = [_state(layer(prompt, before)[1]) for layer in layers]
 
     def __call__(self) -> Answer:
         outputs = []
-        for index, (layer, memory) in enumerate(zip(self.layers, self.memories, strict=True)):
-            out, self.memories[index] = layer(self.token, self.layout, memory)[:2]
+        for index, (layer, state) in enumerate(zip(self.layers, self.states, strict=True)):
+            out, after, _ = layer(self.token, self.context, state)
+            self.states[index] = _state(after)
             outputs.append(out)
         return {"out": torch.stack(outputs)}
 
 
-def step(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> Race:
-    """One token of each row through all layers, each with a past of its own: weights come from memory, not from cache."""
-    s, generator = situation, torch.Generator().manual_seed(1)
+def _state(update: DeltaNetUpdate) -> DeltaNetState:
+    return DeltaNetState(update.conv_state, update.recurrent_state)
+
+
+def step(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Comparison:
+    """One token of each row through all layers, each with its own state: weights are read from memory, not from cache."""
+    s, generator = scenario, torch.Generator().manual_seed(1)
     ours, text = build(s, device, sizes)
     tokens = torch.randn(s.batch, PROMPT + 1, sizes.hidden, generator=generator).to(device, DTYPES[s.dtype])
     prompt, token = tokens[:, :PROMPT], tokens[:, PROMPT:].contiguous()
 
     def truth() -> Answer:
-        layout: TokenLayout = plan_layout(s.batch, PROMPT + 1, torch.device(device))
+        context = layer_context(tokens)
         with torch.no_grad(), backends.use(**_TRUE):
-            wide = [copy.deepcopy(layer).double()(tokens.double(), layout)[0][:, PROMPT:] for layer in ours]
+            wide = [copy.deepcopy(layer).double()(tokens.double(), context)[0][:, PROMPT:] for layer in ours]
         return {"out": torch.stack(wide)}
 
-    found = {"ours": Contestant(_Chain(ours, prompt, token))}
+    compared = {"ours": Implementation(_Chain(ours, prompt, token))}
     baseline = "ours"
     if peers.modeling() is not None:
-        found = {"transformers": Contestant(_their_chain(ours, text, prompt, token))} | found
+        compared = {"transformers": Implementation(_their_chain(ours, text, prompt, token))} | compared
         baseline = "transformers"
     weights = [p for layer in ours for p in layer.parameters()]
-    memory = s.batch * sizes.heads * sizes.key * sizes.value * 4 * s.layers
-    moved = sum(w.nbytes for w in weights) + 2 * memory
-    return Race(found, truth, baseline, "ours", [token, *weights], weights=weights, moved=moved)
+    state_bytes = s.batch * sizes.heads * sizes.key * sizes.value * 4 * s.layers
+    moved = sum(w.nbytes for w in weights) + 2 * state_bytes
+    return Comparison(compared, truth, baseline, "ours", [token, *weights], weights=weights, moved=moved)
 
 
 def _their_chain(ours: list[Any], text: Any, prompt: Tensor, token: Tensor) -> Any:

@@ -1,15 +1,16 @@
-"""The races of single operations: the rule, the convolution, and one token of a layer as one operation."""
+"""Comparisons of single operations: the rule, the convolution, and one token of a layer as one operation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.delta import peers
-from benchmarks.delta.situations import DTYPES, FULL_SIZE, Answer, Contestant, Race, Situation, Sizes, draw_gates
+from benchmarks.delta.scenarios import DTYPES, FULL_SIZE, Answer, Comparison, Implementation, Scenario, Sizes, draw_gates
 from qwen35moe import backends, ops
 from qwen35moe.ops.cpu.delta_rule import chunked_gated_delta_rule
 
@@ -17,31 +18,37 @@ direct_short_convolution = ops.short_convolution.definition
 delta_net_step = ops.delta_net_step.definition
 recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
-DEFINITION_TOKENS = 64  # a definition that goes token by token takes part up to here, and is the judge beyond
+DEFINITION_TOKENS = 64  # longest input on which a definition that loops over tokens is timed
 _SLOW = {("gated_delta_rule", "recurrent"), ("short_convolution", "direct")}
 
 
-def implementations(
-    situation: Situation, operation: str, args: tuple, kwargs: dict[str, Any]
-) -> Iterator[tuple[str, Any, str | None]]:
-    """(name, function, reason against it) of every implementation, with or without gradients as the situation wants."""
+def registered(
+    scenario: Scenario, operation: str, args: tuple, kwargs: dict[str, Any], make: Callable[[Any], Implementation]
+) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """`make(function)` of our implementations that run these arguments, and the reasons why the others cannot."""
+    running: dict[str, Implementation] = {}
+    refused: dict[str, str] = {}
     for entry in backends.implementations(operation):
-        with torch.set_grad_enabled(situation.mode == "train"):
+        with torch.set_grad_enabled(scenario.mode == "train"):
             reason = entry.refusal(args, kwargs)
-        if reason is None and (operation, entry.name) in _SLOW and situation.tokens > DEFINITION_TOKENS:
-            reason = f"the definition judges beyond {DEFINITION_TOKENS} tokens, it is no contestant"
-        yield f"ours {entry.name}", entry.fn, reason
+        if reason is None and (operation, entry.name) in _SLOW and scenario.tokens > DEFINITION_TOKENS:
+            reason = f"the definition is timed up to {DEFINITION_TOKENS} tokens only"
+        if reason is None:
+            running[f"ours {entry.name}"] = make(entry.fn)
+        else:
+            refused[f"ours {entry.name}"] = reason
+    return running, refused
 
 
-def auto(situation: Situation, operation: str, args: tuple, kwargs: dict[str, Any]) -> str:
-    """The name of the implementation that the library takes by itself."""
-    with torch.set_grad_enabled(situation.mode == "train"):
+def auto(scenario: Scenario, operation: str, args: tuple, kwargs: dict[str, Any]) -> str:
+    """The name of the implementation that the library chooses."""
+    with torch.set_grad_enabled(scenario.mode == "train"):
         return f"ours {backends.resolve(operation, *args, **kwargs).name}"
 
 
-def rule(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> Race:
-    """The rule alone; one token has a state to start from. The truth covers one key head: heads do not meet."""
-    s, generator = situation, torch.Generator().manual_seed(0)
+def rule(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Comparison:
+    """The rule alone; one token continues from a state. The truth covers one key head, since heads do not interact."""
+    s, generator = scenario, torch.Generator().manual_seed(0)
     shapes = {"query": (sizes.groups, sizes.key), "key": (sizes.groups, sizes.key), "value": (sizes.heads, sizes.value)}
     values = {
         name: torch.randn(s.batch, s.tokens, *shape, generator=generator).to(device, DTYPES[s.dtype])
@@ -58,93 +65,89 @@ def rule(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> Race:
     ends = {"query": 1, "key": 1, "d_query": 1, "d_key": 1}
 
     def view(answer: Answer) -> Answer:
-        axis = {"memory": 1, "state": 1, "d_state": 1}
+        axis = {"recurrent_state": 1, "state": 1, "d_state": 1}
         return {n: t.narrow(axis.get(n, 2), 0, ends.get(n, repeats)) for n, t in answer.items()}
 
     cotangents = {
         "out": torch.randn(values["value"].shape, generator=generator).to(device, DTYPES[s.dtype]),
-        "memory": torch.randn(s.batch, sizes.heads, sizes.key, sizes.value, generator=generator).to(device),
+        "recurrent_state": torch.randn(s.batch, sizes.heads, sizes.key, sizes.value, generator=generator).to(device),
     }
 
     def truth() -> Answer:
-        """Outputs by the definition, gradients by the chunks, both in float64, where the suite holds them equal."""
+        """Outputs of the definition and gradients of the chunked form, both in float64: the tests compare the two."""
         part = {n: t.detach().double().requires_grad_(s.mode == "train") for n, t in view(values).items()}
         weights = {n: t.double() for n, t in view(cotangents).items()}
-        by_chunks = Contestant(lambda: _ours(chunked_gated_delta_rule, part), part)
+        by_chunks = Implementation(lambda: _ours(chunked_gated_delta_rule, part), part)
         with torch.no_grad():
             outputs = _ours(recurrent_gated_delta_rule, part)
         return (by_chunks.answer("train", weights) if s.mode == "train" else {}) | outputs
 
-    found: dict[str, Contestant] = {}
+    compared: dict[str, Implementation] = {}
     refused: dict[str, str] = {}
     peer = peers.modeling()
     if peer is not None:
-        one = s.tokens == 1
-        theirs = peer.torch_recurrent_gated_delta_rule if one else peer.torch_chunk_gated_delta_rule
-        found["transformers"] = Contestant(lambda: peers.rule(theirs, values), values)
+        theirs = peer.torch_recurrent_gated_delta_rule if s.tokens == 1 else peer.torch_chunk_gated_delta_rule
+        compared["transformers"] = Implementation(lambda: peers.rule(theirs, values), values)
     fla, reason = peers.fla_rule(s, device)
     if reason is None:
-        found["fla"] = Contestant(lambda: peers.rule(fla, values), values)
+        compared["fla"] = Implementation(lambda: peers.rule(fla, values), values)
     else:
         refused["fla"] = reason
-    for name, function, reason in implementations(s, "gated_delta_rule", qkv, options):
-        if reason is None:
-            found[name] = Contestant(_bound(_ours, function, values), values)
-        else:
-            refused[name] = reason
+    ours, reasons = registered(
+        s, "gated_delta_rule", qkv, options, lambda function: Implementation(partial(_ours, function, values), values)
+    )
     moved = 2 * values["state"].nbytes if s.tokens == 1 else 0
     chosen = auto(s, "gated_delta_rule", qkv, options)
     baseline = "transformers" if peer is not None else chosen
-    return Race(found, truth, baseline, chosen, list(values.values()), cotangents, view, (), refused, moved)
+    return Comparison(
+        compared | ours, truth, baseline, chosen, list(values.values()), cotangents, view,
+        refused=refused | reasons, moved=moved,
+    )
 
 
 def _ours(function: Callable[..., Any], values: dict[str, Tensor]) -> Answer:
     named = {name: tensor for name, tensor in values.items() if name not in ("query", "key", "value")}
-    out, memory = function(values["query"], values["key"], values["value"], **named)
-    return {"out": out, "memory": memory}
+    out, state = function(values["query"], values["key"], values["value"], **named)
+    return {"out": out, "recurrent_state": state}
 
 
-def _bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    return lambda: function(*args)
-
-
-def convolution(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> Race:
+def convolution(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Comparison:
     """The causal convolution and SiLU, from and to [B, T, C]."""
-    s, generator = situation, torch.Generator().manual_seed(0)
+    s, generator = scenario, torch.Generator().manual_seed(0)
     x = torch.randn(s.batch, s.tokens, sizes.channels, generator=generator).to(device, DTYPES[s.dtype])
     weight = (torch.randn(sizes.channels, sizes.taps, generator=generator) / 2).to(device, DTYPES[s.dtype])
     leaves = {"x": x.requires_grad_(s.mode == "train"), "weight": weight.requires_grad_(s.mode == "train")}
     cotangents = {"out": torch.randn(x.shape, generator=generator).to(device, DTYPES[s.dtype])}
 
-    def ours(function: Callable[..., Any], x: Tensor, weight: Tensor) -> Answer:
+    def call(function: Callable[..., Any], x: Tensor, weight: Tensor) -> Answer:
         return {"out": function(x, weight)[0]}
 
     def truth() -> Answer:
         wide = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in leaves.items()}
-        return Contestant(lambda: ours(direct_short_convolution, **wide), wide).answer(s.mode, cotangents)
+        return Implementation(lambda: call(direct_short_convolution, **wide), wide).answer(s.mode, cotangents)
 
-    found: dict[str, Contestant] = {}
+    compared: dict[str, Implementation] = {}
     refused: dict[str, str] = {}
     peer, package = peers.modeling(), peers.optional("causal_conv1d")
     if peer is not None:
-        found["transformers"] = Contestant(lambda: peers.convolution(peer.causal_conv1d_fn, x, weight), leaves)
+        compared["transformers"] = Implementation(lambda: peers.convolution(peer.causal_conv1d_fn, x, weight), leaves)
     if package is not None and device.startswith("cuda"):
-        found["causal_conv1d"] = Contestant(lambda: peers.convolution(package.causal_conv1d_fn, x, weight), leaves)
+        compared["causal_conv1d"] = Implementation(lambda: peers.convolution(package.causal_conv1d_fn, x, weight), leaves)
     else:
         refused["causal_conv1d"] = "not installed" if package is None else "runs on a GPU only"
-    for name, function, reason in implementations(s, "short_convolution", (x, weight), {}):
-        if reason is None:
-            found[name] = Contestant(_bound(ours, function, x, weight), leaves)
-        else:
-            refused[name] = reason
+    ours, reasons = registered(
+        s, "short_convolution", (x, weight), {}, lambda function: Implementation(partial(call, function, x, weight), leaves)
+    )
     chosen = auto(s, "short_convolution", (x, weight), {})
     baseline = "transformers" if peer is not None else chosen
-    return Race(found, truth, baseline, chosen, [x, weight], cotangents, refused=refused, moved=2 * x.nbytes)
+    return Comparison(
+        compared | ours, truth, baseline, chosen, [x, weight], cotangents, refused=refused | reasons, moved=2 * x.nbytes
+    )
 
 
-def fused_step(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> Race:
+def fused_step(scenario: Scenario, device: str, sizes: Sizes = FULL_SIZE) -> Comparison:
     """The operation delta_net_step: everything between the projections of a layer, for one token of each row."""
-    s, dtype, generator = situation, DTYPES[situation.dtype], torch.Generator().manual_seed(0)
+    s, dtype, generator = scenario, DTYPES[scenario.dtype], torch.Generator().manual_seed(0)
 
     def random(*shape: int, to: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, to)
@@ -174,13 +177,11 @@ def fused_step(situation: Situation, device: str, sizes: Sizes = FULL_SIZE) -> R
             out, conv_state, recurrent_state = delta_net_step(*(x.double() for x in args), **doubles)
         return {"out": out, "conv_state": conv_state, "recurrent_state": recurrent_state}
 
-    found: dict[str, Contestant] = {}
-    refused: dict[str, str] = {}
-    for name, function, reason in implementations(s, "delta_net_step", args, state | options):
-        if reason is None:  # each has a state of its own: it may be written in place
-            found[name] = Contestant(_bound(call, function, {n: t.clone() for n, t in state.items()}))
-        else:
-            refused[name] = reason
+    def make(function: Callable[..., Any]) -> Implementation:
+        own = {n: t.clone() for n, t in state.items()}  # it may be written in place
+        return Implementation(partial(call, function, own))
+
+    compared, refused = registered(s, "delta_net_step", args, state | options, make)
     moved = 2 * sum(t.nbytes for t in state.values()) + 2 * args[1].nbytes + args[0].nbytes
     chosen = auto(s, "delta_net_step", args, state | options)
-    return Race(found, truth, "ours torch", chosen, [*args, *state.values()], refused=refused, moved=moved)
+    return Comparison(compared, truth, "ours torch", chosen, [*args, *state.values()], refused=refused, moved=moved)

@@ -1,4 +1,4 @@
-"""The other side: transformers' own functions and layer class, fla and causal_conv1d, each only where it is installed."""
+"""Peers: transformers' functions and layer class, fla and causal_conv1d, each only if it is installed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.delta.situations import Answer, Situation
+from benchmarks.delta.scenarios import Answer, Scenario
 
 _MODELING = "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe"
 
 
 def optional(name: str) -> Any:
-    """The module, or None where its package is not installed; a broken install raises."""
+    """The module, or None if its package is not installed; a broken installation raises."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -24,7 +24,7 @@ def optional(name: str) -> Any:
 
 
 def modeling() -> Any:
-    """transformers' file of this architecture, None without transformers."""
+    """transformers' modelling file of this architecture, None without transformers."""
     library = optional("transformers")
     if library is None:
         return None
@@ -33,32 +33,32 @@ def modeling() -> Any:
 
 
 def rule(function: Any, values: dict[str, Tensor]) -> Answer:
-    """transformers' and fla's rules have one signature."""
-    out, memory = function(
+    """Call transformers' or fla's rule, which have one signature."""
+    out, state = function(
         values["query"], values["key"], values["value"], g=values["decay"], beta=values["beta"],
         initial_state=values.get("state"), output_final_state=True, use_qk_l2norm_in_kernel=True,
     )
-    return {"out": out, "memory": memory}
+    return {"out": out, "recurrent_state": state}
 
 
-def fla_rule(situation: Situation, device: str) -> tuple[Any, str | None]:
-    """fla's function for this situation, or the reason why there is none."""
+def fla_rule(scenario: Scenario, device: str) -> tuple[Any, str | None]:
+    """(fla's function for this scenario, None) or (None, the reason why it cannot run)."""
     ops = optional("fla.ops.gated_delta_rule")
     if ops is None:
         return None, "flash-linear-attention is not installed"
     if not device.startswith("cuda"):
         return None, "flash-linear-attention runs on a GPU only"
-    one = situation.tokens == 1
-    return (ops.fused_recurrent_gated_delta_rule if one else ops.chunk_gated_delta_rule), None
+    decode = scenario.tokens == 1
+    return (ops.fused_recurrent_gated_delta_rule if decode else ops.chunk_gated_delta_rule), None
 
 
 def convolution(function: Any, x: Tensor, weight: Tensor) -> Answer:
-    """Channels before tokens, as transformers and causal_conv1d have it, from and to tokens before channels."""
+    """Call transformers' or causal_conv1d's function, which take [B, C, T], on x [B, T, C]."""
     return {"out": function(x.transpose(1, 2), weight, None, activation="silu").transpose(1, 2)}
 
 
 def layers(ours: list[Any], text: Any) -> tuple[list[Any], Any]:
-    """transformers' layers on the same memory as ours, where the dtypes agree, and the configuration of their cache."""
+    """transformers' layers on the storage of our weights, if the dtypes agree, and the configuration of their cache."""
     import transformers
 
     names = ("hidden_size", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")
@@ -66,11 +66,11 @@ def layers(ours: list[Any], text: Any) -> tuple[list[Any], Any]:
     options: dict[str, Any] = {name: getattr(text, name) for name in names}
     options["layer_types"] = list(text.layer_types)
     config = transformers.Qwen3_5MoeTextConfig(**options)
-    found = []
+    theirs = []
     for index, layer in enumerate(ours):
         with torch.device("meta"):
             other = modeling().Qwen3_5MoeGatedDeltaNet(config, index)
         dtype = layer.in_proj_qkv.weight.dtype
         other.load_state_dict({n: p.detach().to(dtype) for n, p in layer.state_dict().items()}, assign=True)
-        found.append(other.requires_grad_())
-    return found, config
+        theirs.append(other.requires_grad_())
+    return theirs, config

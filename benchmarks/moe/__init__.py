@@ -1,14 +1,14 @@
-"""Mixture-of-experts dispatch: every form and kernel at the published shapes, gated, beside transformers' three.
+"""Mixture-of-experts dispatch: every form and kernel at the published shapes, beside transformers' three.
 
     python -m benchmarks moe --preset 35b-a3b --tokens 1,64,2048 --json out.json --plot out.png
-    python -m benchmarks moe --targets                      # what was asked for, measured, verdict
-    python -m benchmarks moe --impl my.module:experts       # your kernel: gated, then timed beside the others
+    python -m benchmarks moe --targets                      # table of target, measurement, verdict
+    python -m benchmarks moe --impl my.module:experts       # your kernel: checked, then timed beside the others
     python -m benchmarks moe --trace routing.safetensors    # recorded routing; the bundled checkpoint's shape by default
     python -m benchmarks moe --device cuda --tokens 1,8,64,512,4096,8192,16384,32768 --train both
     python -m benchmarks compare A.json B.json  ·  python -m benchmarks rerun A.json
 
-docs/guide/moe_benchmark.md says how to read what it prints. A contestant whose result differs from the definition in float64 by
-more than its dtype explains has no speed, and the exit status is then 1.
+docs/guide/moe_benchmark.md explains the output. An implementation whose result differs from the definition in float64 by more
+than the bound of its dtype is not timed, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import arguments
-from benchmarks.machine import environment, header
-from benchmarks.moe import output, roofline, targets
+from benchmarks.moe import report as pages
+from benchmarks.moe import roofline, targets
 from benchmarks.moe.cases import BUNDLED, DTYPES, SKEWS, TOKENS, Case, shapes
-from benchmarks.moe.contestants import AUTO, contestants
+from benchmarks.moe.implementations import AUTO, implementations
 from benchmarks.moe.measure import measure
+from benchmarks.tools import limits
+from benchmarks.tools.common import SCHEMA, arguments
+from benchmarks.tools.machine import environment, header
 
-SCHEMA = 1  # of the JSON file; a change of meaning or of a key raises it
-OUTPUTS = ("--json", "--plot", "--markdown", "--append")  # where results go: no part of what is measured
+OUTPUTS = ("--json", "--plot", "--markdown", "--append")  # paths of the results, which a rerun does not repeat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
-    options = parser.parse_args(given)
-    cases = list(chosen(options, parser))
-    found = {"schema": SCHEMA, "benchmark": "moe", "environment": environment(), "arguments": kept(given)}
-    print(header(found["environment"]))
-    report = {**found, **run(cases, options)}
+    options = parser.parse_args(words)
+    cases = list(choose(options, parser))
+    head = {"schema": SCHEMA, "benchmark": "moe", "environment": environment(), "arguments": repeatable(words)}
+    print(header(head["environment"]))
+    report = {**head, **run(cases, options)}
     if options.append and options.json and options.json.exists():
         report = merged(json.loads(options.json.read_text(encoding="utf-8")), report)
     if options.targets:
@@ -49,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.markdown:
-        options.markdown.write_text(output.markdown(report), encoding="utf-8")
+        options.markdown.write_text(pages.markdown(report), encoding="utf-8")
     if options.plot:
-        output.plot(report, options.plot)
-    return int(any(one.get("wrong") for row in report["cases"] for one in row["contestants"].values()))
+        pages.plot(report, options.plot)
+    return int(any(one.get("wrong") for row in report["cases"] for one in row["implementations"].values()))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,20 +68,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", choices=("no", "yes", "both"), default="no", help="forward + backward")
     parser.add_argument("--weights", choices=("cold", "warm"), default="cold", help="warm: the same weights every time")
     parser.add_argument("--cache", type=float, help="MB that cold weights exceed; default 4 times the last-level cache")
-    parser.add_argument("--only", help="contestants, with commas, by their names or the first word of them")
+    parser.add_argument("--only", help="implementations, with commas, by name or by the first word of it")
     parser.add_argument("--impl", action="append", default=[], help="[NAME=]package.module:function, any number of times")
-    parser.add_argument("--stages", action="store_true", help="also time each stage of the sorted form by itself")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
-    parser.add_argument("--seconds", type=float, default=10.0, help="a case's rounds stop (3 at least) about here")
-    parser.add_argument("--memory-limit", type=float, default=0.6, help="of free memory that a case's weights may take")
-    parser.add_argument("--targets", action="store_true", help="the cases of the must-show table, and the table")
+    parser.add_argument("--breakdown", action="store_true", help="also time each step of the sorted form by itself")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure the peak memory")
+    parser.add_argument("--seconds", type=float, default=10.0, help="approximate limit of a case's rounds (3 at least)")
+    parser.add_argument("--memory-limit", type=float, default=0.6, help="share of free memory for a case's weights")
+    parser.add_argument("--targets", action="store_true", help="the cases of the table of targets, and the table")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--append", action="store_true", help="keep the other cases of the --json file")
     return parser
 
 
-def chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[Case]:
-    """The cases that the options ask for."""
+def choose(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[Case]:
+    """The cases of the command line."""
     presets = (options.preset or (BUNDLED if options.trace else "35b-a3b")).split(",")
     presets = list(shapes()) if presets == ["all"] else presets
     if unknown := [name for name in presets if name not in shapes()]:
@@ -101,48 +102,48 @@ def chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iter
     ]
 
 
-def kept(given: list[str]) -> list[str]:
-    """The arguments without those that say where results go: `rerun` gives its own."""
-    found, skip = [], False
-    for word in given:
+def repeatable(words: list[str]) -> list[str]:
+    """The arguments without the paths of results: a rerun has its own."""
+    arguments, skip = [], False
+    for word in words:
         name = word.split("=")[0]
         if not skip and name not in OUTPUTS:
-            found.append(word)
+            arguments.append(word)
         skip = not skip and name in OUTPUTS and "=" not in word and name != "--append"
-    return found
+    return arguments
 
 
 def run(cases: Iterable[Case], options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print the cases; {"roofline", "cases"} of the report."""
-    forms = contestants(options.device, options.impl)
+    forms = implementations(options.device, options.impl)
     if options.targets and not options.only:
         forms = {name: form for name, form in forms.items() if name == AUTO or name.startswith("transformers ")}
     elif options.only:
-        wanted = options.only.split(",")
-        forms = {name: form for name, form in forms.items() if name in wanted or name.split()[0] in wanted}
+        only = options.only.split(",")
+        forms = {name: form for name, form in forms.items() if name in only or name.split()[0] in only}
     roofs: dict[str, dict[str, float]] = {}
     rows = []
-    cache_bytes = int(4 * roofline.last_level_cache() if options.cache is None else options.cache * 1e6)
+    cache_bytes = int(4 * limits.last_level_cache() if options.cache is None else options.cache * 1e6)
     for case in cases:
         room = free_memory(options.device) * options.memory_limit
         needed = max(case.weight_bytes * (2 if case.train else 1), cache_bytes if case.cold else 0)
         if needed > room:
-            print(f"{case.id}: left out, weights take {needed / 1e9:.1f} GB of {room / 1e9:.1f} GB allowed (--memory-limit)")
+            print(f"{case.id}: not run, weights need {needed / 1e9:.1f} GB, --memory-limit allows {room / 1e9:.1f} GB")
             continue
-        roof = roofs.setdefault(case.dtype, {}) or roofline.measured(options.device, case.dtype)
+        roof = roofs.setdefault(case.dtype, {}) or limits.measured(options.device, DTYPES[case.dtype])
         roofs[case.dtype] = roof
         row = measure(
             case, forms, roof, device=options.device, rounds=options.rounds, seconds=options.seconds,
-            cache_bytes=cache_bytes, with_stages=options.stages, memory=options.memory,
+            cache_bytes=cache_bytes, with_breakdown=options.breakdown, memory=options.memory,
         )
         row["roof_s"] = roofline.limit(row, roof)
         rows.append(row)
-        print("\n".join(output.lines(row)), flush=True)
+        print("\n".join(pages.table(row)), flush=True)
     return {"roofline": next(iter(roofs.values()), {}), "rooflines": roofs, "cases": rows}
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The new report with the cases of an old one that it does not have, if both are of one machine and schema."""
+    """The new report with the further cases of an old one; both must have the same machine and schema."""
     for key in ("schema", "environment"):
         if old.get(key) != new[key]:
             raise ValueError(f"--append: the file's {key} differs ({old.get(key)!r}, now {new[key]!r}): write another file")

@@ -1,4 +1,4 @@
-"""What is measured: one layer's experts at a published shape, so many tokens, routed in one of several ways."""
+"""The measured cases: one layer's experts at a published shape, a number of tokens, a distribution of the routing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 
 SKEWS = ("uniform", "zipf", "hot-8", "bursty")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 BUNDLED = "tiny"
-HOT_SHARE = 0.9  # of the tokens, in "hot-k": these choose among the k hot experts alone
-BURST = 64  # tokens in a row that share a taste, in "bursty"
+HOT_SHARE = 0.9  # of the tokens, in "hot-k": they choose among the k hot experts only
+BURST = 64  # consecutive tokens with the same preferred experts, in "bursty"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One situation. `id` is stable: results of other runs and machines are compared by it."""
+    """One case. `id` is stable: results of other runs and machines are compared by it."""
 
     preset: str
     tokens: int
@@ -47,12 +47,12 @@ class Case:
         return shapes()[self.preset]
 
     def routing(self) -> Tensor:
-        """indices [N, S], int64."""
-        experts, slots, _, _ = self.shape
+        """indices [N, top_k], int64."""
+        experts, top_k, _, _ = self.shape
         if self.trace is not None:
             return traced(Path(self.trace), self.layer, self.tokens, experts)
         generator = torch.Generator().manual_seed(self.seed)
-        return scores(self.skew, self.tokens, experts, slots, generator).topk(slots, dim=-1).indices
+        return scores(self.skew, self.tokens, experts, top_k, generator).topk(top_k, dim=-1).indices
 
     @property
     def weight_bytes(self) -> int:
@@ -62,20 +62,20 @@ class Case:
 
 @cache
 def shapes() -> dict[str, tuple[int, int, int, int]]:
-    """(E, S, D, F) of every published mixture of experts, and of the bundled checkpoint ("tiny")."""
-    found: dict[str, tuple[int, int, int, int]] = {}
+    """(experts, top_k, D, F) of every published mixture of experts, and of the bundled checkpoint ("tiny")."""
+    table: dict[str, tuple[int, int, int, int]] = {}
     text = resources.files("qwen35moe").joinpath("assets/tiny/config.json").read_text(encoding="utf-8")
     configs = {name: Config.preset(name) for name in Config.presets()} | {BUNDLED: Config.from_dict(json.loads(text))}
     for name, config in configs.items():
         text_config = config.text_config
         if text_config.num_experts:
             sizes = text_config.num_experts, text_config.num_experts_per_tok
-            found[name] = (*sizes, text_config.hidden_size, text_config.moe_intermediate_size)
-    return found
+            table[name] = (*sizes, text_config.hidden_size, text_config.moe_intermediate_size)
+    return table
 
 
-def scores(skew: str, tokens: int, experts: int, slots: int, generator: torch.Generator) -> Tensor:
-    """[N, E] whose S largest are a token's experts. Gumbel noise on log popularity draws without replacement."""
+def scores(skew: str, tokens: int, experts: int, top_k: int, generator: torch.Generator) -> Tensor:
+    """[N, E] whose top-k are a token's experts. Gumbel noise on log popularity draws without replacement."""
     noise = -torch.empty(tokens, experts).exponential_(generator=generator).log()
     if skew == "uniform":
         return noise
@@ -83,18 +83,19 @@ def scores(skew: str, tokens: int, experts: int, slots: int, generator: torch.Ge
         order = torch.randperm(experts, generator=generator)
         return noise - (order + 1).log()
     if skew == "bursty":
-        taste = -torch.empty(-(-tokens // BURST), experts).exponential_(generator=generator).log()
-        return noise + 3 * taste.repeat_interleave(BURST, dim=0)[:tokens]
+        preference = -torch.empty(-(-tokens // BURST), experts).exponential_(generator=generator).log()
+        return noise + 3 * preference.repeat_interleave(BURST, dim=0)[:tokens]
     if skew.startswith("hot-") and skew[4:].isdecimal():
-        hot = max(int(skew[4:]), slots)
+        hot = max(int(skew[4:]), top_k)
         chosen = torch.randperm(experts, generator=generator)[:hot]
-        lucky = torch.rand(tokens, generator=generator) < HOT_SHARE
-        return noise + 1e3 * lucky[:, None] * torch.zeros(experts).index_fill(0, chosen, 1.0)
+        on_hot = torch.rand(tokens, generator=generator) < HOT_SHARE
+        return noise + 1e3 * on_hot[:, None] * torch.zeros(experts).index_fill(0, chosen, 1.0)
     raise ValueError(f"skew {skew!r} is none of {', '.join(SKEWS)} (hot-k with any k)")
 
 
 def traced(file: Path, layer: int, tokens: int, experts: int) -> Tensor:
-    """The recorded indices [N, S] of one layer, from a Routing file: `indices` [L, N, S]; free tokens (-1) left out."""
+    """The recorded indices [N, top_k] of one layer, from a Routing file: `indices` [L, N, top_k]; tokens without a record
+    (-1) are left out."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
@@ -102,13 +103,13 @@ def traced(file: Path, layer: int, tokens: int, experts: int) -> Tensor:
             raise ValueError(f"{file} has no tensor 'indices': make it with `qwen35moe routing DIR --text F --out T`")
         recorded = opened.get_tensor("indices")
     if recorded.dim() != 3 or not 0 <= layer < recorded.shape[0]:
-        raise ValueError(f"{file} holds indices {list(recorded.shape)}, asked for is layer {layer} of [layers, tokens, slots]")
+        raise ValueError(f"{file} holds indices {list(recorded.shape)} of [layers, tokens, top_k]: it has no layer {layer}")
     rows = recorded[layer].long()
     rows = rows[(rows >= 0).all(-1)]
     if tokens > len(rows) or (rows.numel() and int(rows.max()) >= experts):
         raise ValueError(
             f"{file} holds {len(rows)} routed tokens and experts up to {int(rows.max()) if rows.numel() else 0}; "
-            f"asked for {tokens} tokens of {experts} experts"
+            f"the case needs {tokens} tokens of {experts} experts"
         )
     return rows[:tokens]
 
@@ -116,10 +117,10 @@ def traced(file: Path, layer: int, tokens: int, experts: int) -> Tensor:
 def rotation(
     case: Case, device: str, cache_bytes: int
 ) -> tuple[Callable[[], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]], int]:
-    """A function that hands out (hidden, gate_up, down, indices, weights), and how many sets of weights there are.
+    """A function that returns (hidden, gate_up, down, indices, weights) of the next run, and the number of weight sets.
 
-    Cold: as many copies of the weights as exceed `cache_bytes` together, and at every turn the experts' numbers are
-    shifted, so that the same load falls on weights that were not read lately. Warm: always the same.
+    Cold: enough copies of the weights to exceed `cache_bytes`, and shifted expert indices in every run, so that the same
+    load falls on weights that were not read recently. Warm: always the same.
     """
     experts, _, width, inner = case.shape
     dtype, generator = DTYPES[case.dtype], torch.Generator().manual_seed(case.seed + 1)
@@ -152,7 +153,7 @@ def _turns(period: int) -> Iterator[int]:
 
 
 def _normal(experts: int, rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Every page is written, hence there. One expert at a time: drawn whole in float32 it would need twice the memory."""
+    """Written in full, so that every page is mapped; one expert at a time, since a float32 draw takes twice the memory."""
     out = torch.empty(experts, rows, columns, dtype=dtype)
     block = torch.randn(rows, columns, generator=generator) * columns**-0.5
     for expert in out:

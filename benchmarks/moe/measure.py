@@ -1,4 +1,4 @@
-"""Measuring one case: the gate, the times in turns, the peak memory."""
+"""Measuring one case: the check of the answers, the interleaved times, the peak memory."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Timing, interleave, relative_error
+from benchmarks.moe.breakdown import breakdown
 from benchmarks.moe.cases import DTYPES, Case, rotation
-from benchmarks.moe.contestants import PRODUCTS, Form, products, reasons
-from benchmarks.moe.roofline import asked, limit
-from benchmarks.moe.stages import stages
+from benchmarks.moe.implementations import PRODUCTS, Form, products, reasons
+from benchmarks.moe.roofline import limit, work
+from benchmarks.tools.common import Timing, interleave, relative_error
 from qwen35moe import ops
 from qwen35moe.backends.verification import BOUNDS
 
 loop_experts = ops.experts.definition
 
-_CHECKED = 6  # tokens, and experts, whose result is compared with float64
+_CHECKED = 6  # tokens whose result is compared with float64
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def measure(
     case: Case, forms: Mapping[str, Form | str], roof: Mapping[str, float], *, device: str = "cpu", rounds: int = 9,
-    seconds: float = 10.0, cache_bytes: int = 256 << 20, with_stages: bool = False, memory: bool = True,
+    seconds: float = 10.0, cache_bytes: int = 256 << 20, with_breakdown: bool = False, memory: bool = True,
 ) -> dict[str, Any]:
-    """One case as it stands in the JSON file. A contestant that is wrong has no speed.
+    """One case as in the JSON file. A wrong implementation is not timed.
 
-    Each contestant runs `rounds` times in turns, less often (3 at least) where that would take more than `seconds`.
+    Each implementation runs `rounds` times in turns, less often (3 at least) if that would take more than `seconds`.
     """
     following, copies = rotation(case, device, cache_bytes)
     inputs = following()
-    wants = asked(case, inputs[3])
+    needed = work(case, inputs[3])
     rows: dict[str, dict[str, Any]] = {name: {"skipped": form} for name, form in forms.items() if isinstance(form, str)}
-    judge = Judge(case, inputs)
+    check = AnswerCheck(case, inputs)
     running: dict[str, Callable[[], object]] = {}
     for name, form in forms.items():
         if isinstance(form, str):
             continue
         reason = reasons(name, form, inputs)
-        rows[name] = {"skipped": reason} if reason else judge(form)
+        rows[name] = {"skipped": reason} if reason else check(form)
         if not reason and rows[name]["wrong"] is None:
             running[name] = lambda form=form: run(form, following(), case.train)
     running[PRODUCTS] = lambda: run(products, following(), False)
@@ -50,13 +50,13 @@ def measure(
     grads = [x.numel() * x.element_size() for x in inputs[1:3]] if case.train else []
     for name, timing in timings.items():
         row = rows.setdefault(name, {"error": None, "wrong": None})
-        row.update(_speed(timing, wants, limit(dict(wants), dict(roof))))
+        row.update(_speed(timing, needed, limit(dict(needed), dict(roof))))
         if memory and name != PRODUCTS:
             row["peak_bytes"] = peak(running[name], device, grads)
-    result = {"id": case.id, "case": vars(case), **wants, "weight_copies": copies, "contestants": rows}
-    if with_stages:
+    result = {"id": case.id, "case": vars(case), **needed, "weight_copies": copies, "implementations": rows}
+    if with_breakdown:
         hidden, gate_up, down, indices, weights = (x.detach() for x in inputs)
-        result["stages"] = stages(hidden, gate_up, down, indices, weights)
+        result["breakdown"] = breakdown(hidden, gate_up, down, indices, weights)
     return result
 
 
@@ -70,19 +70,19 @@ def run(form: Form, inputs: Arguments, train: bool) -> object:
         return torch.autograd.grad(out, leaves, inputs[0].detach())
 
 
-def _speed(timing: Timing, wants: Mapping[str, float], roof: float) -> dict[str, Any]:
+def _speed(timing: Timing, needed: Mapping[str, float], roof: float) -> dict[str, Any]:
     return {
         "min_s": timing.min, "median_s": timing.median, "runs": len(timing.seconds), "seconds": list(timing.seconds),
-        "tflops": wants["flops"] / timing.min / 1e12, "gbps": wants["bytes"] / timing.min / 1e9,
+        "tflops": needed["flops"] / timing.min / 1e12, "gbps": needed["bytes"] / timing.min / 1e9,
         "of_roofline": roof / timing.min,
     }
 
 
-class Judge:
-    """The gate: some tokens' results and gradients, and some experts' gradients, against the definition in float64.
+class AnswerCheck:
+    """Results and gradients of some tokens, and gradients of some experts, against the definition in float64.
 
-    A token's result and the gradients of its own row depend on that token alone, an expert's gradient on the tokens
-    that chose it, so that parts of a large case can be checked in full.
+    A token's result and the gradients of its row depend on that token alone, an expert's gradient on the tokens routed to
+    it, so that parts of a large case can be checked in full.
     """
 
     def __init__(self, case: Case, inputs: Arguments) -> None:
@@ -95,7 +95,7 @@ class Judge:
         self.expected = self._by_token(hidden, gate_up, down, indices, weights)
 
     def _by_token(self, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> list[Tensor]:
-        """y of the checked tokens; in training also their dx and dw, for the cotangent x. Only their experts are widened."""
+        """y of the checked tokens; in training also their dx and dw, for the cotangent x. Only their experts become float64."""
         chosen = indices[self.tokens]
         hit, places = chosen.unique(return_inverse=True)
         leaves = [hidden[self.tokens].double().requires_grad_(), weights[self.tokens].double().requires_grad_()]
@@ -107,22 +107,22 @@ class Judge:
     def _of_expert(self, expert: int) -> list[Tensor]:
         """dW_gate_up and dW_down of one expert, for the cotangent x."""
         hidden, gate_up, down, indices, weights = (x.detach() for x in self.inputs)
-        token, slot = (indices == expert).nonzero(as_tuple=True)
+        token, rank = (indices == expert).nonzero(as_tuple=True)
         leaves = [gate_up[expert : expert + 1].double().requires_grad_(), down[expert : expert + 1].double().requires_grad_()]
         if not token.numel():
             return [torch.zeros_like(leaf[0]) for leaf in leaves]
-        x, none = hidden[token].double(), torch.zeros(len(token), 1, dtype=torch.long, device=token.device)
-        out = loop_experts(x, leaves[0], leaves[1], none, weights[token, slot, None].double())
+        x, first = hidden[token].double(), torch.zeros(len(token), 1, dtype=torch.long, device=token.device)
+        out = loop_experts(x, leaves[0], leaves[1], first, weights[token, rank, None].double())
         return [grad[0] for grad in torch.autograd.grad(out, leaves, x)]
 
     def __call__(self, form: Form) -> dict[str, Any]:
-        """{"error": worst relative error, "wrong": None or why it gets no speed}."""
+        """{"error": worst relative error, "wrong": None or why it is not timed}."""
         bounds = BOUNDS[DTYPES[self.case.dtype]]
         try:
             with torch.set_grad_enabled(self.case.train):
                 out = form(*self.inputs)
                 if out.shape != self.inputs[0].shape:
-                    raise ValueError(f"it returned {list(out.shape)}, the contract says {list(self.inputs[0].shape)}")
+                    raise ValueError(f"it returned {list(out.shape)}, expected {list(self.inputs[0].shape)}")
                 grads: list[Tensor] = []
                 if self.case.train:
                     grads += torch.autograd.grad(out, self._leaves(), self.inputs[0].detach())
@@ -130,10 +130,10 @@ class Judge:
             return {"error": None, "wrong": f"{type(failure).__name__}: {str(failure).splitlines()[0]}"}
         errors = [relative_error(out[self.tokens], self.expected[0])]
         if self.case.train:
-            pairs = [(grads[0][self.tokens], self.expected[1]), (grads[3][self.tokens], self.expected[2])]
+            compared = [(grads[0][self.tokens], self.expected[1]), (grads[3][self.tokens], self.expected[2])]
             for expert in self.experts:
-                pairs += zip((grads[1][expert], grads[2][expert]), self._of_expert(expert), strict=True)
-            errors += [_error(found, expected) for found, expected in pairs]
+                compared += zip((grads[1][expert], grads[2][expert]), self._of_expert(expert), strict=True)
+            errors += [_error(actual, expected) for actual, expected in compared]
         worst = max([errors[0] / bounds[0], *(error / bounds[1] for error in errors[1:])])
         wrong = None if worst <= 1 else f"relative errors {_list(errors)}, bounds {bounds[0]:.0e} and {bounds[1]:.0e}"
         return {"error": max(errors), "wrong": wrong}
@@ -142,11 +142,11 @@ class Judge:
         return [x for x in self.inputs if x.requires_grad]
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    """Relative error; where nothing is expected, anything found is infinitely wrong."""
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """Relative error; infinite for a nonzero value where zeros are expected."""
     if not expected.any():
-        return float("inf") if found.any() else 0.0
-    return relative_error(found, expected)
+        return float("inf") if actual.any() else 0.0
+    return relative_error(actual, expected)
 
 
 def _list(errors: list[float]) -> str:
@@ -154,25 +154,25 @@ def _list(errors: list[float]) -> str:
 
 
 def peak(function: Callable[[], object], device: str, grads: Sequence[int] = ()) -> int:
-    """Bytes that one run has allocated at its highest, beyond what was there before: torch's allocator, both devices.
+    """Peak bytes that one run allocates through torch, beyond those allocated before.
 
     grads: sizes of the weights' gradients. On a CPU one live allocation of each is left out at every moment; on a GPU
-    all of them are taken off the peak. On a CPU the profiler records every allocation, so that neither the heap's
-    reserve nor the system's pages enter; scratch memory inside the matrix library is not seen.
+    all of them are subtracted from the peak. On a CPU the profiler records every allocation: the heap's reserve and the
+    system's pages do not count, nor does scratch memory inside the matrix library.
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        kept = function()
-        del kept
+        result = function()
+        del result
         return torch.cuda.max_memory_allocated(device) - before - sum(grads)
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        kept = function()
-        del kept
+        result = function()
+        del result
     now = highest = 0
-    live = dict.fromkeys(grads, 0)  # how many allocations of a gradient's size there are
+    live = dict.fromkeys(grads, 0)  # number of live allocations of a gradient's size
     events: Any = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     for event in events:
         if event.name() == "[memory]":

@@ -1,66 +1,28 @@
-"""What this machine can do at most, measured, and what a case asks of it."""
+"""The bytes and flops of a case, and the least time that they take on this machine."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from pathlib import Path
-
-import torch
 from torch import Tensor
 
 from benchmarks.moe.cases import DTYPES, Case
 
-_COPY = 256 << 20  # bytes of the copied buffer
-_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square product
 
+def work(case: Case, indices: Tensor) -> dict[str, float]:
+    """flops and bytes of a case. Only the distinct experts hit are read; inputs are read and outputs written once.
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core; 32 MB where the system does not say."""
-    sizes = [int(file.read_text()[:-2]) << 10 for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max(sizes, default=32 << 20)
-
-
-def measured(device: str, dtype: str) -> dict[str, float]:
-    """copy_gbps: read and written bytes of a large copy; read_gbps: of a sum; matmul_tflops: a square product in dtype."""
-    kind = torch.device(device).type
-    source = torch.ones(_COPY // 8, dtype=torch.int64, device=device)
-    target = torch.empty_like(source)
-    side = _SIDE.get(kind, 2048)
-    a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
-    return {
-        "copy_gbps": 2 * _COPY / _best(lambda: target.copy_(source), kind) / 1e9,
-        "read_gbps": _COPY / _best(lambda: source.sum(), kind) / 1e9,
-        "matmul_tflops": 2 * side**3 / _best(lambda: a @ b.t(), kind) / 1e12,
-    }
-
-
-def _best(run: Callable[[], object], kind: str, times: int = 7) -> float:
-    seconds = []
-    for _ in range(times + 2):
-        start = time.perf_counter()
-        run()
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[2:])
-
-
-def asked(case: Case, indices: Tensor) -> dict[str, float]:
-    """flops and bytes of a case. Only the distinct experts hit are read; tokens and results pass memory once each.
-
-    forward: 6 D F a pair. backward: twice that, and the weights are read once more, their gradients written once.
+    forward: 6 D F for each (token, expert) assignment. backward: twice that; the weights are read once more, and their
+    gradients written once.
     """
-    experts, slots, width, inner = case.shape
+    experts, top_k, width, inner = case.shape
     distinct = int(indices.unique().numel())
     size = DTYPES[case.dtype].itemsize
     expert, tokens = 3 * width * inner * size, 2 * case.tokens * width * size
-    flops = 6 * case.tokens * slots * width * inner
+    flops = 6 * case.tokens * top_k * width * inner
     if not case.train:
         return {"flops": flops, "bytes": distinct * expert + tokens, "distinct_experts": distinct}
     return {"flops": 3 * flops, "bytes": (2 * distinct + experts) * expert + 2 * tokens, "distinct_experts": distinct}
 
 
-def limit(asked: dict[str, float], roof: dict[str, float]) -> float:
-    """Seconds below which this machine cannot be: bytes over the copy bandwidth, flops over the product's peak."""
-    return max(asked["bytes"] / roof["copy_gbps"] / 1e9, asked["flops"] / roof["matmul_tflops"] / 1e12)
+def limit(work: dict[str, float], roof: dict[str, float]) -> float:
+    """The least seconds on this machine: bytes over the copy bandwidth, flops over the product's peak."""
+    return max(work["bytes"] / roof["copy_gbps"] / 1e9, work["flops"] / roof["matmul_tflops"] / 1e12)

@@ -1,6 +1,6 @@
-"""What the forms were asked to reach, beside what was measured: `python -m benchmarks moe --targets`.
+"""Targets of the forms beside the measurements: `python -m benchmarks moe --targets`.
 
-The ratios were set on a 2-core machine with AMX, and are to the best of transformers' three forms in the same process.
+The ratios were set on a 2-core machine with AMX. They are to the fastest of transformers' three forms in the same process.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.moe.cases import Case
-from benchmarks.moe.contestants import AUTO, PRODUCTS, TRANSFORMERS
+from benchmarks.moe.implementations import AUTO, PRODUCTS, TRANSFORMERS
 
 PRESETS = ("35b-a3b", "moe-4.54b")
 FORWARD = {1: (1.5, 1.5), 8: (1.15, 1.3), 64: (1.05, 1.1), 512: (1.0, 1.1), 2048: (1.3, 1.05), 8192: (1.5, 1.1)}
@@ -29,22 +29,22 @@ def cases(presets: Iterable[str] = PRESETS, tokens: Iterable[int] | None = None,
 
 def best(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     """transformers' fastest form of a measured case."""
-    found = [(f"transformers {kind}", row["contestants"].get(f"transformers {kind}", {})) for kind in TRANSFORMERS]
-    timed = [(name, found) for name, found in found if found.get("min_s")]
-    return min(timed, key=lambda pair: pair[1]["min_s"]) if timed else None
+    names = [f"transformers {kind}" for kind in TRANSFORMERS]
+    timed = [(name, row["implementations"][name]) for name in names if row["implementations"].get(name, {}).get("min_s")]
+    return min(timed, key=lambda form: form[1]["min_s"]) if timed else None
 
 
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: case, transformers' best, ours, ratio, target, verdict, and the bound that the products alone set."""
-    lines = ["| case | transformers' best, ms | ours, ms | ratio | asked for | verdict | products alone allow |"]
+    lines = ["| case | transformers' best, ms | ours, ms | ratio | target | verdict | products alone allow |"]
     lines.append("|" + "---|" * 7)
     for row in report["cases"]:
-        case, theirs, ours = row["case"], best(row), row["contestants"].get(AUTO, {})
+        case, theirs, ours = row["case"], best(row), row["implementations"].get(AUTO, {})
         goals = (TRAIN if case["train"] else FORWARD).get(case["tokens"])
         if case["preset"] not in PRESETS or goals is None or theirs is None or not ours.get("min_s"):
             continue
         goal, ratio = goals[PRESETS.index(case["preset"])], theirs[1]["min_s"] / ours["min_s"]
-        alone = row["contestants"].get(PRODUCTS, {}).get("min_s")
+        alone = row["implementations"].get(PRODUCTS, {}).get("min_s")
         limit = f"{theirs[1]['min_s'] / alone:.2f}x" if alone else ""
         name = f"{case['preset']}, {case['tokens']} tokens" + (", forward + backward" if case["train"] else "")
         times = f"{theirs[1]['min_s'] * 1e3:.2f} ({theirs[0][13:]}) | {ours['min_s'] * 1e3:.2f} | {ratio:.2f}x"
@@ -55,7 +55,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _memory(row: Mapping[str, Any], case: Mapping[str, Any], goals: tuple[float, float]) -> str:
-    peaks = {name: found["peak_bytes"] for name, found in row["contestants"].items() if found.get("peak_bytes")}
+    peaks = {name: one["peak_bytes"] for name, one in row["implementations"].items() if one.get("peak_bytes")}
     fast = best(row)
     ours, theirs = peaks[AUTO], peaks[fast[0]] if fast else 0
     goal = goals[PRESETS.index(case["preset"])]

@@ -1,34 +1,30 @@
 """The 4.54B model on a CPU in bfloat16, beside transformers: load, prefill, decode, memory, cold start.
 
-    python -m benchmarks.synthetic /somewhere/4b                  # writes the checkpoint, 9 GB, outside the repository
+    python -m benchmarks synthetic /somewhere/4b                  # writes the checkpoint, 9 GB, outside the repository
     python -m benchmarks text_4b --checkpoint /somewhere/4b [--profile] [--no-cold] [--json out.json]
 
-Each side runs in a process of its own, in turns, one at a time. First the answer: logits of the last 32 positions (24
-from a prefill, 8 decoded) against transformers in float32, both sides with the routing that float32 chose; a side that is
-further off than bfloat16 explains, or ours more than 1.25 times transformers', has no speed. Then, with all weight files
-in the page cache: from_pretrained ("load"), a prefill that returns the last token's logits, one cached token at a time
-("decode"). Last, with none of them there: load + first token. Times are minima over all rounds.
+Each library runs in a process of its own, in turns. First the answer: logits of the last 32 positions (24 from a prefill, 8
+decoded) against transformers in float32, both with the routing of the float32 run. A library is not timed if its error
+exceeds bfloat16's, or, for ours, 1.25 times transformers'. Then, with all weight files in the page cache: from_pretrained
+("load"), a prefill that returns the last token's logits, one cached token at a time ("decode"). Last, with no weight file in
+the page cache: load + first token. Times are minima over all rounds.
 
-Memory is the high-water mark of the resident set (VmHWM) from start to end, mapped pages of the weight files included,
-against the bytes of the text weights; RssAnon alone, which is what other processes cannot have, stands beside it.
+Memory is the high-water mark of the resident set (VmHWM) of the whole run, mapped pages of the weight files included,
+against the bytes of the text weights; beside it RssAnon, the part that cannot be shared or dropped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Report, Timing, arguments
-from benchmarks.text_4b.memory import warm, weight_files
+from benchmarks.tools.common import Report, Timing, arguments, fresh_process, in_turns
+from benchmarks.tools.memory import stored_bytes, warm, weight_files
 
-ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("transformers", "ours")
+PEERS = ("transformers", "ours")
 NOISE = 0.05  # rms error over rms of the logits: 32 layers of bfloat16 and these weights come to 0.02
 WORSE = 1.25  # ours over transformers'
 ROOM = 1.15  # peak memory over weights
@@ -41,92 +37,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=512, help="length of the prompt")
     parser.add_argument("--decode", type=int, default=16, help="tokens decoded in each round")
     parser.add_argument("--prefills", type=int, default=2, help="prefills in each round after the first")
-    parser.add_argument("--profile", action="store_true", help="only show where the time goes")
+    parser.add_argument("--profile", action="store_true", help="only print the breakdown of the time")
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="leave the page cache alone")
-    parser.add_argument("--no-answer", dest="answer", action="store_false", help="trust the answers, while tuning")
+    parser.add_argument("--no-answer", dest="answer", action="store_false", help="do not check the answers, while tuning")
     parser.add_argument("--kernels", help="a module to import that registers implementations with our backends")
-    parser.add_argument("--free", action="store_true", help="also compare with each side's own routing")
+    parser.add_argument("--unforced", action="store_true", help="also compare with each library's own routing")
     options = parser.parse_args(None if argv is None else list(argv))
     report = Report("text_4b", rounds=options.rounds)
     files, weights = weight_files(options.checkpoint), text_bytes(options.checkpoint)
     print(f"text weights {weights / 1e9:.2f} GB, {warm(files):.0%} of the files in the page cache")
     if options.profile:
-        for name in SIDES:
-            show_parts(name, worker("profile", name, options))
+        for name in PEERS:
+            print_breakdown(name, worker("profile", name, options))
         return 0
     answers = check(options) if options.answer else {}
     refused = wrong(answers)
-    results = in_turns("measure", [name for name in SIDES if name not in refused], options)
-    colds = in_turns("cold", [name for name in results if options.cold], options)
+    timed = [name for name in PEERS if name not in refused]
+    results = in_turns(timed, options.rounds, lambda name, number: worker("measure", name, options))
+    colds = in_turns(timed if options.cold else [], options.rounds, lambda name, number: worker("cold", name, options))
     tabulate(report, options, answers, refused, results, colds)
     memory = memory_table(results, weights)
-    status = report.finish(options)
-    if options.json:
-        extra = {"answers": answers, "memory": memory, "text_bytes": weights, "runs": results, "cold": colds}
-        options.json.write_text(json.dumps({**report.as_dict(), **extra}, indent=1) + "\n", encoding="utf-8")
-    return status
+    report.extra = {"answers": answers, "memory": memory, "text_bytes": weights, "runs": results, "cold": colds}
+    return report.finish(options)
 
 
-def in_turns(task: str, names: list[str], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """What each side's worker found in each round; the order turns every round."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for number in range(options.rounds):
-        for name in names if number % 2 == 0 else names[::-1]:
-            found[name].append(worker(task, name, options))
-    return found
-
-
-def worker(task: str, side: str, options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    """What `benchmarks.text_4b.worker` prints as JSON, from a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.text_4b.worker", task, side, "--checkpoint", str(options.checkpoint)]
+def worker(task: str, peer: str, options: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """The result of a task of `benchmarks.text_4b.worker` in a fresh process."""
+    command = ["-m", "benchmarks.text_4b.worker", task, peer, "--checkpoint", str(options.checkpoint)]
     for name in ("tokens", "decode", "prefills"):
         command += [f"--{name}", str(getattr(options, name))]
     if options.kernels:
         command += ["--kernels", options.kernels]
-    done = subprocess.run([*command, *more], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{side}, {task}: the process ended with {done.returncode}\n{done.stdout}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return fresh_process(*command, *more)
 
 
 def text_bytes(folder: Path) -> int:
-    """Bytes of the tensors that a text model reads, from the headers of the files."""
-    total = 0
-    for file in weight_files(folder):
-        with file.open("rb") as f:
-            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__" and not name.startswith(("model.visual.", "mtp.")):
-                total += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return total
+    """Bytes of the tensors that a text model reads."""
+    return sum(nbytes for name, nbytes in stored_bytes(folder) if not name.startswith(("model.visual.", "mtp.")))
 
 
 def check(options: argparse.Namespace) -> dict[str, dict]:
-    """The errors of both sides, each from its own process, against one that computes in float32."""
-    found = {}
+    """The errors of both libraries, each from its own process, against a float32 run."""
+    errors = {}
     with tempfile.TemporaryDirectory() as scratch:
-        more = ["--scratch", scratch, *(["--free"] if options.free else [])]
+        more = ["--scratch", scratch, *(["--unforced"] if options.unforced else [])]
         worker("answer", "truth", options, *more)
-        for name in SIDES:
-            found[name] = worker("answer", name, options, *more)
-            for routing, row in found[name].items():
+        for name in PEERS:
+            errors[name] = worker("answer", name, options, *more)
+            for routing, row in errors[name].items():
                 print(
                     f"{name:<14} {routing} routing: relative error {row['max']:.1e} (rms {row['rms']:.1e}), "
-                    f"same first word {row['top1']:.0%}",
+                    f"same first token {row['top1']:.0%}",
                     flush=True,
                 )
-    return found
+    return errors
 
 
 def wrong(answers: dict[str, dict]) -> dict[str, str]:
-    """The sides that get no speed, with the reason."""
+    """The libraries that are not timed, with the reason."""
     if not answers:
         return {}
-    rms = {name: answers[name]["replayed"]["rms"] for name in SIDES}
-    said = {name: f"rms error {e:.1e}, bound {NOISE:.0e}" for name, e in rms.items() if not e <= NOISE}
-    if "ours" not in said and not rms["ours"] <= WORSE * rms["transformers"]:
-        said["ours"] = f"rms error {rms['ours']:.1e}, {WORSE} times transformers' is {WORSE * rms['transformers']:.1e}"
-    return said
+    rms = {name: answers[name]["replayed"]["rms"] for name in PEERS}
+    reasons = {name: f"rms error {e:.1e}, bound {NOISE:.0e}" for name, e in rms.items() if not e <= NOISE}
+    if "ours" not in reasons and not rms["ours"] <= WORSE * rms["transformers"]:
+        reasons["ours"] = f"rms error {rms['ours']:.1e}, {WORSE} times transformers' is {WORSE * rms['transformers']:.1e}"
+    return reasons
 
 
 def tabulate(
@@ -143,18 +118,18 @@ def tabulate(
     }
     if options.cold:
         cases[f"cold_first_token/{size}"] = (colds, lambda run: [run["first_token"]])
-    for id, (found, pick) in cases.items():
+    for id, (runs, pick) in cases.items():
         with report.case(f"text_4b/{id}/bf16") as case:
             case.baseline = "transformers"
             case.wrong.update(refused)
-            for name in SIDES:
+            for name in PEERS:
                 if name in answers:
                     case.errors[name] = answers[name]["replayed"]["rms"]
-                if name in found:
-                    case.timings[name] = Timing(tuple(seconds for run in found[name] for seconds in pick(run)))
+                if name in runs:
+                    case.timings[name] = Timing(tuple(seconds for run in runs[name] for seconds in pick(run)))
     ratio = case.ratio("ours")
     if options.cold and ratio is not None:
-        print(f"  cold start: {ratio:.2f} of transformers' time, asked for at most {COLD}")
+        print(f"  cold start: {ratio:.2f} of transformers' time, target at most {COLD}")
 
 
 def memory_table(results: dict[str, list], weights: int) -> dict[str, dict[str, float]]:
@@ -172,8 +147,8 @@ def memory_table(results: dict[str, list], weights: int) -> dict[str, dict[str, 
     return table
 
 
-def show_parts(name: str, found: dict[str, dict]) -> None:
-    for phase, parts in found.items():
+def print_breakdown(name: str, phases: dict[str, dict]) -> None:
+    for phase, parts in phases.items():
         print(f"\n{name}, {phase}: milliseconds (calls)")
         for part, row in parts.items():
             print(f"  {part:<28} {row['ms']:9.2f}  ({row['calls']:.0f})")

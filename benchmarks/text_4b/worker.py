@@ -1,6 +1,6 @@
-"""One side of text_4b in a process of its own; the last line it prints is JSON.
+"""One task of text_4b with one library in a process of its own; the last line that it prints is JSON.
 
-    python -m benchmarks.text_4b.worker TASK SIDE --checkpoint DIR --tokens 512 --decode 16 --scratch DIR
+    python -m benchmarks.text_4b.worker TASK PEER --checkpoint DIR --tokens 512 --decode 16 --scratch DIR
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.text_4b.memory import Watch, evict, usage, weight_files
-from benchmarks.text_4b.sides import seconds, side, truth
+from benchmarks.text_4b.peers import peer, seconds, truth
+from benchmarks.tools.common import logit_errors
+from benchmarks.tools.memory import PeakSampler, evict, usage, weight_files
 
 KEPT = 32  # logits compared: the last of the prompt, 8 of them decoded one by one
 STEPS = 8
-WORDS = 248_000  # prompts are drawn from the vocabulary without its last, special words
+VOCABULARY = 248_000  # prompts are drawn from it: the last ids of the vocabulary are special tokens
 
 
 def prompt(tokens: int, seed: int = 0) -> Tensor:
     """[1, tokens] random ids."""
-    return torch.randint(0, WORDS, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Load, prefill and decode with the files in the page cache; memory over all of it."""
-    imported, _, runner = seconds(side, options.side)
-    base, watch = usage(), Watch()
+    imported, _, runner = seconds(peer, options.peer)
+    base, sampler = usage(), PeakSampler()
     load, load_cpu, _ = seconds(runner.load, options.checkpoint)
     ids = prompt(options.tokens + options.decode)
     prefills, state = [], None
@@ -45,7 +46,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         wall, cpu, logits = seconds(runner.decode, ids[:, t : t + 1], state)
         logits.argmax(-1)
         steps.append((wall, cpu))
-    anonymous, after = watch.stop(), usage()
+    anonymous, after = sampler.stop(), usage()
     return {
         "import": imported,
         "load": [load, load_cpu],
@@ -57,8 +58,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cold(options: argparse.Namespace) -> dict[str, Any]:
-    """Load and first token with nothing of the weights in the page cache. Imports come before and do not count."""
-    runner = side(options.side)
+    """Load and first token with no weight file in the page cache. Imports come before and do not count."""
+    runner = peer(options.peer)
     left = evict(weight_files(options.checkpoint))
     if left > 0.01:
         raise SystemExit(f"{left:.0%} of the weight files stay in the page cache: another process has them mapped")
@@ -70,22 +71,21 @@ def cold(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def answer(options: argparse.Namespace) -> dict[str, Any]:
-    """Logits of the last KEPT positions, the last STEPS of them decoded: with the truth's routing, and free."""
+    """Errors of the last KEPT positions' logits, the last STEPS decoded: with the truth's routing, and unforced."""
     ids = prompt(options.tokens)
-    if options.side == "truth":
+    if options.peer == "truth":
         logits, indices = truth(options.checkpoint, ids, KEPT)
         torch.save({"logits": logits, "indices": indices}, options.scratch / "truth.pt")
         return {}
     expected = torch.load(options.scratch / "truth.pt")
-    runner = side(options.side)
+    runner = peer(options.peer)
     runner.load(options.checkpoint)
     with runner.replaying(expected["indices"]):
         replayed = last_logits(runner, ids)
-    found = {"replayed": compare(replayed, expected["logits"])}
-    if options.free:
-        found["free"] = compare(last_logits(runner, ids), expected["logits"])
-    torch.save(replayed, options.scratch / f"{options.side}.pt")
-    return found
+    errors = {"replayed": logit_errors(replayed, expected["logits"])}
+    if options.unforced:
+        errors["unforced"] = logit_errors(last_logits(runner, ids), expected["logits"])
+    return errors
 
 
 def last_logits(runner: Any, ids: Tensor) -> Tensor:
@@ -97,35 +97,26 @@ def last_logits(runner: Any, ids: Tensor) -> Tensor:
     return torch.cat(rows).float()
 
 
-def compare(found: Tensor, expected: Tensor) -> dict[str, float]:
-    difference = found - expected
-    return {
-        "max": (difference.abs().max() / expected.abs().max()).item(),
-        "rms": (difference.square().mean() / expected.square().mean()).sqrt().item(),
-        "top1": (found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
-    }
-
-
 def profile(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the time of one prefill and of the decoded tokens goes."""
-    from benchmarks.text_4b.parts import Parts
+    """Breakdown of the time of one prefill and of the decoded tokens."""
+    from benchmarks.text_4b.breakdown import Breakdown
 
-    runner = side(options.side)
+    runner = peer(options.peer)
     runner.load(options.checkpoint)
     ids = prompt(options.tokens + options.decode)
     _, state = runner.prefill(ids[:, : options.tokens])
-    parts, found = Parts(runner.model, options.side), {}
-    with parts:
-        parts.clear()
+    breakdown, phases = Breakdown(runner.model, options.peer), {}
+    with breakdown:
+        breakdown.clear()
         wall, _, (_, state) = seconds(runner.prefill, ids[:, : options.tokens])
-        found["prefill"] = parts.table(wall)
+        phases["prefill"] = breakdown.table(wall)
         runner.decode(ids[:, options.tokens : options.tokens + 1], state)
-        parts.clear()
+        breakdown.clear()
         wall = 0.0
         for t in range(options.tokens + 1, options.tokens + options.decode):
             wall += seconds(runner.decode, ids[:, t : t + 1], state)[0]
-        found["decode"] = parts.table(wall, options.decode - 1)
-    return found
+        phases["decode"] = breakdown.table(wall, options.decode - 1)
+    return phases
 
 
 TASKS = {"measure": measure, "cold": cold, "answer": answer, "profile": profile}
@@ -134,16 +125,16 @@ TASKS = {"measure": measure, "cold": cold, "answer": answer, "profile": profile}
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.text_4b.worker")
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("side", choices=("ours", "transformers", "truth"))
+    parser.add_argument("peer", choices=("ours", "transformers", "truth"))
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--decode", type=int, default=16)
     parser.add_argument("--prefills", type=int, default=2)
-    parser.add_argument("--free", action="store_true")
+    parser.add_argument("--unforced", action="store_true")
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--kernels", help="a module to import that registers implementations with our backends")
     options = parser.parse_args(argv)
-    if options.kernels and options.side == "ours":
+    if options.kernels and options.peer == "ours":
         importlib.import_module(options.kernels)
     print(json.dumps(TASKS[options.task](options)), flush=True)
     return 0

@@ -11,20 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.__main__ import main, names
-from benchmarks.common import Case, Report, arguments, interleave, plot, relative_error, rotating, touch
-from benchmarks.machine import environment, header
+import qwen35moe
+from benchmarks.__main__ import TOOLS, main, suites
+from benchmarks.text_4b.breakdown import Breakdown
+from benchmarks.tools.common import Case, Report, arguments, interleave, plot, relative_error, rotating, touch
+from benchmarks.tools.machine import environment, header
 
 
-def test_contestants_run_in_turns_and_the_order_turns_too() -> None:
+def test_implementations_run_in_turns_and_the_order_turns_too() -> None:
     order: list[str] = []
-    contestants = {name: lambda name=name: order.append(name) for name in "abc"}
-    timings = interleave(contestants, rounds=3, warmup=1)
+    implementations = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = interleave(implementations, rounds=3, warmup=1)
     assert "".join(order) == "abc" "bca" "cab" "abc"
     assert all(len(t.seconds) == 3 and 0 < t.min <= t.median for t in timings.values())
 
 
-def test_a_wrong_answer_has_no_speed() -> None:
+def test_a_wrong_answer_is_not_timed() -> None:
     ran: list[str] = []
     case = Case("add/N3/fp32", rounds=2)
     truth = torch.tensor([1.0, 2.0, 4.0])
@@ -32,9 +34,9 @@ def test_a_wrong_answer_has_no_speed() -> None:
     case.check("wrong", truth + 1e-1, truth, bound=1e-5)
     case.time({name: lambda name=name: ran.append(name) for name in ("right", "wrong")}, baseline="right")
     assert set(ran) == {"right"}
-    row = case.as_dict()["contestants"]["wrong"]
+    row = case.as_dict()["implementations"]["wrong"]
     assert row["min_s"] is None and row["ratio"] is None and "bound 1e-05" in row["wrong"]
-    assert any("not timed: relative error 2.5e-02" in line for line in case.lines())
+    assert any("not timed: relative error 2.5e-02" in line for line in case.table())
 
 
 def test_errors_are_relative_and_a_nan_is_infinitely_wrong() -> None:
@@ -53,17 +55,16 @@ def test_the_report_has_its_schema_and_stable_ids(tmp_path: Path, capsys: pytest
         pass
     assert report.finish(options) == 0
     written = json.loads((tmp_path / "report.json").read_text())
-    assert written["schema"] == 1 and written["benchmark"] == "sums"
+    assert written["schema"] == 2 and written["benchmark"] == "sums"
     assert [case["id"] for case in written["cases"]] == ["sum/N5/fp32"]
-    a, b = (written["cases"][0]["contestants"][name] for name in "ab")
+    a, b = (written["cases"][0]["implementations"][name] for name in "ab")
     assert a["ratio"] == 1.0 and b["ratio"] == b["min_s"] / a["min_s"] and a["runs"] == 2
     printed = capsys.readouterr().out
     assert "sum/N5/fp32" in printed and f"torch {torch.__version__}" in printed
 
 
 def test_the_header_names_no_machine() -> None:
-    found = json.dumps(environment())
-    assert platform.node() not in found
+    assert platform.node() not in json.dumps(environment())
     assert {"processor", "cores", "threads", "torch", "python"} <= environment().keys()
 
 
@@ -95,14 +96,27 @@ def test_a_plot_is_drawn_or_asks_for_its_extra(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"qwen35moe\[plot\]"):
             plot(report, tmp_path / "plot.png")
     else:
-        report["cases"] = [{"id": "sum/N5", "contestants": {"a": {"ratio": 1.0}, "b": {"ratio": 0.5}}}]
+        report["cases"] = [{"id": "sum/N5", "implementations": {"a": {"ratio": 1.0}, "b": {"ratio": 0.5}}}]
         plot(report, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_breakdown_names_modules_and_operations() -> None:
+    model, _ = qwen35moe.load("tiny")
+    with torch.no_grad(), Breakdown(model, "ours") as breakdown:
+        model(torch.tensor([[1, 2, 3]]))
+    parts = breakdown.table(wall=60.0)
+    assert {"gated_delta_rule", "experts", "router", "in_proj_qkv", "mlp (rest)", "rest"} <= parts.keys()
+    assert sum(row["ms"] for name, row in parts.items() if name != "total") == pytest.approx(parts["total"]["ms"]) == 60e3
+    before = breakdown.calls.copy()
+    model(torch.tensor([[1, 2, 3]]))
+    assert breakdown.calls == before  # hooks and wrappers are removed
 
 
 def test_the_command_lists_benchmarks_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     listed = capsys.readouterr().out
-    assert all(f"  {name}" in listed for name in names()) and "imports" in names() and "common" not in names()
+    assert all(f"  {name}" in listed for name in (*suites(), *TOOLS)) and "imports" in suites() and "common" not in listed
+    assert not {"results", "tools", "__main__"} & set(suites())
     assert main(["nothing"]) == 2
     assert "no benchmark 'nothing'; there are" in capsys.readouterr().err

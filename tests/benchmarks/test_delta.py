@@ -1,4 +1,4 @@
-"""`python -m benchmarks delta` and `numerics` at small sizes: what takes part, what is judged, what is counted. No timings."""
+"""`python -m benchmarks delta` and `numerics` at small sizes: implementations, checks of answers, bytes. No timings."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import delta, numerics
-from benchmarks.common import Case, Timing, saved_bytes
+from benchmarks import delta
 from benchmarks.delta import targets
-from benchmarks.delta.situations import GATES, Situation, Sizes, draw_gates
+from benchmarks.delta.scenarios import GATES, Scenario, Sizes, draw_gates
+from benchmarks.tools import numerics
+from benchmarks.tools.common import Case, Timing, saved_bytes
 from qwen35moe import backends
 from qwen35moe.ops.cpu.delta_rule import gated_delta_rule_torch
 
 SMALL = Sizes(hidden=40, groups=2, heads=6, key=16, value=8, taps=4)
 
 
-def raced(situation: Situation) -> Case:
-    case = Case(situation.id, rounds=1)
-    delta.run(case, situation, sizes=SMALL, warmup=0)
+def compared(scenario: Scenario) -> Case:
+    case = Case(scenario.id, rounds=1)
+    delta.run(case, scenario, sizes=SMALL, warmup=0)
     return case
 
 
@@ -32,8 +33,8 @@ def wrong() -> Iterator[None]:
     """An implementation in front of all others whose output is 5 % too large."""
 
     def off(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        out, memory = gated_delta_rule_torch(*args, **options)
-        return out * 1.05, memory
+        out, state = gated_delta_rule_torch(*args, **options)
+        return out * 1.05, state
 
     backends.register("gated_delta_rule", "off", off, before=backends.implementations("gated_delta_rule")[0].name)
     yield
@@ -41,49 +42,49 @@ def wrong() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "situation,contestants",
+    "scenario,implementations",
     [
-        (Situation("rule", 40), {"transformers", "ours torch", "ours recurrent"}),
-        (Situation("rule", 70, "transformers", "train"), {"transformers", "ours torch"}),
-        (Situation("rule", 1, batch=3), {"transformers", "ours torch", "ours recurrent"}),
-        (Situation("convolution", 33, mode="train"), {"transformers", "ours torch"}),
-        (Situation("layer", 70, dtype="fp32"), {"transformers", "ours"}),
-        (Situation("layer", 70, "transformers", "train"), {"transformers", "ours"}),
-        (Situation("step", 1, layers=3, batch=2), {"transformers", "ours"}),
-        (Situation("fused_step", 1, batch=3), {"ours torch"}),
+        (Scenario("rule", 40), {"transformers", "ours torch", "ours recurrent"}),
+        (Scenario("rule", 70, "transformers", "train"), {"transformers", "ours torch"}),
+        (Scenario("rule", 1, batch=3), {"transformers", "ours torch", "ours recurrent"}),
+        (Scenario("convolution", 33, mode="train"), {"transformers", "ours torch"}),
+        (Scenario("layer", 70, dtype="fp32"), {"transformers", "ours"}),
+        (Scenario("layer", 70, "transformers", "train"), {"transformers", "ours"}),
+        (Scenario("step", 1, layers=3, batch=2), {"transformers", "ours"}),
+        (Scenario("fused_step", 1, batch=3), {"ours torch"}),
     ],
-    ids=lambda value: value.id if isinstance(value, Situation) else "",
+    ids=lambda value: value.id if isinstance(value, Scenario) else "",
 )
-def test_every_operation_is_judged_counted_and_run(situation: Situation, contestants: set[str]) -> None:
-    case = raced(situation)
-    assert not case.wrong and contestants <= case.timings.keys() == case.errors.keys()
-    assert all(0 < error < delta.bound(situation, "d_") for error in case.errors.values())
-    assert case.facts["auto"] in case.timings and case.facts["tokens"] == situation.tokens
-    if situation.mode == "train":
+def test_every_operation_is_checked_counted_and_timed(scenario: Scenario, implementations: set[str]) -> None:
+    case = compared(scenario)
+    assert not case.wrong and implementations <= case.timings.keys() == case.errors.keys()
+    assert all(0 < error < delta.bound(scenario, "d_") for error in case.errors.values())
+    assert case.facts["auto"] in case.timings and case.facts["tokens"] == scenario.tokens
+    if scenario.mode == "train":
         saved = {name: figures["saved_bytes"] for name, figures in case.figures.items()}
-        assert all(saved[name] > 0 for name in contestants)
-    if situation.layers > 1:
-        assert case.figures["ours"]["per_layer_s"] == case.timings["ours"].min / situation.layers
-    if situation.tokens == 1:
+        assert all(saved[name] > 0 for name in implementations)
+    if scenario.layers > 1:
+        assert case.figures["ours"]["per_layer_s"] == case.timings["ours"].min / scenario.layers
+    if scenario.tokens == 1:
         assert all(figures["gb_per_s"] > 0 for figures in case.figures.values())
 
 
-def test_what_does_not_take_part_says_why() -> None:
-    case = raced(Situation("rule", 70, mode="train"))
+def test_implementations_that_cannot_run_are_listed_with_a_reason() -> None:
+    case = compared(Scenario("rule", 70, mode="train"))
     assert "definition" in case.refused["ours recurrent"] and "no backward" in case.refused["ours chunked_cpu"]
-    assert "fla" in case.refused and any("not run: " in line for line in case.lines())
+    assert "fla" in case.refused and any("not run: " in line for line in case.table())
 
 
 @pytest.mark.usefixtures("wrong")
-def test_a_wrong_implementation_has_no_time_and_the_library_s_own_choice_is_named() -> None:
-    case = raced(Situation("rule", 40))
+def test_a_wrong_implementation_is_not_timed_and_the_library_s_choice_is_named() -> None:
+    case = compared(Scenario("rule", 40))
     assert case.facts["auto"] == "ours off" and "ours off" in case.wrong and "ours off" not in case.timings
     assert "ours torch" in case.timings
-    layer = raced(Situation("layer", 40))
-    assert "ours" in layer.errors  # a gated norm follows: 5 % of every head's output is normed away
+    layer = compared(Scenario("layer", 40))
+    assert "ours" in layer.errors  # the gated norm that follows removes a factor of 5 % on every head's output
     backends.unregister("gated_delta_rule", "off")
     backends.register("gated_delta_rule", "off", lambda *a, **k: 1 / 0, before="torch")
-    assert "ZeroDivisionError" in raced(Situation("rule", 40)).wrong["ours off"]
+    assert "ZeroDivisionError" in compared(Scenario("rule", 40)).wrong["ours off"]
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_weights() -> None:
@@ -94,32 +95,32 @@ def test_saved_bytes_counts_each_storage_once_and_no_weights() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_targets_read_their_situations(device: str) -> None:
-    """Made-up cases in which everything of ours takes 1 s and saves 1 KiB per token, everybody else 10 times that."""
+def test_targets_read_their_scenarios(device: str) -> None:
+    """Invented cases: our implementations take 1 s and save 1 KiB per token, the others 10 times that."""
     cases = []
-    for situation in targets.situations(device):
+    for scenario in targets.scenarios(device):
         names = {"transformers": 10.0, "fla": 10.0, "ours": 1.0, "ours torch": 1.0, "ours triton": 1.0}
-        case = Case(situation.id, facts={"auto": "ours torch" if situation.operation == "rule" else "ours"})
+        case = Case(scenario.id, facts={"auto": "ours torch" if scenario.operation == "rule" else "ours"})
         case.timings = {name: Timing((seconds,)) for name, seconds in names.items()}
-        saved = {name: seconds * 1024 * situation.tokens for name, seconds in names.items()}
+        saved = {name: seconds * 1024 * scenario.tokens for name, seconds in names.items()}
         case.figures = {name: {"saved_bytes": saved[name], "of_copy": 0.5} for name in names}
-        if situation.operation == "fused_step":
+        if scenario.operation == "fused_step":
             case.facts["auto"] = "ours torch"
         cases.append(case)
-    rows = targets.judged(cases, device)
+    rows = targets.verdicts(cases, device)
     assert len(rows) == len(targets.targets(device)) > 10
-    verdicts = {row["what"]: row["verdict"] for row in rows}
-    assert [what for what, verdict in verdicts.items() if verdict != "met"] == (
+    verdicts = {row["quantity"]: row["verdict"] for row in rows}
+    assert [quantity for quantity, verdict in verdicts.items() if verdict != "met"] == (
         ["one-token step, 64 rows: share of the copy rate"] if device == "cuda" else []
     )
-    assert targets.judged(cases[:1], device) != rows  # what was not run has no row
+    assert targets.verdicts(cases[:1], device) != rows  # a scenario that was not run has no row
 
 
-def test_the_command_line_chooses_situations(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_chooses_scenarios(capsys: pytest.CaptureFixture[str]) -> None:
     def ids(*argv: str) -> list[str]:
-        return [s.id for s in delta.chosen(delta.parser().parse_args(argv))]
+        return [s.id for s in delta.choose(delta.parser().parse_args(argv))]
 
-    assert ids() == ids("--targets") == [s.id for s in targets.situations("cpu")]
+    assert ids() == ids("--targets") == [s.id for s in targets.scenarios("cpu")]
     assert ids("--only", "layer/T512") == [f"layer/T512/{gates}/bf16/forward" for gates in GATES]
     assert ids("--operations", "rule,step", "--tokens", "64,128", "--gates", "ordinary", "--modes", "train") == [
         "rule/T64/ordinary/bf16/train", "rule/T128/ordinary/bf16/train", "step/T1/L12/ordinary/bf16/forward"
@@ -133,14 +134,14 @@ def test_the_command_line_chooses_situations(capsys: pytest.CaptureFixture[str])
 def test_a_report_its_schema_and_its_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(delta.RACES, "rule", lambda s, device, _: delta.operations.rule(s, device, SMALL))
+    monkeypatch.setitem(delta.COMPARISONS, "rule", lambda s, device, _: delta.operations.rule(s, device, SMALL))
     path = tmp_path / "report.json"
     argv = ["--operations", "rule", "--tokens", "16,32", "--gates", "ordinary", "--rounds", "1", "--json", str(path)]
     assert delta.main(argv) == 0
     report = json.loads(path.read_text())
-    assert report["schema"] == 1 and report["targets"] == []
+    assert report["schema"] == 2 and report["targets"] == []
     assert [case["facts"]["tokens"] for case in report["cases"]] == [16, 32]
-    assert report["cases"][0]["contestants"]["ours torch"]["ratio"] > 0
+    assert report["cases"][0]["implementations"]["ours torch"]["ratio"] > 0
     try:
         import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
@@ -152,7 +153,7 @@ def test_a_report_its_schema_and_its_plot(
 
 
 def test_the_gates_that_are_drawn() -> None:
-    """ordinary: a head keeps between e^-0.001 and e^-2 per token in the median; transformers' init forgets at once."""
+    """ordinary: a head keeps between e^-0.001 and e^-2 per token in the median; transformers' init erases the state at once."""
     rng = torch.Generator().manual_seed(0)
     ordinary, init = (draw_gates(gates, 1, 200, 400, rng) for gates in GATES)
     assert ordinary.max() < 0 and init.max() < 0
@@ -160,7 +161,7 @@ def test_the_gates_that_are_drawn() -> None:
 
 
 def test_numerics_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every form that runs has its lines, and ours are within the bounds of the contract."""
+    """Every form that runs has its rows, and ours are within the bounds of the contract."""
     path = tmp_path / "numerics.md"
     assert numerics.main(["--tokens", "40", "--write", str(path)]) == 0
     text = path.read_text()

@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import common
 from benchmarks.__main__ import main
-from benchmarks.moe import kept, make_parser, merged, output, roofline, targets
+from benchmarks.moe import make_parser, merged, repeatable, targets
 from benchmarks.moe.cases import Case, rotation, scores, shapes
-from benchmarks.moe.contestants import ADAPTERS, PRODUCTS, contestants, reasons
-from benchmarks.moe.measure import Judge, measure, peak
-from benchmarks.moe.roofline import asked, limit
+from benchmarks.moe.implementations import ADAPTERS, PRODUCTS, implementations, reasons
+from benchmarks.moe.measure import AnswerCheck, measure, peak
+from benchmarks.moe.report import markdown, plot
+from benchmarks.moe.roofline import limit, work
+from benchmarks.tools import common, limits
 from qwen35moe import ops
 
 loop_experts = ops.experts.definition
@@ -33,13 +34,13 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small roofline, and no collection of garbage before every run: a tenth of a second each in a test process."""
     quiet = types.SimpleNamespace(collect=lambda: 0, disable=lambda: None, enable=lambda: None)
     monkeypatch.setattr(common, "gc", quiet)
-    monkeypatch.setattr(roofline, "_COPY", 1 << 16)
-    monkeypatch.setattr(roofline, "_SIDE", {"cpu": 32})
+    monkeypatch.setattr(limits, "_COPY", 1 << 16)
+    monkeypatch.setattr(limits, "_WIDTH", {"cpu": 32})
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A module of somebody's kernels."""
+    """A module of other people's kernels."""
     module: Any = types.ModuleType("somebodys")
     module.right = loop_experts
     module.wrong = lambda *arguments: loop_experts(*arguments) * 1.1
@@ -60,14 +61,15 @@ def report(tmp_path: Path, name: str, *more: str) -> tuple[int, dict[str, Any]]:
     return status, json.loads(file.read_text())
 
 
-def test_a_wrong_implementation_is_refused_a_speed(tmp_path: Path, kernels: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_implementation_is_not_timed(tmp_path: Path, kernels: Any, capsys: pytest.CaptureFixture[str]) -> None:
     impl = [word for name in ("right", "wrong", "narrow") for word in ("--impl", f"{name}=somebodys:{name}")]
-    status, found = report(tmp_path, "a.json", "--tokens", "5", "--dtype", "fp32", "--only", "right,wrong,narrow", *impl)
-    rows = found["cases"][0]["contestants"]
-    assert status == 1 and found["schema"] == 1
+    status, written = report(tmp_path, "a.json", "--tokens", "5", "--dtype", "fp32", "--only", "right,wrong,narrow", *impl)
+    rows = written["cases"][0]["implementations"]
+    assert status == 1 and written["schema"] == 2
     assert rows["right"]["min_s"] > 0 and rows["right"]["wrong"] is None
     assert "min_s" not in rows["wrong"] and "relative errors 1.0e-01" in rows["wrong"]["wrong"]
-    assert "min_s" not in rows["narrow"] and "the contract says" in rows["narrow"]["wrong"]
+    assert "min_s" not in rows["narrow"] and rows["narrow"]["wrong"].startswith("ValueError: it returned [5, ")
+    assert "], expected [5, " in rows["narrow"]["wrong"]
     assert "not timed: relative errors" in capsys.readouterr().out
 
 
@@ -83,7 +85,7 @@ def test_a_slower_one_gives_exit_status_1(tmp_path: Path, kernels: Any, capsys: 
     assert main(["compare", files[0], files[0]]) == 0
     wrong = report(tmp_path, "c.json", *cases, "--impl", "mine=somebodys:wrong")
     assert wrong[0] == 1 and main(["compare", files[0], str(tmp_path / "c.json")]) == 1
-    assert "no speed in c.json" in capsys.readouterr().out
+    assert "not timed in c.json" in capsys.readouterr().out
 
 
 def test_rerun_repeats_the_cases(tmp_path: Path, kernels: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +106,7 @@ def test_rerun_repeats_the_cases(tmp_path: Path, kernels: Any, capsys: pytest.Ca
     assert "--trust" in capsys.readouterr().err
 
 
-def test_forward_and_backward_are_gated_too() -> None:
+def test_backward_is_checked_too() -> None:
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -116,42 +118,42 @@ def test_forward_and_backward_are_gated_too() -> None:
 
     case = Case("tiny", 40, dtype="fp32", train=True)
     inputs = rotation(case, "cpu", 1)[0]()
-    judge = Judge(case, inputs)
-    assert judge(loop_experts)["wrong"] is None
+    check = AnswerCheck(case, inputs)
+    assert check(loop_experts)["wrong"] is None
     for place in (0, 1, 2, 4):
 
         def spoiled(*arguments: torch.Tensor, place: int = place) -> torch.Tensor:
             changed = [Wrong.apply(x) if i == place else x for i, x in enumerate(arguments)]
             return loop_experts(*changed)  # type: ignore[arg-type]
 
-        assert "relative errors" in judge(spoiled)["wrong"], place
-    assert "RuntimeError" in judge(lambda *arguments: loop_experts(*(x.detach() for x in arguments)))["wrong"]
+        assert "relative errors" in check(spoiled)["wrong"], place
+    assert "RuntimeError" in check(lambda *arguments: loop_experts(*(x.detach() for x in arguments)))["wrong"]
 
 
-def test_every_contestant_that_can_run_is_right_and_has_a_peak() -> None:
-    forms = contestants("cpu", [])
+def test_every_implementations_that_can_run_is_right_and_has_a_peak() -> None:
+    forms = implementations("cpu", [])
     quick: dict[str, Any] = dict(rounds=3, seconds=0.01, cache_bytes=1)
     for train in (False, True):
-        row = measure(Case("tiny", 9, train=train), forms, ROOF, with_stages=not train, memory=False, **quick)
-        found = row["contestants"]
-        assert all(one.get("wrong") is None for one in found.values()), found
-        timed = {name for name, one in found.items() if one.get("min_s")}
+        row = measure(Case("tiny", 9, train=train), forms, ROOF, with_breakdown=not train, memory=False, **quick)
+        rows = row["implementations"]
+        assert all(one.get("wrong") is None for one in rows.values()), rows
+        timed = {name for name, one in rows.items() if one.get("min_s")}
         assert {"ours", "ours sorted", "ours loop", "transformers eager", "transformers grouped_mm", PRODUCTS} <= timed
-        assert set(ADAPTERS) <= {name for name, one in found.items() if one.get("skipped")}
+        assert set(ADAPTERS) <= {name for name, one in rows.items() if one.get("skipped")}
         assert set(row) >= {"id", "flops", "bytes", "distinct_experts", "weight_copies"}
     few = measure(Case("tiny", 9), {"ours sorted": forms["ours sorted"]}, ROOF, **quick)
-    assert few["contestants"]["ours sorted"]["peak_bytes"] > 0
+    assert few["implementations"]["ours sorted"]["peak_bytes"] > 0
 
 
-def test_the_adapters_are_asked_only_where_their_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {contestants("cuda", [])[name] for name in ADAPTERS} == {
+def test_an_adapter_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {implementations("cuda", [])[name] for name in ADAPTERS} == {
         f"{package} is not installed" for package, _ in ADAPTERS.values()
     }
     with pytest.raises(ValueError, match=r"\[NAME=\]package.module:function"):
-        contestants("cpu", ["nothing"])
+        implementations("cpu", ["nothing"])
 
 
-def test_the_adapters_hand_over_what_the_packages_document(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapters_pass_the_documented_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins with the packages' signatures, computed by the definition."""
     case = Case("tiny", 7, dtype="fp32")
     hidden, gate_up, down, indices, weights = rotation(case, "cpu", 1)[0]()
@@ -187,8 +189,8 @@ def test_loads_and_traces(tmp_path: Path) -> None:
         assert int((counts > 0).sum()) >= least and (skew == "uniform") == (counts.max() < 3 * counts.float().mean())
     with pytest.raises(ValueError, match="skew 'hot'"):
         scores("hot", 4, 4, 2, rng)
-    experts, slots, _, _ = shapes()["tiny"]
-    indices = torch.randint(0, experts, (3, 11, slots))
+    experts, top_k, _, _ = shapes()["tiny"]
+    indices = torch.randint(0, experts, (3, 11, top_k))
     indices[1, 4] = -1
     save_file({"indices": indices}, tmp_path / "trace.safetensors")
     case = Case("tiny", 10, trace=str(tmp_path / "trace.safetensors"), layer=1)
@@ -211,11 +213,11 @@ def test_cold_weights_change_at_every_turn_and_the_load_does_not() -> None:
 
 
 def test_bytes_count_the_experts_hit() -> None:
-    experts, slots, width, inner = shapes()["tiny"]
+    experts, top_k, width, inner = shapes()["tiny"]
     case = Case("tiny", 5)
-    one = asked(case, torch.zeros(5, slots, dtype=torch.long))
+    one = work(case, torch.zeros(5, top_k, dtype=torch.long))
     assert one["distinct_experts"] == 1 and one["bytes"] == 2 * (3 * width * inner + 2 * 5 * width)
-    assert one["flops"] == 6 * 5 * slots * width * inner
+    assert one["flops"] == 6 * 5 * top_k * width * inner
     assert limit({"bytes": 20e9, "flops": 1e12}, ROOF) == 2.0 and limit({"bytes": 1e9, "flops": 3e12}, ROOF) == 3.0
 
 
@@ -230,7 +232,7 @@ def test_peak_memory_is_what_was_allocated_at_once() -> None:
     assert peak(function, "cpu", [4 << 18]) == 2 * 4 << 18  # one allocation of that size counts as the gradient
 
 
-def test_forms_that_would_copy_or_fill_too_much_take_no_part() -> None:
+def test_forms_that_would_copy_or_fill_too_much_do_not_run() -> None:
     indices = torch.arange(8).repeat(4096, 1)
     shape = Case("35b-a3b", 1).shape
     meta = [torch.empty(size, device="meta", dtype=torch.bfloat16, requires_grad=True) for size in
@@ -242,23 +244,23 @@ def test_forms_that_would_copy_or_fill_too_much_take_no_part() -> None:
     assert "zero gradient" in str(reasons("transformers eager", loop_experts, wide))
 
 
-def test_the_table_of_targets_says_reached_or_missed(tmp_path: Path) -> None:
+def test_the_table_of_targets_has_verdicts(tmp_path: Path) -> None:
     def row(case: Case, ours: float, theirs: float) -> dict[str, Any]:
-        found = {"ours": ours, "transformers eager": theirs, "transformers grouped_mm": 2 * theirs, "products alone": ours / 2}
+        times = {"ours": ours, "transformers eager": theirs, "transformers grouped_mm": 2 * theirs, "products alone": ours / 2}
         rows = {name: {"min_s": s, "median_s": s, "runs": 1, "tflops": 1.0, "gbps": 1.0, "of_roofline": 0.5,
-                       "peak_bytes": int(s * 1e6)} for name, s in found.items()}
-        return {"id": case.id, "case": vars(case), "contestants": rows, "flops": 1e9, "bytes": 1e6, "roof_s": 1e-3,
+                       "peak_bytes": int(s * 1e6)} for name, s in times.items()}
+        return {"id": case.id, "case": vars(case), "implementations": rows, "flops": 1e9, "bytes": 1e6, "roof_s": 1e-3,
                 "distinct_experts": 1}
 
     cases = targets.cases()
     assert len(cases) == 14 and len({case.id for case in cases}) == 14
-    found = {"cases": [row(case, 1.0, 2.4) for case in cases], "environment": {"processor": "any"}, "roofline": {}}
-    table = targets.table(found)
+    invented = {"cases": [row(case, 1.0, 2.4) for case in cases], "environment": {"processor": "any"}, "roofline": {}}
+    table = targets.table(invented)
     assert table.count("reached") == 14 and table.count("missed") == 2  # both memory targets are missed at 1 / 2.4
     assert "| 35b-a3b, 1 tokens | 2400.00 (eager) | 1000.00 | 2.40x | >= 1.5x | reached | 4.80x |" in table
-    assert "min ms" in output.markdown(found)
+    assert "min ms" in markdown(invented)
     pytest.importorskip("matplotlib", reason="the figure needs matplotlib (extra plot)")
-    output.plot(found, tmp_path / "figure.png")
+    plot(invented, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -269,5 +271,5 @@ def test_appending_keeps_other_cases_of_the_same_machine(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="environment differs"):
         merged(old, {**new, "environment": {"cores": 3}})
     words = ["--tokens", "1", "--json", "x", "--append", "--plot=y", "--train", "yes"]
-    assert kept(words) == ["--tokens", "1", "--train", "yes"]
-    assert make_parser().parse_args(kept(words)).train == "yes"
+    assert repeatable(words) == ["--tokens", "1", "--train", "yes"]
+    assert make_parser().parse_args(repeatable(words)).train == "yes"

@@ -1,4 +1,4 @@
-"""The synthetic checkpoint: published sizes, values that depend on the name alone, layouts that agree, gates as asked."""
+"""The synthetic checkpoint: published sizes, values that depend on the name alone, layouts that agree, gates as chosen."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks import synthetic
 from benchmarks.text_4b import text_bytes
-from benchmarks.text_4b.memory import cached, evict, warm, weight_files
+from benchmarks.tools import synthetic
+from benchmarks.tools.memory import cached, evict, warm, weight_files
 from qwen35moe import Qwen3_5MoeForCausalLM
 
 
@@ -30,11 +30,11 @@ def config() -> dict:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    values = {}
     for name, file in json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].items():
         with safe_open(folder / file, "pt") as stored:
-            found[name] = stored.get_tensor(name)
-    return found
+            values[name] = stored.get_tensor(name)
+    return values
 
 
 def test_the_full_size_is_the_published_one() -> None:
@@ -48,22 +48,22 @@ def test_the_full_size_is_the_published_one() -> None:
 @pytest.mark.parametrize("slice_size", [1 << 24, 1 << 8])  # one slice, and experts that cross the borders of slices
 def test_layouts_and_runs_agree(tmp_path: Path, config: dict, slice_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "SLICE", slice_size)
-    for name, layout in (("one", "grouped"), ("two", "grouped"), ("each", "per_expert")):
+    for name, layout in (("one", "grouped"), ("two", "grouped"), ("three", "per_expert")):
         synthetic.write_checkpoint(tmp_path / name, layout=layout, config=config, shard_size=60_000)
-    one, two, each = (tensors(tmp_path / name) for name in ("one", "two", "each"))
+    one, two, per_expert = (tensors(tmp_path / name) for name in ("one", "two", "three"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     gate_up = one["model.language_model.layers.2.mlp.experts.gate_up_proj"]
     for e in range(8):
         expert = f"model.language_model.layers.2.mlp.experts.{e}."
-        both = torch.cat([each[expert + "gate_proj.weight"], each[expert + "up_proj.weight"]])
+        both = torch.cat([per_expert[expert + "gate_proj.weight"], per_expert[expert + "up_proj.weight"]])
         assert torch.equal(gate_up[e], both)
         down = one["model.language_model.layers.2.mlp.experts.down_proj"][e]
-        assert torch.equal(down, each[expert + "down_proj.weight"])
+        assert torch.equal(down, per_expert[expert + "down_proj.weight"])
     assert len(weight_files(tmp_path / "one")) > 2
-    assert text_bytes(tmp_path / "one") == text_bytes(tmp_path / "each")
+    assert text_bytes(tmp_path / "one") == text_bytes(tmp_path / "three")
 
 
-def test_our_model_loads_it_with_the_gates_asked_for(tmp_path: Path, config: dict) -> None:
+def test_our_model_loads_it_with_the_chosen_gates(tmp_path: Path, config: dict) -> None:
     for gates, low, high in (("ordinary", 9e-4, 0.11), ("transformers", 1.3, 1.32)):
         synthetic.write_checkpoint(tmp_path / gates, gates=gates, config=config, align=64)
         model = Qwen3_5MoeForCausalLM.from_pretrained(tmp_path / gates)
@@ -78,6 +78,6 @@ def test_the_page_cache_is_filled_and_emptied(tmp_path: Path, config: dict) -> N
     files = weight_files(tmp_path / "one")
     assert warm(files) == 1.0
     assert 0.0 <= evict(files) <= 1.0  # a filesystem in memory keeps its pages
-    with pytest.raises(ValueError, match=r"python -m benchmarks\.synthetic"):
+    with pytest.raises(ValueError, match=r"python -m benchmarks synthetic"):
         weight_files(tmp_path)
     assert 0.0 <= cached(files) <= 1.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen35moe.cache import Cache
 from tests.cache.common import BOUND, CACHES, CASE, LAST_BITS, contents, filled, next_logits, same, tokens
 from tests.support import peer
-from tests.support.peer import FULL, LINEAR, assert_close, odd_shape
+from tests.support.peer import FULL, LINEAR, assert_close, odd_shape, relative_error
 
 # ---------------------------------------------------------------------------------------------------- shape and size
 

@@ -283,10 +283,10 @@ def test_invalid_inputs_are_errors():
     x = pixels(GRIDS, model.config)
     for grid, message in (
         (torch.tensor(GRIDS[:2]), "pixel values have 144 patches, the grids"),
-        (torch.tensor([[1, 3, 4]]), re.escape("(1, 3, 4): rows and columns are positive multiples of 2")),
-        (torch.tensor([[0, 4, 4]]), "frames >= 1"),
+        (torch.tensor([[1, 3, 4]]), re.escape("(1, 3, 4): rows and columns must be positive multiples of 2")),
+        (torch.tensor([[0, 4, 4]]), "frames at least 1"),
         (torch.tensor([1, 4, 4]), r"integers \[items, 3\]"),
-        (torch.zeros(0, 3, dtype=torch.long), "one item at least"),
+        (torch.zeros(0, 3, dtype=torch.long), "at least one item"),
         (torch.tensor([[1.0, 4.0, 4.0]]), "torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -256,11 +256,11 @@ def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_benchmark_of_dispatch_finds_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    contestants = importlib.import_module("benchmarks.moe.contestants")
-    monkeypatch.setattr(contestants, "TRANSFORMERS", ())  # whose import takes seconds
-    found = contestants.contestants("cuda", [])
-    assert found["ours triton"] is entry(OPERATION, "triton").fn and "ours sonic_moe" in found
-    assert contestants.reasons("ours triton", found["ours triton"], problem(4, 2, 3, 8, 4)) is None
+    module = importlib.import_module("benchmarks.moe.implementations")
+    monkeypatch.setattr(module, "TRANSFORMERS", ())  # whose import takes seconds
+    forms = module.implementations("cuda", [])
+    assert forms["ours triton"] is entry(OPERATION, "triton").fn and "ours sonic_moe" in forms
+    assert module.reasons("ours triton", forms["ours triton"], problem(4, 2, 3, 8, 4)) is None
 
 
 # -------------------------------------------------------------------------------------------------- compiled for a Hopper

@@ -1,4 +1,4 @@
-"""What is measured: situations, the numbers they run on, and the contestants of one situation."""
+"""The measured scenarios, their inputs, and the implementations that one scenario compares."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FULL_SIZE = Sizes()
 
 
 @dataclass(frozen=True)
-class Situation:
+class Scenario:
     """operation: rule, convolution, layer, step (a cached token through `layers` layers) or fused_step (the operation
     delta_net_step alone). mode: forward, or train for forward and backward."""
 
@@ -58,14 +58,14 @@ Answer = dict[str, Tensor]
 
 
 @dataclass
-class Contestant:
-    """forward gives named outputs. `leaves` are the tensors whose gradients are named and judged with them."""
+class Implementation:
+    """forward returns named outputs. leaves: the inputs and weights whose gradients belong to the answer in mode train."""
 
     forward: Callable[[], Answer]
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
 
     def answer(self, mode: str, cotangents: Mapping[str, Tensor] | None = None) -> Answer:
-        """Outputs, and in mode train the gradients d_name under the given cotangents (random ones by name otherwise)."""
+        """Outputs, and in mode train the gradients d_name of the leaves for these cotangents (random ones if None)."""
         if mode == "forward":
             with torch.inference_mode():
                 return self.forward()
@@ -79,11 +79,14 @@ class Contestant:
 
 
 @dataclass
-class Race:
-    """The contestants of one situation. view: the part of an answer that the truth covers. auto: the contestant that the
-    library takes by itself. moved: bytes that have to be read and written at least."""
+class Comparison:
+    """The implementations of one scenario, and the truth in float64.
 
-    contestants: dict[str, Contestant]
+    view: the part of an answer that the truth covers. auto: the implementation that the library chooses. moved: the least
+    number of bytes to read and write.
+    """
+
+    implementations: dict[str, Implementation]
     truth: Callable[[], Answer]
     baseline: str
     auto: str
@@ -96,7 +99,7 @@ class Race:
 
 
 def draw_gates(gates: str, batch: int, tokens: int, heads: int, generator: torch.Generator) -> Tensor:
-    """decay [B, T, H] float32 as a layer forms it from inputs of unit size: -A softplus(a + dt_bias), a of deviation 0.9.
+    """decay [B, T, H] float32, as a layer computes it from inputs of unit size: -A softplus(a + dt_bias), std(a) = 0.9.
 
     ordinary: A in 1 ... 16, dt_bias the inverse softplus of log-uniform 1e-3 ... 0.1; transformers: A in 0.01 ... 16 and
     dt_bias 1, that library's init.
@@ -110,6 +113,6 @@ def draw_gates(gates: str, batch: int, tokens: int, heads: int, generator: torch
 
 
 def drawn_cotangents(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A fixed random weight for every element of every output."""
+    """A fixed random cotangent for every output."""
     generator = torch.Generator().manual_seed(7)
     return {name: torch.randn(out.shape, generator=generator).to(out) for name, out in outputs.items()}

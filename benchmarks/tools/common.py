@@ -1,8 +1,8 @@
-"""The measuring itself: contestants in turns, minima and medians, one JSON format, one plot.
+"""Measuring: implementations in turns, minima and medians, one JSON format, one plot.
 
     report = Report("norm")
     with report.case("rms_norm/N512/D2048/bf16") as case:
-        case.check("ours", rms_norm(x, w), truth, bound=1e-2)      # a wrong answer has no speed
+        case.check("ours", rms_norm(x, w), truth, bound=1e-2)      # a wrong implementation is not timed
         case.time({"transformers": theirs, "ours": ours}, baseline="transformers")
     report.finish(arguments)
 
@@ -15,8 +15,10 @@ import argparse
 import gc
 import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,33 +27,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import environment, header
+from benchmarks.tools.machine import environment, header
 
-SCHEMA = 1  # of the JSON file; a change of meaning or of a key raises it, a new key does not
+SCHEMA = 2  # of the JSON file; a change of meaning or of a key raises it, a new key does not
 PAGE = 4096
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 
 
 def arguments(description: str | None, *, rounds: int = 9) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes; add to it, then `parse_args(argv)`."""
+    """A parser with the arguments of every suite; add to it, then `parse_args(argv)`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks NAME",
         description=(description or "").strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=rounds, help="runs of each contestant")
+    parser.add_argument("--rounds", type=int, default=rounds, help="runs of each implementation")
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--plot", type=Path, help="draw the ratios here (PNG; needs matplotlib)")
     return parser
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """max|a-b| / max|b| in float64; inf where something is not finite."""
-    a, b = found.detach().double().cpu(), expected.detach().double().cpu()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max|a-b| / max|b| in float64; inf if an element is not finite."""
+    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
     error = ((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(torch.float64).tiny)).item()
     return error if error == error else float("inf")
+
+
+def logit_errors(actual: Tensor, expected: Tensor) -> dict[str, float]:
+    """Of logits [T, vocabulary]: largest and root-mean-square error, relative to the largest and to the root mean square of
+    the expected ones; share of tokens with the same most likely next token."""
+    error = actual - expected
+    return {
+        "max": float(error.abs().max() / expected.abs().max()),
+        "rms": float((error.square().mean() / expected.square().mean()).sqrt()),
+        "top1": float((actual.argmax(-1) == expected.argmax(-1)).double().mean()),
+    }
 
 
 def touch(*tensors: Tensor) -> None:
@@ -61,10 +75,10 @@ def touch(*tensors: Tensor) -> None:
 
 
 def rotating(make: Callable[[], Any], nbytes: int, cache: int = 256 << 20) -> Callable[[], Any]:
-    """Copies of some weights that together exceed the processor's cache, handed out in turn.
+    """Copies of some weights that together exceed the processor's cache, returned in turn.
 
-    One layer timed over and over finds its weights in the cache; in a model they come from memory every time.
-    `nbytes` is the size of one copy; returns a function that gives the next copy.
+    A layer that runs repeatedly reads its weights from the cache; in a model it reads them from memory every time.
+    `nbytes` is the size of one copy; the returned function gives the next copy.
     """
     copies = [make() for _ in range(max(2, -(-cache // max(nbytes, 1)) + 1))]
     turn = -1
@@ -79,7 +93,7 @@ def rotating(make: Callable[[], Any], nbytes: int, cache: int = 256 << 20) -> Ca
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each round of one contestant."""
+    """Seconds of each round of one implementation."""
 
     seconds: tuple[float, ...]
 
@@ -93,22 +107,39 @@ class Timing:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], object]], *, rounds: int = 9, warmup: int = 2, device: str = "cpu"
+    implementations: Mapping[str, Callable[[], object]], *, rounds: int = 9, warmup: int = 2, device: str = "cpu"
 ) -> dict[str, Timing]:
-    """Run every contestant once a round, the order turning by one each round, and time each run.
+    """Run every implementation once a round, the order turning by one each round, and time each run.
 
-    Runs in turns meet the same disturbances, and turning the order keeps one contestant from always following the same
+    Interleaved runs share the machine's disturbances, and with a turning order no implementation always follows the same
     other. Garbage is collected between runs, not during them.
     """
-    names = list(contestants)
+    names = list(implementations)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            taken = _one_run(contestants[name], device)
+            taken = _one_run(implementations[name], device)
             if number >= warmup:
                 seconds[name].append(taken)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def in_turns(names: Sequence[str], rounds: int, run: Callable[[str, int], Any]) -> dict[str, list[Any]]:
+    """The results of `run(name, round)` by name; the order is reversed every other round."""
+    results: dict[str, list[Any]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else names[::-1]:
+            results[name].append(run(name, number))
+    return results
+
+
+def fresh_process(*arguments: str) -> Any:
+    """The JSON value on the last line that `python *arguments` prints, run at the root of the checkout."""
+    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"python {' '.join(arguments)} ended with {run.returncode}\n{run.stdout}")
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def _one_run(function: Callable[[], object], device: str) -> float:
@@ -122,44 +153,44 @@ def _one_run(function: Callable[[], object], device: str) -> float:
 
 def _seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
-    kept = function()
+    result = function()
     taken = time.perf_counter() - start
-    del kept  # freeing the result is not part of the run
+    del result  # freeing the result is not part of the run
     return taken
 
 
 def _cuda_seconds(function: Callable[[], object], device: str) -> float:
-    """Between two events on the device's stream: what the device takes, or the launches where those are slower."""
+    """Seconds between two events on the device's stream: of the device, or of the launches where those are slower."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         first.record()
-        kept = function()
+        result = function()
         last.record()
         torch.cuda.synchronize()
-    del kept
+    del result
     return first.elapsed_time(last) / 1e3
 
 
 def saved_bytes(function: Callable[[], object], besides: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward of `function()`: each storage once, those of `besides` (weights) not."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
-    kept: dict[int, int] = {}
+    """Bytes that autograd keeps for the backward of `function()`: each storage once, without those of `besides` (weights)."""
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in excluded:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive = function()  # while it lives, so does what it saved, and no address is used twice
-    del alive
-    return sum(kept.values())
+        output = function()  # keeps the saved tensors alive, so that no address is used twice
+    del output
+    return sum(saved.values())
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """The most memory that `function()` had allocated at once on a CUDA device, beyond what was there before."""
+    """The most memory that `function()` allocates at once on a CUDA device, beyond what was allocated before."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -170,10 +201,10 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
 
 @dataclass
 class Case:
-    """One measured situation: errors first, then times of the contestants that are right.
+    """One measured scenario: errors first, then times of the implementations whose answers are right.
 
-    facts: what the id says, as keys, and what else holds for the whole case. figures: of a contestant beside its time
-    (bytes, rates). refused: contestants that cannot take part, and why.
+    facts: the parts of the id, as keys, and other facts of the whole case. figures: further numbers of an implementation
+    (bytes, rates). refused: implementations that cannot run, and why.
     """
 
     id: str
@@ -187,29 +218,29 @@ class Case:
     timings: dict[str, Timing] = field(default_factory=dict)
     baseline: str | None = None
 
-    def check(self, name: str, found: Tensor, expected: Tensor, *, bound: float) -> None:
-        """Compare a contestant's answer with the truth; above the bound it is not timed."""
-        self.errors[name] = max(self.errors.get(name, 0.0), relative_error(found, expected))
+    def check(self, name: str, actual: Tensor, expected: Tensor, *, bound: float) -> None:
+        """Compare an implementation's answer with the expected one; above the bound it is not timed."""
+        self.errors[name] = max(self.errors.get(name, 0.0), relative_error(actual, expected))
         if self.errors[name] > bound:
             self.wrong[name] = f"relative error {self.errors[name]:.1e}, bound {bound:.0e}"
 
-    def time(self, contestants: Mapping[str, Callable[[], object]], *, baseline: str, warmup: int = 2) -> None:
-        """Time the contestants that are right, in turns; ratios are to `baseline`."""
-        right = {name: run for name, run in contestants.items() if name not in self.wrong}
+    def time(self, implementations: Mapping[str, Callable[[], object]], *, baseline: str, warmup: int = 2) -> None:
+        """Time the implementations whose answers are right, in turns; ratios are to `baseline`."""
+        right = {name: run for name, run in implementations.items() if name not in self.wrong}
         self.baseline = baseline
         self.timings.update(interleave(right, rounds=self.rounds, warmup=warmup, device=self.device))
 
     def ratio(self, name: str) -> float | None:
-        """Minimum of the contestant over minimum of the baseline: below 1 is faster."""
+        """Minimum of the implementation over minimum of the baseline: below 1 is faster."""
         if self.baseline not in self.timings or name not in self.timings:
             return None
         return self.timings[name].min / self.timings[self.baseline].min
 
     def as_dict(self) -> dict[str, Any]:
-        contestants = {}
+        implementations = {}
         for name in {**self.errors, **self.wrong, **self.timings}:
             timing = self.timings.get(name)
-            contestants[name] = {
+            implementations[name] = {
                 "error": self.errors.get(name),
                 "wrong": self.wrong.get(name),
                 "min_s": timing and timing.min,
@@ -218,13 +249,14 @@ class Case:
                 "ratio": self.ratio(name),
                 **self.figures.get(name, {}),
             }
-        known = {"facts": self.facts, "refused": self.refused}
-        more = {key: value for key, value in known.items() if value}
-        return {"id": self.id, "baseline": self.baseline, **more, "contestants": contestants}
+        optional = {"facts": self.facts, "refused": self.refused}
+        more = {key: value for key, value in optional.items() if value}
+        return {"id": self.id, "baseline": self.baseline, **more, "implementations": implementations}
 
-    def lines(self) -> Iterator[str]:
+    def table(self) -> Iterator[str]:
+        """The case for the terminal, a line per implementation."""
         yield self.id
-        for name, row in self.as_dict()["contestants"].items():
+        for name, row in self.as_dict()["implementations"].items():
             error = "" if row["error"] is None else f"  error {row['error']:.1e}"
             if row["min_s"] is None:
                 yield f"  {name:<24} not timed: {row['wrong'] or 'did not run'}"
@@ -259,14 +291,14 @@ class Report:
         case = Case(id, self.device, self.rounds)
         yield case
         self.cases.append(case)
-        print("\n".join(case.lines()), flush=True)
+        print("\n".join(case.table()), flush=True)
 
     def as_dict(self) -> dict[str, Any]:
         cases = [case.as_dict() for case in self.cases]
         return {"schema": SCHEMA, "benchmark": self.name, "environment": self.environment, "cases": cases, **self.extra}
 
     def finish(self, options: argparse.Namespace) -> int:
-        """Write what was asked for; 1 if a contestant was wrong."""
+        """Write the files that the options name; 1 if an implementation was wrong."""
         if options.json:
             options.json.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
         if options.plot:
@@ -275,13 +307,13 @@ class Report:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Bars of each contestant's time over the baseline's, a group per case; needs matplotlib (extra `plot`)."""
-    names = list(dict.fromkeys(name for case in report["cases"] for name in case["contestants"]))
+    """Bars of each implementation's time over the baseline's, a group per case; needs matplotlib (extra `plot`)."""
+    names = list(dict.fromkeys(name for case in report["cases"] for name in case["implementations"]))
     height = 0.8 / max(len(names), 1)
     figure = matplotlib_figure(figsize=(8, 1 + 0.3 * len(names) * max(len(report["cases"]), 1)))
     axes = figure.add_subplot()
     for place, name in enumerate(names):
-        ratios = [case["contestants"].get(name, {}).get("ratio") or 0.0 for case in report["cases"]]
+        ratios = [case["implementations"].get(name, {}).get("ratio") or 0.0 for case in report["cases"]]
         rows = [row + (place - (len(names) - 1) / 2) * height for row in range(len(ratios))]
         axes.barh(rows, ratios, height, label=name)
     axes.axvline(1.0, color="black", linewidth=0.8)
@@ -294,7 +326,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 
 
 def matplotlib_figure(**options: Any) -> Any:
-    """An empty figure that belongs to no window; ValueError that names the extra where matplotlib is missing."""
+    """An empty figure without a window; raises ValueError with the extra to install if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:

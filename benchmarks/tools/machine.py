@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, cores, versions, threads. No names of machines or people."""
+"""The machine of a measurement: processor, cores, versions, threads. No names of machines or people."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "triton", "safetensors", "flash-linear-atte
 
 def environment() -> dict[str, object]:
     """A flat mapping for the head of a report and of its JSON file."""
-    found: dict[str, object] = {
+    facts: dict[str, object] = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
@@ -25,23 +25,23 @@ def environment() -> dict[str, object]:
     }
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    found["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which the metadata of some wheels leaves out
+    facts["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which the metadata of some wheels leaves out
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = torch.version.cuda
-    return found
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
 
 
-def header(found: dict[str, object]) -> str:
-    """The environment as one paragraph of `key value` pairs."""
-    return " · ".join(f"{key} {value}" for key, value in found.items() if value is not None)
+def header(facts: dict[str, object]) -> str:
+    """The environment as one line of keys and values."""
+    return " · ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 
 def _processor() -> str:
-    """The model's name as the kernel gives it, and whether it has matrix units (AMX), which decide bf16 speed."""
+    """The model name that the kernel reports, and the instruction sets that decide bf16 speed."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import matplotlib_figure
+from benchmarks.tools.common import matplotlib_figure
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """A PNG of the cases of a report; those of one token are left out. Needs matplotlib (extra `plot`)."""
+    """A PNG of the cases of a report with more than one token. Needs matplotlib (extra `plot`)."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for case in report["cases"]:
         facts = case["facts"]
         if facts["tokens"] == 1:
             continue
         panel = panels.setdefault(f"{facts['operation']}, {facts['gates']} gates, {facts['mode']}", {})
-        for name, row in case["contestants"].items():
+        for name, row in case["implementations"].items():
             if row["min_s"] is not None:
                 panel.setdefault(name, []).append((facts["tokens"], 1e3 * row["min_s"]))
     figure = matplotlib_figure(figsize=(5 * max(1, len(panels)), 4))

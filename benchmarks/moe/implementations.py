@@ -1,7 +1,7 @@
-"""Who is measured: our own forms, transformers' three, other people's kernels where installed, and yours (--impl).
+"""The measured implementations: our forms, transformers' three, other packages' kernels if installed, and yours (--impl).
 
-Every contestant is a function (hidden [N, D], gate_up [E, 2F, D], down [E, D, F], indices [N, S], weights [N, S]) -> [N, D].
-The adapters follow the packages' documented signatures and are written for GPUs; none was run by us on one so far.
+Each is a function (hidden [N, D], gate_up [E, 2F, D], down [E, D, F], indices [N, top_k], weights [N, top_k]) -> [N, D].
+The adapters follow the packages' documented signatures and are written for GPUs; they have not yet run on one.
 """
 
 from __future__ import annotations
@@ -15,34 +15,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe import backends
+from qwen35moe import backends, ops
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
-COPIES = 2 << 30  # bytes of weights that a form may copy: above, it does not take part
-ZEROS = 64 << 30  # bytes of zeros that a backward may write
+COPIES = 2 << 30  # the most bytes of weights that a form may copy
+ZEROS = 64 << 30  # the most bytes of zeros that a backward may write
 AUTO, PRODUCTS = "ours", "products alone"
+TAPPED = "tapped"  # the form for active taps, which is not measured
 
 
-def contestants(device: str, extra: list[str]) -> dict[str, Form | str]:
-    """Name -> function, or the reason why it takes no part on this machine."""
-    found: dict[str, Form | str] = {AUTO: lambda *arguments: backends.run("experts", *arguments)}
+def implementations(device: str, extra: list[str]) -> dict[str, Form | str]:
+    """Name -> function, or the reason why it cannot run on this machine."""
+    forms: dict[str, Form | str] = {AUTO: ops.experts}
     for entry in backends.implementations("experts"):
-        if entry.name != "watched":
-            found[f"ours {entry.name}"] = entry.fn or entry.missing or "it has no function"
+        if entry.name != TAPPED:
+            forms[f"ours {entry.name}"] = entry.fn or entry.missing or "it has no function"
     for kind in TRANSFORMERS:
-        found[f"transformers {kind}"] = _found(lambda kind=kind: transformers_experts(kind), "transformers")
+        forms[f"transformers {kind}"] = _made(lambda kind=kind: transformers_experts(kind), "transformers")
     for name, (package, make) in ADAPTERS.items():
-        found[name] = _found(make, package) if device.startswith("cuda") else f"{package} runs on a GPU, this is {device}"
+        forms[name] = _made(make, package) if device.startswith("cuda") else f"{package} runs on a GPU, this is {device}"
     for text in extra:
-        found[text.rpartition("=")[0] or text] = _given(text)
-    return found
+        forms[text.rpartition("=")[0] or text] = _imported(text)
+    return forms
 
 
 def reasons(name: str, form: Form, arguments: tuple[Tensor, ...]) -> str | None:
-    """Why a contestant takes no part in a case, or None."""
-    pairs, expert = arguments[3].numel(), arguments[1][0].numel() + arguments[2][0].numel()
-    copied = pairs * expert * arguments[1].element_size()
+    """Why an implementation cannot run a case, or None."""
+    assignments, expert = arguments[3].numel(), arguments[1][0].numel() + arguments[2][0].numel()
+    copied = assignments * expert * arguments[1].element_size()
     if name in ("transformers batched_mm", "ours gathered") and copied > COPIES:
         return f"it would copy {copied / 1e9:.0f} GB of weights"
     filled = arguments[3].unique().numel() * (arguments[1].numel() + arguments[2].numel()) * arguments[1].element_size()
@@ -55,10 +56,10 @@ def reasons(name: str, form: Form, arguments: tuple[Tensor, ...]) -> str | None:
 
 
 def products(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """The matrix products of the case and nothing else, on any rows: how much of a form's time could not be saved.
+    """Only the matrix products of the case, on arbitrary rows: the part of a form's time that cannot be saved.
 
-    Where the weights ask for gradients also the four of the backward, in a second turn over the experts. The weights'
-    gradients lie in fresh memory, as in every form: whoever makes them has to touch it.
+    If the weights require gradients, also the four products of the backward, in a second loop over the experts. The
+    weights' gradients are in fresh memory, as in every form.
     """
     counts = torch.bincount(indices.reshape(-1), minlength=gate_up.shape[0]).tolist()
     largest, inner = max(counts), down.shape[-1]
@@ -81,7 +82,7 @@ def products(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, wei
 
 
 def transformers_experts(kind: str) -> Form:
-    """transformers' experts of this model with one of its implementations; it reads the weights as attributes."""
+    """transformers' experts module of this model with one of its implementations; it reads the weights as attributes."""
     from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
     config: Any = SimpleNamespace(
@@ -99,7 +100,7 @@ def transformers_experts(kind: str) -> Form:
 
 
 def sonic() -> Form:
-    """PyPI sonic-moe (SM90, SM100): weights as [2F, D, E] and [D, F, E] views, pairs in token order."""
+    """PyPI sonic-moe (SM90, SM100): weights as [2F, D, E] and [D, F, E] views, assignments in token order."""
     from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
     from sonicmoe.functional import moe_general_routing_inputs  # pyright: ignore[reportMissingImports]
 
@@ -116,7 +117,7 @@ def sonic() -> Form:
 
 
 def liger() -> Form:
-    """liger-kernel's fused MoE in Triton; it takes the weights as they are."""
+    """liger-kernel's fused MoE in Triton; it takes our layout of the weights."""
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction  # pyright: ignore[reportMissingImports]
 
     def run(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ def scatter() -> Form:
 
 
 def vllm() -> Form:
-    """vLLM's Triton kernel, with its tuned tiles where the device has a table; no backward."""
+    """vLLM's Triton kernel, with its tuned tiles if the package has a table for the device; no backward."""
     from vllm.model_executor.layers.fused_moe import fused_experts  # pyright: ignore[reportMissingImports]
 
     def run(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ ADAPTERS: dict[str, tuple[str, Callable[[], Form]]] = {
 }
 
 
-def _found(make: Callable[[], Form], package: str) -> Form | str:
+def _made(make: Callable[[], Form], package: str) -> Form | str:
     try:
         return make()
     except ModuleNotFoundError as error:
@@ -166,7 +167,7 @@ def _found(make: Callable[[], Form], package: str) -> Form | str:
         return f"{package} is not installed"
 
 
-def _given(text: str) -> Form:
+def _imported(text: str) -> Form:
     """--impl [NAME=]package.module:function."""
     module, _, function = text.rpartition("=")[2].partition(":")
     if not module or not function:

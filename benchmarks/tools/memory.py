@@ -1,11 +1,13 @@
-"""What a process keeps in memory, and what of a checkpoint lies in the page cache. Linux only."""
+"""Resident memory of a process; the files of a checkpoint, and the page cache's share of them. Linux only."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 PAGE = mmap.PAGESIZE
@@ -15,8 +17,18 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no *.safetensors: python -m benchmarks.synthetic {folder} writes them")
+        raise ValueError(f"{folder} holds no *.safetensors: python -m benchmarks synthetic {folder} writes them")
     return files
+
+
+def stored_bytes(folder: Path) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of every tensor of a checkpoint, from the headers of the files."""
+    for file in weight_files(folder):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield name, entry["data_offsets"][1] - entry["data_offsets"][0]
 
 
 def cached(files: list[Path]) -> float:
@@ -26,20 +38,20 @@ def cached(files: list[Path]) -> float:
     for file in files:
         with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
             pages = -(-len(mapped) // PAGE)
-            found = (ctypes.c_ubyte * pages)()
+            resident = (ctypes.c_ubyte * pages)()
             first = ctypes.c_char.from_buffer(mapped)
             address = ctypes.c_void_p(ctypes.addressof(first))
-            failed = libc.mincore(address, ctypes.c_size_t(len(mapped)), found)
+            failed = libc.mincore(address, ctypes.c_size_t(len(mapped)), resident)
             del first
             if failed:
                 raise OSError(ctypes.get_errno(), f"mincore of {file.name}")
-            present += sum(byte & 1 for byte in bytes(found))
+            present += sum(byte & 1 for byte in bytes(resident))
             total += pages
     return present / total
 
 
 def warm(files: list[Path]) -> float:
-    """Read the files once, so that the page cache holds them; returns the share it then holds."""
+    """Read the files into the page cache; returns the share that it then holds."""
     for file in files:
         with open(file, "rb", buffering=0) as f:
             while f.read(1 << 24):
@@ -48,7 +60,7 @@ def warm(files: list[Path]) -> float:
 
 
 def evict(files: list[Path]) -> float:
-    """Drop the files from the page cache; returns the share still there. No process may have them mapped."""
+    """Drop the files from the page cache; returns the remaining share. No process may have them mapped."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -60,14 +72,14 @@ def evict(files: list[Path]) -> float:
 
 
 def usage() -> dict[str, int]:
-    """Bytes of this process: VmHWM (most ever resident, mapped files included), VmRSS, RssAnon, RssFile."""
-    wanted = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
+    """Bytes of this process: VmHWM (peak resident set, mapped files included), VmRSS, RssAnon, RssFile."""
+    fields = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
     lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words and words[0][:-1] in wanted}
+    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words and words[0][:-1] in fields}
 
 
-class Watch:
-    """Samples RssAnon, which has no high-water mark of its own, every 50 ms until `stop`."""
+class PeakSampler:
+    """Samples RssAnon every 50 ms until `stop`: the kernel keeps no high-water mark of it."""
 
     def __init__(self, seconds: float = 0.05) -> None:
         self.anonymous = 0
@@ -81,7 +93,7 @@ class Watch:
             self.anonymous = max(self.anonymous, usage()["RssAnon"])
 
     def stop(self) -> int:
-        """The most anonymous memory seen, in bytes."""
+        """The peak of anonymous memory, in bytes."""
         self._stopped.set()
         self._thread.join()
         return max(self.anonymous, usage()["RssAnon"])

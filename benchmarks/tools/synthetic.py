@@ -1,6 +1,6 @@
-"""A checkpoint of full size with random weights: the 4.54B model, written tensor by tensor.
+"""Write a checkpoint of full size with random weights: the 4.54B model, tensor by tensor.
 
-    python -m benchmarks.synthetic OUT [--gates ordinary|transformers] [--layout grouped|per_expert] [--align 8|64]
+    python -m benchmarks synthetic OUT [--gates ordinary|transformers] [--layout grouped|per_expert] [--align 8|64]
 
 About 9 GB on disk with the vision tensors (8.4 GB without, `--no-vision`), published names, bfloat16 with `A_log` and the
 Gated DeltaNet norm in float32, several shards and an index, no tokenizer. Every value is a function of the seed and the
@@ -14,9 +14,8 @@ import argparse
 import json
 import math
 import struct
-import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,8 +23,8 @@ from typing import BinaryIO
 import torch
 
 SLICE = 1 << 24  # values drawn at once: 64 MB in float32
-# What all layers together add to the residual stream is then about as large as the embedding. With 0.02 here too, each
-# layer drowns what came before it, and bfloat16's roundings grow with depth to a fifth of the logits.
+# The sum that all layers add to the residual stream is then about as large as the embedding. With 0.02 here too, each layer
+# dominates the sum before it, and bfloat16's roundings grow with depth to a fifth of the logits.
 WRITER = 1 / 256
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -100,7 +99,7 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Spec:
-    """One tensor: its name and shape on disk, how its values are drawn, and where (`source`, rows `start`..) from."""
+    """One tensor: its name and shape on disk, the kind of its values, and their place (`source`, values `start`..)."""
 
     name: str
     shape: tuple[int, ...]
@@ -226,8 +225,8 @@ def draw(spec: Spec, gates: str, seed: int) -> Iterator[torch.Tensor]:
 
 
 def fill(kind: str, count: int, gates: str, generator: torch.Generator) -> torch.Tensor:
-    """`count` float32 values. Ordinary gates keep 90 to 99.9 % of the memory per token and unit of A; transformers' own
-    initialisation (A in 0.01..16, dt_bias 1) forgets all but e^-10 of it at each token."""
+    """`count` float32 values. Ordinary gates keep 90 to 99.9 % of the recurrent state per token and unit of A;
+    transformers' own initialisation (A in 0.01..16, dt_bias 1) keeps e^-10 of it at each token."""
     if kind == "A_log":
         low = 1.0 if gates == "ordinary" else 0.01
         return torch.empty(count).uniform_(low, 16.0, generator=generator).log()
@@ -238,7 +237,7 @@ def fill(kind: str, count: int, gates: str, generator: torch.Generator) -> torch
         return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
     values = torch.empty(count).normal_(0.0, 0.02, generator=generator)
     if kind == "conv":
-        return values.mul_(15.0)  # taps of 0.3: what comes out is as large as what goes in
+        return values.mul_(15.0)  # taps of 0.3: the output is as large as the input
     if kind == "writer":
         return values.mul_(WRITER)
     return values.add_(1.0) if kind == "scale" else values
@@ -305,9 +304,10 @@ def write_checkpoint(
     return total
 
 
-def main(arguments: list[str] | None = None) -> int:
-    about = "Write a checkpoint of the 4.54B model with random weights, 9 GB."
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic", description=about)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks synthetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--gates", choices=("ordinary", "transformers"), default="ordinary")
     parser.add_argument("--layout", choices=("grouped", "per_expert"), default="grouped")
@@ -315,14 +315,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--align", type=int, choices=(8, 64), default=8, help="8: as the safetensors library writes")
     parser.add_argument("--shard-size", type=int, default=2_500_000_000, help="bytes per file")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(None if argv is None else list(argv))
     if any(args.out.glob("*.safetensors")):
         parser.error(f"{args.out} already holds a checkpoint")
     options = {key: value for key, value in vars(args).items() if key != "out"}
     total = write_checkpoint(args.out, **options)
     print(f"{args.out}: {total:,} bytes of tensors, gates {args.gates}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

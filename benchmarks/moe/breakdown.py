@@ -1,4 +1,4 @@
-"""Where a forward goes: the stages of the sorted form one after another, each timed by itself."""
+"""Breakdown of a forward: the steps of the sorted form one after another, each timed by itself."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from qwen35moe.ops.cpu.sorted_experts import project
 
 router = ops.router.definition
 
-STAGES: tuple[str, ...] = ("route", "sort", "gather", "up", "activation", "down", "combine")
+STEPS: tuple[str, ...] = ("route", "sort", "gather", "up", "activation", "down", "combine")
 
 
 @torch.no_grad()
-def stages(
+def breakdown(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, rounds: int = 3
 ) -> dict[str, float]:
-    """Seconds of each stage, the best of some rounds. Nothing is overlapped or kept in cache between stages, and "route"
-    (the router's product, softmax and top-k) lies outside the experts: the sum is no form's time."""
+    """Seconds of each step, the minimum of some rounds. The steps do not overlap or share the cache, and "route" (the
+    router's product, softmax and top-k) is not part of the experts: the sum is not the time of any form."""
     gate = torch.randn(gate_up.shape[0], hidden.shape[1], device=hidden.device).to(hidden.dtype)
-    best = dict.fromkeys(STAGES, float("inf"))
+    best = dict.fromkeys(STEPS, float("inf"))
     for _ in range(rounds + 1):
         for name, seconds in _once(hidden, gate_up, down, indices, weights, gate).items():
             best[name] = min(best[name], seconds)
@@ -36,7 +36,7 @@ def _once(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, gate: Tensor
 ) -> dict[str, float]:
     taken: dict[str, float] = {}
-    slots, width, inner = indices.shape[1], hidden.shape[1], down.shape[-1]
+    top_k, width, inner = indices.shape[1], hidden.shape[1], down.shape[-1]
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
@@ -47,17 +47,17 @@ def _once(
         taken[name] = time.perf_counter() - start
 
     with timed("route"):
-        router(hidden, gate, top_k=slots)
+        router(hidden, gate, top_k=top_k)
     with timed("sort"):
         flat = indices.reshape(-1)
         counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
         order = flat.argsort(stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view_as(indices)
     with timed("gather"):
-        rows = hidden.index_select(0, order // slots)
+        rows = hidden.index_select(0, order // top_k)
     pre, out = rows.new_empty(len(rows), 2 * inner), rows.new_empty(len(rows), width)
     for buffer in (pre, out):
-        buffer.zero_()  # touched before they are timed
+        buffer.zero_()  # maps its pages before anything is timed
     parts = [(expert, x, p) for expert, (x, p) in enumerate(zip(rows.split(counts), pre.split(counts), strict=True)) if len(x)]
     with timed("up"):
         for expert, x, p in parts:

@@ -1,8 +1,8 @@
-"""Errors of every form of the gated delta rule against its definition in float64: output, memory, gradients.
+"""Errors of every form of the gated delta rule against its definition in float64: output, recurrent state, gradients.
 
-`python -m benchmarks numerics --write docs/reports/numerics.md` renews the page. There is no timing here. One draw per length
-and gates, at small heads (2 key heads, 4 value heads, 32 wide); every form sees the same numbers, rounded to its dtype first,
-so that an error is the form's own.
+`python -m benchmarks numerics --write docs/reports/numerics.md` renews the page. Nothing is timed. One draw per length and
+gates, at small heads (2 key heads, 4 value heads, 32 wide); every form gets the same inputs, rounded to its dtype first, so
+that an error is the form's own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import relative_error
 from benchmarks.delta import peers
-from benchmarks.delta.situations import Answer, Contestant, draw_gates
-from benchmarks.machine import environment
+from benchmarks.delta.scenarios import Answer, Implementation, draw_gates
+from benchmarks.tools.common import relative_error
+from benchmarks.tools.machine import environment
 from qwen35moe import backends, ops
 
 recurrent_gated_delta_rule = ops.gated_delta_rule.definition
@@ -26,26 +26,26 @@ GROUPS, HEADS, WIDTH = 2, 4, 32
 LENGTHS = (64, 512, 2048)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 GATES = {
-    "ordinary": "A in 1 ... 16, dt_bias the inverse softplus of log-uniform 1e-3 ... 0.1: memories of up to 1000 tokens",
+    "ordinary": "A in 1 ... 16, dt_bias the inverse softplus of log-uniform 1e-3 ... 0.1: states that last up to 1000 tokens",
     "transformers": "A in 0.01 ... 16 and dt_bias 1, that library's init: a median decay of about e^-10 per token",
-    "hard": "every token log-uniform between -1e-4 and -80: soft gates next to ones that leave nothing",
+    "hard": "every token log-uniform between -1e-4 and -80: gates that keep the state next to gates that erase it",
 }
-COLUMNS = ("output", "memory", "d query, key, value", "d beta", "d decay")
+COLUMNS = ("output", "recurrent state", "d query, key, value", "d beta", "d decay")
 Form = Callable[..., tuple[Tensor, Tensor]]
 
 PAGE = """# Numerics of the gated delta rule
 
 Written by `python -m benchmarks numerics --write docs/reports/numerics.md`; do not edit.
 
-Each entry is max|a-b| / max|b| against the definition (`ops.delta_rule.recurrent_gated_delta_rule`) in float64, for one draw
-of {heads} value heads on {groups} key heads, {width} wide, with an initial memory; gradients under one random weight for
-every element of output and memory. The inputs are rounded to the dtype first; decay, beta and memory are float32 at least.
+Each entry is max|a-b| / max|b| against the definition (`ops.gated_delta_rule.definition`) in float64, for one draw
+of {heads} value heads on {groups} key heads, {width} wide, with an initial recurrent state; gradients for one random
+cotangent of output and state. The inputs are rounded to the dtype first; decay, beta and state are float32 or wider.
 Bounds of the numerical contract: 2e-5 in float32, 1e-4 for the decay's gradient where gates are beyond -20.
-Forms that do not run on this machine are left out; `-` is a form without a backward. In float64 the recurrence is the judge,
-and transformers' function, which computes in float32 whatever it is given, has no line.
+Forms that do not run on this machine are left out; `-` marks a form without a backward. In float64 there is no row for the
+recurrence, which is the reference, nor for transformers' function, which computes in float32 for every input dtype.
 
-At hard gates transformers' chunked form loses one to two digits. It takes the decay between two tokens as the difference of
-two running sums; ours is summed for each pair of tokens (`ops.delta_rule.segment_sums`).
+At hard gates transformers' chunked form loses one to two digits. It computes the decay between two tokens as the difference
+of two cumulative sums; ours sums it for each pair of tokens (`ops.cpu.delta_chunks.segment_sums`).
 
 {versions}
 """
@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def page(lengths: Sequence[int], device: str) -> Iterator[str]:
     """The lines of the page."""
-    found = environment()
-    versions = ", ".join(f"{key} {found[key]}" for key in ("torch", "transformers", "triton", "gpu") if key in found)
+    facts = environment()
+    versions = ", ".join(f"{key} {facts[key]}" for key in ("torch", "transformers", "triton", "gpu") if key in facts)
     yield PAGE.format(heads=HEADS, groups=GROUPS, width=WIDTH, versions=f"Run on a {device.split(':')[0]} with {versions}.")
     for gates, meaning in GATES.items():
         yield f"## {gates} gates\n\n{meaning}.\n"
@@ -82,7 +82,7 @@ def page(lengths: Sequence[int], device: str) -> Iterator[str]:
 
 
 def rows(gates: str, dtype: torch.dtype, tokens: int, device: str) -> Iterator[str]:
-    """A line for every form that runs."""
+    """A row for every form that runs."""
     values = draw(gates, dtype, tokens, device)
     truth = answered(recurrent_gated_delta_rule, {n: t.double() for n, t in values.items()})
     for name, form, differentiable in forms(values):
@@ -94,7 +94,7 @@ def rows(gates: str, dtype: torch.dtype, tokens: int, device: str) -> Iterator[s
 
 
 def draw(gates: str, dtype: torch.dtype, tokens: int, device: str) -> Answer:
-    """query, key, value in `dtype`; decay, beta and state as float32 numbers, in float32 at least."""
+    """query, key, value in `dtype`; decay, beta and state drawn in float32, in float32 or wider."""
     generator = torch.Generator().manual_seed(tokens)
 
     def random(*shape: int) -> Tensor:
@@ -111,7 +111,7 @@ def draw(gates: str, dtype: torch.dtype, tokens: int, device: str) -> Answer:
 
 
 def forms(values: Answer) -> Iterator[tuple[str, Form, bool]]:
-    """(name, function, whether it has a backward) of everything that runs on such values."""
+    """(name, function, whether it has a backward) of every form that runs on these values."""
     args, kwargs = _arguments(values)
     for entry in backends.implementations("gated_delta_rule"):
         with torch.no_grad():
@@ -129,7 +129,7 @@ def forms(values: Answer) -> Iterator[tuple[str, Form, bool]]:
 def _theirs(function: Callable[..., tuple[Tensor, Tensor]]) -> Form:
     def form(query: Tensor, key: Tensor, value: Tensor, **options: Tensor) -> tuple[Tensor, Tensor]:
         answer = peers.rule(function, {"query": query, "key": key, "value": value, **options})
-        return answer["out"], answer["memory"]
+        return answer["out"], answer["recurrent_state"]
 
     return form
 
@@ -140,19 +140,19 @@ def _arguments(values: Answer) -> tuple[tuple[Tensor, ...], Answer]:
 
 
 def answered(form: Form, values: Answer, differentiable: bool = True) -> Answer:
-    """Output, memory, and gradients d_name of every input."""
+    """Output, recurrent state, and gradients d_name of every input."""
     leaves = {name: tensor.detach().clone().requires_grad_(differentiable) for name, tensor in values.items()}
     args, kwargs = _arguments(leaves)
 
     def forward() -> Answer:
-        out, memory = form(*args, **kwargs)
-        return {"out": out, "memory": memory}
+        out, state = form(*args, **kwargs)
+        return {"out": out, "recurrent_state": state}
 
-    return Contestant(forward, leaves).answer("train" if differentiable else "forward")
+    return Implementation(forward, leaves).answer("train" if differentiable else "forward")
 
 
 def errors(answer: Answer, truth: Answer) -> Iterator[float | None]:
-    """In the order of COLUMNS; None for what a form does not give."""
-    for names in (("out",), ("memory",), ("d_query", "d_key", "d_value"), ("d_beta",), ("d_decay",)):
-        given = [relative_error(answer[name], truth[name]) for name in names if name in answer]
-        yield max(given) if given else None
+    """In the order of COLUMNS; None for a gradient of a form without a backward."""
+    for names in (("out",), ("recurrent_state",), ("d_query", "d_key", "d_value"), ("d_beta",), ("d_decay",)):
+        values = [relative_error(answer[name], truth[name]) for name in names if name in answer]
+        yield max(values) if values else None

@@ -2,9 +2,10 @@
 
     python -m benchmarks compare A.json B.json [--tolerance 0.02] [--relative] [--only NAME]
 
-Per case and contestant that both files have: the median of B over the median of A, and the 95 % interval of that ratio
-over resampled runs (bootstrap). Slower means that the whole interval lies above 1 + tolerance. A contestant that is wrong
-in B and was timed in A counts as slower. --relative divides by the baseline of the same file, for two machines.
+For each case and implementation in both files: the median of B over the median of A, and the 95 % interval of that ratio
+over resampled runs (bootstrap). Slower means that the whole interval lies above 1 + tolerance. An implementation that is
+wrong in B and was timed in A counts as slower. --relative divides by an implementation of the same file, to compare two
+machines.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("files", nargs=2, type=Path, metavar="FILE")
     parser.add_argument("--tolerance", type=float, default=0.02)
-    parser.add_argument("--relative", metavar="NAME", help="divide by this contestant of the same case")
-    parser.add_argument("--only", help="contestants, with commas")
+    parser.add_argument("--relative", metavar="NAME", help="divide by this implementation of the same case")
+    parser.add_argument("--only", help="implementations, with commas")
     options = parser.parse_args(None if argv is None else list(argv))
     first, second = (read(file) for file in options.files)
     for key in ("schema", "benchmark"):
         if first.get(key) != second.get(key):
             parser.error(f"the files' {key} differ: {first.get(key)!r} and {second.get(key)!r}")
-    wanted = options.only.split(",") if options.only else None
+    chosen = options.only.split(",") if options.only else None
     slower, compared = 0, 0
-    for id, name, a, b in pairs(first, second, options.relative):
-        if wanted is not None and name not in wanted:
+    for id, name, a, b in matched(first, second, options.relative):
+        if chosen is not None and name not in chosen:
             continue
         compared += 1
         if isinstance(b, str):
             slower += 1
-            print(f"{id}  {name:<26} no speed in {options.files[1].name}: {b}")
+            print(f"{id}  {name:<26} not timed in {options.files[1].name}: {b}")
             continue
         ratio, low, high = interval(a, b)
         verdict = "SLOWER" if low > 1 + options.tolerance else "faster" if high < 1 - options.tolerance else "same"
@@ -49,43 +50,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{id}  {name:<26} {ratio:6.3f}x  [{low:.3f}, {high:.3f}]  {verdict}")
     print(f"{compared} compared, {slower} slower")
     if not compared:
-        print("the files have no case and contestant in common")
+        print("the files have no case and implementation in common")
     return int(bool(slower) or not compared)
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A report; ValueError where it is none."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not isinstance(found.get("cases"), list):
+    """A report; raises ValueError if the file holds none."""
+    report = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(report, dict) or not isinstance(report.get("cases"), list):
         raise ValueError(f"{file} is no report of a benchmark: it has no list of cases")
-    return found
+    return report
 
 
-def pairs(
+def matched(
     first: Mapping[str, Any], second: Mapping[str, Any], relative: str | None
 ) -> Iterator[tuple[str, str, list[float], list[float] | str]]:
-    """(case, contestant, runs in the first, runs in the second or why there are none)."""
-    later = {case["id"]: case["contestants"] for case in second["cases"]}
+    """(case, implementation, runs in the first, runs in the second or why there are none)."""
+    later = {case["id"]: case["implementations"] for case in second["cases"]}
     for case in first["cases"]:
         others = later.get(case["id"], {})
-        for name, one in case["contestants"].items():
+        for name, one in case["implementations"].items():
             other = others.get(name)
             if other is None or not one.get("min_s") or other.get("skipped"):
                 continue
             if not other.get("min_s"):
                 yield case["id"], name, [], other.get("wrong") or "it did not run"
                 continue
-            yield case["id"], name, _runs(one, case["contestants"], relative), _runs(other, others, relative)
+            yield case["id"], name, _runs(one, case["implementations"], relative), _runs(other, others, relative)
 
 
 def _runs(one: Mapping[str, Any], others: Mapping[str, Any], relative: str | None) -> list[float]:
-    """Seconds of each run; of a file that keeps no single runs, the median alone, which has no interval."""
+    """Seconds of each run; only the median if the file holds no single runs (its interval is empty)."""
     runs = one.get("seconds") or [one["median_s"]]
     if relative is None:
         return runs
     base = others.get(relative, {}).get("median_s")
     if not base:
-        raise ValueError(f"--relative {relative}: a case has no time of it; it has {', '.join(others)}")
+        raise ValueError(f"--relative {relative}: a case has no time of it, only of {', '.join(others)}")
     return [seconds / base for seconds in runs]
 
 

@@ -1,4 +1,4 @@
-"""Ours and transformers behind one face: load, prefill, decode one token, replay a routing."""
+"""Ours and transformers with one interface: load, prefill, decode one token, replay a routing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SIDES = ("transformers", "ours")
-
 
 class Ours:
-    """qwen35moe, as `from_pretrained` gives it."""
+    """qwen35moe with its defaults."""
 
     def __init__(self) -> None:
         from qwen35moe import Qwen3_5MoeForCausalLM
@@ -30,7 +28,7 @@ class Ours:
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, keep: int = 1) -> tuple[Tensor, Any]:
-        """Logits [1, keep, words] of the last tokens, and the state to decode from."""
+        """Logits [1, keep, vocabulary] of the last tokens, and the cache."""
         cache = self.model.new_cache(1)
         out = self.model(ids, cache=cache, logits_to_keep=keep, routing=self._part(0, ids.shape[1]))
         return out.logits, cache
@@ -44,18 +42,18 @@ class Ours:
     def _part(self, start: int, count: int) -> Tensor | None:
         if self.routing is None:
             return None
-        return self.routing[:, start : start + count].transpose(0, 1)[None]  # [B, T, layers, slots]
+        return self.routing[:, start : start + count].transpose(0, 1)[None]  # [B, T, layers, top_k]
 
     @contextmanager
     def replaying(self, indices: Tensor) -> Iterator[None]:
-        """Inside, the routers choose `indices` [layers, tokens, slots]; the weights still come from their logits."""
+        """Within the context the experts are `indices` [layers, tokens, top_k]; their weights come from the router's logits."""
         self.routing = indices
         yield
         self.routing = None
 
 
-class Theirs:
-    """transformers with its defaults: sdpa attention, its own choice for the experts, mapped weights."""
+class Transformers:
+    """transformers with its defaults: sdpa attention, its own choice of the experts' implementation, mapped weights."""
 
     def __init__(self) -> None:
         import transformers
@@ -80,9 +78,9 @@ class Theirs:
 
     @contextmanager
     def replaying(self, indices: Tensor) -> Iterator[None]:
-        hooks, seen = [], [0] * indices.shape[0]
+        hooks, seen = [], [0] * indices.shape[0]  # seen: tokens of each layer so far
 
-        def replaced(layer: int) -> Any:
+        def forced(layer: int) -> Any:
             def hook(module: nn.Module, args: tuple, output: tuple) -> tuple:
                 logits = output[0]
                 chosen = indices[layer, seen[layer] : seen[layer] + logits.shape[0]]
@@ -93,26 +91,26 @@ class Theirs:
             return hook
 
         for number, layer in enumerate(self.model.model.layers):
-            hooks.append(layer.mlp.gate.register_forward_hook(replaced(number)))
+            hooks.append(layer.mlp.gate.register_forward_hook(forced(number)))
         yield
         for hook in hooks:
             hook.remove()
 
 
-def side(name: str) -> Any:
-    return {"ours": Ours, "transformers": Theirs}[name]()
+def peer(name: str) -> Any:
+    return {"ours": Ours, "transformers": Transformers}[name]()
 
 
 @torch.inference_mode()
 def truth(folder: Path, ids: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Logits [keep, words] of the last tokens and the routing [layers, tokens, slots], all in float32.
+    """Logits [keep, vocabulary] of the last tokens and the routing [layers, tokens, top_k], all in float32.
 
-    It is transformers' code: each layer is widened while it runs, with the float32 tensors as they lie on disk (loading
-    in bfloat16 has rounded A_log), so one layer at a time is in float32.
+    It is transformers' code. One layer at a time is converted to float32 while it runs, with the tensors that the files
+    store in float32 (loading in bfloat16 has rounded A_log).
     """
-    theirs = Theirs()
-    theirs.load(folder)
-    model, exact, chosen = theirs.model, float32_tensors(folder), []
+    transformers = Transformers()
+    transformers.load(folder)
+    model, exact, chosen = transformers.model, float32_tensors(folder), []
     narrow: dict[str, Tensor] = {}
 
     def widen(name: str) -> Any:
@@ -144,16 +142,16 @@ def float32_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
-    found = {}
+    stored = {}
     for name, file in index.items():
         if name.endswith((".A_log", ".linear_attn.norm.weight")):
             with safe_open(folder / file, "pt") as tensors:
-                found[name] = tensors.get_tensor(name)
-    return found
+                stored[name] = tensors.get_tensor(name)
+    return stored
 
 
 def seconds(function: Any, *args: Any) -> tuple[float, float, Any]:
-    """(seconds on the wall, seconds of all processors, result)."""
+    """(wall-clock seconds, CPU seconds of all threads, result)."""
     cpu, wall = time.process_time(), time.perf_counter()
     result = function(*args)
     return time.perf_counter() - wall, time.process_time() - cpu, result
