@@ -87,7 +87,11 @@ def test_bf16_scores_runs_where_it_is_fast_and_the_scores_are_small(monkeypatch)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda names=capabilities: dict.fromkeys(names, True), raising=False)
         assert choice(q) == name
     assert choice(100 * q) == choice(q * math.nan) == choice(q, "few") == "torch"
-    unsupported = {"may reach [0-9]{4}, too large": 100 * q, "no backward": q.clone().requires_grad_(), "float32 on cpu": q.float()}
+    unsupported = {
+        "may reach [0-9]{4}, too large": 100 * q,
+        "no backward": q.clone().requires_grad_(),
+        "float32 on cpu": q.float(),
+    }
     for message, query in unsupported.items():
         with backends.use(vision_attention="bf16_scores"), pytest.raises(ValueError, match=message):
             run(query, k, v, cu_seqlens=bounds["all"])
