@@ -1,4 +1,4 @@
-"""Settings of the whole suite: the same numbers on every run, fresh memory full of NaN, no network.
+"""Settings of the whole suite: fixed seeds, uninitialised memory filled with NaN, no network.
 
 Environment variables are set before torch or transformers is imported by any test.
 """
@@ -20,16 +20,16 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Without a GPU the Triton kernels run in Triton's interpreter, which has to be known before Triton is first imported.
+# Without a GPU the Triton kernels run in Triton's interpreter. The variable is read when Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# `make test` runs one process per core: more than one thread in each would only take turns.
+# `make test` runs one process per core: more threads would compete for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-# torch.empty now yields NaN, so that a value which nobody wrote cannot pass for zero. Operations that have no
-# deterministic form only warn (and pyproject silences the warning).
+# Fills torch.empty with NaN, so that a value that was never written cannot be taken for zero. Operations without a
+# deterministic form only warn (pyproject silences the warning).
 torch.use_deterministic_algorithms(True, warn_only=True)
 
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
@@ -41,12 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and there is none"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)
-def same_start() -> Iterator[None]:
-    """Every test starts from the same seeds and leaves torch's default dtype as it was."""
+def fixed_seeds() -> Iterator[None]:
+    """Every test starts with the same seeds; torch's default dtype is restored after it."""
     random.seed(0)
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
@@ -54,8 +54,16 @@ def same_start() -> Iterator[None]:
     torch.set_default_dtype(dtype)
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Dynamo without compiled graphs, before the test and after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 class Calls:
-    """What `calls` saw: how often, and with which arguments."""
+    """The calls that `count_calls` counted, with their arguments."""
 
     def __init__(self) -> None:
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -67,18 +75,18 @@ class Calls:
 
 @contextmanager
 def count_calls(owner: Any, name: str) -> Iterator[Calls]:
-    """Count the calls that go through `owner.name` (a module's function, a class's method) and let them pass."""
-    seen, original = Calls(), getattr(owner, name)
+    """Count the calls of `owner.name` (a function of a module, a method of a class), which still runs."""
+    counter, original = Calls(), getattr(owner, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        seen.arguments.append((args, kwargs))
+        counter.arguments.append((args, kwargs))
         return original(*args, **kwargs)
 
     with mock.patch.object(owner, name, counted):
-        yield seen
+        yield counter
 
 
 @pytest.fixture
 def calls() -> Callable[[Any, str], AbstractContextManager[Calls]]:
-    """`with calls(module, "launch") as launches: ...; assert launches.count == 3`: proof of which path ran."""
+    """`with calls(module, "launch") as launches: ...; assert launches.count == 3` proves which path ran."""
     return count_calls

@@ -1,4 +1,4 @@
-"""Atomic writes: the old file or the new one, whole, whatever interrupts; and reads with a limit."""
+"""Atomic writes, which leave the old file or the new one when they are interrupted, and reads with a size limit."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_an_error_keeps_the_old_file_and_removes_the_partial_one(error: BaseExce
         raise error
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     with pytest.raises(type(error)), replacing(target) as partial:
-        partial.unlink()  # the writer has removed it: the error that is raised is still the first one
+        partial.unlink()  # the writer removed it: the original error is raised
         raise error
     assert target.read_text() == "old"
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_that_fails_keeps_the_old_file(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_disk_keeps_the_old_file(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.EIO, "the disk failed")
 
@@ -74,7 +74,7 @@ def test_a_disk_that_fails_keeps_the_old_file(call: str, tmp_path: Path, monkeyp
 
 
 @HAS_FORK
-def test_a_killed_process_leaves_the_old_file_whole(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old")
 
@@ -84,14 +84,14 @@ def test_a_killed_process_leaves_the_old_file_whole(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(write_and_die) == -signal.SIGKILL and target.read_text() == "old"
-    (left,) = (name for name in os.listdir(tmp_path) if name != "file")
-    assert left.startswith("file.") and left.endswith(".partial")
-    with replacing(target) as partial:  # what was left does not get in the way
+    (remaining,) = (name for name in os.listdir(tmp_path) if name != "file")
+    assert remaining.startswith("file.") and remaining.endswith(".partial")
+    with replacing(target) as partial:  # the remaining file does not matter
         partial.write_text("new")
     assert target.read_text() == "new"
 
 
-def test_contents_are_on_the_disk_before_the_name_and_the_name_before_the_return(
+def test_the_contents_are_flushed_before_the_rename_and_the_folder_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
@@ -121,7 +121,7 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     assert other.read_text() == "untouched" and target.read_text() == "new" and not target.is_symlink()
 
 
-def test_a_link_at_the_partial_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_with_the_partial_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.secrets, "token_hex", lambda count: "guessed")
     (tmp_path / "other").write_text("untouched")
     (tmp_path / "file.guessed.partial").symlink_to(tmp_path / "other")
@@ -132,8 +132,8 @@ def test_a_link_at_the_partial_name_is_refused(tmp_path: Path, monkeypatch: pyte
 
 @HAS_FORK
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_permissions_are_those_of_any_new_file(umask: int, tmp_path: Path) -> None:
-    """In a child process, because the umask belongs to the whole process."""
+def test_the_permissions_follow_the_umask(umask: int, tmp_path: Path) -> None:
+    """In a child process, because the umask is that of the whole process."""
 
     def write() -> None:
         os.umask(umask)
@@ -158,34 +158,34 @@ def test_an_interrupted_save_of_a_cache_or_a_routing_keeps_the_old_file(
     else:
         value = Routing(torch.zeros(1, 3, 2, dtype=torch.long), layers=(0,), num_experts=4)
     value.save(tmp_path / "file")
-    before = (tmp_path / "file").read_bytes()
+    old = (tmp_path / "file").read_bytes()
     monkeypatch.setattr(files.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         value.save(tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == before and os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == old and os.listdir(tmp_path) == ["file"]
 
 
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_new_file_is_written_in_pieces_and_never_over_another(tmp_path: Path) -> None:
+def test_write_new_does_not_overwrite_a_file(tmp_path: Path) -> None:
     write_new(tmp_path / "file", [b"one", memoryview(b" two"), b""])
     assert (tmp_path / "file").read_bytes() == b"one two"
     with pytest.raises(FileExistsError):
         write_new(tmp_path / "file", [b"three"])
     sync_folder(tmp_path)
-    sync_folder(tmp_path / "missing")  # a system that cannot flush a folder is no error
+    sync_folder(tmp_path / "missing")  # systems that cannot flush folders are no error
 
 
-def test_a_read_is_limited(tmp_path: Path) -> None:
+def test_reads_have_a_size_limit(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"12345")
     assert read_limited(file, 5) == b"12345"
     with pytest.raises(UnreadableFile, match="it has 5 bytes; at most 4 are read"):
         read_limited(file, 4)
     with file.open("wb") as stream:
-        stream.truncate(2**40)  # sparse: takes no space
+        stream.truncate(2**40)  # sparse
     with pytest.raises(UnreadableFile, match="at most 100"):
         read_limited(file, 100)
     os.mkfifo(tmp_path / "pipe")  # opening it would wait forever
@@ -194,7 +194,7 @@ def test_a_read_is_limited(tmp_path: Path) -> None:
             read_limited(wrong, 100)
 
 
-def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_grows_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file.json"
     file.write_text(json.dumps([1]))
     small = os.stat(file)

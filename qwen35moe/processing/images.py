@@ -49,7 +49,8 @@ class ImageProcessor:
 
     An image is a path, the bytes of a file, a PIL image, or an array or tensor [height, width], [height, width, channels] or
     [channels, height, width] of uint8, 16-bit integers or floats in 0..1. EXIF orientation is applied, transparency is
-    composited on white, 16 bits become 8 bits by rounding value / 257. Pixel values equal those of transformers' Pillow-based Qwen2VLImageProcessor bit for bit.
+    composited on white, 16 bits become 8 bits by rounding value / 257. Pixel values equal those of transformers'
+    Pillow-based Qwen2VLImageProcessor bit for bit.
     """
 
     def __init__(self, settings: PixelSettings = IMAGE_DEFAULTS) -> None:

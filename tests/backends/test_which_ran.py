@@ -1,4 +1,4 @@
-"""No silent choice: which form of every operation "auto" takes on a CPU, and that a named one is the one that runs."""
+"""The implementation of every operation that runs on a CPU, chosen automatically and by name."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from qwen35moe import Config, Qwen3_5MoeForConditionalGeneration, backends
 from qwen35moe.backends import OPERATIONS
 
-# (operation, with gradients) -> what a CPU takes, in the order in which the forms of an operation stand.
+# operation -> the implementations that run on a CPU without gradients and with them
 ON_A_CPU = {
     "rms_norm": ("cpu", "torch"),
     "gated_rms_norm": ("cpu", "cpu"),
-    "rotary": ("torch", "torch"),  # its form in place is for more than 64 tokens
+    "rotary": ("torch", "torch"),  # `cpu` is for more than 64 tokens
     "attention": ("torch", "torch"),
     "vision_attention": ("torch", "torch"),
     "gelu_linear": ("torch", "torch"),
     "short_convolution": ("cpu", "cpu"),
     "gated_delta_rule": ("chunked_cpu", "torch"),
     "router": ("torch", "torch"),
-    "experts": ("gathered", "gathered"),  # so few and small that copying their weights costs nothing
+    "experts": ("gathered", "gathered"),  # few small experts, whose weights are cheap to copy
     "linear_cross_entropy": ("torch", "torch"),
 }
 
@@ -44,33 +44,33 @@ def model() -> Qwen3_5MoeForConditionalGeneration:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_layers_take_what_the_table_says(training: bool) -> None:
-    """Every operation of a forward with an image, by the names that `ran` saw; `delta_net_step` is for cached tokens."""
+def test_the_automatic_choice_in_every_layer(training: bool) -> None:
+    """All operations of a forward with an image; `delta_net_step` runs for cached tokens only."""
     ids = torch.tensor([[1, 55, 57, 57, 56, *range(2, 40)]])
     with backends.ran() as ran, torch.set_grad_enabled(training):
         model()(
             ids, pixel_values=torch.randn(8, 24), image_grid_thw=torch.tensor([[1, 2, 4]]), labels=ids, output_logits=False
         )
-    seen: dict[str, set[str]] = {}
+    ran_on: dict[str, set[str]] = {}
     for operation, name in ran.counts:
-        seen.setdefault(operation, set()).add(name)
-    assert seen == {operation: {names[training]} for operation, names in ON_A_CPU.items()}
-    assert set(OPERATIONS) - set(seen) == {"delta_net_step"}
+        ran_on.setdefault(operation, set()).add(name)
+    assert ran_on == {operation: {names[training]} for operation, names in ON_A_CPU.items()}
+    assert set(OPERATIONS) - set(ran_on) == {"delta_net_step"}
 
 
-def test_a_cached_token_takes_the_step_as_one_operation() -> None:
-    found = model()
-    cache = found.new_cache(1)
+def test_a_cached_token_runs_the_decode_step() -> None:
+    network = model()
+    cache = network.new_cache(1)
     with torch.no_grad():
-        found(torch.tensor([[1, 2, 3]]), cache=cache)
+        network(torch.tensor([[1, 2, 3]]), cache=cache)
         with backends.ran() as ran:
-            found(torch.tensor([[4]]), cache=cache)
+            network(torch.tensor([[4]]), cache=cache)
     assert ran.counts["delta_net_step", "fused_cpu"] == 1
     assert not {"gated_delta_rule", "short_convolution", "gated_rms_norm"} & {operation for operation, _ in ran.counts}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_named_form_is_the_one_that_runs_or_says_why_not(operation: str) -> None:
+def test_a_chosen_implementation_runs_or_is_an_error_with_the_reason(operation: str) -> None:
     _, cases = backends.cases(operation)
     args, options = next(iter(cases(torch.float32, "cpu", torch.Generator().manual_seed(0))))
     for entry in backends.implementations(operation):

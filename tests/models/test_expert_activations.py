@@ -286,5 +286,5 @@ def test_unfused_experts_generate_and_recompute(model):
     model.unfuse_experts()
     assert torch.equal(model.generate(IDS[:1], max_new_tokens=6, eos_token_id=[]), expected)
     with torch.enable_grad():
-        gradients = peer.kept_and_recomputed(model, lambda: model(IDS, labels=IDS).loss.backward())
+        gradients = peer.gradients_with_and_without_checkpointing(model, lambda: model(IDS, labels=IDS).loss.backward())
     assert all(torch.equal(gradients[0][name], value) for name, value in gradients[1].items())

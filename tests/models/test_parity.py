@@ -429,7 +429,7 @@ def bfloat16_errors(case: Case) -> tuple[float, float]:
         truth = peer.ours(case, source=theirs).double()(ids, output_routing=not case.dense)
         routing = None if case.dense else truth.routing.indices_only()
         found = peer.ours(case, source=theirs).bfloat16()(ids, routing=routing).logits
-        with peer.replayed(theirs, [] if case.dense else list(truth.routing.indices)):
+        with peer.forced_routing(theirs, [] if case.dense else list(truth.routing.indices)):
             expected = theirs(ids, use_cache=False).logits
     assert found.dtype == expected.dtype == torch.bfloat16
     rows = [[relative_error(a, b) for a, b in zip(logits, truth.logits, strict=True)] for logits in (found, expected)]

@@ -1,4 +1,4 @@
-"""What one decoded token costs in Python: calls into the package, counted; and calls of operations, read from the source."""
+"""The Python cost of a decoded token, in calls of functions of the package, and the arguments of calls of operations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwen35moe import Config, Qwen3_5MoeForCausalLM, ops
 from qwen35moe.backends import OPERATIONS
 from tests.support.floors import ROOT, files
 
-CALLS, FILES = 95, 14  # of one decoded Gated DeltaNet layer with its mixture of experts
+CALLS, FILES = 95, 14  # limits for one decoded Gated DeltaNet layer with its mixture of experts
 FOLDERS = tuple(str(ROOT / name) for name in ("qwen35moe", "kernels"))
 
 
@@ -34,19 +34,19 @@ def model() -> Qwen3_5MoeForCausalLM:
 
 
 class Profile:
-    """Counts calls of Python functions of this repository's packages while a layer runs."""
+    """Counts the calls of Python functions of the packages of this repository while a layer runs."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self.calls: Counter[tuple[str, str]] = Counter()
         forward = layer.forward
 
         def profiled(*args: Any, **kwargs: Any) -> Any:
-            before = sys.getprofile()
+            previous = sys.getprofile()
             sys.setprofile(self.count)
             try:
                 return forward(*args, **kwargs)
             finally:
-                sys.setprofile(before)
+                sys.setprofile(previous)
 
         layer.forward = profiled  # type: ignore[method-assign]
 
@@ -55,11 +55,11 @@ class Profile:
             self.calls[frame.f_code.co_filename, frame.f_code.co_name] += 1
 
 
-def test_one_decoded_layer_stays_within_its_calls(model: Qwen3_5MoeForCausalLM) -> None:
+def test_one_decoded_layer_stays_within_its_limits(model: Qwen3_5MoeForCausalLM) -> None:
     cache = model.new_cache(1)
     with torch.no_grad():
         model(torch.tensor([[5, 9, 7]]), cache=cache)
-        model(torch.tensor([[4]]), cache=cache)  # whatever is computed once is computed now
+        model(torch.tensor([[4]]), cache=cache)  # values that are computed once are computed now
         profile = Profile(model.model.layers[0])
         model(torch.tensor([[8]]), cache=cache)
     table = "\n".join(f"{count:4} {Path(file).relative_to(ROOT)}:{name}" for (file, name), count in profile.calls.items())
@@ -68,7 +68,7 @@ def test_one_decoded_layer_stays_within_its_calls(model: Qwen3_5MoeForCausalLM) 
     assert len(files_called) <= FILES, table
 
 
-def test_the_count_sees_a_call(model: Qwen3_5MoeForCausalLM) -> None:
+def test_calls_are_counted(model: Qwen3_5MoeForCausalLM) -> None:
     layer = model.model.layers[1].post_attention_layernorm
     profile = Profile(layer)
     layer(torch.ones(1, 24))
@@ -77,8 +77,8 @@ def test_the_count_sees_a_call(model: Qwen3_5MoeForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("path", files("qwen35moe/modules", "qwen35moe/models", "qwen35moe/cache"), ids=lambda path: path.name)
-def test_operations_are_called_with_arguments_that_they_have(path: Path) -> None:
-    """`caller=` is beside the definition's parameters, which type checkers cannot express: they see names, but not mistakes."""
+def test_operations_are_called_with_their_own_arguments(path: Path) -> None:
+    """Type checkers cannot check these calls: `caller=` is added to the parameters of the definition."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
@@ -91,5 +91,5 @@ def test_operations_are_called_with_arguments_that_they_have(path: Path) -> None
 
 
 def test_the_package_is_the_checkout() -> None:
-    """Otherwise the counts above are those of another installation."""
+    """Otherwise the tests above would count the calls of another installation."""
     assert Path(qwen35moe.__file__).is_relative_to(ROOT)

@@ -1,4 +1,4 @@
-"""The short convolution: by hand, both forms against each other, states, right padding, packed documents."""
+"""The short convolution: by hand, the forms against each other, states, right padding, packed documents."""
 
 from __future__ import annotations
 
@@ -12,24 +12,18 @@ from torch import Tensor
 
 from qwen35moe import ops
 from qwen35moe.ops.cpu.convolution import short_convolution_cpu, short_convolution_torch
-from tests.support.peer import assert_close, generator
+from tests.support.peer import assert_close, randn
 
-direct_short_convolution = ops.short_convolution.definition
-
-FORMS = {"direct": direct_short_convolution, "shifted": short_convolution_torch, "in place": short_convolution_cpu}
+FORMS = {"direct": ops.short_convolution.definition, "shifted": short_convolution_torch, "cpu": short_convolution_cpu}
 CUTS = [1, 3, 4, 63, 64, 65, 129]
 B, C = 2, 6
 EXACT = 1e-14
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
-
-
 @pytest.mark.parametrize("taps", [2, 3, 4, 5])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_the_sum_by_hand_with_a_state(form, taps):
-    x, weight, state = draw(B, 9, C), draw(C, taps, seed=1), draw(B, C, taps - 1, seed=2)
+    x, weight, state = randn(B, 9, C), randn(C, taps, seed=1), randn(B, C, taps - 1, seed=2)
     y, after = form(x, weight, state=state)
     for b, t, c in itertools.product(range(B), range(9), range(C)):
         row = [*state[b, c].tolist(), *x[b, :, c].tolist()]
@@ -41,7 +35,7 @@ def test_the_sum_by_hand_with_a_state(form, taps):
 @pytest.mark.parametrize("taps", [2, 4])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_against_torch_conv1d(form, taps):
-    x, weight = draw(B, 70, C), draw(C, taps, seed=1)
+    x, weight = randn(B, 70, C), randn(C, taps, seed=1)
     expected = F.silu(F.conv1d(F.pad(x.mT, (taps - 1, 0)), weight[:, None], groups=C)).mT
     y, state = form(x, weight)
     assert_close(y, expected, EXACT)
@@ -51,19 +45,19 @@ def test_against_torch_conv1d(form, taps):
 @pytest.mark.parametrize("options", ["plain", "state", "lengths", "packed"])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_gradcheck(form, options):
-    x, weight = draw(2, 5, 3).requires_grad_(), draw(3, 4, seed=1).requires_grad_()
+    x, weight = randn(2, 5, 3).requires_grad_(), randn(3, 4, seed=1).requires_grad_()
     leaves, named = [x, weight], {}
     if options == "state":
-        leaves.append(draw(2, 3, 3, seed=2).requires_grad_())
+        leaves.append(randn(2, 3, 3, seed=2).requires_grad_())
     elif options == "lengths":
         named = {"lengths": torch.tensor([5, 2])}
     elif options == "packed":
-        leaves = [draw(1, 7, 3).requires_grad_(), weight, draw(3, 3, 3, seed=2).requires_grad_()]
+        leaves = [randn(1, 7, 3).requires_grad_(), weight, randn(3, 3, 3, seed=2).requires_grad_()]
         named = {"cu_seqlens": torch.tensor([0, 1, 5, 7])}
 
     def call(x: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, after = form(x, weight, state=state, **named)
-        if options == "lengths":  # past a row's length the output means nothing
+        if options == "lengths":  # past the length of a row the output is unspecified
             y = torch.cat([y[0], y[1, :2]])
         return y, after
 
@@ -74,29 +68,29 @@ def test_gradcheck(form, options):
 @pytest.mark.parametrize("length", CUTS)
 def test_the_forms_agree_on_values_states_and_gradients(length, taps, monkeypatch):
     monkeypatch.setattr("qwen35moe.ops.cpu.convolution._BLOCK_BYTES", B * C * 4 * 16)  # blocks of 16 tokens
-    x, weight = draw(B, length, C, dtype=torch.float32), draw(C, taps, seed=1, dtype=torch.float32)
-    state = draw(B, C, taps - 1, seed=2, dtype=torch.float32)
+    x, weight = randn(B, length, C, dtype=torch.float32), randn(C, taps, seed=1, dtype=torch.float32)
+    state = randn(B, C, taps - 1, seed=2, dtype=torch.float32)
     results = []
     for form in FORMS.values():
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, state)]
         y, after = form(leaves[0], leaves[1], state=leaves[2])
-        cotangents = draw(*y.shape, seed=3).float(), draw(*after.shape, seed=4).float()
+        cotangents = randn(*y.shape, seed=3).float(), randn(*after.shape, seed=4).float()
         results.append([y, after, *torch.autograd.grad([y, after], leaves, cotangents)])
-    for direct, shifted, in_place in zip(*results, strict=True):
+    for direct, shifted, cpu in zip(*results, strict=True):
         assert_close(shifted, direct, 1e-5)
-        assert_close(in_place, direct, 1e-5)
+        assert_close(cpu, direct, 1e-5)
 
 
-# States are slices of the inputs: bit for bit. Outputs too where the channels fill whole vectors (32); else the last
-# few entries of a tensor go through the scalar silu, whose last bit differs, and which ones depends on the length.
+# States are slices of the inputs and equal bit for bit. So are outputs with 32 channels, which fill whole vectors. With C
+# channels the last entries of a tensor, which depend on its length, go through the scalar silu, whose last bit differs.
 WIDTHS = pytest.mark.parametrize("channels,bound", [(32, 0.0), (C, 3e-7)])
 
 
 @WIDTHS
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_prefix_and_the_rest_equal_the_whole(form, cut, channels, bound):
-    x, weight = draw(B, cut + 5, channels).float(), draw(channels, 4, seed=1).float()
+def test_a_prefix_and_the_rest_equal_the_whole_row(form, cut, channels, bound):
+    x, weight = randn(B, cut + 5, channels).float(), randn(channels, 4, seed=1).float()
     whole, end = form(x, weight)
     head, carried = form(x[:, :cut], weight)
     rest, after = form(x[:, cut:], weight, state=carried)
@@ -106,8 +100,8 @@ def test_a_prefix_and_the_rest_equal_the_whole(form, cut, channels, bound):
 
 @WIDTHS
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_one_token_at_a_time_equals_the_whole(form, channels, bound):
-    x, weight = draw(B, 9, channels).float(), draw(channels, 4, seed=1).float()
+def test_one_token_at_a_time_equals_the_whole_row(form, channels, bound):
+    x, weight = randn(B, 9, channels).float(), randn(channels, 4, seed=1).float()
     whole, end = form(x, weight)
     steps, state = [], None
     for t in range(9):
@@ -123,8 +117,8 @@ def test_one_token_at_a_time_equals_the_whole(form, channels, bound):
 @pytest.mark.parametrize("carried", [True, False], ids=["state", "no state"])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_packed_documents_equal_separate_ones(form, carried, lengths, channels, bound):
-    x, weight = draw(1, sum(lengths), channels).float(), draw(channels, 4, seed=1).float()
-    state = draw(len(lengths), channels, 3, seed=2).float() if carried else None
+    x, weight = randn(1, sum(lengths), channels).float(), randn(channels, 4, seed=1).float()
+    state = randn(len(lengths), channels, 3, seed=2).float() if carried else None
     bounds = torch.tensor([0, *itertools.accumulate(lengths)])
     y, after = form(x, weight, state=state, cu_seqlens=bounds)
     assert after.shape == (len(lengths), channels, 3)
@@ -136,11 +130,11 @@ def test_packed_documents_equal_separate_ones(form, carried, lengths, channels, 
 
 @WIDTHS
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_right_padded_row_leaves_the_state_before_its_padding(form, channels, bound):
-    x, weight = draw(4, 6, channels).float(), draw(channels, 4, seed=1).float()
-    state, lengths = draw(4, channels, 3, seed=2).float(), torch.tensor([6, 1, 4, 2])
+def test_the_state_of_a_right_padded_row_ends_before_the_padding(form, channels, bound):
+    x, weight = randn(4, 6, channels).float(), randn(channels, 4, seed=1).float()
+    state, lengths = randn(4, channels, 3, seed=2).float(), torch.tensor([6, 1, 4, 2])
     for r, length in enumerate(lengths.tolist()):
-        x[r, length:] = float("nan")  # nobody may read it
+        x[r, length:] = float("nan")  # must not be read
     y, after = form(x, weight, state=state, lengths=lengths)
     for r, length in enumerate(lengths.tolist()):
         alone, last = form(x[r : r + 1, :length], weight, state=state[r : r + 1])
@@ -150,8 +144,8 @@ def test_a_right_padded_row_leaves_the_state_before_its_padding(form, channels, 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_dtypes_stay_and_bfloat16_is_rounded_once(form, dtype):
-    x, weight = draw(B, 70, C, dtype=dtype), draw(C, 4, seed=1, dtype=dtype)
+def test_the_output_keeps_the_dtype_and_bfloat16_is_rounded_once(form, dtype):
+    x, weight = randn(B, 70, C, dtype=dtype), randn(C, 4, seed=1, dtype=dtype)
     y, state = form(x, weight)
     wide = torch.promote_types(dtype, torch.float32)
     assert y.dtype == state.dtype == dtype
@@ -161,11 +155,11 @@ def test_dtypes_stay_and_bfloat16_is_rounded_once(form, dtype):
 def test_against_transformers():
     from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import causal_conv1d_fn, causal_conv1d_update
 
-    x, weight = draw(B, 70, C).float(), draw(C, 4, seed=1).float()
+    x, weight = randn(B, 70, C).float(), randn(C, 4, seed=1).float()
     y, state = short_convolution_torch(x, weight)
     assert_close(y, causal_conv1d_fn(x.mT, weight, activation="silu").mT, 1e-6)
-    kept: Any = F.pad(state, (1, 0))  # they keep W inputs, of which the oldest is never read
-    new = draw(B, 1, C, seed=3).float()
+    their_state: Any = F.pad(state, (1, 0))  # W inputs, of which the oldest is not used
+    new = randn(B, 1, C, seed=3).float()
     stepped, after = short_convolution_torch(new, weight, state=state)
-    assert_close(stepped, causal_conv1d_update(new.mT.contiguous(), kept, weight, activation="silu").mT, 1e-6)
-    assert torch.equal(after, kept[..., 1:])
+    assert_close(stepped, causal_conv1d_update(new.mT.contiguous(), their_state, weight, activation="silu").mT, 1e-6)
+    assert torch.equal(after, their_state[..., 1:])

@@ -1,7 +1,7 @@
-"""The readable chunked form between the recurrence and the fast CPU form, and each of its numbered steps by itself.
+"""The readable chunked form against the recurrence and the fast CPU form, and each of its numbered steps on its own.
 
-docs/reference/delta_rule.md numbers the steps. Bounds and inputs are those of `test_delta_rule`; in float64 outputs and states
-equal the recurrence's to 1e-12.
+docs/reference/delta_rule.md numbers the steps. Inputs and bounds are those of `tests.support.delta_rule`; in float64 outputs
+and states equal those of the recurrence to 1e-12.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import ops
 from qwen35moe.ops.attention_map import attention_map
 from qwen35moe.ops.cpu.delta_gradient import chunked_operator
 from qwen35moe.ops.delta_chunked import Chunk, across_chunk, chunked_gated_delta_rule, within_chunks
-from tests.ops.test_delta_rule import (
+from tests.support.delta_rule import (
     CUTS,
     EXACT,
     FP32,
@@ -29,15 +28,14 @@ from tests.ops.test_delta_rule import (
     H,
     K,
     V,
+    assert_within_bounds,
     call,
     doubles,
     inputs,
-    judge,
+    recurrent_gated_delta_rule,
     with_gradients,
 )
 from tests.support.peer import assert_close, generator, relative_error
-
-recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 CHUNKS = [16, 32, 64]
 EXACT_GRADIENT = 1e-11
@@ -58,25 +56,25 @@ def fast(
 @pytest.mark.parametrize("length", CUTS)
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
 def test_lengths_and_chunk_lengths(length, chunk_size, state):
-    """Outputs, final states and gradients: equal to both other forms in float64, within their bounds in float32."""
+    """Outputs, final states and gradients, in float64 and float32."""
     values = inputs(length, state=state, seed=length)
     truth = with_gradients(recurrent_gated_delta_rule, doubles(values))
     readable = with_gradients(chunked_gated_delta_rule, doubles(values), chunk_size=chunk_size)
-    other = with_gradients(fast, doubles(values), chunk_size=chunk_size)
+    fast_results = with_gradients(fast, doubles(values), chunk_size=chunk_size)
     for name, true in truth.items():
         bound = EXACT if name in ("out", "final") else EXACT_GRADIENT
         assert_close(readable[name], true, bound, name)
-        assert_close(other[name], readable[name], bound, name)
+        assert_close(fast_results[name], readable[name], bound, name)
     readable = with_gradients(chunked_gated_delta_rule, values, chunk_size=chunk_size)
-    judge(readable, truth, -1.0)
-    judge(with_gradients(fast, values, chunk_size=chunk_size), doubles(readable), -1.0)
+    assert_within_bounds(readable, truth, -1.0)
+    assert_within_bounds(with_gradients(fast, values, chunk_size=chunk_size), doubles(readable), -1.0)
 
 
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("gates", GATES)
 def test_gates_and_keys(gates, keys):
     values = inputs(67, gates=gates, keys=keys)
-    judge_gates(values)
+    check_forms(values)
 
 
 @pytest.mark.parametrize("betas", ["0", "1"])
@@ -84,24 +82,24 @@ def test_gates_and_keys(gates, keys):
 @pytest.mark.parametrize("gates", ["none", "-0.0001", "ordinary", "-21.0", "any", "hard then soft"])
 def test_gates_and_keys_at_beta_0_and_1(gates, keys, betas):
     values = inputs(67, gates=gates, keys=keys, betas=betas)
-    judge_gates(values, cancels=(gates, keys, betas) == ("hard then soft", "equal", "1"))
+    check_forms(values, cancels=(gates, keys, betas) == ("hard then soft", "equal", "1"))
 
 
-def judge_gates(values: dict[str, Tensor], cancels: bool = False) -> None:
-    """Float64 to 1e-12, float32 within the bounds. cancels: the gradient of the decay is judged by the size of its terms,
-    for the reason that `test_delta_rule.test_chunked_against_recurrent_at_beta_0_and_1` gives."""
+def check_forms(values: dict[str, Tensor], cancels: bool = False) -> None:
+    """Float64 to 1e-12, float32 within the bounds. cancels: the error of the decay's gradient is relative to the size of its
+    terms (see `test_delta_rule.test_chunked_against_recurrent_at_beta_0_and_1`)."""
     gate = values["decay"].min().item()
     truth = with_gradients(recurrent_gated_delta_rule, doubles(values))
     out, final = call(chunked_gated_delta_rule, doubles(values), chunk_size=32)
     assert_close(out, truth["out"], EXACT, "out")
     assert_close(final, truth["final"], EXACT, "final")
     readable = with_gradients(chunked_gated_delta_rule, values, chunk_size=32)
-    other = with_gradients(fast, values, chunk_size=32)
+    fast_results = with_gradients(fast, values, chunk_size=32)
     if cancels:
-        for results in (truth, readable, other):
+        for results in (truth, readable, fast_results):
             results["d_decay"] = results["d_decay"] + 1.0
-    judge(readable, truth, gate)
-    judge(other, doubles(readable), gate)
+    assert_within_bounds(readable, truth, gate)
+    assert_within_bounds(fast_results, doubles(readable), gate)
 
 
 @pytest.mark.parametrize("lengths", [[1, 3, 4], [63, 64, 65], [129, 1, 2], [5], [64, 64]], ids=str)
@@ -117,8 +115,8 @@ def test_packed_documents(state, lengths):
     for name, true in truth.items():
         assert_close(readable[name], true, EXACT if name in ("out", "final") else EXACT_GRADIENT, name)
     readable = with_gradients(chunked_gated_delta_rule, values, **packed, chunk_size=32)
-    judge(readable, truth, -1.0)
-    judge(with_gradients(fast, values, **packed, chunk_size=32), doubles(readable), -1.0)
+    assert_within_bounds(readable, truth, -1.0)
+    assert_within_bounds(with_gradients(fast, values, **packed, chunk_size=32), doubles(readable), -1.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- derivatives
@@ -146,7 +144,7 @@ def test_the_gate_gradient_is_exact_at_hard_gates():
 
 # -------------------------------------------------------------------------------------------------------- the numbered steps
 
-M, LENGTH = 4, 11  # three chunks, the last one short of a token
+M, LENGTH = 4, 11  # three chunks, of which the last has one token less
 
 
 def chunks(gates: str = "ordinary", dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], Chunk]:
@@ -155,7 +153,7 @@ def chunks(gates: str = "ordinary", dtype: torch.dtype = torch.float64) -> tuple
 
 
 def token(x: Tensor, n: int, i: int) -> Tensor:
-    """Token i of chunk n of x [B, T, ...]; zero behind the end."""
+    """Token i of chunk n of x [B, T, ...]; zero after the last token."""
     t = n * M + i
     return x[:, t] if t < LENGTH else torch.zeros_like(x[:, 0])
 
@@ -174,7 +172,7 @@ def test_step_1_unit_queries_and_keys_in_chunks():
 
 @pytest.mark.parametrize("gates", ["ordinary", "any", "hard then soft", "alternating"])
 def test_step_2_decay_is_summed_between_two_tokens(gates):
-    """In float32, every entry within a few roundings of its own exact value, not of the largest one."""
+    """In float32, every entry within a few roundings, relative to its own exact value."""
     values, chunk = chunks(gates, torch.float32)
     for n, b, h in itertools.product(range(3), range(B), range(H)):
         logs = [token(values["decay"], n, i)[b, h].item() for i in range(M)]
@@ -218,7 +216,7 @@ def test_step_5_scores_are_weighted_by_the_decay():
 
 
 def test_step_6_the_writes_are_those_of_the_recurrence():
-    """u_i - S_0^T y_i is what token i adds to the decayed state, k_i (x) w_i, in the recurrence; a padded token writes zero."""
+    """w_i = u_i - S_0^T y_i: token i adds k_i (x) w_i to the decayed state in the recurrence; a padded token adds zero."""
     values, chunk = chunks()
     state = values["state"]
     for n in range(3):
@@ -294,8 +292,8 @@ def test_a_prefix_and_the_rest_equal_the_whole(cut):
     assert_close(end, final, EXACT)
 
 
-def test_dtypes_and_inputs_left_as_they_were():
-    """The output has the value's dtype; the state is float32 at least; float64 stays float64 throughout."""
+def test_dtypes_and_inputs_are_not_modified():
+    """The output has the dtype of the value; the state is float32 at least; float64 is float64 throughout."""
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         wide = torch.promote_types(dtype, torch.float32)
         values = inputs(66, dtype=dtype)
@@ -307,7 +305,7 @@ def test_dtypes_and_inputs_left_as_they_were():
         assert relative_error(out, truth) < {torch.bfloat16: 5e-3, torch.float32: FP32, torch.float64: EXACT}[dtype]
         assert relative_error(state, end) < {torch.float64: EXACT}.get(dtype, FP32)
         for name, tensor in values.items():
-            assert torch.equal(tensor, copies[name]), f"{name} was written to"
+            assert torch.equal(tensor, copies[name]), f"{name} was modified"
 
 
 def test_a_chunk_of_no_token_is_an_error():

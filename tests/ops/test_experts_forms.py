@@ -1,4 +1,4 @@
-"""The dispatch forms: 500 random cases against the loop in float64, what a form may not do, and who is chosen when."""
+"""The forms of the experts: 500 random cases against the loop in float64, gradients, memory, and the choice of a form."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwen35moe.ops.cpu import sorted_experts as sorted_module
 from qwen35moe.ops.cpu.experts import gathered_experts, grouped_experts
 from qwen35moe.ops.cpu.sorted_experts import sorted_experts
 from qwen35moe.ops.experts import tapped_experts
-from tests.ops.test_experts import size_of_dw
+from tests.ops.test_experts import weight_gradient_scale
 from tests.support.peer import assert_close, generator
 
 loop_experts = ops.experts.definition
@@ -26,7 +26,7 @@ FORMS: dict[str, Any] = {
     "loop": loop_experts, "sorted": sorted_experts, "grouped": grouped_experts,
     "gathered": gathered_experts, "tapped": tapped_experts,
 }
-LOADS = ("random", "one takes all", "empty experts", "repeated in a row", "no token", "one token", "one expert")
+LOADS = ("random", "one expert for all", "empty experts", "repeated in a row", "no token", "one token", "one expert")
 # values, gradients: max|a-b| / max|b| against the loop in float64
 BOUNDS = {torch.float64: (1e-13, 1e-13), torch.float32: (2e-6, 4e-6), torch.bfloat16: (2e-2, 4e-2)}
 
@@ -39,14 +39,14 @@ def draw(load: str, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
         return int(torch.randint(low, high, (), generator=rng))
 
     experts = 1 if load == "one expert" else size(2, 9)
-    slots = min(experts, size(1, 5))
+    top_k = min(experts, size(1, 5))
     tokens = {"no token": 0, "one token": 1}.get(load, size(2, 40))
     scores = torch.rand(tokens, experts, generator=rng)
     if load == "empty experts":
         scores[:, ::2] -= 2
-        slots = min(slots, experts // 2)
-    indices = scores.topk(slots, dim=-1).indices
-    if load == "one takes all":
+        top_k = min(top_k, experts // 2)
+    indices = scores.topk(top_k, dim=-1).indices
+    if load == "one expert for all":
         indices = torch.full_like(indices[:, :1], size(0, experts))
     if load == "repeated in a row":
         indices = indices[:, :1].expand(-1, 3).contiguous()
@@ -58,12 +58,12 @@ def draw(load: str, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     return hidden.to(dtype), (gate_up / 4).to(dtype), (down / 3).to(dtype), indices, weights.to(dtype)
 
 
-def results(form: Any, values: tuple[Tensor, ...]) -> list[Tensor]:
+def output_and_gradients(form: Any, values: tuple[Tensor, ...]) -> list[Tensor]:
     """y and the gradients of hidden, gate_up, down and weights for the cotangent cos(0, 1, 2, ...)."""
     leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in values]
     out = form(*leaves)
     floats = [x for x in leaves if x.requires_grad]
-    if not out.requires_grad:  # the loop without a token
+    if not out.requires_grad:  # the loop with no tokens
         return [out, *(torch.zeros_like(x) for x in floats)]
     return [out, *torch.autograd.grad(out, floats, cotangent(out))]
 
@@ -81,81 +81,82 @@ def random_cases() -> Iterator[tuple[str, int, torch.dtype]]:
 
 
 def test_500_random_cases_agree_with_the_loop_in_float64() -> None:
-    """Values with and without gradients, and all gradients, of every form in every dtype. Where parts cancel, errors are
-    judged by the size of the parts: dw by |dy| |y_slot|, and in bfloat16 everything by 0.3 at least."""
-    ran = 0
+    """Outputs with and without gradients, and all gradients, of every form in every dtype. Where terms cancel, errors are
+    relative to the size of the terms: that of a weight's gradient to |dy| |y_j|, and all errors in bfloat16 to 0.3 at least."""
+    count = 0
     for load, seed, dtype in random_cases():
         values = draw(load, seed, dtype)
-        expected = results(loop_experts, widened(values))
+        expected = output_and_gradients(loop_experts, widened(values))
         for name, form in FORMS.items():
             if name == "grouped" and dtype == torch.float64:
                 continue
-            everything = [*results(form, values), form(*values)]
-            for place, (found, truth) in enumerate(zip(everything, [*expected, expected[0]], strict=True)):
-                assert found.shape == truth.shape and found.dtype == dtype
+            results = [*output_and_gradients(form, values), form(*values)]
+            for index, (actual, truth) in enumerate(zip(results, [*expected, expected[0]], strict=True)):
+                assert actual.shape == truth.shape and actual.dtype == dtype
                 if truth.numel():
-                    size = size_of_dw(values, cotangent(expected[0])) if place == 4 else truth.abs().max().item()
-                    error = (found.double() - truth).abs().max().item() / max(size, 0.3 if dtype == torch.bfloat16 else 1e-30)
-                    assert error <= BOUNDS[dtype][0 < place < 5], (name, load, seed, dtype, place, error)
+                    size = weight_gradient_scale(values, cotangent(expected[0])) if index == 4 else truth.abs().max().item()
+                    error = (actual.double() - truth).abs().max().item() / max(size, 0.3 if dtype == torch.bfloat16 else 1e-30)
+                    assert error <= BOUNDS[dtype][0 < index < 5], (name, load, seed, dtype, index, error)
             if values[3].numel():
-                assert torch.equal(everything[5], form(*values)), "the order of the sum changed between two runs"
-        ran += 1
-    assert ran == 504
+                assert torch.equal(results[5], form(*values)), "the order of the sum changed between two runs"
+        count += 1
+    assert count == 504
 
 
 @pytest.mark.parametrize("block,piece,kept", [(1, 1, 0), (3, 2, 0), (256, 1024, 0), (5, 4, 1 << 30)])
-def test_sorted_is_the_same_however_its_work_is_cut(block: int, piece: int, kept: int) -> None:
+def test_block_sizes_do_not_change_the_sorted_form(block: int, piece: int, kept: int) -> None:
     values = draw("random", 3, torch.float64)
-    expected = results(loop_experts, values)
-    cuts = dict(_BLOCK=block, _PIECE=piece, _KEPT=kept)
-    with mock.patch.multiple(sorted_module, **cuts), torch.no_grad():
+    expected = output_and_gradients(loop_experts, values)
+    sizes = dict(_BLOCK=block, _PIECE=piece, _KEPT=kept)
+    with mock.patch.multiple(sorted_module, **sizes), torch.no_grad():
         assert_close(sorted_experts(*values), expected[0], 1e-13)
-    with mock.patch.multiple(sorted_module, **cuts):
-        for found, truth in zip(results(sorted_experts, values), expected, strict=True):
-            assert_close(found, truth, 1e-13)
+    with mock.patch.multiple(sorted_module, **sizes):
+        for actual, truth in zip(output_and_gradients(sorted_experts, values), expected, strict=True):
+            assert_close(actual, truth, 1e-13)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 65])
-def test_both_orders_of_a_product_are_the_same(rows: int) -> None:
-    """On a CPU with AMX bfloat16 products of few rows are taken as weight @ rows.T."""
+def test_the_transposed_product_equals_the_plain_one(rows: int) -> None:
+    """On a CPU with AMX, bfloat16 products with few rows are computed as weight @ rows.T."""
     x, weight = (torch.randn(n, 24, generator=generator(n)).bfloat16() for n in (rows, 10))
-    plain, turned = x.new_empty(rows, 10), x.new_empty(rows, 10)
+    plain, transposed = x.new_empty(rows, 10), x.new_empty(rows, 10)
     with mock.patch.object(sorted_module, "_AMX", False):
         sorted_module.project(x, weight, plain)
     with mock.patch.object(sorted_module, "_AMX", True):
-        sorted_module.project(x, weight, turned)
-    assert_close(turned, x.double() @ weight.double().T, 1e-2)
+        sorted_module.project(x, weight, transposed)
+    assert_close(transposed, x.double() @ weight.double().T, 1e-2)
     assert_close(plain, x.double() @ weight.double().T, 1e-2)
 
 
-def test_only_the_gradients_that_are_wanted_are_made() -> None:
+def test_only_the_required_gradients_are_computed() -> None:
     hidden, gate_up, down, indices, weights = draw("random", 5, torch.float64)
-    expected = results(loop_experts, (hidden, gate_up, down, indices, weights))[1:]
-    for wanted in itertools.product((False, True), repeat=4):
-        leaves = [x.clone().requires_grad_(want) for x, want in zip((hidden, gate_up, down, weights), wanted, strict=True)]
+    expected = output_and_gradients(loop_experts, (hidden, gate_up, down, indices, weights))[1:]
+    for required in itertools.product((False, True), repeat=4):
+        floats = (hidden, gate_up, down, weights)
+        leaves = [x.clone().requires_grad_(needed) for x, needed in zip(floats, required, strict=True)]
         out = sorted_experts(leaves[0], leaves[1], leaves[2], indices, leaves[3])
-        assert out.requires_grad == any(wanted)
-        if any(wanted):
+        assert out.requires_grad == any(required)
+        if any(required):
             out.backward(cotangent(out))
-        for leaf, want, truth in zip(leaves, wanted, expected, strict=True):
-            assert (leaf.grad is not None) == want
+        for leaf, needed, truth in zip(leaves, required, expected, strict=True):
+            assert (leaf.grad is not None) == needed
             if leaf.grad is not None:
                 assert_close(leaf.grad, truth, 1e-13)
 
 
-def test_the_backward_keeps_the_pre_activation_and_no_rows() -> None:
-    """Beyond its inputs: the pre-activation [N k, 2F] alone, no gathered rows or experts' outputs [N k, D]."""
+def test_the_backward_saves_the_pre_activation_only() -> None:
+    """Beside the inputs, [N k, 2F] alone: neither the gathered rows [N k, D] nor the outputs of the experts [N k, D]."""
     values = draw("random", 7, torch.float32)
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in values]
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         sorted_experts(*leaves)
-    pairs = leaves[3].numel()
-    own = {x.data_ptr() for x in leaves}
-    assert [tuple(x.shape) for x in kept if x.data_ptr() not in own] == [(pairs, leaves[1].shape[1])]
+    assignments = leaves[3].numel()
+    inputs = {x.data_ptr() for x in leaves}
+    assert [tuple(x.shape) for x in saved if x.data_ptr() not in inputs] == [(assignments, leaves[1].shape[1])]
 
 
-def test_a_second_derivative_is_refused_with_the_way_out() -> None:
+def test_a_second_derivative_is_an_error_that_suggests_the_loop() -> None:
     hidden, *rest = draw("random", 8, torch.float64)
     hidden.requires_grad_()
     (first,) = torch.autograd.grad(sorted_experts(hidden, *rest).sum(), hidden, create_graph=True)
@@ -163,7 +164,7 @@ def test_a_second_derivative_is_refused_with_the_way_out() -> None:
         first.sum().backward()
 
 
-def test_an_expert_that_is_not_there_is_named() -> None:
+def test_an_index_out_of_range_is_an_error() -> None:
     hidden, gate_up, down, indices, weights = draw("random", 9, torch.float32)
     indices[0, 0] = 11
     for tokens in (1, len(hidden)):
@@ -172,8 +173,8 @@ def test_an_expert_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.parametrize("form", [grouped_experts, gathered_experts])
-def test_the_forms_for_gpus_read_nothing_on_the_host(form: Any) -> None:
-    """Fake tensors have no values: .item(), .tolist() and shapes that depend on values raise."""
+def test_the_forms_for_gpus_do_not_synchronise(form: Any) -> None:
+    """Fake tensors hold no values: .item(), .tolist() and shapes that depend on values raise an error."""
     values = draw("random", 10, torch.bfloat16)
     with FakeTensorMode() as mode:
         assert form(*(mode.from_tensor(x) for x in values)).shape == values[0].shape
@@ -183,7 +184,7 @@ def test_the_forms_for_gpus_read_nothing_on_the_host(form: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 300])
-def test_the_default_form_never_waits_for_the_gpu(tokens: int) -> None:
+def test_the_automatic_choice_does_not_synchronise_on_a_gpu(tokens: int) -> None:
     rng = generator(tokens)
     hidden, gate_up, down = (
         torch.randn(shape, generator=rng).bfloat16().cuda().requires_grad_()
@@ -191,7 +192,7 @@ def test_the_default_form_never_waits_for_the_gpu(tokens: int) -> None:
     )
     indices = torch.rand(tokens, 8, generator=rng).topk(2).indices.cuda()
     weights = torch.rand(tokens, 2, generator=rng).bfloat16().cuda()
-    backends.run("experts", hidden, gate_up, down, indices, weights)  # whatever is built once is built now
+    backends.run("experts", hidden, gate_up, down, indices, weights)  # kernels are compiled in the first call
     torch.cuda.set_sync_debug_mode("error")
     try:
         backends.run("experts", hidden, gate_up, down, indices, weights).sum().backward()
@@ -199,29 +200,30 @@ def test_the_default_form_never_waits_for_the_gpu(tokens: int) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_whole(dtype: torch.dtype) -> None:
+def test_torch_compile_with_fullgraph(dtype: torch.dtype) -> None:
     values = draw("random", 11, dtype)
-    expected = results(loop_experts, widened(values))
-    torch._dynamo.reset()
-    whole = torch.compile(lambda *arguments: backends.run("experts", *arguments), fullgraph=True, backend="aot_eager")
-    for found, truth in zip(results(whole, values), expected, strict=True):
-        assert_close(found, truth, 2 * BOUNDS[dtype][1])
+    expected = output_and_gradients(loop_experts, widened(values))
+    compiled = torch.compile(lambda *arguments: backends.run("experts", *arguments), fullgraph=True, backend="aot_eager")
+    for actual, truth in zip(output_and_gradients(compiled, values), expected, strict=True):
+        assert_close(actual, truth, 2 * BOUNDS[dtype][1])
     assert torch.library.opcheck(
         torch.ops.qwen35moe.experts.default, (*(x.requires_grad_() if x.is_floating_point() else x for x in values), True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
 
-def test_who_is_chosen() -> None:
+def test_the_automatic_choice() -> None:
     few, many = draw("one token", 12, torch.float32), draw("random", 12, torch.float32)
     wide = (many[0].repeat(1, 128), torch.zeros(8, 16, 2048), torch.zeros(8, 2048, 8), many[3] % 8, many[4])
     with backends.ran() as ran:
         backends.run("experts", *few)
         backends.run("experts", *wide)
         backends.run("experts", *few, tap=lambda name, value: value)
-        with backends.use(experts="grouped"):  # slower on a CPU, and yet it may be asked for
+        with backends.use(experts="grouped"):  # slower on a CPU, but it can be chosen
             backends.run("experts", *many)
     assert [call.name for call in ran.calls] == ["gathered", "sorted", "tapped", "grouped"]
-    said = backends.describe("experts", *wide)
-    assert "sorted        runs these arguments" in said and "could run these arguments, more slowly: on a CPU" in said
+    description = backends.describe("experts", *wide)
+    assert "sorted        runs these arguments" in description
+    assert "could run these arguments, more slowly: on a CPU" in description

@@ -1,4 +1,4 @@
-"""Cross entropy with and without logits in memory, and shifted labels."""
+"""Cross entropy of logits computed whole and in chunks, and shifted labels."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from qwen35moe.ops.cpu.losses import chunked_linear_cross_entropy
 from qwen35moe.ops.losses import shift_labels
 from tests.support.peer import assert_close, generator
 
-linear_cross_entropy = ops.linear_cross_entropy.definition
-
-FORMS = {"direct": linear_cross_entropy, "chunked": chunked_linear_cross_entropy}
-WORDS, D = 31, 6
+FORMS = {"direct": ops.linear_cross_entropy.definition, "chunked": chunked_linear_cross_entropy}
+VOCABULARY, D = 31, 6
 
 
 def draw(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     rng = generator(tokens)
     hidden = torch.randn((tokens, D), generator=rng, dtype=torch.float64).to(dtype)
-    weight = torch.randn((WORDS, D), generator=rng, dtype=torch.float64).to(dtype)
-    labels = torch.randint(0, WORDS, (tokens,), generator=rng)
+    weight = torch.randn((VOCABULARY, D), generator=rng, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, VOCABULARY, (tokens,), generator=rng)
     labels[::3] = -100
     labels[-1] = 4
     return hidden, weight, labels
@@ -47,11 +45,11 @@ def test_cross_entropy_by_hand(form, tokens, num_items):
     weight.requires_grad_()
     loss = form(hidden, weight, labels, num_items=num_items)
     logits = hidden @ weight.T
-    picked = [(logits[n].exp().sum().log() - logits[n, word]) for n, word in enumerate(labels.tolist()) if word != -100]
-    expected = torch.stack(picked).sum() / (len(picked) if num_items is None else num_items)
+    terms = [(logits[n].exp().sum().log() - logits[n, label]) for n, label in enumerate(labels.tolist()) if label != -100]
+    expected = torch.stack(terms).sum() / (len(terms) if num_items is None else num_items)
     assert_close(loss, expected, 1e-13)
-    found, right = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))
-    for a, b in zip(found, right, strict=True):
+    actual, expected_gradients = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))
+    for a, b in zip(actual, expected_gradients, strict=True):
         assert_close(a, b, 1e-12)
 
 
@@ -71,21 +69,21 @@ def test_bfloat16_logits_have_a_float32_loss(form):
     assert form(*draw(17)).dtype == torch.float64
 
 
-def test_the_chunked_form_never_holds_all_logits():
-    """What autograd keeps between forward and backward is smaller than one row of logits per token."""
+def test_the_chunked_form_does_not_save_all_logits():
+    """The largest tensor that autograd saves is smaller than the logits of all tokens."""
     hidden, weight, labels = draw(64, torch.float32)
-    kept: list[int] = []
+    saved: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
+        saved.append(tensor.numel())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         chunked_linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels)
-    assert max(kept, default=0) < 64 * WORDS
+    assert max(saved, default=0) < 64 * VOCABULARY
 
 
-def test_labels_shift_by_one_and_stop_at_the_end_of_documents():
+def test_labels_are_shifted_within_documents():
     labels = torch.arange(10, 22)[None]
     assert shift_labels(labels)[0].tolist() == [*range(11, 22), -100]
     bounds = torch.tensor([0, 1, 5, 12])

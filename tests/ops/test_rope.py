@@ -1,4 +1,4 @@
-"""Rotary embedding: frequencies, three-axis tables, the turn; against complex numbers and against transformers."""
+"""Rotary embedding: frequencies, tables of three axes, the rotation; against complex numbers and against transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.peer import Case, assert_close, generator, odd_shape
 
 rotary = ops.rotary.definition
 
-YARNS: dict[str, dict[str, Any]] = {
+YARN_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "betas": {"beta_fast": 16.0, "beta_slow": 2.0},
     "attention_factor": {"attention_factor": 1.3},
@@ -43,60 +43,60 @@ def their_rotary(case: Case) -> Any:
     return Qwen3_5MoeTextRotaryEmbedding(Qwen3_5MoeTextConfig(**text))
 
 
-@pytest.mark.parametrize("options", YARNS.values(), ids=YARNS.keys())
+@pytest.mark.parametrize("options", YARN_OPTIONS.values(), ids=YARN_OPTIONS.keys())
 @pytest.mark.parametrize("original", [64, 1024])
-def test_yarn_frequencies_and_temperature_are_those_of_transformers(options, original):
+def test_yarn_frequencies_and_scaling_equal_those_of_transformers(options, original):
     case = case_with({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": original} | options)
-    found, scale = frequencies(case)
+    inv_freq, scale = frequencies(case)
     module = their_rotary(case)
-    assert_close(found, module.inv_freq, 1e-6)
+    assert_close(inv_freq, module.inv_freq, 1e-6)
     assert scale == pytest.approx(module.attention_scaling, rel=1e-7)
 
 
 def test_default_frequencies_are_powers_of_theta():
-    found, scale = frequencies(case_with({"rope_type": "default"}), torch.float64)
+    inv_freq, scale = frequencies(case_with({"rope_type": "default"}), torch.float64)
     expected = torch.tensor([10_000.0 ** (-2 * j / 16) for j in range(8)], dtype=torch.float64)
-    assert scale == 1.0 and found.dtype == torch.float64
-    assert_close(found, expected, 1e-14)
+    assert scale == 1.0 and inv_freq.dtype == torch.float64
+    assert_close(inv_freq, expected, 1e-14)
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "longrope", "llama3", "made_up"])
-def test_a_rope_type_that_is_not_implemented_raises_and_is_named(kind):
+def test_an_unsupported_rope_type_is_an_error_that_names_it(kind):
     with pytest.raises(ConfigError, match=kind):
         frequencies(case_with({"rope_type": kind, "factor": 2.0}))
 
 
 @pytest.mark.parametrize("section", [[3, 3, 2], [11, 11, 10], [8, 0, 0], [1, 1, 1], [0, 4, 4]])
-def test_tables_of_three_different_axes(section):
-    """The definition, pair by pair: which axis turns it. And transformers' tables, for the same positions."""
+def test_tables_with_three_different_positions(section):
+    """The axis of every frequency by the definition, and the tables of transformers for the same positions."""
     case = case_with({"rope_type": "default", "mrope_section": section})
     inv_freq, scale = frequencies(case)
     position_ids = torch.randint(0, 500, (3, 2, 5), generator=generator(0))
     cos, sin = rotary_tables(position_ids, inv_freq, section, scale)
 
     axis = [0] * 8
-    for which in (1, 2):
-        for pair in range(which, 3 * section[which], 3):
-            if pair < 8:
-                axis[pair] = which
-    for pair in range(8):
-        angle = position_ids[axis[pair]].float() * inv_freq[pair]
-        assert_close(cos[..., pair], angle.cos(), 1e-6)
-        assert_close(sin[..., pair], angle.sin(), 1e-6)
+    for number in (1, 2):
+        for j in range(number, 3 * section[number], 3):
+            if j < 8:
+                axis[j] = number
+    for j in range(8):
+        angle = position_ids[axis[j]].float() * inv_freq[j]
+        assert_close(cos[..., j], angle.cos(), 1e-6)
+        assert_close(sin[..., j], angle.sin(), 1e-6)
 
     their_cos, their_sin = their_rotary(case)(torch.zeros(1), position_ids)
     assert_close(cos, their_cos[..., :8], 1e-6)
     assert_close(sin, their_sin[..., :8], 1e-6)
 
 
-def test_the_turn_is_a_complex_multiplication_and_the_rest_passes():
+def test_the_rotation_is_a_complex_multiplication_of_the_rotated_part():
     query, key = torch.randn(2, 5, 6, 16, generator=generator(0)), torch.randn(2, 5, 3, 16, generator=generator(1))
     query, key = query.double(), key.double()
     angle = torch.rand(2, 5, 4, generator=generator(2), dtype=torch.float64) * 6.28
-    for found, x in zip(rotary(query, key, angle.cos(), angle.sin()), (query, key), strict=True):
-        turned = torch.complex(x[..., :4], x[..., 4:8]) * torch.polar(torch.ones_like(angle), angle)[:, :, None]
-        assert_close(found, torch.cat([turned.real, turned.imag, x[..., 8:]], dim=-1), 1e-14)
-        assert torch.equal(found[..., 8:], x[..., 8:])
+    for out, x in zip(rotary(query, key, angle.cos(), angle.sin()), (query, key), strict=True):
+        rotated = torch.complex(x[..., :4], x[..., 4:8]) * torch.polar(torch.ones_like(angle), angle)[:, :, None]
+        assert_close(out, torch.cat([rotated.real, rotated.imag, x[..., 8:]], dim=-1), 1e-14)
+        assert torch.equal(out[..., 8:], x[..., 8:])
 
 
 def test_scores_depend_on_the_distance_only():
@@ -104,8 +104,8 @@ def test_scores_depend_on_the_distance_only():
     query, key = torch.randn(1, 2, 1, 32, generator=generator(0)).double(), torch.randn(1, 2, 1, 32).double()
 
     def score(first: int, second: int) -> Tensor:
-        place = torch.tensor([[first, second]]).expand(3, 1, 2)
-        q, k = rotary(query, key, *rotary_tables(place, inv_freq, [3, 3, 2], scale))
+        position_ids = torch.tensor([[first, second]]).expand(3, 1, 2)
+        q, k = rotary(query, key, *rotary_tables(position_ids, inv_freq, [3, 3, 2], scale))
         return (q[0, 1, 0] * k[0, 0, 0]).sum()
 
     assert score(3, 17).item() == pytest.approx(score(1000, 1014).item(), rel=1e-11)
@@ -120,21 +120,21 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_dtypes_stay_and_bfloat16_is_rounded_once(dtype):
+def test_the_output_keeps_the_dtype_and_bfloat16_is_rounded_once(dtype):
     query, key = torch.randn(2, 3, 4, 16).to(dtype), torch.randn(2, 3, 2, 16).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     angle = torch.rand(2, 3, 5, dtype=wide)
-    for found, x in zip(rotary(query, key, angle.cos(), angle.sin()), (query, key), strict=True):
-        assert found.dtype == dtype
+    for out, x in zip(rotary(query, key, angle.cos(), angle.sin()), (query, key), strict=True):
+        assert out.dtype == dtype
         expected = rotary(x.to(wide), x.to(wide), angle.cos(), angle.sin())[0].to(dtype)
-        assert torch.equal(found, expected)
+        assert torch.equal(out, expected)
 
 
-def test_far_positions_keep_the_digits_of_float32():
-    """At 200,000 the angle has 17 bits before the point: float32 leaves 1e-2 there, bfloat16 nothing at all."""
+def test_tables_at_far_positions_are_as_exact_as_float32_allows():
+    """The angle at position 200,000 has 18 bits before the binary point: float32 resolves 1e-2, bfloat16 nothing."""
     case = case_with({"rope_type": "default", "rope_theta": 1e7})
     position_ids = torch.tensor([[200_000, 262_143]]).expand(3, 1, 2)
     exact = rotary_tables(position_ids, frequencies(case, torch.float64)[0], [3, 3, 2], 1.0)
-    found = rotary_tables(position_ids, frequencies(case)[0], [3, 3, 2], 1.0)
-    assert max((f - e).abs().max().item() for f, e in zip(found, exact, strict=True)) < 3e-2
-    assert found[0].dtype == torch.float32
+    tables = rotary_tables(position_ids, frequencies(case)[0], [3, 3, 2], 1.0)
+    assert max((a - b).abs().max().item() for a, b in zip(tables, exact, strict=True)) < 3e-2
+    assert tables[0].dtype == torch.float32

@@ -1,4 +1,4 @@
-"""ops/sampling.py: each function against its equation and against transformers' LogitsProcessor of the same name."""
+"""Sampling: every function against its equation and against the LogitsProcessor of transformers."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from transformers.generation import logits_process as theirs
 from qwen35moe.generation.streams import Uniforms, row_seed
 from qwen35moe.ops import sampling
 
-B, V, T = 3, 97, 11
+B, T, VOCABULARY = 3, 11, 97
 
 
 def logits(seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> torch.Tensor:
-    return (torch.randn(B, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+    return (torch.randn(B, VOCABULARY, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
 
 
-def token_ids(seed: int = 1, vocabulary: int = V) -> torch.Tensor:
+def token_ids(seed: int = 1, vocabulary: int = VOCABULARY) -> torch.Tensor:
     return torch.randint(vocabulary, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", range(5))
-def test_each_filter_is_transformers(seed: int, dtype: torch.dtype) -> None:
+def test_every_filter_equals_that_of_transformers(seed: int, dtype: torch.dtype) -> None:
     x, ids = logits(seed, dtype), token_ids(seed)
-    seen = sampling.seen_tokens(ids, V)
-    pairs = [
+    seen = sampling.seen_tokens(ids, VOCABULARY)
+    results = [
         (sampling.temperature(x, 0.7), theirs.TemperatureLogitsWarper(0.7)),
         (sampling.repetition_penalty(x, seen, 1.3), theirs.RepetitionPenaltyLogitsProcessor(1.3)),
         (sampling.repetition_penalty(x, seen, 0.6), theirs.RepetitionPenaltyLogitsProcessor(0.6)),
-        *((sampling.top_k(x, k), theirs.TopKLogitsWarper(k)) for k in (1, 5, V, V + 40)),
+        *((sampling.top_k(x, k), theirs.TopKLogitsWarper(k)) for k in (1, 5, VOCABULARY, VOCABULARY + 40)),
         *((sampling.top_p(x, p), theirs.TopPLogitsWarper(p)) for p in (1e-6, 0.3, 0.95, 1.0)),
         *((sampling.min_p(x, p), theirs.MinPLogitsWarper(p)) for p in (0.0, 0.05, 1.0)),
     ]
-    for ours, processor in pairs:
+    for ours, processor in results:
         assert ours.dtype is dtype
         assert torch.equal(ours, processor(ids, x.clone())), type(processor).__name__
 
 
-def test_in_order_they_are_transformers() -> None:
+def test_the_chain_of_filters_equals_that_of_transformers() -> None:
     x, ids = logits(3), token_ids(3)
-    ours = sampling.repetition_penalty(x, sampling.seen_tokens(ids, V), 1.2)
+    ours = sampling.repetition_penalty(x, sampling.seen_tokens(ids, VOCABULARY), 1.2)
     ours = sampling.min_p(sampling.top_p(sampling.top_k(sampling.temperature(ours, 0.6), 20), 0.95), 0.02)
     chain = theirs.LogitsProcessorList(
         [
@@ -56,8 +56,8 @@ def test_in_order_they_are_transformers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 20, 5003, 6000])
-def test_the_shortlist_draws_what_the_whole_draws(k: int, dtype: torch.dtype) -> None:
-    """bfloat16 brings ties: at 5003 tokens dozens share a value."""
+def test_sampling_from_the_shortlist_equals_sampling_from_all_logits(k: int, dtype: torch.dtype) -> None:
+    """In bfloat16 dozens of the 5003 logits are equal."""
     x = torch.randn(3, 5003, generator=torch.Generator().manual_seed(0)).to(dtype)
     values, ids = sampling.shortlist(x, k)
     kept = sampling.top_k(x, k)
@@ -65,17 +65,17 @@ def test_the_shortlist_draws_what_the_whole_draws(k: int, dtype: torch.dtype) ->
     assert (ids.diff(dim=1) > 0).all()
     assert torch.equal(torch.full_like(x, -torch.inf).scatter(1, ids, values), kept)
     for p in (0.3, 0.95):
-        whole = sampling.min_p(sampling.top_p(kept, p), 0.01)
-        cut = sampling.min_p(sampling.top_p(values, p), 0.01)
-        assert (whole > -torch.inf).sum() == (cut > -torch.inf).sum()
+        expected = sampling.min_p(sampling.top_p(kept, p), 0.01)
+        filtered = sampling.min_p(sampling.top_p(values, p), 0.01)
+        assert (expected > -torch.inf).sum() == (filtered > -torch.inf).sum()
         if dtype is torch.bfloat16:
-            continue  # which of several equal tokens the nucleus ends with is nobody's promise
+            continue  # which of several equal logits the nucleus keeps is unspecified
         for uniform in torch.linspace(0, 0.999, 50, dtype=torch.float64):
-            token = sampling.sample(cut, uniform.expand(3))
-            assert torch.equal(ids.gather(1, token[:, None])[:, 0], sampling.sample(whole, uniform.expand(3)))
+            token = sampling.sample(filtered, uniform.expand(3))
+            assert torch.equal(ids.gather(1, token[:, None])[:, 0], sampling.sample(expected, uniform.expand(3)))
 
 
-def test_nan_stays_visible_in_the_shortlist() -> None:
+def test_the_shortlist_keeps_nan() -> None:
     x = logits()
     x[1, 5] = torch.nan
     assert sampling.shortlist(x, 4)[0].amax(-1).isnan().tolist() == [False, True, False]
@@ -83,12 +83,12 @@ def test_nan_stays_visible_in_the_shortlist() -> None:
     assert sampling.shortlist(x, 4)[0].isnan().all()
 
 
-def test_ties_with_the_kth_stay() -> None:
+def test_logits_equal_to_the_kth_are_kept() -> None:
     x = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
     assert (sampling.top_k(x, 2) > -torch.inf).tolist() == [[False, True, True, True, False]]
 
 
-def test_presence_counts_once_and_seen_ignores_padding() -> None:
+def test_the_presence_penalty_applies_once_and_seen_tokens_ignore_padding() -> None:
     ids = torch.tensor([[5, 5, 2], [4, 4, 4]])
     seen = sampling.seen_tokens(ids, 7, torch.tensor([[0, 1, 1], [1, 1, 1]]))
     assert seen.nonzero().tolist() == [[0, 2], [0, 5], [1, 4]]
@@ -105,21 +105,21 @@ def test_presence_counts_once_and_seen_ignores_padding() -> None:
         lambda x: sampling.top_k(x, 9),
         lambda x: sampling.top_p(x, 0.9),
         lambda x: sampling.min_p(x, 0.1),
-        lambda x: sampling.presence_penalty(x, torch.zeros(B, V, dtype=torch.bool), 1.0),
-        lambda x: sampling.repetition_penalty(x, torch.zeros(B, V, dtype=torch.bool), 1.1),
+        lambda x: sampling.presence_penalty(x, torch.zeros(B, VOCABULARY, dtype=torch.bool), 1.0),
+        lambda x: sampling.repetition_penalty(x, torch.zeros(B, VOCABULARY, dtype=torch.bool), 1.1),
     ],
 )
-def test_float64_stays_and_bfloat16_is_widened(call) -> None:
+def test_float64_is_kept_and_bfloat16_is_computed_in_float32(call) -> None:
     x = logits(dtype=torch.float64)
     assert call(x).dtype is torch.float64
-    # the values that survive are those of float64 arithmetic, not of float32
+    # the arithmetic is float64, not float32
     assert not torch.equal(call(x / 3).double(), call((x / 3).float()).double())
     assert call(x.bfloat16()).dtype in (torch.float32, torch.bfloat16)
     assert torch.equal(call(x.bfloat16()).double(), call(x.bfloat16().float()).double())
 
 
 @pytest.mark.parametrize(
-    "call, words",
+    "call, message",
     [
         (lambda x: sampling.temperature(x, 0.0), "temperature must be greater than 0.*do_sample=False"),
         (lambda x: sampling.temperature(x, -1.0), "got -1.0"),
@@ -130,8 +130,8 @@ def test_float64_stays_and_bfloat16_is_widened(call) -> None:
         (lambda x: sampling.repetition_penalty(x, x > 0, 0.0), "repetition_penalty must be greater than 0"),
     ],
 )
-def test_values_out_of_range_are_refused(call, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_values_out_of_range_are_errors(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         call(logits())
 
 
@@ -145,26 +145,26 @@ def test_sample_follows_the_probabilities() -> None:
     draws = 40_000
     x = logits(2, scale=1.0)[:1]
     uniform = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    counts = sampling.sample(x.expand(draws, V), uniform).bincount(minlength=V)
+    counts = sampling.sample(x.expand(draws, VOCABULARY), uniform).bincount(minlength=VOCABULARY)
     expected = x.double().softmax(-1)[0] * draws
     chi2 = ((counts - expected) ** 2 / expected).sum().item()
-    assert chi2 < V - 1 + 5 * (2 * (V - 1)) ** 0.5  # mean + 5 standard deviations
+    assert chi2 < VOCABULARY - 1 + 5 * (2 * (VOCABULARY - 1)) ** 0.5  # mean + 5 standard deviations
 
 
-def test_sample_never_draws_what_was_removed() -> None:
+def test_sample_draws_all_kept_tokens_and_no_others() -> None:
     x = sampling.top_k(logits(4), 3)
     uniform = torch.linspace(0, 1, 1002, dtype=torch.float64)[:-1]
     for row in x:
-        drawn = sampling.sample(row.expand(len(uniform), V), uniform).unique()
+        drawn = sampling.sample(row.expand(len(uniform), VOCABULARY), uniform).unique()
         assert set(drawn.tolist()) == set((row > -torch.inf).nonzero()[:, 0].tolist())
 
 
-def test_uniforms_belong_to_the_row() -> None:
+def test_the_uniforms_of_a_row_depend_on_its_seed_only() -> None:
     cpu = torch.device("cpu")
-    before = torch.random.get_rng_state()
+    rng_state = torch.random.get_rng_state()
     batch = Uniforms(7, 3, cpu)
     together = torch.stack([batch.next() for _ in range(600)], 1)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(torch.random.get_rng_state(), rng_state)
     for row in range(3):
         alone = Uniforms(row_seed(7, row), 1, cpu)
         assert torch.equal(together[row], torch.stack([alone.next() for _ in range(600)], 1)[0])
@@ -175,7 +175,7 @@ def test_uniforms_belong_to_the_row() -> None:
 
 
 def test_split_mix_64() -> None:
-    """The published first outputs for the seed 1234567."""
+    """The published first outputs for seed 1234567."""
     assert [row_seed(1234567, row) for row in (1, 2, 3)] == [
         6457827717110365317,
         3203168211198807973,

@@ -235,7 +235,7 @@ def test_an_intervention_in_a_model(name):
     if name == "ablate":
         assert R.expert_load(out.routing)[0, 1] == 0 and R.expert_load(out.routing)[1, 2:4].sum() == 0
     backward = lambda: model(ids, labels=ids, routing=INTERVENTIONS[name]()).loss.backward()  # noqa: E731
-    gradients = peer.kept_and_recomputed(model, backward)
+    gradients = peer.gradients_with_and_without_checkpointing(model, backward)
     assert all(torch.equal(gradients[0][key], value) for key, value in gradients[1].items())
     assert all(gradients[0][f"model.layers.{layer}.mlp.gate.weight"].isfinite().all() for layer in range(2))
     assert all(gradients[0][f"model.layers.{layer}.mlp.gate.weight"].any() for layer in range(2))

@@ -1,5 +1,5 @@
-"""A checkpoint's folder for tests of chat, images and videos: a tokenizer with vision tokens, a template of ours in the
-published form (ChatML, thinking, tools, vision ids), and the preprocessor files."""
+"""A checkpoint folder for tests of chat and visual inputs: a tokenizer with vision tokens, a chat template of our own with the
+features of the published one (ChatML, thinking, tools, vision ids), and the preprocessor files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from tests.support.fakes import tokenizer_definition
 
 VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-MORE = ["</tool_call>", "<tool_response>", "</tool_response>"]
+TOOL_TOKENS = ["</tool_call>", "<tool_response>", "</tool_response>"]
 
 TEMPLATE = r"""
 {%- macro shown(content) %}
@@ -105,14 +105,14 @@ PREPROCESSOR = {
 
 
 def definition() -> dict[str, Any]:
-    described = tokenizer_definition()
-    at = max(token["id"] for token in described["added_tokens"]) + 1
-    for number, token in enumerate([*VISION, *MORE]):
-        described["added_tokens"].append(
-            {"id": at + number, "content": token, "special": token in VISION, "normalized": False,
+    tokenizer = tokenizer_definition()
+    first_id = max(token["id"] for token in tokenizer["added_tokens"]) + 1
+    for number, token in enumerate([*VISION, *TOOL_TOKENS]):
+        tokenizer["added_tokens"].append(
+            {"id": first_id + number, "content": token, "special": token in VISION, "normalized": False,
              "single_word": False, "lstrip": False, "rstrip": False}
         )  # fmt: skip
-    return described
+    return tokenizer
 
 
 def write_folder(path: Path, template: str = TEMPLATE) -> Path:

@@ -1,4 +1,4 @@
-"""Small configurations for tests, and helpers that read published ones."""
+"""Small configurations for tests, and published ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY_VISION: dict[str, Any] = dict(
 def published(name: str = "Qwen3.5-35B-A3B") -> dict[str, Any]:
     path = FILES / f"{name}.json"
     if not path.is_file():
-        pytest.skip(f"there is no {path.name}")
+        pytest.skip(f"{path.name} is missing")
     return json.loads(path.read_text())
 
 
@@ -41,10 +41,10 @@ def nested(text: dict[str, Any] = TINY, **top: Any) -> dict[str, Any]:
 
 
 def refused(config_dict: Any, *parts: str) -> str:
-    """The error message for a configuration; it must contain all the parts."""
-    with pytest.raises(ConfigError) as caught:
+    """Assert that a configuration is an error whose message contains all parts; return the message."""
+    with pytest.raises(ConfigError) as error:
         Config.from_dict(config_dict)
-    message = str(caught.value)
+    message = str(error.value)
     assert all(part in message for part in parts), f"{parts} not all in: {message}"
     return message
 

@@ -1,7 +1,7 @@
 """The import floors of docs/architecture.md as data, and the functions that read a file's imports.
 
-`FLOORS` runs from bottom to top, and within a floor from left to right. A file may import from every floor below its own,
-from parts of its own floor that stand further left, and from its own part: the files of a package may import each other.
+`FLOORS` is in order from bottom to top, each floor from left to right. A file may import from all floors below its own, from
+parts of its own floor further left, and from its own part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "qwen35moe"
 
-# A part is a file or a package directly inside qwen35moe/. For some only the place is reserved.
+# A part is a file or a package directly inside qwen35moe/. Some parts do not exist yet.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("files",),
     ("config",),
@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 
-# The only imports that may go upwards, each inside a function: (file, function) -> parts that it may import.
+# The only allowed upward imports, inside a function: (file, function) -> parts that it may import.
 DOORS: dict[tuple[str, str], tuple[str, ...]] = {
     ("qwen35moe/models/base.py", "from_pretrained"): ("checkpoint",),
     ("qwen35moe/models/base.py", "save_pretrained"): ("checkpoint",),
@@ -39,7 +39,7 @@ DOORS: dict[tuple[str, str], tuple[str, ...]] = {
     ("qwen35moe/models/base.py", "stream"): ("generation",),
 }
 
-# Never imported at the top of a file of qwen35moe/: the library runs without them.
+# Not imported at the top of any file of qwen35moe/: the library runs without them.
 OPTIONAL = (
     *("transformers", "tokenizers", "jinja2", "huggingface_hub", "matplotlib", "numpy", "PIL", "av"),
     *("triton", "fla", "causal_conv1d", "flash_attn", "qwen35moe_kernels"),
@@ -87,8 +87,8 @@ def _from(node: ast.ImportFrom, package: str) -> list[str]:
         parents = package.split(".")
         parents = parents[: len(parents) - node.level + 1]
         base = ".".join([*parents, base] if base else parents)
-    # In `from package import name` the name may be a module of that package: then that module is imported. From the
-    # top package every name counts, so that no file below it writes `from qwen35moe import Config`.
+    # In `from package import name`, name may be a module. For the top package every name counts as one, so that
+    # `from qwen35moe import Config` is an error in all other files.
     names = [f"{base}.{alias.name}" for alias in node.names]
     return names if base == PACKAGE else [name if _is_module(name) else base for name in names]
 
@@ -105,7 +105,7 @@ def part_of(module: str) -> str | None:
 
 
 def height(part: str) -> tuple[int, int]:
-    """(floor, place on it); ValueError for a part without a floor."""
+    """(floor, index on it); ValueError for a part without a floor."""
     for floor, parts in enumerate(FLOORS):
         if part in parts:
             return floor, parts.index(part)

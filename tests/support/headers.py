@@ -1,4 +1,4 @@
-"""Checkpoints with complete headers whose weights are holes in sparse files."""
+"""Checkpoints with complete headers and without weights (sparse files)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def write_headers(path: Path, config: Config, tensors: Iterable[TensorShape], sh
     for number in range(shards):
         name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
+        offset = 0
         for tensor in tensors[number::shards]:
-            header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [at, at + tensor.nbytes]}
-            at += tensor.nbytes
+            end = offset + tensor.nbytes
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
+            offset = end
             weight_map[tensor.name] = name
         text = json.dumps(header).encode()
         with (path / name).open("wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
-            f.truncate(8 + len(text) + at)
+            f.truncate(8 + len(text) + offset)
     if shards > 1:
         (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (path / "config.json").write_text(json.dumps(config.to_dict()))

@@ -1,12 +1,12 @@
-"""The peer: transformers' own Qwen3.5 models, in tiny and odd shapes, beside ours with the same weights.
+"""transformers' Qwen3.5 models in tiny, unusual shapes, and ours with the same weights.
 
-`odd_shape(seed)` draws a configuration; `theirs` and `ours` build the two models of it; `draw` fills a model with
-weights at which every part of it matters (at transformers' init, std 0.02, a tiny model is close to a bigram table and
-a mistake in a layer disappears in the residual stream); `adopt` copies the weights into our model.
+`odd_shape(seed)` draws a configuration; `theirs` and `ours` build the two models; `adopt` copies weights into our model. `draw`
+fills a model with weights at which every layer affects the output: with transformers' initialisation (std 0.02) a tiny model
+is close to a bigram table, and errors in a layer disappear in the residual stream.
 
-Gates. `ordinary`: dt_bias the inverse softplus of log-uniform 1e-3..0.1 and A in 1..16, where the recurrent state
-matters. `transformers`: A in 0.01..16 and dt_bias 1, its own init (a median decay of e^-9.7 per token).
-`hard`: decays down to about e^-80 per token next to soft ones.
+Gates. `ordinary`: dt_bias the inverse softplus of log-uniform 1e-3..0.1 and A in 1..16, at which the recurrent state matters.
+`transformers`: A in 0.01..16 and dt_bias 1, its initialisation (a median decay of e^-9.7 per token). `hard`: decays down to
+about e^-80 per token beside soft ones.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GAIN = 0.5  # of what a layer adds to the residual stream, beside an embedding of 1
+GAIN = 0.5  # size of the output of a layer, relative to the embedding
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
 # ---------------------------------------------------------------------------------------------------- comparisons
 
 
-def relative_error(actual: Tensor, expected: Tensor, beside: Tensor | None = None) -> float:
-    """max|a-b| / max|b|, in float64; inf where one side is not finite. `beside` is what the error is relative to
-    instead of max|b|, where that is itself what is left of larger terms.
+def relative_error(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
+    """max|a-b| / max|b| in float64; inf where one of them is not finite; 0 for two tensors of zeros and for empty ones.
 
-    Two tensors that are zero throughout (or empty) agree.
+    scale: a divisor instead of max|b|, where b is a sum of larger terms that cancel.
     """
     if actual.shape != expected.shape:
         raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}")
@@ -42,34 +41,39 @@ def relative_error(actual: Tensor, expected: Tensor, beside: Tensor | None = Non
     a, b = actual.detach().double(), expected.detach().double()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return math.inf
-    difference, scale = (a - b).abs().max().item(), (b.abs().max() if beside is None else beside).item()
+    difference, divisor = (a - b).abs().max().item(), (b.abs().max() if scale is None else scale).item()
     if difference == 0.0:
         return 0.0
-    return difference / scale if scale > 0 else math.inf
+    return difference / divisor if divisor > 0 else math.inf
 
 
 def worst_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative error over named tensors, and its name; both must have the same names."""
+    """The largest relative error over named tensors, and the name of its tensor. The names must be equal."""
     assert actual.keys() == expected.keys(), f"names differ: {sorted(actual.keys() ^ expected.keys())}"
     errors = {name: relative_error(actual[name], expected[name]) for name in actual}
     name = max(errors, key=lambda key: errors[key])
     return errors[name], name
 
 
-def assert_close(actual: Tensor, expected: Tensor, bound: float, what: str = "") -> None:
+def assert_close(actual: Tensor, expected: Tensor, bound: float, name: str = "") -> None:
     error = relative_error(actual, expected)
-    assert error <= bound, f"{what or 'value'}: relative error {error:.2e}, bound {bound:.0e}"
+    assert error <= bound, f"{name or 'value'}: relative error {error:.2e}, bound {bound:.0e}"
 
 
-def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float, what: str = "") -> None:
-    assert actual.keys() == expected.keys(), f"{what}: names differ: {sorted(actual.keys() ^ expected.keys())}"
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float, title: str = "") -> None:
+    assert actual.keys() == expected.keys(), f"{title}: names differ: {sorted(actual.keys() ^ expected.keys())}"
     errors = {name: relative_error(actual[name], expected[name]) for name in actual}
-    bad = {name: f"{error:.2e}" for name, error in errors.items() if not error <= bound}
-    assert not bad, f"{what}: beyond {bound:.0e}: {bad}"
+    too_large = {name: f"{error:.2e}" for name, error in errors.items() if not error <= bound}
+    assert not too_large, f"{title}: beyond {bound:.0e}: {too_large}"
 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers that are drawn in float64, so that every dtype gets the same ones, rounded."""
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- configurations
@@ -77,7 +81,7 @@ def generator(seed: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny configuration (the text part of a config.json) with the shape of the inputs it is tried on."""
+    """One tiny configuration (the text part of a config.json) and the shape of its inputs."""
 
     seed: int
     text: dict[str, Any] = field(hash=False)
@@ -97,9 +101,9 @@ class Case:
 
 
 def _distinct(rng: random.Random, choices: list[int], taken: set[int]) -> int:
-    """A size no other dimension has, so that a transposed tensor cannot pass."""
-    free = [size for size in choices if size not in taken]
-    size = rng.choice(free)
+    """A size that no other dimension has, so that a transposed tensor is an error."""
+    unused = [size for size in choices if size not in taken]
+    size = rng.choice(unused)
     taken.add(size)
     return size
 
@@ -168,14 +172,14 @@ def odd_shape(seed: int, *, dense: bool = False, **overrides: Any) -> Case:
             "shared_expert_intermediate_size": _distinct(rng, [27, 29, 31, 33], taken),
         }
         if text["num_experts_per_tok"] == 1:
-            # The one expert's weight is 1 whatever the logits: the balancing loss alone moves this router.
+            # The weight of a single expert is always 1: the router gets gradients from the balancing loss only.
             text["router_aux_loss_coef"] = 0.3
     batch, length = rng.randint(1, 3), rng.choice([5, 11, 16, 37, 63, 64, 65, 70, 131])
     return Case(seed, text | overrides, batch, length)
 
 
 def _sections(half: int) -> list[int]:
-    """How a published section fills the rotary half: temporal gets what height and width leave."""
+    """As in the published sections: temporal gets the frequencies that height and width leave."""
     height = width = half // 3
     return [half - height - width, height, width]
 
@@ -235,14 +239,14 @@ def _half(text: dict[str, Any]) -> int:
 
 
 def theirs(case: Case, *, attention: str = "eager") -> Any:
-    """transformers' model of a case in float32, eval mode, eager attention and experts, undrawn weights."""
+    """transformers' model of a case in float32 and eval mode, with eager attention and experts, before `draw`."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # one warning per YaRN factor and per missing kernel otherwise
+    transformers.logging.set_verbosity_error()  # otherwise warnings for every YaRN factor and missing kernel
     dense = case.dense
     config_class = transformers.Qwen3_5TextConfig if dense else transformers.Qwen3_5MoeTextConfig
     model_class = transformers.Qwen3_5ForCausalLM if dense else transformers.Qwen3_5MoeForCausalLM
-    # transformers edits rope_parameters in place; a copy keeps the case as it is.
+    # transformers modifies rope_parameters: pass a copy.
     text = {key: dict(value) if isinstance(value, dict) else value for key, value in case.text.items()}
     config = config_class(**{key: value for key, value in text.items() if key != "model_type"})
     config._attn_implementation = attention
@@ -251,7 +255,7 @@ def theirs(case: Case, *, attention: str = "eager") -> Any:
 
 
 def ours(case: Case, *, dtype: torch.dtype = torch.float32, source: nn.Module | None = None) -> Any:
-    """Our model of a case, eval mode; with `source` its weights are adopted."""
+    """Our model of a case in eval mode, with the weights of `source` where it is passed."""
     from qwen35moe.config import Config
     from qwen35moe.models.text import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 
@@ -263,14 +267,14 @@ def ours(case: Case, *, dtype: torch.dtype = torch.float32, source: nn.Module | 
 
 
 def adopt(model: nn.Module, source: nn.Module) -> None:
-    """Copies every weight of `source` into `model`; both must have the same names."""
-    names, expected = set(model.state_dict()), set(source.state_dict())
-    assert names == expected, f"missing: {sorted(expected - names)}; unexpected: {sorted(names - expected)}"
+    """Copy all weights of `source` into `model`. The names must be equal."""
+    actual, expected = set(model.state_dict()), set(source.state_dict())
+    assert actual == expected, f"missing: {sorted(expected - actual)}; unexpected: {sorted(actual - expected)}"
     model.load_state_dict(source.state_dict(), strict=True)
 
 
 def to_bfloat16(model: Any) -> Any:
-    """transformers' model as its loader would give it in bf16: parameters rounded, buffers (inv_freq) left alone."""
+    """Round the parameters of transformers' model, but not its buffers (inv_freq), as its loader does for bf16."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
@@ -278,7 +282,7 @@ def to_bfloat16(model: Any) -> Any:
 
 @torch.no_grad()
 def draw(model: nn.Module, seed: int, gates: str = "ordinary") -> None:
-    """Fills a model with weights of unit gain, norms around 1, and gates of that kind."""
+    """Fill a model with weights of unit gain, norms around 1 and gates of the named kind."""
     rng = generator(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=rng)
@@ -302,12 +306,12 @@ def draw(model: nn.Module, seed: int, gates: str = "ordinary") -> None:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     for module in model.modules():
         if hasattr(module, "in_proj_qkv"):
-            _lean_keys_to_queries(module)
+            _correlate_keys_with_queries(module)
 
 
-def _lean_keys_to_queries(module: Any) -> None:
-    """Correlation 0.8. A row's first token reads back (q . k) v, which the output norm scales up to one again: with q
-    and k nearly orthogonal by accident, float32 has lost two digits before, and so has every gradient after."""
+def _correlate_keys_with_queries(module: Any) -> None:
+    """Correlation 0.8. The output for the first token of a row is (q . k) v, which the output norm scales to size one: with q
+    and k nearly orthogonal by chance, float32 would lose two digits, in all gradients too."""
     width = (module.in_proj_qkv.weight.shape[0] - module.out_proj.weight.shape[1]) // 2
     for weight in (module.in_proj_qkv.weight, module.conv1d.weight):
         query, key = weight[:width], weight[width : 2 * width]
@@ -323,25 +327,25 @@ def _gates(shape: torch.Size, rng: torch.Generator, gates: str) -> tuple[Tensor,
     if gates == "transformers":
         return torch.log(0.01 + (16 - 0.01) * uniform), torch.ones(shape)
     if gates == "hard":
-        # every second head as hard as -80 a token (16 * softplus(5)), the others soft
+        # every second head has a decay of -80 per token (16 * softplus(5)), the others are soft
         soft = torch.arange(shape[0]) % 2 == 1
         return torch.where(soft, -4.0, math.log(16.0)), torch.where(soft, -2.0, 5.0)
     raise ValueError(f"gates are 'ordinary', 'transformers' or 'hard', not {gates!r}")
 
 
 @contextmanager
-def replayed(model: Any, indices: list[Tensor]) -> Iterator[None]:
-    """transformers' model with its routers told which experts to take (indices[layer] [N, k]); it still weighs them by
-    its own logits, rounded where it rounds."""
+def forced_routing(model: Any, indices: list[Tensor]) -> Iterator[None]:
+    """Make the routers of transformers' model choose the experts indices[layer] [N, k], with weights from its own logits,
+    rounded as it rounds them."""
     handles = []
     for layer, chosen in zip(model.model.layers, indices, strict=bool(indices)):
 
-        def replay(_module: nn.Module, _inputs: Any, output: Any, chosen: Tensor = chosen) -> tuple[Tensor, ...]:
+        def force(_module: nn.Module, _inputs: Any, output: Any, chosen: Tensor = chosen) -> tuple[Tensor, ...]:
             logits = output[0]
             weights = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(-1, chosen)
             return logits, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype), chosen
 
-        handles.append(layer.mlp.gate.register_forward_hook(replay))
+        handles.append(layer.mlp.gate.register_forward_hook(force))
     try:
         yield
     finally:
@@ -350,7 +354,7 @@ def replayed(model: Any, indices: list[Tensor]) -> Iterator[None]:
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """What transformers' `generate` passes: the count of real tokens before each one; pads say 0."""
+    """Position ids as transformers' `generate` passes them: the number of tokens before each one; 0 for padding."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
@@ -359,32 +363,32 @@ def padded(rows: list[Tensor], side: str, pad: int = 0) -> tuple[Tensor, Tensor]
     length = max(row.numel() for row in rows)
     ids, mask = torch.full((len(rows), length), pad), torch.zeros(len(rows), length, dtype=torch.long)
     for r, row in enumerate(rows):
-        place = slice(length - row.numel(), length) if side == "left" else slice(0, row.numel())
-        ids[r, place], mask[r, place] = row, 1
+        span = slice(length - row.numel(), length) if side == "left" else slice(0, row.numel())
+        ids[r, span], mask[r, span] = row, 1
     return ids, mask
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients by parameter name; a parameter that got none counts as zero."""
+    """Gradients by parameter name; zeros for a parameter without a gradient."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
     }
 
 
-def kept_and_recomputed(model: Any, backward: Callable[[], None]) -> list[dict[str, Tensor]]:
-    """The gradients that `backward` leaves in a model in training, first as it is, then under gradient checkpointing."""
-    both = []
+def gradients_with_and_without_checkpointing(model: Any, backward: Callable[[], None]) -> list[dict[str, Tensor]]:
+    """The gradients of a model in training mode after `backward`, first without gradient checkpointing, then with it."""
+    results = []
     for recompute in (False, True):
         model.zero_grad(set_to_none=True)
         model.train()
         if recompute:
             model.gradient_checkpointing_enable()
         backward()
-        both.append(gradients(model))
-    return both
+        results.append(gradients(model))
+    return results
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The next-token loss by definition: labels one to the left, -100 not counted, in at least float32."""
+    """The next-token loss by definition: labels shifted by one, -100 ignored, float32 at least."""
     shifted = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(shifted.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

@@ -1,7 +1,8 @@
-"""transformers' multimodal models in tiny and odd shapes beside ours, and prompts with images and videos.
+"""transformers' multimodal models in tiny, unusual shapes, ours with the same weights, and prompts with images and videos.
 
-`odd_visual(seed)` draws a model (the text half from `peer.odd_shape`) and a batch: images and videos whose frames, rows
-and columns differ, several per row or none, padding left, right or nowhere. `theirs`, `ours` and `draw` are as in `peer`.
+`odd_visual(seed)` draws a model (its text part is that of `peer.odd_shape`) and a batch: images and videos with different
+numbers of frames, rows and columns, several per row or none, padding left, right or none. For `theirs`, `ours` and `draw` see
+`peer`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.support import peer
 
-IMAGE, VIDEO, START, END, WORDS = 48, 49, 50, 51, 48  # token ids; the words are those below
+IMAGE, VIDEO, START, END, TEXT_TOKENS = 48, 49, 50, 51, 48  # token ids; text tokens are 0 ... TEXT_TOKENS - 1
 Grid = tuple[int, int, int]
 
 
@@ -25,7 +26,7 @@ class Case:
 
     seed: int
     config: dict[str, Any] = field(hash=False)
-    rows: tuple[tuple[Any, ...], ...] = ()  # a row: numbers of words, ("image", grid) and ("video", grid)
+    rows: tuple[tuple[Any, ...], ...] = ()  # a row: numbers of text tokens, ("image", grid) and ("video", grid)
     side: str = "none"
 
     @property
@@ -48,35 +49,35 @@ class Case:
         return torch.randn(sum(t * h * w for t, h, w in grids), width, generator=rng)
 
     def row_ids(self, row: tuple[Any, ...], rng: torch.Generator) -> Tensor:
-        """Placeholders as processors lay them out: every image, and every frame of a video after its timestamp, alone."""
+        """Placeholders as processors return them: one span per image, and per frame of a video, after its timestamp."""
         square, ids = self.vision["spatial_merge_size"] ** 2, []
 
-        def words(count: int) -> list[int]:
-            return torch.randint(0, WORDS, (count,), generator=rng).tolist()
+        def text(count: int) -> list[int]:
+            return torch.randint(0, TEXT_TOKENS, (count,), generator=rng).tolist()
 
         for item in row:
             if isinstance(item, int):
-                ids += words(item)
+                ids += text(item)
             else:
                 kind, (t, h, w) = item
-                one = [START, *[IMAGE if kind == "image" else VIDEO] * (h * w // square), END]
-                ids += one if kind == "image" else [token for _ in range(t) for token in (*words(2), *one)]
+                span = [START, *[IMAGE if kind == "image" else VIDEO] * (h * w // square), END]
+                ids += span if kind == "image" else [token for _ in range(t) for token in (*text(2), *span)]
         return torch.tensor(ids)
 
     def inputs(self) -> dict[str, Tensor]:
-        """What a processor would return for the batch."""
+        """The arguments of the model, as a processor returns them for the batch."""
         rng = peer.generator(11 * self.seed + 1)
         rows = [self.row_ids(row, rng) for row in self.rows]
         ids, mask = peer.padded(rows, self.side, pad=3)
         types = torch.where(ids == IMAGE, 1, torch.where(ids == VIDEO, 2, 0))
-        inputs = {"input_ids": ids, "mm_token_type_ids": types}
+        arguments = {"input_ids": ids, "mm_token_type_ids": types}
         if self.side != "none":
-            inputs["attention_mask"] = mask
+            arguments["attention_mask"] = mask
         for kind, pixels, name in (("image", "pixel_values", "image_grid_thw"),
                                    ("video", "pixel_values_videos", "video_grid_thw")):
             if grids := self.grids(kind):
-                inputs |= {pixels: self.pixels(grids), name: torch.tensor(grids)}
-        return inputs
+                arguments |= {pixels: self.pixels(grids), name: torch.tensor(grids)}
+        return arguments
 
 
 def odd_vision(rng: random.Random, hidden: int, merge: int | None = None) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def odd_vision(rng: random.Random, hidden: int, merge: int | None = None) -> dic
 
 
 def odd_visual(seed: int, *, dense: bool = False, rows: int | None = None, side: str | None = None, **vision: Any) -> Case:
-    """A random case. Rows and columns of a grid differ, videos have frames of their own number, some rows are text only."""
+    """A random case. Rows and columns of a grid differ, videos have 2 or 3 frames, some rows are text only."""
     rng = random.Random(seed)
     text = peer.odd_shape(seed, dense=dense).text | {"tie_word_embeddings": False}
     tower = odd_vision(rng, text["hidden_size"]) | vision
@@ -118,17 +119,17 @@ def odd_visual(seed: int, *, dense: bool = False, rows: int | None = None, side:
              for _ in range(count)]
     if not any(kinds):
         kinds[-1] = ["image", "video"]
-    batch = tuple(row(kinds_of_row) for kinds_of_row in kinds)
+    drawn_rows = tuple(row(items) for items in kinds)
     config = {
         "model_type": "qwen3_5" if dense else "qwen3_5_moe", "image_token_id": IMAGE, "video_token_id": VIDEO,
         "vision_start_token_id": START, "vision_end_token_id": END, "tie_word_embeddings": rng.random() < 0.3,
         "text_config": text, "vision_config": tower,
     }
-    return Case(seed, config, batch, (side or rng.choice(["left", "right"])) if count > 1 else "none")
+    return Case(seed, config, drawn_rows, (side or rng.choice(["left", "right"])) if count > 1 else "none")
 
 
 def theirs(case: Case) -> Any:
-    """transformers' model of a case in float32, eval mode, attention and experts eager, weights drawn."""
+    """transformers' model of a case in float32 and eval mode, with eager attention and experts and weights from `draw`."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -145,7 +146,7 @@ def theirs(case: Case) -> Any:
 
 
 def ours(case: Case, source: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
-    """Our model of a case with the weights of `source`, eval mode."""
+    """Our model of a case in eval mode, with the weights of `source`."""
     from qwen35moe import Config, Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration
 
     text = {key: dict(value) if isinstance(value, dict) else value for key, value in case.config["text_config"].items()}
@@ -157,7 +158,7 @@ def ours(case: Case, source: nn.Module, dtype: torch.dtype = torch.float32) -> A
 
 @torch.no_grad()
 def draw(model: nn.Module, seed: int) -> None:
-    """`peer.draw`, with the tower's norms around one and its patches and positions of size one."""
+    """`peer.draw`, with norms around one in the vision tower, and patches and positions of size one."""
     peer.draw(model, seed)
     rng = peer.generator(seed + 5)
     for name, parameter in model.named_parameters():

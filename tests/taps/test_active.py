@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,13 +34,8 @@ def test_tapped_looks_at_the_module_and_the_names(model: CausalLM) -> None:
         assert taps.tapped(mixer, ("core",)) and not taps.tapped(model, ("core",))
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 class TestCompile:
-    @pytest.fixture(autouse=True)
-    def fresh_dynamo(self) -> Iterator[None]:
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
-
     def test_one_graph_without_an_active_tap(self, model: CausalLM, ids: Tensor) -> None:
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert torch.equal(compiled(ids), model(ids))

@@ -13,13 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import backends, ops
-from tests.ops.test_delta_rule import CUTS, GATES, KEYS, call, doubles, inputs, judge, with_gradients
+from qwen35moe import backends
 from tests.support.compile_triton import Kernel, compiled
+from tests.support.delta_rule import (
+    CUTS,
+    GATES,
+    KEYS,
+    assert_within_bounds,
+    call,
+    doubles,
+    inputs,
+    recurrent_gated_delta_rule,
+    with_gradients,
+)
 from tests.support.kernel_checks import DEVICE, draw, integers, refusal
 from tests.support.peer import assert_close
-
-recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
 pytest.importorskip("triton")
 HEADS = (1, 2, 5, 7)  # G, H, K, V
@@ -41,7 +49,7 @@ def drawn(length: int, **options: Any) -> dict[str, Tensor]:
 def against_the_recurrence(values: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     truth = with_gradients(recurrent_gated_delta_rule, doubles(values), **options)
     results = with_gradients(triton_rule, values, **options)
-    judge(results, truth, values["decay"].min().item())
+    assert_within_bounds(results, truth, values["decay"].min().item())
     return results
 
 

@@ -1,6 +1,6 @@
-"""The forms without a backward that reuse their memory: equal to the definitions, and their inputs are left alone.
+"""The CPU forms of the operations against their definitions in float64; they do not modify their inputs.
 
-The rule is judged at every gate of `test_ops_delta_rule`; bounds as there, relative.
+The inputs and the relative bounds of the delta rule are those of `tests.support.delta_rule`.
 """
 
 from __future__ import annotations
@@ -20,40 +20,28 @@ from qwen35moe.ops.cpu.decode_step import delta_net_step_cpu
 from qwen35moe.ops.cpu.delta_rule import chunked_gated_delta_rule_cpu
 from qwen35moe.ops.cpu.norm import gated_rms_norm_cpu, rms_norm_cpu
 from qwen35moe.ops.cpu.rope import rotary_cpu
-from tests.ops.test_delta_rule import BETAS, GATES
 from tests.support import peer
-from tests.support.peer import FULL, LINEAR, odd_shape
+from tests.support.delta_rule import BETAS, CUTS, EXACT, FP32, GATES, recurrent_gated_delta_rule
+from tests.support.peer import FULL, LINEAR, odd_shape, randn
 
 direct_short_convolution = ops.short_convolution.definition
-delta_net_step = ops.delta_net_step.definition
-recurrent_gated_delta_rule = ops.gated_delta_rule.definition
-gated_rms_norm = ops.gated_rms_norm.definition
-rms_norm = ops.rms_norm.definition
-rotary = ops.rotary.definition
-
-CUTS = [1, 3, 4, 63, 64, 65, 129]
-EXACT, FP32 = 1e-12, 2e-5
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def compare(form: Callable[..., Any], definition: Callable[..., Any], args: tuple, options: dict, bound: float) -> None:
-    """The form on these arguments against the definition in float64; the arguments afterwards as before."""
+    """Assert that the form agrees with the definition in float64 and leaves its arguments unchanged."""
     tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor)]
-    before = [x.clone() for x in tensors]
-    found = form(*args, **options)
-    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True)), "an input was written to"
+    copies = [x.clone() for x in tensors]
+    actual = form(*args, **options)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True)), "an input was modified"
     wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in (*args, *options.values())]
     expected = definition(*wide[: len(args)], **dict(zip(options, wide[len(args) :], strict=True)))
-    for one, other in zip(_tuple(found), _tuple(expected), strict=True):
-        assert one.shape == other.shape
-        if not other.numel():
+    for ours, true in zip(_tuple(actual), _tuple(expected), strict=True):
+        assert ours.shape == true.shape
+        if not true.numel():
             continue
-        # What a decay leaves below the floor of `floored_exp` counts as nothing: e^-80 or e^-30 of the memory before.
-        nothing = 10 * math.exp(-80 if args[0].dtype == torch.float64 else -30) if "decay" in options else 0.0
-        assert (one.double() - other).abs().max() <= bound * other.abs().max() + nothing
+        # `floored_exp` sets decays below e^-80 (e^-30 in float32) to zero.
+        floor = 10 * math.exp(-80 if args[0].dtype == torch.float64 else -30) if "decay" in options else 0.0
+        assert (ours.double() - true).abs().max() <= bound * true.abs().max() + floor
 
 
 def _tuple(value: Any) -> tuple[Tensor, ...]:
@@ -63,10 +51,10 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("dtype,bound", [(torch.float64, EXACT), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("shape", [(1, 1, 5), (2, 7, 24), (3, 300, 2, 640)], ids=str)
 def test_norms(shape, dtype, bound):
-    x, gate = draw(*shape, dtype=dtype), draw(*shape, seed=1, dtype=dtype)
-    weight = draw(shape[-1], seed=2, dtype=torch.promote_types(dtype, torch.float32))
-    compare(rms_norm_cpu, rms_norm, (x, weight), {"eps": 1e-6}, bound)
-    compare(gated_rms_norm_cpu, gated_rms_norm, (x, gate, weight), {"eps": 1e-6}, bound)
+    x, gate = randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype)
+    weight = randn(shape[-1], seed=2, dtype=torch.promote_types(dtype, torch.float32))
+    compare(rms_norm_cpu, ops.rms_norm.definition, (x, weight), {"eps": 1e-6}, bound)
+    compare(gated_rms_norm_cpu, ops.gated_rms_norm.definition, (x, gate, weight), {"eps": 1e-6}, bound)
     assert rms_norm_cpu(x, weight, eps=1e-6).dtype == dtype
 
 
@@ -74,10 +62,10 @@ def test_norms(shape, dtype, bound):
 @pytest.mark.parametrize("tokens", CUTS)
 def test_rotary(tokens, dtype, bound, monkeypatch):
     monkeypatch.setattr("qwen35moe.ops.cpu.rope._BLOCK", 2 * 16 * 5 * 8)  # blocks of 16 tokens
-    query, key = draw(2, tokens, 5, 12, dtype=dtype), draw(2, tokens, 3, 12, seed=1, dtype=dtype)
+    query, key = randn(2, tokens, 5, 12, dtype=dtype), randn(2, tokens, 3, 12, seed=1, dtype=dtype)
     table = torch.promote_types(torch.float32, dtype)
-    angle = 6 * draw(1, tokens, 4, seed=2)
-    compare(rotary_cpu, rotary, (query, key, angle.cos().to(table), angle.sin().to(table)), {}, bound)
+    angle = 6 * randn(1, tokens, 4, seed=2)
+    compare(rotary_cpu, ops.rotary.definition, (query, key, angle.cos().to(table), angle.sin().to(table)), {}, bound)
     turned, _ = rotary_cpu(query, key, angle.cos().to(table), angle.sin().to(table))
     assert turned.transpose(1, 2).is_contiguous() and turned.dtype == dtype
 
@@ -86,7 +74,7 @@ def test_rotary(tokens, dtype, bound, monkeypatch):
 @pytest.mark.parametrize("tokens", CUTS)
 def test_convolution(tokens, taps, monkeypatch):
     monkeypatch.setattr("qwen35moe.ops.cpu.convolution._BLOCK_BYTES", 3 * 10 * 4 * 16)  # blocks of 16 tokens
-    x, weight, state = draw(3, tokens, 10), draw(10, taps, seed=1), draw(3, 10, taps - 1, seed=2)
+    x, weight, state = randn(3, tokens, 10), randn(10, taps, seed=1), randn(3, 10, taps - 1, seed=2)
     for dtype, bound in ((torch.float64, EXACT), (torch.float32, 1e-6)):
         args = (x.to(dtype), weight.to(dtype))
         compare(short_convolution_cpu, direct_short_convolution, args, {}, bound)
@@ -101,21 +89,21 @@ def test_convolution(tokens, taps, monkeypatch):
 
 @pytest.mark.parametrize("beta", BETAS.values(), ids=BETAS)
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
-def test_rule_at_every_gate(gate, beta):
+def test_delta_rule_at_every_gate(gate, beta):
     rng = torch.Generator().manual_seed(3)
     shape = (2, 130, 6)
-    options = {"decay": gate(shape, rng), "beta": beta(shape, rng), "state": draw(2, 6, 5, 7, seed=4)}
-    args = draw(2, 130, 3, 5), draw(2, 130, 3, 5, seed=1), draw(2, 130, 6, 7, seed=2)
+    options = {"decay": gate(shape, rng), "beta": beta(shape, rng), "state": randn(2, 6, 5, 7, seed=4)}
+    args = randn(2, 130, 3, 5), randn(2, 130, 3, 5, seed=1), randn(2, 130, 6, 7, seed=2)
     compare(chunked_gated_delta_rule_cpu, recurrent_gated_delta_rule, args, options, 1e-11)
     single = {name: tensor.float() for name, tensor in options.items()}
     compare(chunked_gated_delta_rule_cpu, recurrent_gated_delta_rule, tuple(x.float() for x in args), single, FP32)
 
 
 @pytest.mark.parametrize("tokens", [*CUTS, 600])
-def test_rule_at_every_length_and_without_a_state(tokens, monkeypatch):
-    monkeypatch.setitem(delta_chunks._BLOCK_BYTES, "cpu", 1)  # four chunks at a time
-    decay, beta = -draw(2, tokens, 6).exp() * 0.1, draw(2, tokens, 6, seed=5).sigmoid()
-    mixed = draw(2, tokens, 3 * 5 * 2 + 6 * 7, seed=1)  # as the layer has it: views of one tensor
+def test_delta_rule_at_every_length_and_without_a_state(tokens, monkeypatch):
+    monkeypatch.setitem(delta_chunks._BLOCK_BYTES, "cpu", 1)  # blocks of four chunks
+    decay, beta = -randn(2, tokens, 6).exp() * 0.1, randn(2, tokens, 6, seed=5).sigmoid()
+    mixed = randn(2, tokens, 3 * 5 * 2 + 6 * 7, seed=1)  # views of one tensor, as in the layer
     query, key, value = mixed.split([15, 15, 42], dim=-1)
     args = query.unflatten(-1, (3, 5)), key.unflatten(-1, (3, 5)), value.unflatten(-1, (6, 7))
     for keys in (args[1], torch.zeros_like(args[1]), args[1][:, :1].expand_as(args[1])):
@@ -125,32 +113,32 @@ def test_rule_at_every_length_and_without_a_state(tokens, monkeypatch):
 
 @pytest.mark.parametrize("gates", ["ordinary", "transformers", "hard"])
 @pytest.mark.parametrize("batch,groups,heads,taps", [(3, 2, 6, 4), (1, 5, 5, 2)])
-def test_one_token_of_a_layer(batch, groups, heads, taps, gates):
-    """Also where the queries and keys are zero, and with the transposed inputs that a prefill leaves behind."""
+def test_decode_step(batch, groups, heads, taps, gates):
+    """Also with queries and keys of zero, and with the transposed conv_state that a prefill returns."""
     width, out = 8, 12
     channels = 2 * groups * width + heads * out
     A_log, dt_bias = (x.double() for x in peer._gates(torch.Size([heads]), peer.generator(5), gates))
-    args = [draw(batch, channels), draw(batch, heads, out, seed=1), draw(batch, heads, seed=2), draw(batch, heads, seed=3)]
+    args = [randn(batch, channels), randn(batch, heads, out, seed=1), randn(batch, heads, seed=2), randn(batch, heads, seed=3)]
     floats = {
-        "conv_state": draw(batch, taps - 1, channels, seed=4).mT, "recurrent_state": draw(batch, heads, width, out, seed=5),
-        "conv_weight": draw(channels, taps, seed=6), "A_log": A_log, "dt_bias": dt_bias, "norm_weight": draw(out, seed=7),
+        "conv_state": randn(batch, taps - 1, channels, seed=4).mT, "recurrent_state": randn(batch, heads, width, out, seed=5),
+        "conv_weight": randn(channels, taps, seed=6), "A_log": A_log, "dt_bias": dt_bias, "norm_weight": randn(out, seed=7),
     }
-    silent = args[0].clone()
-    silent[:, : 2 * groups * width] = 0
+    zero_qk = args[0].clone()
+    zero_qk[:, : 2 * groups * width] = 0
     for dtype, bound in ((torch.float64, EXACT), (torch.float32, 4e-6), (torch.bfloat16, 8e-3)):
         wide = torch.promote_types(torch.float32, dtype)
-        same = {"conv_state", "conv_weight"}
-        options: dict[str, Any] = {name: x.to(dtype if name in same else wide) for name, x in floats.items()}
+        not_widened = {"conv_state", "conv_weight"}
+        options: dict[str, Any] = {name: x.to(dtype if name in not_widened else wide) for name, x in floats.items()}
         options |= {"groups": groups, "eps": 1e-6}
-        for qkv in (args[0], silent):
-            given = tuple(x.to(dtype) for x in (qkv, *args[1:]))
-            compare(delta_net_step_cpu, delta_net_step, given, options, bound)
-            found = delta_net_step_cpu(*given, **options)
-            assert [x.dtype for x in found] == [dtype, dtype, wide]
+        for qkv in (args[0], zero_qk):
+            inputs = tuple(x.to(dtype) for x in (qkv, *args[1:]))
+            compare(delta_net_step_cpu, ops.delta_net_step.definition, inputs, options, bound)
+            outputs = delta_net_step_cpu(*inputs, **options)
+            assert [x.dtype for x in outputs] == [dtype, dtype, wide]
 
 
 @torch.no_grad()
-def test_a_model_decodes_through_it_and_snapshots_stay():
+def test_a_model_decodes_with_the_fused_step_and_leaves_snapshots_unchanged():
     case = odd_shape(7, layer_types=[LINEAR, FULL, LINEAR], num_hidden_layers=3)
     model = peer.ours(case)
     peer.draw(model, 0)
@@ -158,21 +146,21 @@ def test_a_model_decodes_through_it_and_snapshots_stay():
     for max_length in (None, 9):
         cache = model.new_cache(2, max_length)
         model(ids[:, :6], cache=cache)
-        point = cache.snapshot()
+        snapshot = cache.snapshot()
         with backends.ran() as ran:
-            first = torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in (6, 7)], dim=1)
+            fused = torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in (6, 7)], dim=1)
         assert ran.counts["delta_net_step", "fused_cpu"] == 4 and "gated_delta_rule" not in {c.operation for c in ran.calls}
-        cache.restore(point)
+        cache.restore(snapshot)
         with backends.use(delta_net_step="torch"), backends.ran() as ran:
-            second = torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in (6, 7)], dim=1)
+            composed = torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in (6, 7)], dim=1)
         assert ran.counts["gated_delta_rule", "chunked_cpu"] == 4 and "delta_net_step" not in {c.operation for c in ran.calls}
-        assert (first - second).abs().max() <= 1e-5 * second.abs().max()
+        assert (fused - composed).abs().max() <= 1e-5 * composed.abs().max()
 
 
-def test_they_run_without_gradients_and_step_aside_with_them():
+def test_the_form_of_rms_norm_runs_without_gradients_only():
     weight = nn.Parameter(torch.zeros(24))
     with backends.ran() as ran:
-        backends.run("rms_norm", draw(2, 24, dtype=torch.float32), weight, eps=1e-6)
+        backends.run("rms_norm", randn(2, 24, dtype=torch.float32), weight, eps=1e-6)
         with torch.no_grad():
-            backends.run("rms_norm", draw(2, 24, dtype=torch.float32), weight, eps=1e-6)
+            backends.run("rms_norm", randn(2, 24, dtype=torch.float32), weight, eps=1e-6)
     assert [call.name for call in ran.calls] == ["torch", "cpu"]
