@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen35moe import backends
-from qwen35moe.backends.verification import Row, judge
+from qwen35moe.backends.verification import Row, compare
 
 # Kernels run compiled on a GPU, otherwise in Triton's interpreter (see conftest).
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +38,7 @@ def judged(operation: str, name: str, args: tuple, options: dict[str, Any], dtyp
         yield args, options
 
     definition, _ = backends.cases(operation)
-    (row,) = judge(operation, [entry(operation, name)], definition, cases, dtype, DEVICE, seed)
+    (row,) = compare(operation, [entry(operation, name)], definition, cases, dtype, DEVICE, seed)
     assert row.reason is None and row.failure is None, row.reason or row.failure
     return row
 
