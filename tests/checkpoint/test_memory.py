@@ -8,7 +8,6 @@ import hashlib
 import os
 import pickle
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from qwen35moe.checkpoint import CheckpointError, fill, memory, read, transfer
 from qwen35moe.config import Config
 from tests.checkpoint.test_read import MODEL, Tensors, assert_weights, case, weights
 from tests.support.checkpoints import per_expert, write
+from tests.support.memory import anonymous_growth, memory_taken
 from tests.support.peer import FULL, Case
 
 
@@ -128,6 +128,9 @@ def test_a_gpu_gets_the_same_weights(how: str, dtype: str, bf16: tuple[Case, Ten
     assert_weights(model.cpu(), tensors, torch.bfloat16 if dtype == "auto" else torch.float32)
 
 
+EXPERTS = 8 * 3 * 512 * 2048 * 2  # bytes of the experts in the next test
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the page counts of /proc")
 @pytest.mark.parametrize("layout", ["grouped, mapped", "per expert, mapped", "per expert, copied", "per expert, FP8"])
 def test_memory_is_allocated_once(layout: str, tmp_path: Path) -> None:
@@ -144,34 +147,21 @@ def test_memory_is_allocated_once(layout: str, tmp_path: Path) -> None:
         for name in [name for name in tensors if ".mlp.experts." in name]:
             tensors[name] = tensors[name].to(torch.float8_e4m3fn)
             tensors[f"{name}_scale_inv"] = torch.ones([-(-size // 128) for size in tensors[name].shape]).bfloat16()
-    folder = write(tmp_path, tensors, of.text)
+    folder = write(tmp_path / "large", tensors, of.text)
     del tensors
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)  # the threads of the parent's pool do not exist in the child
-            start, seen, loading = _anonymous(), [0], threading.Event()
-            samples = iter(lambda: loading.wait(0.002), True)
-            watch = threading.Thread(target=lambda: [seen.append(_anonymous()) for _ in samples])
-            watch.start()
-            model = MODEL.from_pretrained(folder, weights="copy" if layout.endswith("copied") else "map")
-            loading.set()
-            watch.join()
-            grown = max(*seen, _anonymous()) - start
-            experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
-            limit = 8e6 if layout.endswith("mapped") else experts + (64e6 if layout.endswith("FP8") else 16e6)
-            floor = 0 if layout.endswith("mapped") else experts
-            os._exit(0 if floor <= grown <= limit and experts == 8 * 3 * 512 * 2048 * 2 else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    rehearsal = write(tmp_path / "small", per_expert(weights(case(), torch.bfloat16)), case().text)
+    how = "copy" if layout.endswith("copied") else "map"
 
+    def load() -> Any:
+        model = MODEL.from_pretrained(folder, weights=how)
+        assert sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name) == EXPERTS
+        return model
 
-def _anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no RssAnon in /proc/self/status")
+    taken = memory_taken(load, lambda: MODEL.from_pretrained(rehearsal, weights=how), anonymous_growth)
+    if layout.endswith("mapped"):
+        assert 0 <= taken <= 8e6
+    else:
+        assert EXPERTS <= taken <= EXPERTS + (64e6 if layout.endswith("FP8") else 16e6)
 
 
 def test_a_loaded_model_can_be_copied_and_pickled(bf16: tuple[Case, Tensors], tmp_path: Path) -> None:

@@ -242,7 +242,8 @@ def test_a_decompression_bomb_is_refused_from_its_header() -> None:
     """Nothing is decoded, so no memory of the claimed size is allocated."""
     with count_calls(Image.Image, "load") as loads, pytest.raises(ValueError, match="pixels"):
         as_rgb(png_header(MAX_PIXELS // 1024 + 1, 1024))
-    assert loads.count == 0
+    # Other images may be loaded by threads that an earlier test left running.
+    assert not [image.size for (image, *_), _ in loads.arguments if image.width * image.height > MAX_PIXELS]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import ctypes
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,21 +28,52 @@ def memory_of(kind: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(kind + ":"))
 
 
+def release_freed_memory() -> None:
+    """Return to the system what earlier tests freed (glibc): an operation would take it again unseen."""
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_growth(operation: Callable[[], object]) -> int:
     """Bytes by which the resident memory of this process grows while the operation runs, at most. The process is best
     a child that rehearsed it: see `memory_taken`."""
     if UNMEASURED:
         operation()
         return 0
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc: what an earlier test freed would be taken again unseen
-        ctypes.CDLL(None).malloc_trim(0)
+    release_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
     before = memory_of("VmRSS")
     operation()
     return memory_of("VmHWM") - before
 
 
-def memory_taken(operation: Callable[[], object], rehearsal: Callable[[], object]) -> int:
+def anonymous_growth(operation: Callable[[], object]) -> int:
+    """As `peak_growth`, of anonymous memory: pages of files do not count. Sampled every 2 ms and at the end, so that only
+    memory which stays is certain to be seen."""
+    if UNMEASURED:
+        operation()
+        return 0
+    release_freed_memory()
+    before, samples, done = memory_of("RssAnon"), [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            samples.append(memory_of("RssAnon"))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    result = operation()  # kept alive until the last sample
+    done.set()
+    sampler.join()
+    samples.append(memory_of("RssAnon"))
+    del result
+    return max(samples) - before
+
+
+def memory_taken(
+    operation: Callable[[], object], rehearsal: Callable[[], object],
+    growth: Callable[[Callable[[], object]], int] = peak_growth,
+) -> int:
     """Bytes that `operation` takes at its peak, in a child process that ran `rehearsal` first. What a test asserts of the
     outcome can stand in `operation`: its failure is raised here as an AssertionError."""
     read, write = os.pipe()
@@ -50,7 +82,7 @@ def memory_taken(operation: Callable[[], object], rehearsal: Callable[[], object
         try:
             torch.set_num_threads(1)  # the threads of the parent's pool are not there
             rehearsal()
-            taken = peak_growth(operation)
+            taken = growth(operation)
             os.write(write, f"{taken}".encode())
             os._exit(0)
         except BaseException as error:
