@@ -346,7 +346,7 @@ def test_text_comes_in_whole_characters() -> None:
 @given(st.lists(st.integers(0, 255) | st.sampled_from(list("é🎉".encode())), max_size=80))
 def test_the_pieces_are_the_whole(ids: list[int]) -> None:
     text = TextStream(Letters())
-    pieces = [text.put(each) for each in ids]
+    pieces = [text.put(token) for token in ids]
     assert "".join(pieces) + text.end() == Letters().decode(ids)
     assert len(text._window) == 0
 
@@ -362,8 +362,8 @@ def test_a_long_text_is_not_decoded_again_and_again() -> None:
 
     for ids in (b"x" * 500, "é" * 250, b"\x80" * 500):  # the last is broken throughout
         text = TextStream(Counting())
-        for each in ids.encode() if isinstance(ids, str) else ids:
-            text.put(each)
+        for token in ids.encode() if isinstance(ids, str) else ids:
+            text.put(token)
     assert longest <= 17
 
 
@@ -373,7 +373,7 @@ def test_a_stop_string_counts_from_its_last_byte(text: str, strings: list[str]) 
     for end in range(1, len(data) + 1):
         actual = stops.put(0, data[end - 1])
         whole = data[:end].decode("utf-8", errors="ignore")
-        assert actual == any(each in whole for each in strings)
+        assert actual == any(string in whole for string in strings)
         if actual:
             return
 
@@ -388,11 +388,11 @@ def test_cut_gives_the_text_before_the_first_stop_string(pieces: list[str], stri
     text += cut.end()
     places = []
     for end in range(len("".join(pieces)) + 1):  # the match that is complete first, as it comes in
-        places = [place for place in ("".join(pieces)[:end].find(each) for each in strings) if place >= 0]
+        places = [place for place in ("".join(pieces)[:end].find(string) for string in strings) if place >= 0]
         if places:
             break
     if cut.stopped:
-        assert places and text <= "".join(pieces) and not any(each in text for each in strings)
+        assert places and text <= "".join(pieces) and not any(string in text for string in strings)
         assert "".join(pieces).startswith(text)
     else:
         assert not places and text == "".join(pieces)

@@ -66,9 +66,9 @@ def run(model: Any, case: Case, **options: Any) -> Results:
     routing = {} if case.dense else {"aux_loss": out.aux_loss} | {
         f"router_logits.{i}": logits.flatten(0, -2) for i, logits in enumerate(out.router_logits)
     }
-    found = {"values": values, "hidden": hidden, "routing": routing}
-    found = {kind: {name: tensor.detach() for name, tensor in group.items()} for kind, group in found.items()}
-    return found | {"gradients": peer.gradients(model)}
+    outputs = {"values": values, "hidden": hidden, "routing": routing}
+    outputs = {kind: {name: tensor.detach() for name, tensor in group.items()} for kind, group in outputs.items()}
+    return outputs | {"gradients": peer.gradients(model)}
 
 
 @functools.cache
@@ -82,8 +82,8 @@ def forward_and_backward(case: Case) -> tuple[Results, Results]:
 @pytest.mark.parametrize("kind", ["values", "hidden", "routing"])
 def test_one_forward(case, kind):
     """Logits and losses; hidden states of every layer; router logits and the balancing loss."""
-    found, expected = forward_and_backward(case)
-    assert_all_close(found[kind], expected[kind], BOUND, kind)
+    actual, expected = forward_and_backward(case)
+    assert_all_close(actual[kind], expected[kind], BOUND, kind)
 
 
 # ---------------------------------------------------------------------------------------------------- gradients
@@ -137,7 +137,7 @@ def gradient_errors(case: Case) -> dict[str, tuple[float, ...]]:
     truth, scales = gradients_in_float64(case)
     return {
         name: (relative_error(ours[name], theirs[name]),
-               *(relative_error(found[name], gradient, scales.get(name)) for found in (ours, theirs)))
+               *(relative_error(gradients[name], gradient, scales.get(name)) for gradients in (ours, theirs)))
         for name, gradient in truth.items()
     }
 
@@ -180,16 +180,16 @@ def block(name: str) -> str:
 
 def states(case: Case, ours: Any, theirs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What two caches hold. transformers keeps W convolution inputs, of which the oldest is never read again."""
-    found, expected = {}, {}
+    actual, expected = {}, {}
     for i, kind in enumerate(case.text["layer_types"]):
         mine, layer = ours[i], theirs.layers[i]
         if kind == peer.LINEAR:
-            found |= {f"{i}.inputs": mine.conv_state, f"{i}.memory": mine.recurrent_state}
-            expected |= {f"{i}.inputs": layer.conv_states[0][..., 1:], f"{i}.memory": layer.recurrent_states[0]}
+            actual |= {f"{i}.conv_state": mine.conv_state, f"{i}.recurrent_state": mine.recurrent_state}
+            expected |= {f"{i}.conv_state": layer.conv_states[0][..., 1:], f"{i}.recurrent_state": layer.recurrent_states[0]}
         else:
-            found |= {f"{i}.key": mine.key.transpose(1, 2), f"{i}.value": mine.value.transpose(1, 2)}
+            actual |= {f"{i}.key": mine.key.transpose(1, 2), f"{i}.value": mine.value.transpose(1, 2)}
             expected |= {f"{i}.key": layer.keys, f"{i}.value": layer.values}
-    return found, expected
+    return actual, expected
 
 
 def help_to_count(case: Case, start: int, tokens: int) -> dict[str, Any]:
@@ -212,11 +212,11 @@ def test_cached_prefill_chunk_and_decode(case):
     with torch.no_grad():
         for tokens in (case.length, 5, 1, 1, 1):
             part = ids[:, start : start + tokens]
-            found = ours(part, cache=cache)
+            actual = ours(part, cache=cache)
             expected = theirs(part, past_key_values=theirs_cache, use_cache=True, **help_to_count(case, start, tokens))
             start += tokens
-            assert found.cache is cache and cache.lengths.tolist() == [start] * case.batch
-            assert_close(found.logits, expected.logits, BOUND, f"logits after {start} tokens")
+            assert actual.cache is cache and cache.lengths.tolist() == [start] * case.batch
+            assert_close(actual.logits, expected.logits, BOUND, f"logits after {start} tokens")
             assert_all_close(*states(case, cache, theirs_cache), BOUND, f"states after {start} tokens")
 
 
@@ -231,13 +231,13 @@ def test_left_padding_and_the_balancing_loss_under_a_mask(case):
     ids, mask = peer.padded(rows, "left")
     options = {} if case.dense else {"output_router_logits": True}
     with torch.no_grad():
-        found = ours(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **options)
+        actual = ours(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **options)
         expected = theirs(ids, attention_mask=mask, position_ids=peer.positions(mask), use_cache=False,
                           labels=ids.masked_fill(mask == 0, -100), **options)
     real = mask.bool()
-    assert_close(found.logits[real], expected.logits[real], BOUND, "logits")
+    assert_close(actual.logits[real], expected.logits[real], BOUND, "logits")
     if not case.dense:
-        assert_close(found.aux_loss, expected.aux_loss, BOUND, "aux loss")
+        assert_close(actual.aux_loss, expected.aux_loss, BOUND, "aux loss")
 
 
 @pytest.mark.parametrize("case", CASES[1::6], ids=repr)
@@ -250,9 +250,9 @@ def test_given_positions_on_one_axis_and_on_three(case):
     axes = torch.randint(0, 90, (3, case.batch, 12), generator=peer.generator(case.seed))
     with torch.no_grad():
         for position_ids in (first, axes):
-            found = ours(ids, position_ids=position_ids)
+            actual = ours(ids, position_ids=position_ids)
             expected = theirs(ids, position_ids=position_ids, use_cache=False)
-            assert_close(found.logits, expected.logits, BOUND)
+            assert_close(actual.logits, expected.logits, BOUND)
 
 
 @pytest.mark.parametrize("case", CASES[2::10], ids=repr)
@@ -264,21 +264,21 @@ def test_embeddings_instead_of_ids_and_some_logits_only(case):
         whole = ours(ids).logits
         assert torch.equal(ours(inputs_embeds=embeddings).logits, whole)
         for keep in (1, 2):
-            found, expected = ours(ids, logits_to_keep=keep), theirs(ids, logits_to_keep=keep, use_cache=False)
-            assert found.logits.shape == expected.logits.shape
-            assert_close(found.logits, expected.logits, BOUND)
+            actual, expected = ours(ids, logits_to_keep=keep), theirs(ids, logits_to_keep=keep, use_cache=False)
+            assert actual.logits.shape == expected.logits.shape
+            assert_close(actual.logits, expected.logits, BOUND)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if peer.FULL in c.text["layer_types"]][::5], ids=repr)
 def test_attention_weights_on_request(case):
     ours, theirs = pair(case)
     with torch.no_grad():
-        found = ours(case.ids(), output_attentions=True)
+        actual = ours(case.ids(), output_attentions=True)
         expected = theirs(case.ids(), output_attentions=True, use_cache=False)
-    assert_close(found.logits, expected.logits, BOUND)
+    assert_close(actual.logits, expected.logits, BOUND)
     kinds = case.text["layer_types"]
-    assert len(found.attentions) == len(kinds)  # theirs has no map of the delta-net layers: tests/ops/test_attention_map.py
-    mine = [weights for weights, kind in zip(found.attentions, kinds, strict=True) if kind == peer.FULL]
+    assert len(actual.attentions) == len(kinds)  # theirs has no map of the delta-net layers: tests/ops/test_attention_map.py
+    mine = [weights for weights, kind in zip(actual.attentions, kinds, strict=True) if kind == peer.FULL]
     assert len(mine) == len(expected.attentions) == case.text["layer_types"].count(peer.FULL)
     for one, other in zip(mine, expected.attentions, strict=True):
         assert_close(one, other, BOUND)
@@ -291,13 +291,13 @@ def test_gradient_checkpointing_gives_equal_gradients(case):
     ours.train()
     ours.gradient_checkpointing_enable()
     try:
-        found = run(ours, case)
+        actual = run(ours, case)
     finally:
         ours.gradient_checkpointing_disable()
         ours.eval()
     for kind, group in expected.items():
         for name, tensor in group.items():
-            assert torch.equal(found[kind][name], tensor), f"{kind} {name}"
+            assert torch.equal(actual[kind][name], tensor), f"{kind} {name}"
 
 
 # ---------------------------------------------------------------------------------------------------- greedy tokens
@@ -332,8 +332,8 @@ def test_64_greedy_tokens_of_a_left_padded_batch(case):
     with torch.no_grad():
         expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0)
     for max_length in (None, 81):
-        found = greedy(ours, ids, mask, 64, ours.new_cache(3, max_length))
-        assert found.tolist() == expected[:, ids.shape[1] :].tolist()
+        actual = greedy(ours, ids, mask, 64, ours.new_cache(3, max_length))
+        assert actual.tolist() == expected[:, ids.shape[1] :].tolist()
     assert len(set(expected[:, ids.shape[1] :].flatten().tolist())) > 8
 
 
@@ -358,9 +358,9 @@ def judged(case: Case, gates: str) -> dict[str, tuple[float, float]]:
     """Relative errors of our float32 model and of theirs against our float64 model, by value and by gradient."""
     ours, theirs = pair(case, gates)
     with backends.use(attention="eager"):
-        found = by_name(run(ours, case))
+        actual = by_name(run(ours, case))
     expected = by_name(run(theirs, case, use_cache=False))
-    return {name: (relative_error(found[name], tensor), relative_error(expected[name], tensor))
+    return {name: (relative_error(actual[name], tensor), relative_error(expected[name], tensor))
             for name, tensor in exactly(case, gates)[1].items()}
 
 
@@ -428,11 +428,11 @@ def bfloat16_errors(case: Case) -> tuple[float, float]:
     with torch.no_grad():
         truth = peer.ours(case, source=theirs).double()(ids, output_routing=not case.dense)
         routing = None if case.dense else truth.routing.indices_only()
-        found = peer.ours(case, source=theirs).bfloat16()(ids, routing=routing).logits
+        actual = peer.ours(case, source=theirs).bfloat16()(ids, routing=routing).logits
         with peer.forced_routing(theirs, [] if case.dense else list(truth.routing.indices)):
             expected = theirs(ids, use_cache=False).logits
-    assert found.dtype == expected.dtype == torch.bfloat16
-    rows = [[relative_error(a, b) for a, b in zip(logits, truth.logits, strict=True)] for logits in (found, expected)]
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    rows = [[relative_error(a, b) for a, b in zip(logits, truth.logits, strict=True)] for logits in (actual, expected)]
     return geometric_mean(rows[0]), geometric_mean(rows[1])
 
 

@@ -91,12 +91,12 @@ def memory_taken(
             os._exit(2)
     os.close(write)
     try:
-        said = os.read(read, 4096).decode()
+        message = os.read(read, 4096).decode()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
         os.close(read)
-    assert status == 0, f"the child process ended with {status}: {said}"
-    return int(said)
+    assert status == 0, f"the child process ended with {status}: {message}"
+    return int(message)
 
 
 def limit_address_space(allowance: int) -> None:

@@ -52,10 +52,10 @@ EXACT = {aten.clone, aten._to_copy, aten.copy, aten.cat, aten.stack, aten.index_
 
 def spread(compute: Callable[[], dict[str, Tensor]], exact: dict[str, Tensor], draws: int = 4) -> dict[str, float]:
     """By name: the largest distance of `compute()` with its operations rounded from `exact`, over some draws."""
-    found = dict.fromkeys(exact, 0.0)
+    largest = dict.fromkeys(exact, 0.0)
     for seed in range(draws):
         with Rounded(seed):
             values = compute()
         for name, value in exact.items():
-            found[name] = max(found[name], (values[name] - value).abs().max().item())
-    return found
+            largest[name] = max(largest[name], (values[name] - value).abs().max().item())
+    return largest
