@@ -42,7 +42,7 @@ def test_the_cases_have_every_odd_shape():
 
 @functools.lru_cache(maxsize=4)
 def pair(case: Case, gates: str = "ordinary") -> tuple[Any, Any]:
-    """The two models of a case with the same weights. Nobody may change them."""
+    """The two models of a case with the same weights. Tests must not change them."""
     theirs = peer.theirs(case)
     peer.draw(theirs, case.seed, gates)
     return peer.ours(case, source=theirs), theirs

@@ -1,10 +1,10 @@
-"""How much memory an operation takes, and limits that leave room for it: what the process had before does not count.
+"""Measures the memory that an operation takes, and limits it, without the memory that the process already had.
 
-Resident memory includes the pages of every library as they are first touched, tens of MiB whose number depends on the
-build of Python and torch, and after a test that took much, the largest ever is no measure of what comes later. So the
-operation runs in a forked child, once in small (a rehearsal, that pages its code in) and then, from a peak that is reset,
-in large. RLIMIT_AS counts the address space of mapped libraries (gigabytes in a CUDA build of torch): a limit is what
-is mapped now and an allowance.
+Resident memory includes library pages, which are counted when they are first touched: tens of MiB that depend on the build
+of Python and torch. The peak of a process also hides everything smaller that comes later. The operation therefore runs in
+a forked child: first on a small input (the rehearsal, which pages its code in), then, after the peak is reset, on the large
+one. RLIMIT_AS counts the address space of mapped libraries (gigabytes in a CUDA build of torch), so a limit is the space
+mapped now plus an allowance.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def memory_of(kind: str) -> int:
 
 
 def release_freed_memory() -> None:
-    """Return to the system what earlier tests freed (glibc): an operation would take it again unseen."""
+    """Return memory that earlier tests freed to the system (glibc). An operation that reuses it would appear to take none."""
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_growth(operation: Callable[[], object]) -> int:
-    """Bytes by which the resident memory of this process grows while the operation runs, at most. The process is best
-    a child that rehearsed it: see `memory_taken`."""
+    """The largest growth in bytes of this process' resident memory while the operation runs. Call it in a child that has run
+    a rehearsal: see `memory_taken`."""
     if UNMEASURED:
         operation()
         return 0
@@ -50,8 +50,8 @@ def peak_growth(operation: Callable[[], object]) -> int:
 
 
 def anonymous_growth(operation: Callable[[], object]) -> int:
-    """As `peak_growth`, of anonymous memory: pages of files do not count. Sampled every 2 ms and at the end, so that only
-    memory which stays is certain to be seen."""
+    """As `peak_growth`, for anonymous memory: pages of files do not count. Sampled every 2 ms and at the end, so a shorter
+    peak may be missed."""
     if UNMEASURED:
         operation()
         return 0

@@ -1,7 +1,7 @@
-"""What float32 can know of a value: how far a float64 computation moves when every operation of it is rounded to float32.
+"""Measures how far a float64 computation moves when every operation of it is rounded to float32.
 
-Two correct float32 programs differ by their roundings, and in a value that is what is left of larger terms, by more than
-in others. How much more is a property of the value, not of a processor: `Rounded` rounds each result of a float64
+Two correct float32 programs differ by their roundings, and differ most in values that remain after larger terms cancel. That
+sensitivity belongs to the value, not to a processor: `Rounded` rounds each result of a float64
 computation, forward and backward, at random up or down to a number of float32 (Monte Carlo arithmetic), with a generator of
 its own, so that the spread is the same on every machine. A float32 program is right if its error is a small multiple.
 """
@@ -21,8 +21,8 @@ TINY = torch.finfo(torch.float32).tiny  # fast exponentials give zero below it: 
 
 
 class Rounded(TorchDispatchMode):
-    """Inside it, results of operations in float64 are moved up or down by up to half a unit of float32's last place, and
-    lose what float32 cannot tell from zero."""
+    """Moves the results of float64 operations up or down by up to half a unit of float32's last place. Values below float32's
+    smallest normal number become noise of that size."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
