@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,17 +13,15 @@ from qwen35moe import backends
 from qwen35moe.cache import Cache
 from qwen35moe.config import Config, ConfigError, TextConfig
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
-from qwen35moe.modules.gated_deltanet import GatedDeltaNet, ShortConvolution
-from qwen35moe.modules.moe import Experts, Router, SparseMoeBlock
-from qwen35moe.modules.norm import GatedRMSNorm, RMSNorm
+from qwen35moe.modules.initialise import Draws, Initialised, draw_module, resets_itself
+from qwen35moe.modules.moe import Experts, SparseMoeBlock
 from qwen35moe.modules.unfused import UnfusedExperts
-from qwen35moe.modules.vision import init_vision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PretrainedModel(nn.Module):
+class PretrainedModel(Initialised):
     """Base of the model classes. dense: whether a class is for configurations without experts."""
 
     dense = False
@@ -191,51 +188,26 @@ class PretrainedModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0, gates: str = "ordinary") -> Self:
-        """Draws all weights. Matrices: normal(0, initializer_range); norms: identity; convolution: uniform(+-W^-0.5).
+        """Draws all weights from a seed. Matrices: normal(0, initializer_range); norms: identity; convolution:
+        uniform(+-W^-0.5). The values depend on the seed and the shapes only, not on dtype or device.
 
         gates="ordinary" draws A in 1..16 and dt_bias as the inverse softplus of a log-uniform 1e-3..0.1, so that
         states decay over tens to thousands of tokens (Gu & Dao 2023); "transformers" draws A in 0.01..16 with dt_bias 1,
         as that library does: a median decay of e^-9.7 per token.
+
+        A constructor draws from the same distributions, from torch's global generator (`torch.manual_seed`). Modules whose
+        class is neither of this library nor of torch keep their values, unless that class defines `reset_parameters`.
         """
-        if gates not in ("ordinary", "transformers"):
-            raise ValueError(f"gates={gates!r} is neither 'ordinary' nor 'transformers'")
-        generator = torch.Generator().manual_seed(seed)
-        std = 0.0
-
-        def normal(parameter: Tensor) -> None:
-            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
-
+        draws = Draws(torch.Generator().manual_seed(seed), gates)
         vision, text = self.config.vision_config, self.config.text_config
         for name, module in self.named_modules():
             tower = vision is not None and "visual" in name.split(".")
             std = vision.initializer_range if vision is not None and tower else text.initializer_range
-            if isinstance(module, nn.Linear | nn.Embedding | Router):
-                normal(module.weight)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, Experts):
-                normal(module.gate_up_proj)
-                normal(module.down_proj)
-            elif isinstance(module, RMSNorm):
-                module.weight.zero_()
-            elif isinstance(module, GatedRMSNorm):
-                module.weight.fill_(1)
-            elif isinstance(module, ShortConvolution):
-                bound = module.weight.shape[-1] ** -0.5
-                module.weight.copy_(torch.empty(module.weight.shape).uniform_(-bound, bound, generator=generator))
-            elif isinstance(module, GatedDeltaNet):
-                _init_gates(module, gates, generator)
-            else:
-                init_vision(module, normal)
+            draw_module(module, draws, std)
+        foreign: list[Any] = [module for module in self.modules() if resets_itself(module)]
+        if foreign:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                for module in foreign:
+                    module.reset_parameters()
         return self
-
-
-def _init_gates(module: GatedDeltaNet, gates: str, generator: torch.Generator) -> None:
-    heads = module.A_log.shape[0]
-    low = 1.0 if gates == "ordinary" else 0.01
-    module.A_log.copy_(torch.empty(heads).uniform_(low, 16, generator=generator).log())
-    if gates == "transformers":
-        module.dt_bias.fill_(1)
-        return
-    step = torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp()
-    module.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of this is `step`

@@ -18,6 +18,7 @@ from qwen35moe.models.inputs import CausalLMInputs, TextInputs, check, forced_ro
 from qwen35moe.models.outputs import DecoderOutput, LossOutput, ModelOutput
 from qwen35moe.modules.context import LayerContext, LayerOutput
 from qwen35moe.modules.decoder import DecoderLayer
+from qwen35moe.modules.initialise import initialise, leave_inference_mode
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.balancing import load_balancing_loss
 from qwen35moe.ops.losses import IGNORE, cross_entropy, shift_labels
@@ -42,6 +43,8 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         # The layers' numbers in the checkpoint, for routing and named values: a model may have some of its layers only.
         self.source_layers: tuple[int, ...] = tuple(range(text.num_hidden_layers))
+        initialise(self, text.initializer_range)
+        leave_inference_mode(self)
         self.name_parts()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -106,6 +109,9 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         self.model: Any = self._build()
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.tie_weights()
+        if self.lm_head.weight is not self.get_input_embeddings().weight:
+            initialise(self, text.initializer_range)
+        leave_inference_mode(self)
 
     def _build(self) -> PretrainedModel:
         return self.text_model(self.config)
