@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qwen35moe import backends
 from qwen35moe.cache import Cache
-from qwen35moe.config import Config, ConfigError, TextConfig
+from qwen35moe.config import Config, ConfigError, GenerationConfig, TextConfig
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 from qwen35moe.modules.gated_deltanet import GatedDeltaNet, ShortConvolution
 from qwen35moe.modules.moe import Experts, Router, SparseMoeBlock
@@ -140,6 +140,21 @@ class PretrainedModel(nn.Module):
             module.__dict__["path"] = name
 
     # --------------------------------------------------------------------------- for other libraries
+
+    @property
+    def generation_config(self) -> Any:
+        """Defaults of `generate`: the checkpoint's, else the token ids of the configuration. A dict becomes a
+        GenerationConfig; a transformers one stays as it is."""
+        settings = self.__dict__.get("_generation_config")
+        if settings is None:
+            settings = self.__dict__["_generation_config"] = GenerationConfig.from_model_config(self.config)
+        if isinstance(settings, GenerationConfig):
+            settings.refresh(self.config)
+        return settings
+
+    @generation_config.setter
+    def generation_config(self, settings: Any) -> None:
+        self.__dict__["_generation_config"] = GenerationConfig.of(settings) if isinstance(settings, Mapping) else settings
 
     @property
     def device(self) -> torch.device:
