@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen35moe import backends
 from qwen35moe.cache import Cache
-from qwen35moe.config import Config, ConfigError, TextConfig
+from qwen35moe.config import Config, ConfigError, GenerationConfig, TextConfig
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 from qwen35moe.models.for_libraries import ForLibraries
 from qwen35moe.modules.initialise import Draws, Initialised, draw_module, resets_itself
@@ -138,6 +138,23 @@ class PretrainedModel(ForLibraries, Initialised):
         """Stores in each module its path, by which `backends.ran()` names layers."""
         for name, module in self.named_modules():
             module.__dict__["path"] = name
+
+    # ------------------------------------------------------------------------------------- defaults of generate
+
+    @property
+    def generation_config(self) -> Any:
+        """Defaults of `generate`: the checkpoint's, else the token ids of the configuration. A dict becomes a
+        GenerationConfig; a transformers one stays as it is."""
+        settings = self.__dict__.get("_generation_config")
+        if settings is None:
+            settings = self.__dict__["_generation_config"] = GenerationConfig.from_model_config(self.config)
+        if isinstance(settings, GenerationConfig):
+            settings.refresh(self.config)
+        return settings
+
+    @generation_config.setter
+    def generation_config(self, settings: Any) -> None:
+        self.__dict__["_generation_config"] = GenerationConfig.of(settings) if isinstance(settings, Mapping) else settings
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
         """The arguments of the next forward, for libraries that call it; our `generate` does not."""
