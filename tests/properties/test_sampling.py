@@ -124,7 +124,8 @@ def test_tokens_of_generate_follow_the_distribution(logits: list[float], seed: i
         expected = kept(expected, [x >= kth for x in expected])
     ps = probabilities(expected)
     rows, steps = 5, 90
-    ids = generate(Memoryless(logits), [[0]] * rows, max_new_tokens=steps, do_sample=True, seed=seed, eos_token_id=[], **options)
+    options = options | {"max_new_tokens": steps, "eos_token_id": []}
+    ids = generate(Memoryless(logits), [[0]] * rows, do_sample=True, seed=seed, **options)
     new = ids[:, 1:]
     support = [t for t, q in enumerate(ps) if q > 0]
     assert set(new.flatten().tolist()) <= set(support)

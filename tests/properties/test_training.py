@@ -1,6 +1,6 @@
 """Compositions of training arguments against the formulas written out, in float64.
 
-    loss = sum over labels of -log softmax(logits)[label] / n  +  coefficient * aux        n: num_items_in_batch, or their number
+    loss = sum over labels of -log softmax(logits)[label] / n  +  coefficient * aux     n: num_items_in_batch, or their number
     aux  = E * sum_e f_e p_e      f_e: share of (token, layer, choice) that took expert e, p_e: mean probability, pads left out
 
 Each document is run alone, one at a time, without padding, cache or packing; the gradients are autograd's of that formula.
@@ -29,8 +29,10 @@ CASE = odd_shape(
     attention_bias=False, tie_word_embeddings=True,
 )
 VOCABULARY = CASE.text["vocab_size"]
-WATCHED = ["model.embed_tokens.weight", "model.layers.0.linear_attn.A_log", "model.layers.0.linear_attn.conv1d.weight",
-           "model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.experts.gate_up_proj", "model.layers.0.mlp.gate.weight"]
+WATCHED = [
+    "model.embed_tokens.weight", "model.layers.0.linear_attn.A_log", "model.layers.0.linear_attn.conv1d.weight",
+    "model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.experts.gate_up_proj", "model.layers.0.mlp.gate.weight",
+]  # fmt: skip
 
 
 @functools.lru_cache

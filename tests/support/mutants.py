@@ -184,7 +184,7 @@ class Finder(ast.NodeVisitor):
 
 
 def mutants_of(area: str, file: str) -> Iterator[Mutant]:
-    """Every change of one file of the package that is still Python."""
+    """Every change of one file of the package."""
     source = (ROOT / "qwen35moe" / file).read_text()
     lines = [0]
     for line in source.encode().splitlines(keepends=True):
@@ -194,12 +194,16 @@ def mutants_of(area: str, file: str) -> Iterator[Mutant]:
     for node, new in finder.changes:
         start = lines[node.lineno - 1] + node.col_offset  # pyright: ignore[reportAttributeAccessIssue]
         end = lines[node.end_lineno - 1] + node.end_col_offset  # pyright: ignore[reportAttributeAccessIssue]
-        mutant = Mutant(area, f"qwen35moe/{file}", node.lineno, start, end, source.encode()[start:end].decode(), new)  # pyright: ignore[reportAttributeAccessIssue]
-        try:
-            compile(mutant.apply(source.encode()), file, "exec")
-        except SyntaxError:
-            continue
-        yield mutant
+        old, line = source.encode()[start:end].decode(), node.lineno  # pyright: ignore[reportAttributeAccessIssue]
+        yield Mutant(area, f"qwen35moe/{file}", line, start, end, old, new)
+
+
+def is_python(mutant: Mutant) -> bool:
+    try:
+        compile(mutant.apply((ROOT / mutant.file).read_bytes()), mutant.file, "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 def sample(count: int, areas: list[str], seed: int = SEED) -> list[Mutant]:
@@ -209,9 +213,13 @@ def sample(count: int, areas: list[str], seed: int = SEED) -> list[Mutant]:
         share = count * (number + 1) // len(areas) - count * number // len(areas)
         everything = [mutant for file in AREAS[area][0] for mutant in mutants_of(area, file)]
         random.Random(f"{seed} {area}").shuffle(everything)
-        by_line = {(mutant.file, mutant.line): mutant for mutant in reversed(everything)}
-        order = [mutant for mutant in everything if by_line[mutant.file, mutant.line] is mutant]
-        chosen += order[:share]
+        lines: set[tuple[str, int]] = set()
+        for mutant in everything:
+            if len(lines) == share:
+                break
+            if (mutant.file, mutant.line) not in lines and is_python(mutant):
+                lines.add((mutant.file, mutant.line))
+                chosen.append(mutant)
     return chosen
 
 

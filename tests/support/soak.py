@@ -31,8 +31,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tried = Path(folder) / "tried.jsonl"
         while time.monotonic() - start < 60 * options.minutes:
-            command = [sys.executable, "-m", "pytest", "-q", "-n", str(options.workers), "-p", "no:cacheprovider", "--no-header",
-                       "tests/properties", "--hypothesis-profile=soak", f"--hypothesis-seed={seed + rounds}"]  # fmt: skip
+            command = [sys.executable, "-m", "pytest", "-q", "-n", str(options.workers), "-p", "no:cacheprovider",
+                       "--no-header", "tests/properties", "--hypothesis-profile=soak", f"--hypothesis-seed={seed + rounds}"]  # fmt: skip
             environment = {**os.environ, "QWEN35MOE_TRIED": str(tried)}
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             rounds += 1
@@ -40,7 +40,8 @@ def main() -> int:
             for line in tried.read_text().splitlines() if tried.exists() else ():
                 total.update(json.loads(line))
             minutes = (time.monotonic() - start) / 60
-            print(f"{minutes:5.1f} min, round {rounds}, seed {seed + rounds - 1}: {done.stdout.strip().splitlines()[-1]}", flush=True)
+            result = done.stdout.strip().splitlines()[-1]
+            print(f"{minutes:5.1f} min, round {rounds}, seed {seed + rounds - 1}: {result}", flush=True)
             if done.returncode:
                 print(done.stdout[-20_000:], done.stderr[-2_000:])
                 return 1
