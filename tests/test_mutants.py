@@ -16,7 +16,7 @@ def test_areas_name_what_exists() -> None:
 
 def test_the_sample_is_the_same_every_time_and_changes_one_line_of_code_each() -> None:
     sample = mutants.sample(100, list(mutants.AREAS))
-    assert len(sample) == 100 and sample == mutants.sample(100, list(mutants.AREAS))
+    assert len(sample) == 100 and mutants.sample(100, list(mutants.AREAS)) == sample
     assert len({(mutant.file, mutant.line) for mutant in sample}) == 100
     for mutant in sample:
         source = (mutants.ROOT / mutant.file).read_bytes()

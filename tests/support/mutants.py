@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 12
@@ -101,10 +102,19 @@ class Finder(ast.NodeVisitor):
     """Collects (node whose source is replaced, replacement)."""
 
     def __init__(self, source: str) -> None:
-        self.source, self.changes = source, list[tuple[ast.AST, str]]()
+        self.source = source.encode()
+        self.changes: list[tuple[Any, str]] = []
+        self.lines = [0]  # the offset of every line
+        for line in self.source.splitlines(keepends=True):
+            self.lines.append(self.lines[-1] + len(line))
+
+    def span(self, node: Any) -> tuple[int, int]:
+        """Offsets of a node's source, in bytes."""
+        return self.lines[node.lineno - 1] + node.col_offset, self.lines[node.end_lineno - 1] + node.end_col_offset
 
     def text(self, node: ast.AST) -> str:
-        return ast.get_source_segment(self.source, node) or ""
+        start, end = self.span(node)
+        return self.source[start:end].decode()
 
     def visit(self, node: ast.AST) -> None:
         if isinstance(node, (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr)):
@@ -186,16 +196,10 @@ class Finder(ast.NodeVisitor):
 def mutants_of(area: str, file: str) -> Iterator[Mutant]:
     """Every change of one file of the package."""
     source = (ROOT / "qwen35moe" / file).read_text()
-    lines = [0]
-    for line in source.encode().splitlines(keepends=True):
-        lines.append(lines[-1] + len(line))
     finder = Finder(source)
     finder.visit(ast.parse(source))
     for node, new in finder.changes:
-        start = lines[node.lineno - 1] + node.col_offset  # pyright: ignore[reportAttributeAccessIssue]
-        end = lines[node.end_lineno - 1] + node.end_col_offset  # pyright: ignore[reportAttributeAccessIssue]
-        old, line = source.encode()[start:end].decode(), node.lineno  # pyright: ignore[reportAttributeAccessIssue]
-        yield Mutant(area, f"qwen35moe/{file}", line, start, end, old, new)
+        yield Mutant(area, f"qwen35moe/{file}", node.lineno, *finder.span(node), finder.text(node), new)
 
 
 def is_python(mutant: Mutant) -> bool:

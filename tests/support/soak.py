@@ -32,7 +32,8 @@ def main() -> int:
         tried = Path(folder) / "tried.jsonl"
         while time.monotonic() - start < 60 * options.minutes:
             command = [sys.executable, "-m", "pytest", "-q", "-n", str(options.workers), "-p", "no:cacheprovider",
-                       "--no-header", "tests/properties", "--hypothesis-profile=soak", f"--hypothesis-seed={seed + rounds}"]  # fmt: skip
+                       "--no-header", "--hypothesis-profile=soak", f"--hypothesis-seed={seed + rounds}",
+                       "tests/properties"]  # fmt: skip
             environment = {**os.environ, "QWEN35MOE_TRIED": str(tried)}
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             rounds += 1
