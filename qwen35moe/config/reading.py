@@ -25,15 +25,17 @@ TOP_KEYS = ("model_type", "architectures", "image_token_id", "video_token_id", "
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a config.json, or in the config.json of a folder. Its size is checked before it is read."""
-    file = Path(path)
+    file = Path(path).expanduser()
+    if not os.fspath(path):  # Path("") is the current folder
+        raise ConfigError("the path of the configuration is empty: name a folder with config.json")
     if file.is_dir():
         file = file / "config.json"
     try:
         content = json.loads(read_limited(file, MAX_FILE_BYTES), object_pairs_hook=_unique)
     except UnreadableFile as error:
         raise ConfigError(
-            f"no configuration at {shown(str(file))}: {error}. Config does not download files; "
-            "for the sizes of a published model use Config.preset(name)"
+            f"no configuration at {shown(str(file))}: {error}. Config does not download files: AutoConfig.from_pretrained "
+            "does, and Config.preset(name) has the published sizes"
         ) from None
     except ConfigError as error:
         raise ConfigError(f"{shown(str(file))}: {error}") from None
