@@ -25,7 +25,8 @@ def as_dict(value: Any, wanted: str) -> Mapping[str, Any]:
             return content
     if isinstance(value, type):
         raise ConfigError(f"{value.__name__} is a class: pass a configuration, such as {value.__name__}()")
-    hint = ": read the file with Config.from_pretrained(folder)" if isinstance(value, str) or hasattr(value, "__fspath__") else ""
+    is_path = isinstance(value, str) or hasattr(value, "__fspath__")
+    hint = ": read the file with Config.from_pretrained(folder)" if is_path else ""
     raise ConfigError(
         f"{shown(value)} is no configuration but {kind(value)}{hint}. Accepted are {wanted}, a dict with the contents of "
         "config.json, and the configurations of transformers"

@@ -37,7 +37,6 @@ from .text import TextConfig
 from .text_fields import TextFields
 from .vision import VisionConfig
 
-
 _FROM_TEXT: Any = Unset("as text_config")
 _BY_CONFIG: Any = Unset("the class for this configuration")
 

@@ -87,7 +87,7 @@ class TextConfig(Fixed):
     num_experts_per_tok: int = checked(_by_family("num_experts_per_tok"), whole(low=0))
     moe_intermediate_size: int = checked(_by_family("moe_intermediate_size"), whole(low=0))
     shared_expert_intermediate_size: int = checked(_by_family("shared_expert_intermediate_size"), whole(low=0))
-    intermediate_size: int = checked(_by_family("intermediate_size"), optional(whole()))  # None in a MoE model, which does not read it
+    intermediate_size: int = checked(_by_family("intermediate_size"), optional(whole()))  # None in a MoE model
     router_aux_loss_coef: float = checked(0.001, number())
     output_router_logits: bool = checked(False, flag)
 
