@@ -151,7 +151,8 @@ def kind(value: Any) -> str:
 
 # ---- fields that are fixed
 
-# May be assigned on a checked config: these are read at each call or when weights are drawn or saved, or by other programs.
+# May be assigned on a checked config: these are read at each call, when weights are drawn or saved, or by other programs;
+# the vocabulary follows a change of the model by a training library, which saving compares with the parameters.
 RUNTIME: dict[str, Check] = {
     "use_cache": flag,
     "output_router_logits": flag,
@@ -217,7 +218,10 @@ def field_names(cls: Any) -> tuple[str, ...]:
 class Fixed:
     """Base class of configurations: the check of every field runs once; later assignments raise and name `replace`."""
 
-    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ("past_key_values",)  # read by transformers' Trainer
+    # Results that transformers' Trainer leaves out of predictions; it adds a list to this list.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "cache", "last_hidden_state", "aux_loss", "router_logits", "routing",
+    ]  # fmt: skip
     is_encoder_decoder: ClassVar[bool] = False
     _name_or_path = ""
     _attn_implementation = None  # read by Trainer and TRL; backends chooses the implementation

@@ -1,18 +1,19 @@
-"""Base of the model classes: loading, saving, generation, devices, initialisation, and methods that other libraries call."""
+"""Base of the model classes: loading, saving, generation, devices and initialisation."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen35moe import backends
 from qwen35moe.cache import Cache
-from qwen35moe.config import Config, ConfigError
+from qwen35moe.config import Config, ConfigError, GenerationConfig
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
+from qwen35moe.models.for_libraries import ForLibraries
 from qwen35moe.modules.initialise import Draws, Initialised, draw_module, resets_itself
 from qwen35moe.modules.moe import Experts, SparseMoeBlock
 from qwen35moe.modules.unfused import UnfusedExperts
@@ -21,13 +22,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PretrainedModel(Initialised):
+class PretrainedModel(ForLibraries, Initialised):
     """Base of the model classes. dense: whether a class is for configurations without experts."""
 
     dense = False
-    main_input_name = "input_ids"
-    device_map: DeviceMap | None = None  # None: everything is on one device
-    supports_gradient_checkpointing = True
 
     def __init__(self, config: Any) -> None:
         """config: a Config or TextConfig, a dict with the contents of config.json, or a configuration of transformers."""
@@ -50,7 +48,9 @@ class PretrainedModel(Initialised):
         "transformers", and of the checkpoint only layers=, experts=, parts=; see `qwen35moe.checkpoint.load_model`."""
         from qwen35moe.checkpoint import load_model
 
-        return load_model(cls, path, **options)
+        model = load_model(cls, path, **options)
+        model.name_or_path = os.fspath(path)
+        return model
 
     def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
         """Writes a checkpoint folder, atomically. Options: layout="grouped" | "per_expert", max_shard_size="5GB"."""
@@ -100,6 +100,9 @@ class PretrainedModel(Initialised):
         for module in self.modules():
             if isinstance(module, PretrainedModel):
                 module.device_map = device_map if several else None
+                module.__dict__.pop("hf_device_map", None)  # libraries ask whether there is one
+                if several and device_map is not None:
+                    module.__dict__["hf_device_map"] = device_map.by_module(module)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -136,49 +139,22 @@ class PretrainedModel(Initialised):
         for name, module in self.named_modules():
             module.__dict__["path"] = name
 
-    # --------------------------------------------------------------------------- for other libraries
+    # ------------------------------------------------------------------------------------- defaults of generate
 
     @property
-    def device(self) -> torch.device:
-        return self.get_input_embeddings().weight.device
+    def generation_config(self) -> Any:
+        """Defaults of `generate`: the checkpoint's, else the token ids of the configuration. A dict becomes a
+        GenerationConfig; a transformers one stays as it is."""
+        settings = self.__dict__.get("_generation_config")
+        if settings is None:
+            settings = self.__dict__["_generation_config"] = GenerationConfig.from_model_config(self.config)
+        if isinstance(settings, GenerationConfig):
+            settings.refresh(self.config)
+        return settings
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.get_input_embeddings().weight.dtype
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        raise NotImplementedError
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many parameters there are, a tied head counted once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Stores only each layer's inputs for the backward and recomputes the rest; routing is not recomputed."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("use_reentrant=True is not supported: gradient checkpointing here is non-reentrant")
-        self._set_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Stores all activations for the backward again."""
-        self._set_checkpointing(False)
-
-    def _set_checkpointing(self, value: bool) -> None:
-        for module in self.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.__dict__["gradient_checkpointing"] = value
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-
-    def enable_input_require_grads(self) -> None:
-        """Makes the embedding's output require a gradient, which adapters on frozen weights need."""
-        self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-
-    def tie_weights(self) -> None:
-        """Shares the embedding with the output head where the configuration has tie_word_embeddings."""
+    @generation_config.setter
+    def generation_config(self, settings: Any) -> None:
+        self.__dict__["_generation_config"] = GenerationConfig.of(settings) if isinstance(settings, Mapping) else settings
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
         """The arguments of the next forward, for libraries that call it; our `generate` does not."""

@@ -13,6 +13,7 @@ from qwen35moe import ops
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
+from qwen35moe.models.for_libraries import HeadForLibraries
 from qwen35moe.models.inputs import CausalLMInputs, TextInputs, check, forced_routing
 from qwen35moe.models.outputs import DecoderOutput, LossOutput, ModelOutput
 from qwen35moe.modules.context import LayerContext, LayerOutput
@@ -97,7 +98,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         return rotary_tables(position_ids.to(device), frequencies, rope.mrope_section, scale)
 
 
-class Qwen3_5MoeForCausalLM(PretrainedModel):
+class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
     """The decoder with its head, and the training loss."""
 
     text_model: type[Qwen3_5MoeTextModel] = Qwen3_5MoeTextModel
@@ -120,7 +121,11 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         """The model without its head (and, in the multimodal class, without its tower)."""
         return self.model
 
-    def tie_weights(self) -> None:
+    def get_decoder(self) -> Qwen3_5MoeTextModel:
+        """The same as `decoder`, as a method."""
+        return self.decoder
+
+    def tie_weights(self, missing_keys: Any = None, recompute_mapping: bool = True) -> None:
         """Shares the embedding with the head where the configuration has tie_word_embeddings."""
         if self.config.text_config.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
