@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from qwen35moe import ops
 from qwen35moe.cache.layout import TokenLayout
-from qwen35moe.config import Config, TextConfig
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
 from qwen35moe.models.for_libraries import HeadForLibraries
@@ -32,7 +31,7 @@ from qwen35moe.taps import tap
 class Qwen3_5MoeTextModel(PretrainedModel):
     """The decoder without its head."""
 
-    def __init__(self, config: Config | TextConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         text = self.config.text_config
         pad = text.pad_token_id if isinstance(text.pad_token_id, int) else None
@@ -104,7 +103,7 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
 
     text_model: type[Qwen3_5MoeTextModel] = Qwen3_5MoeTextModel
 
-    def __init__(self, config: Config | TextConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         text = self.config.text_config
         self.model: Any = self._build()
