@@ -212,7 +212,11 @@ def _number(name: str, argument: Any, fallback: Any) -> float | None:
     value = fallback if argument is None else argument
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    try:
+        finite = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        finite = False
+    if not finite:
         raise ValueError(f"{name} must be a finite number, got {short(value)}")
     return float(value)
 
