@@ -104,8 +104,8 @@ def write_checkpoint(
     tensor bytes of every written piece.
     """
     shards = split(entries, limit)
-    with replacing(path, config, sum(entry.nbytes for entry in entries)) as new:
-        files = new.shard_names(len(shards))
+    with replacing(path, config, sum(entry.nbytes for entry in entries), len(shards), others) as new:
+        files = new.names
         metadata = {"format": "pt", SAVE_ID: new.save_id}
         for file, shard in zip(files, shards, strict=True):
             new.write(file, _contents(shard, metadata, wrote))
@@ -115,7 +115,7 @@ def write_checkpoint(
             parameters = sum(entry.numel for entry in entries if not entry.name.endswith(SCALE))
             counts = {"total_size": sum(entry.nbytes for entry in entries), "total_parameters": parameters}
             index = json_bytes({"metadata": counts | {SAVE_ID: new.save_id}, "weight_map": weight_map})
-        new.commit(files, index, others)
+        new.commit(index)
 
 
 def bytes_of(size: int | str) -> int:
@@ -233,9 +233,11 @@ def _data(entry: Entry) -> Iterator[memoryview]:
 
 
 def _generation_config(model: nn.Module) -> dict[str, bytes]:
+    """The model's defaults of `generate`. Those that only repeat config.json are not written: the folder may have a file."""
     settings: Any = getattr(model, "generation_config", None)
-    if hasattr(settings, "to_dict"):
-        settings = settings.to_dict()
+    if settings is None or not getattr(settings, "changed", True):
+        return {}
+    settings = settings.to_diff_dict() if hasattr(settings, "to_diff_dict") else settings
     return {GENERATION_CONFIG: json_bytes(settings)} if isinstance(settings, dict) else {}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen35moe.cache.layout import TokenLayout
-from qwen35moe.config import Config, ConfigError, TextConfig
+from qwen35moe.config import ConfigError
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
 from qwen35moe.models.inputs import check
@@ -40,7 +40,7 @@ class Qwen3_5MoeModel(PretrainedModel):
 
     text_model: type[Qwen3_5MoeTextModel] = Qwen3_5MoeTextModel
 
-    def __init__(self, config: Config | TextConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         if self.config.vision_config is None:
             raise ConfigError(f"{type(self).__name__} needs a vision_config; for text alone take the ...ForCausalLM class")
@@ -51,6 +51,10 @@ class Qwen3_5MoeModel(PretrainedModel):
     def get_input_embeddings(self) -> torch.nn.Embedding:
         """The token embedding."""
         return self.language_model.embed_tokens
+
+    def get_decoder(self) -> Qwen3_5MoeTextModel:
+        """The decoder."""
+        return self.language_model
 
     @takes(MultimodalInputs)
     def forward(self, inputs: MultimodalInputs) -> ModelOutput:
@@ -137,6 +141,9 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
     """The tower, the decoder and its head. Arguments are named as Hugging Face's processors name what they return."""
 
     body: type[Qwen3_5MoeModel] = Qwen3_5MoeModel
+    input_modalities = ("text", "image", "video")
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _no_split_modules = ("DecoderLayer", "VisionBlock")
 
     def _build(self) -> PretrainedModel:
         return self.body(self.config)
@@ -155,7 +162,7 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
         """The decoder."""
         return self.model.language_model
 
-    def tie_weights(self) -> None:
+    def tie_weights(self, missing_keys: Any = None, recompute_mapping: bool = True) -> None:
         """Shares the embedding with the head where the whole configuration has tie_word_embeddings."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
