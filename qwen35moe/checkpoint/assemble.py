@@ -110,12 +110,12 @@ class Match:
     copies: list[tuple[StoredTensor, StoredTensor]]
 
 
-def parameters_of(model: nn.Module) -> list[ModelParameter]:
+def parameters_of(model: nn.Module, every_name: bool = False) -> list[ModelParameter]:
     """The parameters of a model in the order of its state_dict; tied ones once, with all their names. Unfused experts
-    count as the grouped parameters that they are views of."""
+    count as the grouped parameters that they are views of. every_name: also the names of a module that is used twice."""
     parameters: dict[int, ModelParameter] = {}
     unfused: tuple[str, ...] = ()
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=not every_name):
         if prefix.startswith(unfused):
             continue
         if isinstance(module, UnfusedExperts):

@@ -31,7 +31,7 @@ from .assemble import Match, ModelParameter, Plan, checked_patterns, ignored_by,
 from .dtypes import FLOATS, checked_dtype, name_of
 from .fill import fill
 from .finite import not_finite
-from .folder import CONFIG, GENERATION_CONFIG, config_file
+from .folder import CONFIG, GENERATION_CONFIG, MAX_SETTINGS_BYTES, config_file
 from .headers import INDEX, SINGLE, Header, StoredTensor, locate, read_headers, read_object
 from .hub import folder_of
 from .plausible import implausible
@@ -42,8 +42,6 @@ from .transfer import read_scales
 from .unsupported import refuse_unsupported
 
 log = logging.getLogger(__name__)
-
-MAX_SETTINGS_BYTES = 2**20  # of a generation_config.json; published ones have 202 bytes
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -181,7 +179,7 @@ def _matched(
     config = selection.of_config(config)
     if config.quantization_config is not None:  # the model is not quantised
         config = config.replace(quantization_config=None)
-    model = _build(cls, config, selection)
+    model = build(cls, config, selection.parts)
     parameters = parameters_of(model)
     _check_parts(cls, parameters, selection)
     matched = match(parameters, header, problems, selection, ignore)
@@ -199,10 +197,10 @@ def _check_depth(config: Config, header: Header) -> None:
         )
 
 
-def _build(cls: type[nn.Module], config: Config, selection: Selection) -> Any:
+def build(cls: type[nn.Module], config: Config, parts: frozenset[str] | None) -> Any:
     """The model on the meta device. A class with optional parts lists them in `optional_parts` and takes parts=, a set
     or None."""
-    options: Any = {"parts": selection.parts} if selection.parts and getattr(cls, "optional_parts", ()) else {}
+    options: Any = {"parts": parts} if parts and getattr(cls, "optional_parts", ()) else {}
     with torch.device("meta"), _Uninitialised():
         return cls(config, **options)
 
