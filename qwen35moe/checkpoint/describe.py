@@ -104,7 +104,9 @@ def _parameters_from(state_dict: Mapping[str, Tensor], model: nn.Module) -> list
         of_model = known.get(name)
         owners = [(model, name)] if of_model is None else of_model.owners
         parameters[name] = ModelParameter(tensor, owners, [name])
-    tied = of_model is not None and _TIED <= set(of_model.names) if (of_model := known.get("lm_head.weight")) else False
+    config, of_model = model.config, known.get("lm_head.weight")
+    tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    tied = tied or (of_model is not None and _TIED <= set(of_model.names))
     head, embedding = (parameters.get(name) for name in ("lm_head.weight", "embed_tokens.weight"))
     if tied and embedding is not None and (head is None or _equal(head.tensor, embedding.tensor)):
         parameters.pop("lm_head.weight", None)
