@@ -248,9 +248,14 @@ def _data(entry: Entry) -> Iterator[memoryview]:
 
 
 def _generation_config(model: nn.Module) -> dict[str, bytes]:
+    """The model's defaults of `generate`. Those that only repeat config.json are not written: the folder may have a file."""
     settings: Any = getattr(model, "generation_config", None)
-    if hasattr(settings, "to_dict"):
-        settings = settings.to_dict()
+    if settings is None or not getattr(settings, "changed", True):
+        return {}
+    for method in ("to_diff_dict", "to_dict"):
+        if hasattr(settings, method):
+            settings = getattr(settings, method)()
+            break
     if not isinstance(settings, dict):
         return {}
     try:
