@@ -233,9 +233,11 @@ def _data(entry: Entry) -> Iterator[memoryview]:
 
 
 def _generation_config(model: nn.Module) -> dict[str, bytes]:
+    """The model's defaults of `generate`. Those that only repeat config.json are not written: the folder may have a file."""
     settings: Any = getattr(model, "generation_config", None)
-    if hasattr(settings, "to_dict"):
-        settings = settings.to_dict()
+    if settings is None or not getattr(settings, "changed", True):
+        return {}
+    settings = settings.to_diff_dict() if hasattr(settings, "to_diff_dict") else settings
     return {GENERATION_CONFIG: json_bytes(settings)} if isinstance(settings, dict) else {}
 
 

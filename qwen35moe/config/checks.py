@@ -148,7 +148,8 @@ def kind(value: Any) -> str:
 
 # ---- fields that are fixed
 
-# May be assigned on a checked config: these are read at each call, or only by other programs.
+# May be assigned on a checked config: these are read at each call, only by other programs, or (the last two) follow a change
+# of the model by a training library, which saving compares with the parameters.
 RUNTIME: dict[str, Check] = {
     "use_cache": flag,
     "output_router_logits": flag,
@@ -156,6 +157,8 @@ RUNTIME: dict[str, Check] = {
     "bos_token_id": token_ids,
     "eos_token_id": token_ids,
     "pad_token_id": token_ids,
+    "vocab_size": whole(),
+    "tie_word_embeddings": flag,
 }
 
 
@@ -172,7 +175,10 @@ def field_names(cls: Any) -> tuple[str, ...]:
 class Fixed:
     """Base class of configurations: the check of every field runs once; later assignments raise and name `replace`."""
 
-    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ("past_key_values",)  # read by transformers' Trainer
+    # Results that transformers' Trainer leaves out of predictions; it adds a list to this list.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "cache", "last_hidden_state", "aux_loss", "router_logits", "routing",
+    ]  # fmt: skip
     is_encoder_decoder: ClassVar[bool] = False
     return_dict = True
     _name_or_path = ""

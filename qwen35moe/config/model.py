@@ -80,7 +80,7 @@ class Config(Fixed):
     def __setattr__(self, name: str, value: Any) -> None:
         if "_closed" in self.__dict__ and name in RUNTIME and name != "return_dict":
             setattr(self.text_config, name, value)
-        else:
+        if "_closed" not in self.__dict__ or name not in RUNTIME or name in ("return_dict", "tie_word_embeddings"):
             super().__setattr__(name, value)
 
     @property
@@ -88,6 +88,7 @@ class Config(Fixed):
         """Text only: the file has no text_config, and tensors are named model.* rather than model.language_model.*"""
         return self.model_type.endswith("_text")
 
+    vocab_size = _of_text("vocab_size")
     dtype = _of_text("dtype")
     use_cache = _of_text("use_cache")
     output_router_logits = _of_text("output_router_logits")

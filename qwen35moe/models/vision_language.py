@@ -52,6 +52,10 @@ class Qwen3_5MoeModel(PretrainedModel):
         """The token embedding."""
         return self.language_model.embed_tokens
 
+    def get_decoder(self) -> Qwen3_5MoeTextModel:
+        """The decoder."""
+        return self.language_model
+
     @takes(MultimodalInputs)
     def forward(self, inputs: MultimodalInputs) -> ModelOutput:
         """Hidden states [B, T, D] of a batch of token rows."""
@@ -137,6 +141,9 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
     """The tower, the decoder and its head. Arguments are named as Hugging Face's processors name what they return."""
 
     body: type[Qwen3_5MoeModel] = Qwen3_5MoeModel
+    input_modalities = ("text", "image", "video")
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _no_split_modules = ("DecoderLayer", "VisionBlock")
 
     def _build(self) -> PretrainedModel:
         return self.body(self.config)
@@ -155,7 +162,7 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
         """The decoder."""
         return self.model.language_model
 
-    def tie_weights(self) -> None:
+    def tie_weights(self, missing_keys: Any = None, recompute_mapping: bool = True) -> None:
         """Shares the embedding with the head where the whole configuration has tie_word_embeddings."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight

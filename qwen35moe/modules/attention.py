@@ -11,12 +11,13 @@ from qwen35moe import ops
 from qwen35moe.cache import KVCache, LayerState
 from qwen35moe.config import TextConfig
 from qwen35moe.modules.context import LayerContext
+from qwen35moe.modules.initialise import Initialised, initialise
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.attention import attention_weights, weighted_values
 from qwen35moe.taps import tap, tapped
 
 
-class GatedAttention(nn.Module):
+class GatedAttention(Initialised):
     """output = W_o (attention(rotary(norm(W_q x)), rotary(norm(W_k x)), W_v x) * sigmoid(gate)).
 
     q_proj gives, per query head, `head_dim` query rows and then `head_dim` gate rows.
@@ -33,6 +34,7 @@ class GatedAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        initialise(self, config.initializer_range)
 
     def forward(
         self, x: Tensor, context: LayerContext, state: LayerState | None = None
@@ -52,6 +54,9 @@ class GatedAttention(nn.Module):
         core, weights = self._attend(query, key, value, context)
         out = self.o_proj((core * gate.sigmoid()).flatten(2))
         return tap(self, "output", out), state, weights
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, key_value_heads={self.groups}, head_dim={self.head_dim}"
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: LayerContext) -> tuple[Tensor, Tensor | None]:
         """softmax(scale * query key^T) value, and the weights if they are returned."""

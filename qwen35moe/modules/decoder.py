@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen35moe import backends
 from qwen35moe.cache import LayerState
@@ -18,12 +18,13 @@ from qwen35moe.config import TextConfig
 from qwen35moe.modules.attention import GatedAttention
 from qwen35moe.modules.context import LayerContext, LayerOutput
 from qwen35moe.modules.gated_deltanet import GatedDeltaNet
+from qwen35moe.modules.initialise import Initialised, initialise
 from qwen35moe.modules.moe import DenseMLP, SparseMoeBlock
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.taps import tap
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Initialised):
     """Layer `index` of the configuration. The mixer is `linear_attn` or `self_attn`; `mlp` is sparse or dense."""
 
     def __init__(self, config: TextConfig, index: int) -> None:
@@ -37,6 +38,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        initialise(self, config.initializer_range)
 
     def forward(
         self, hidden: Tensor, context: LayerContext, state: LayerState | None = None

@@ -5,6 +5,8 @@ project -> short causal convolution -> gated delta rule -> gated norm -> project
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,9 @@ from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.cache.rollback import Segment
 from qwen35moe.config import TextConfig
 from qwen35moe.modules.context import LayerContext
-from qwen35moe.modules.fp32_parameters import FP32Parameters
+from qwen35moe.modules.fp32_parameters import FP32Parameters, new_fp32
 from qwen35moe.modules.hooks import is_plain
+from qwen35moe.modules.initialise import Draws, Initialised, initialise
 from qwen35moe.modules.norm import GatedRMSNorm
 from qwen35moe.ops.attention import weighted_values
 from qwen35moe.ops.attention_map import attention_map
@@ -23,18 +26,28 @@ from qwen35moe.ops.delta_rule import decay_and_beta
 from qwen35moe.taps import tap, tapped
 
 
-class ShortConvolution(nn.Module):
+class ShortConvolution(Initialised):
     """The causal convolution, with its weight [C, 1, W] as published. See `ops.convolution`."""
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, 1, taps))
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        initialise(self, self.initializer_range)
+
+    def draw(self, draws: Draws, std: float) -> None:
+        """uniform(-W^-0.5, W^-0.5)."""
+        bound = self.weight.shape[-1] ** -0.5
+        self.weight.copy_(draws.uniform(self.weight, -bound, bound))
 
     def forward(
         self, x: Tensor, state: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         weight = self.weight.squeeze(1)
         return ops.short_convolution(x, weight, state=state, lengths=lengths, cu_seqlens=cu_seqlens, caller=self)
+
+    def extra_repr(self) -> str:
+        channels, _, taps = self.weight.shape
+        return f"channels={channels}, taps={taps}"
 
 
 class GatedDeltaNet(FP32Parameters):
@@ -56,10 +69,20 @@ class GatedDeltaNet(FP32Parameters):
         self.in_proj_b = nn.Linear(width, self.heads, bias=False)
         self.in_proj_a = nn.Linear(width, self.heads, bias=False)
         self.conv1d = ShortConvolution(config.conv_dim, config.linear_conv_kernel_dim)
-        self.A_log = nn.Parameter(torch.zeros(self.heads))
-        self.dt_bias = nn.Parameter(torch.zeros(self.heads))
+        self.A_log = new_fp32(self.heads)
+        self.dt_bias = new_fp32(self.heads)
         self.norm = GatedRMSNorm(self.value_width, config.rms_norm_eps)
         self.out_proj = nn.Linear(config.value_dim, width, bias=False)
+        initialise(self, config.initializer_range)
+
+    def draw(self, draws: Draws, std: float) -> None:
+        """A = exp(A_log) and the step softplus(dt_bias), see `qwen35moe.modules.initialise`."""
+        self.A_log.copy_(draws.uniform(self.A_log, 1.0 if draws.gates == "ordinary" else 0.01, 16).log())
+        if draws.gates == "transformers":
+            self.dt_bias.fill_(1)
+            return
+        step = draws.uniform(self.dt_bias, math.log(1e-3), math.log(0.1)).exp()
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of this is `step`
 
     def forward(
         self, x: Tensor, context: LayerContext, state: LayerState | None = None
@@ -91,6 +114,9 @@ class GatedDeltaNet(FP32Parameters):
             after = DeltaNetUpdate(conv_state, recurrent_state, recorded)
         out = self.out_proj(tap(self, "normed", normed).flatten(2))
         return tap(self, "output", out), after, weights if context.attentions else None
+
+    def extra_repr(self) -> str:
+        return f"key_heads={self.groups} of {self.key_width}, value_heads={self.heads} of {self.value_width}"
 
     def decode_step(
         self, qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, context: LayerContext, state: DeltaNetState | None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qwen35moe import ops
 from qwen35moe.config import TextConfig
+from qwen35moe.modules.initialise import Draws, Initialised, initialise
 from qwen35moe.ops.experts import Tap, router_choice
 from qwen35moe.routing import ForcedRouting, RouterOutput
 from qwen35moe.taps import tap, tapped
@@ -20,14 +21,15 @@ from qwen35moe.taps import tap, tapped
 _EXPERT_VALUES = ("expert_in", "expert_act", "expert_out")
 
 
-class MLP(nn.Module):
+class MLP(Initialised):
     """down (silu(gate x) * up x)."""
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, std: float = 0.02) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
+        initialise(self, std)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D]; returns [..., D]."""
@@ -39,39 +41,58 @@ class DenseMLP(MLP):
 
     def __init__(self, config: TextConfig) -> None:
         assert config.intermediate_size is not None  # checked by the configuration of a dense model
-        super().__init__(config.hidden_size, config.intermediate_size)
+        super().__init__(config.hidden_size, config.intermediate_size, config.initializer_range)
 
     def forward(self, x: Tensor) -> Tensor:
         return tap(self, "output", super().forward(x))
 
 
-class Router(nn.Module):
+class Router(Initialised):
     """weight [E, D]; hidden [N, D] to logits [N, E], weights [N, k] and indices [N, k]. See `ops.router`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        initialise(self, config.initializer_range)
+
+    def draw(self, draws: Draws, std: float) -> None:
+        """normal(0, std)."""
+        draws.normal(self.weight, std)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return ops.router(hidden, self.weight, top_k=self.top_k, caller=self)
 
+    def extra_repr(self) -> str:
+        experts, width = self.weight.shape
+        return f"num_experts={experts}, hidden_size={width}, top_k={self.top_k}"
 
-class Experts(nn.Module):
+
+class Experts(Initialised):
     """All experts of a layer: gate_up_proj [E, 2F, D] (gate rows first), down_proj [E, D, F]. See `ops.experts`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         experts, inner, width = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate_up_proj = nn.Parameter(torch.zeros(experts, 2 * inner, width))
-        self.down_proj = nn.Parameter(torch.zeros(experts, width, inner))
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+        initialise(self, config.initializer_range)
+
+    def draw(self, draws: Draws, std: float) -> None:
+        """normal(0, std)."""
+        draws.normal(self.gate_up_proj, std)
+        draws.normal(self.down_proj, std)
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, tap: Tap | None = None) -> Tensor:
         """hidden [N, D], indices and weights [N, k]; returns [N, D]. tap: see `ops.experts.by_expert`."""
         return ops.experts(hidden, self.gate_up_proj, self.down_proj, indices, weights, tap=tap, caller=self)
 
+    def extra_repr(self) -> str:
+        experts, width, inner = self.down_proj.shape
+        return f"num_experts={experts}, hidden_size={width}, intermediate_size={inner}"
 
-class SparseMoeBlock(nn.Module):
+
+class SparseMoeBlock(Initialised):
     """y = experts(x) + sigmoid(w_s x) * shared_expert(x)."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
@@ -79,8 +100,9 @@ class SparseMoeBlock(nn.Module):
         self.layer = layer
         self.gate = Router(config)
         self.experts: nn.Module = Experts(config)  # or UnfusedExperts
-        self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
+        self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size, config.initializer_range)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        initialise(self, config.initializer_range)
 
     def route(self, hidden: Tensor, forced: ForcedRouting | None = None) -> RouterOutput:
         """The router's choice for hidden [N, D], or that of `forced`."""
