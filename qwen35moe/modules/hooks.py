@@ -1,12 +1,19 @@
-"""Checks whether a fused implementation may compute what modules and methods would, without calling them."""
+"""How a module runs its submodules: whether a fused implementation may compute what they would, and in which dtype they run.
+
+A module in another dtype than its input runs in the dtype of its own weights: a float32 router, mixer or projection in a
+bfloat16 model computes in float32. The residual stream and the cache keep their dtypes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+_ORDINARY = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 # Hooks of every module of the process. The dicts are never rebound, so that this is one look at each.
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
@@ -22,7 +29,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    return "forward" not in own and "__call__" not in own and "parametrizations" not in module._modules and not any(_GLOBAL_HOOKS)
+    return "forward" not in own and "parametrizations" not in module._modules and not any(_GLOBAL_HOOKS)
 
 
 def keeps(module: nn.Module, kind: type[nn.Module], methods: Iterable[str]) -> bool:
@@ -37,3 +44,23 @@ def _inherits(cls: type[nn.Module], kind: type[nn.Module]) -> bool:
     """Whether a subclass of `kind` replaces no method that its forward may run."""
     names = ("forward", "__call__", "_call_impl", "__getattr__")
     return all(getattr(cls, name, None) is getattr(kind, name, None) for name in names)
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), with x in the dtype of its weight."""
+    weight: Any = linear._parameters.get("weight")
+    if weight is not None and weight.dtype is x.dtype:
+        return linear(x)
+    if weight is None:
+        weight = getattr(linear, "weight", None)  # of an adapter around a Linear, or a parametrized one
+    return linear(in_dtype_of(weight, x))
+
+
+def in_dtype_of(weight: Any, x: Tensor) -> Tensor:
+    """x in the dtype of a weight, except under autocast, which chooses the dtype, and for the codes of a quantised weight."""
+    if not isinstance(weight, Tensor) or weight.dtype is x.dtype or not {weight.dtype, x.dtype} <= _ORDINARY:
+        return x
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x
+    return x.to(weight.dtype)
