@@ -33,14 +33,16 @@ class Cache:
     written in place and never reallocated. record=n makes the last n tokens available to `rollback`. `cache[i]` is the
     state of layer i, to read and to edit: `.key` and `.value`, or `.conv_state` and `.recurrent_state`, see `LayerView`.
     devices: one per layer, for a model on several devices. dtype: of keys, values and conv_state, whatever autocast does; a
-    recurrent_state is float32 or wider. The cache keeps the ids of its tokens, see `check_prompt`.
+    recurrent_state is float32 or wider. The cache keeps the ids of its tokens, see `check_prompt`. config: the model's, or
+    any kind of configuration that `Config.of` reads.
     """
 
     def __init__(
-        self, config: TextConfig, batch_size: int, *, max_length: int | None = None, record: int = 0,
+        self, config: Any, batch_size: int, *, max_length: int | None = None, record: int = 0,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
         devices: Sequence[torch.device] | None = None,
     ) -> None:
+        config = TextConfig.of(config)
         if batch_size < 1 or record < 0 or (max_length is not None and max_length < 1):
             raise ValueError(f"a cache needs {batch_size=} >= 1, {max_length=} >= 1 or None, and {record=} >= 0")
         self.config, self.max_length, self.record, self.dtype = config, max_length, record, dtype
