@@ -12,23 +12,22 @@
     model.forward(input_ids=ids)
 
 Each argument is named, typed and described once, and passed on as part of the value. Type checkers, `help` and
-`inspect.signature` (which the Trainer and peft read) see the fields; transformers' keywords are translated
-(`qwen35moe.compat`), and an unknown keyword is a TypeError.
+`inspect.signature` (which the Trainer and peft read) see the fields; transformers' keywords of a table are
+translated, and an unknown keyword is a TypeError.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from qwen35moe.compat import read_keywords
-from qwen35moe.compat.forward import FORWARD
+from qwen35moe.compat import Keyword, read_keywords
 
 P = ParamSpec("P")
 First = TypeVar("First")
@@ -45,27 +44,30 @@ NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch
 
 def takes(
     kind: Callable[P, Value],
+    table: Iterable[Keyword] = (),
 ) -> Callable[[Callable[[First, Value], Result]], Callable[Concatenate[First, P], Result]]:
     """Makes a function (self, value of the dataclass `kind`) a function (self, fields of `kind`).
 
-    ValueError for anything but a tensor in a field annotated `Tensor | None`.
+    table: transformers' keywords that it takes too (`qwen35moe.compat`). None in a field whose type has no None stands for its
+    default. ValueError for anything but a tensor in a field annotated `Tensor | None`.
     """
     items = fields(kind)  # pyright: ignore[reportArgumentType]
     names = tuple(item.name for item in items)
     tensors = frozenset(item.name for item in items if item.type == "Tensor | None") | {"logits_to_keep"}
-    defaults = {item.name: item.default for item in items if isinstance(item.default, bool | int)}
+    defaults = {item.name: item.default for item in items if isinstance(item.default, bool | int) and "None" not in item.type}
     parameters = inspect.signature(kind).parameters.values()
     positional = tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+    translates = hasattr(kind, "translated")
     public = tuple(item.name for item in items if not item.metadata.get("internal"))
 
     def decorate(function: Callable[[First, Value], Result]) -> Callable[Concatenate[First, P], Result]:
         @functools.wraps(function)
         def with_arguments(first: First, /, *args: P.args, **kwargs: P.kwargs) -> Result:
-            method = f"{type(first).__name__}.{function.__name__}"
+            method = f"{type(first).__name__}.forward" if function.__name__ == "forward" else function.__name__
             given: dict[str, Any] = kwargs
             for name in kwargs:
                 if name not in names:
-                    given = read_keywords(method, FORWARD, kwargs, public)
+                    given = read_keywords(method, table, kwargs, public)
                     break
             if len(args) > len(positional) or any(name in given for name in positional[: len(args)]):
                 raise TypeError(_misplaced(method, len(args), positional, given))
@@ -77,7 +79,7 @@ def takes(
                 elif name in tensors:
                     arguments[name] = _tensor(name, value)
             value: Any = kind(**arguments)  # pyright: ignore[reportCallIssue]
-            return function(first, value.translated(method))
+            return function(first, value.translated(method) if translates else value)
 
         set_signature(with_arguments, function, kind, public)
         return with_arguments

@@ -42,6 +42,20 @@ class DeviceMap:
             return self.layers[int(words[words.index("layers") + 1])]
         return self.head if "lm_head" in words else self.last
 
+    def by_module(self, model: nn.Module) -> dict[str, str | int]:
+        """{name of a module: device}, as transformers' hf_device_map: of embedding, tower, layers, norm and head. A GPU is its
+        number, any other device its name."""
+        devices: dict[str, str | int] = {}
+        for name, _ in model.named_parameters():
+            words = name.split(".")
+            if "visual" in words:
+                words = words[: words.index("visual") + 1]
+            else:
+                words = words[: words.index("layers") + 2] if "layers" in words else words[:-1]
+            device = self.of(name)
+            devices[".".join(words)] = device.index if device.type == "cuda" and device.index is not None else str(device)
+        return devices
+
     def __str__(self) -> str:
         parts = []
         for device in dict.fromkeys(self.layers):
