@@ -73,11 +73,6 @@ def read_keywords(
     return read
 
 
-def _same(first: object, second: object) -> bool:
-    """Whether two values are one; two tensors are only if they are the same object."""
-    return first is second or (not hasattr(first, "shape") and not hasattr(second, "shape") and first == second)
-
-
 def unknown_keyword(method: str, name: str, names: Collection[str]) -> str:
     """The message for a keyword that nobody knows, with the nearest name if there is one."""
     near = difflib.get_close_matches(name, list(names), n=1)

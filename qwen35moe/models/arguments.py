@@ -12,8 +12,8 @@
     model.forward(input_ids=ids)
 
 Each argument is named, typed and described once, and passed on as part of the value. Type checkers, `help` and
-`inspect.signature` (which the Trainer and peft read) see the fields; transformers' keywords of a table are
-translated, and an unknown keyword is a TypeError.
+`inspect.signature` (which the Trainer and peft read) see the fields; transformers' keywords of a table
+are translated, and an unknown keyword is a TypeError.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def takes(
     items = fields(kind)  # pyright: ignore[reportArgumentType]
     names = tuple(item.name for item in items)
     tensors = frozenset(item.name for item in items if item.type == "Tensor | None") | {"logits_to_keep"}
-    defaults = {item.name: item.default for item in items if isinstance(item.default, bool | int) and "None" not in item.type}
+    defaults = {item.name: item.default for item in items if isinstance(item.default, bool | int) and "None" not in str(item.type)}
     parameters = inspect.signature(kind).parameters.values()
     positional = tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
     translates = hasattr(kind, "translated")

@@ -111,7 +111,6 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
 
     text_model: type[Qwen3_5MoeTextModel] = Qwen3_5MoeTextModel
     body_inputs: type[TextInputs] = TextInputs  # the arguments that `model` takes
-    accepts_loss_kwargs = True  # for the Trainer: labels with num_items_in_batch give the sum over labels divided by it
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -169,6 +168,7 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
         hidden, balance = results.pop("last_hidden_state"), results.pop("balancing_loss", None)
         targets = None
         if inputs.labels is not None:
+            layout = layout if self.device_map is None else layout.to(hidden.device)
             targets = next_tokens(inputs.labels.to(hidden.device), layout)
         if self.device_map is not None:
             hidden = hidden.to(self.device_map.head)

@@ -230,12 +230,10 @@ def test_unknown_keywords_suggest_the_nearest_name(model: Any, name: str, near: 
 
 
 def test_what_the_trainer_reads() -> None:
-    """It keeps the columns of the signature, takes every parameter with "label" in its name for labels, and asks whether the
-    loss is divided by num_items_in_batch."""
+    """It keeps the columns of the signature, and takes every parameter with "label" in its name for labels."""
     parameters = inspect.signature(Qwen3_5MoeForCausalLM.forward).parameters
     assert [name for name in parameters if "label" in name] == ["labels"]
     assert {"input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "num_items_in_batch"} <= parameters.keys()
-    assert Qwen3_5MoeForCausalLM.accepts_loss_kwargs is True
 
 
 def test_the_processors_output_fits_the_text_class(model: Any) -> None:
