@@ -54,7 +54,7 @@ def takes(
     items = fields(kind)  # pyright: ignore[reportArgumentType]
     names = tuple(item.name for item in items)
     tensors = frozenset(item.name for item in items if item.type == "Tensor | None") | {"logits_to_keep"}
-    defaults = {item.name: item.default for item in items if isinstance(item.default, bool | int) and "None" not in str(item.type)}
+    defaults = frozenset(item.name for item in items if item.default is not None and "None" not in str(item.type))
     parameters = inspect.signature(kind).parameters.values()
     positional = tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
     translates = hasattr(kind, "translated")
