@@ -104,7 +104,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
     "Loss": (
         Line("labels shifted to their predictions", "shift_labels", "labels[:, 1:]"),
         Line("cross entropy: mean of -log softmax(logits)[label]", "ops/losses.py:cross_entropy", "F.cross_entropy("),
-        Line("the same without the logits in memory", "chunked_linear_cross_entropy", "checkpoint(linear_cross_entropy"),
+        Line("the same without the logits in memory", "chunked_linear_cross_entropy", "_summed(hidden, weight, labels.long())"),
     ),
     "Vision": (
         Line("W_patch pixels + b", "_Projection.forward", "F.linear("),
