@@ -117,12 +117,12 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("token = W_2 gelu(W_1 [norm(y_1), ..., norm(y_mm)])", "PatchMerger.forward", "self.linear_fc2("),
     ),
     "Sampling": (
-        Line("logits / temperature", "ops/sampling.py:temperature", "/ value"),
+        Line("logits / temperature", "ops/sampling.py:temperature", "scaled = x / value"),
         Line("top-k", "ops/sampling.py:top_k", "masked_fill("),
         Line("top-p: the smallest set with probability ≥ p", "ops/sampling.py:top_p", "<= 1 - p"),
         Line("min-p: p_i ≥ p · max p", "ops/sampling.py:min_p", "probability.amax("),
         Line("repetition penalty", "ops/sampling.py:repetition_penalty", "x * penalty"),
-        Line("presence penalty", "ops/sampling.py:presence_penalty", "penalty * generated"),
+        Line("presence penalty", "ops/sampling.py:presence_penalty", "torch.where(generated, x - penalty"),
         Line("the draw: first i with p_1 + ... + p_i > u", "ops/sampling.py:sample", "torch.searchsorted("),
     ),
 }
