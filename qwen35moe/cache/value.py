@@ -10,7 +10,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,14 +44,15 @@ class Cache:
     max_length: None for a growing cache (by doubling; gradients flow through it), a number for a static one, which is
     written in place and never reallocated. record=n makes the last n tokens available to `rollback`. `cache[i]` is the
     state of layer i, to read and to assign: `.key` and `.value`, or `.conv_state` and `.recurrent_state`. devices: one per
-    layer, for a model on several devices.
+    layer, for a model on several devices. config: the model's, or any kind of configuration that `Config.of` reads.
     """
 
     def __init__(
-        self, config: TextConfig, batch_size: int, *, max_length: int | None = None, record: int = 0,
+        self, config: Any, batch_size: int, *, max_length: int | None = None, record: int = 0,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
         devices: Sequence[torch.device] | None = None,
     ) -> None:
+        config = TextConfig.of(config)
         if batch_size < 1 or record < 0 or (max_length is not None and max_length < 1):
             raise ValueError(f"a cache needs {batch_size=} >= 1, {max_length=} >= 1 or None, and {record=} >= 0")
         self.config, self.max_length, self.record = config, max_length, record

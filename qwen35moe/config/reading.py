@@ -25,6 +25,8 @@ TOP_KEYS = ("model_type", "architectures", "image_token_id", "video_token_id", "
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a config.json, or in the config.json of a folder. Its size is checked before it is read."""
     file = Path(path).expanduser()
+    if not os.fspath(path):  # Path("") is the current folder
+        raise ConfigError("the path of the configuration is empty: name a folder with config.json")
     try:
         if file.is_dir():
             file = _config_in(file)
@@ -32,8 +34,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     except UnreadableFile as error:
         if error.kind in ("unreadable file", "missing file"):
             raise ConfigError(
-                f"no configuration at {shown(str(file))}: {error or 'there is no such file'}. Config does not download files; "
-                "for the sizes of a published model use Config.preset(name)"
+                f"no configuration at {shown(str(file))}: {error or 'there is no such file'}. Config does not download files: "
+                "AutoConfig.from_pretrained does, and Config.preset(name) has the published sizes"
             ) from None
         raise ConfigError(f"{shown(str(file))} is not valid JSON: {shown(str(error), 200)}") from None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen35moe import backends
 from qwen35moe.cache import Cache
 from qwen35moe.compat.generate import GENERATE
-from qwen35moe.config import Config, ConfigError, GenerationConfig, TextConfig
+from qwen35moe.config import Config, ConfigError, GenerationConfig
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 from qwen35moe.models.for_libraries import ForLibraries
@@ -30,10 +30,10 @@ class PretrainedModel(ForLibraries, Initialised):
 
     dense = False
 
-    def __init__(self, config: Config | TextConfig) -> None:
+    def __init__(self, config: Any) -> None:
+        """config: a Config or TextConfig, a dict with the contents of config.json, or a configuration of transformers."""
         super().__init__()
-        if isinstance(config, TextConfig):
-            config = Config(text_config=config)
+        config = Config.of(config)
         if config.text_config.is_moe == self.dense:
             kind, other = ("dense", "Qwen3_5Moe") if self.dense else ("MoE", "Qwen3_5")
             raise ConfigError(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from qwen35moe import ops
 from qwen35moe.cache.layout import TokenLayout
-from qwen35moe.config import Config, TextConfig
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
 from qwen35moe.models.for_libraries import HeadForLibraries
@@ -19,6 +18,7 @@ from qwen35moe.models.inputs import CausalLMInputs, TextInputs, check, forced_ro
 from qwen35moe.models.outputs import DecoderOutput, LossOutput, ModelOutput
 from qwen35moe.modules.context import LayerContext, LayerOutput
 from qwen35moe.modules.decoder import DecoderLayer
+from qwen35moe.modules.embedding import Embedding
 from qwen35moe.modules.initialise import initialise, leave_inference_mode
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.balancing import load_balancing_loss
@@ -32,14 +32,14 @@ from qwen35moe.taps import tap
 class Qwen3_5MoeTextModel(PretrainedModel):
     """The decoder without its head."""
 
-    def __init__(self, config: Config | TextConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         text = self.config.text_config
         pad = text.pad_token_id if isinstance(text.pad_token_id, int) else None
         if pad is not None and not -text.vocab_size <= pad < text.vocab_size:
             pad = None  # the embedding has no row of this id
         # padding_idx: this row gets no gradient (as in transformers)
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size, padding_idx=pad)
+        self.embed_tokens = Embedding(text.vocab_size, text.hidden_size, padding_idx=pad)
         self.layers = nn.ModuleList(DecoderLayer(text, index) for index in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         # The layers' numbers in the checkpoint, for routing and named values: a model may have some of its layers only.
@@ -104,7 +104,7 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
 
     text_model: type[Qwen3_5MoeTextModel] = Qwen3_5MoeTextModel
 
-    def __init__(self, config: Config | TextConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         text = self.config.text_config
         self.model: Any = self._build()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.compat.generate import GENERATE
-from qwen35moe.config import Config, ConfigError, TextConfig
+from qwen35moe.config import ConfigError
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
 from qwen35moe.models.generation_inputs import MultimodalGenerateInputs, MultimodalStreamInputs, StreamInputs, keywords
@@ -43,7 +43,7 @@ class Qwen3_5MoeModel(PretrainedModel):
 
     text_model: type[Qwen3_5MoeTextModel] = Qwen3_5MoeTextModel
 
-    def __init__(self, config: Config | TextConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         if self.config.vision_config is None:
             raise ConfigError(f"{type(self).__name__} needs a vision_config; for text alone take the ...ForCausalLM class")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen35moe import backends, ops
-from qwen35moe.config import Config, VisionConfig
+from qwen35moe.config import VisionConfig
 from qwen35moe.modules.hooks import is_plain
 from qwen35moe.modules.initialise import Draws, Initialised, initialise, leave_inference_mode
 from qwen35moe.ops.precision import wide_dtype, widen
@@ -163,12 +164,10 @@ class PatchMerger(Initialised):
 class Qwen3_5MoeVisionModel(Initialised):
     """The vision tower, the same for mixture-of-experts and dense models."""
 
-    def __init__(self, config: VisionConfig | Config) -> None:
+    def __init__(self, config: Any) -> None:
+        """config: a VisionConfig, the whole model's, a dict with the contents of either, or those of transformers."""
         super().__init__()
-        vision = config.vision_config if isinstance(config, Config) else config
-        if vision is None:
-            raise ValueError("this configuration has no vision_config: it is that of a text model")
-        self.config = vision
+        self.config = vision = VisionConfig.of(config)
         self.patch_embed = PatchEmbed(vision)
         self.pos_embed = nn.Embedding(vision.num_position_embeddings, vision.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(vision) for _ in range(vision.depth))
