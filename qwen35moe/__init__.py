@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # name -> the module that defines it; None if the name is a module.
 _HOMES: dict[str, str | None] = {
     "Config": "config",
+    "GenerationConfig": "config",
     "TextConfig": "config",
     "VisionConfig": "config",
     "Cache": "cache",
@@ -56,6 +57,7 @@ __all__ = [
     "AutoTokenizer",
     "Cache",
     "Config",
+    "GenerationConfig",
     "Processor",
     "Qwen3_5ForCausalLM",
     "Qwen3_5ForConditionalGeneration",
@@ -81,7 +83,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import backends, taps
     from .cache import Cache
-    from .config import Config, TextConfig, VisionConfig
+    from .config import Config, GenerationConfig, TextConfig, VisionConfig
     from .loading import (
         AutoConfig,
         AutoModel,
@@ -109,9 +111,8 @@ else:  # hidden from type checkers, for which any misspelt name would be Any
     def __getattr__(name: str) -> Any:
         """Import the module that defines `name` (PEP 562) and store the value in this module."""
         if name not in _HOMES:
-            from .names import unknown_attribute
-
-            raise AttributeError(unknown_attribute(name, _HOMES), name=name, obj=sys.modules[__name__])
+            message = importlib.import_module(f"{__name__}.names").unknown_attribute(name, _HOMES)
+            raise AttributeError(message, name=name, obj=sys.modules[__name__])
         home = _HOMES[name]
         module = importlib.import_module(f"{__name__}.{home or name}")
         value = getattr(module, name) if home else module

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 # Names that scripts for transformers import beside the model, and what takes their place.
 _INSTEAD = {
-    "GenerationConfig": "pass its settings to model.generate(...), or a transformers.GenerationConfig as generation_config=",
     "TextStreamer": "use transformers.TextStreamer(tokenizer) as streamer=, or model.stream(...)",
     "TextIteratorStreamer": "use transformers.TextIteratorStreamer(tokenizer) as streamer=, or model.stream(...)",
     "Trainer": "use transformers.Trainer: it trains these models",
@@ -31,9 +30,8 @@ _INSTEAD = {
     "TextGenerationPipeline": 'use qwen35moe.pipeline("text-generation", model=...)',
 }
 _HEADS = re.compile(r".*For(SequenceClassification|TokenClassification|QuestionAnswering|MaskedLM|Seq2SeqLM|.*Classification)$")
-_FAMILY = re.compile(r"Qwen3_?5(Moe)?(Text|Vision)?(Config|Processor|Tokenizer(?:Fast)?|ForCausalLM|ForConditionalGeneration|Model"
-                     r"|TextModel|VisionModel|PreTrainedModel|.*)?$")  # fmt: skip
-_OTHER = re.compile(r"(Qwen(?:2|2_5|3|4)|Llama|Mistral|Mixtral|Gemma|DeepseekV)[A-Za-z0-9_]*(Model|LM|Generation|Config|Processor)$")
+_FAMILY = re.compile(r"Qwen3_?5(Moe)?(Text|Vision)?(.*)$")
+_OTHER = re.compile(r"(Qwen[234]|Llama|Mistral|Mixtral|Gemma|Deepseek)\w*(Model|LM|Generation|Config|Processor)$")
 
 
 def unknown_attribute(name: str, known: Iterable[str]) -> str:
@@ -47,7 +45,7 @@ def unknown_attribute(name: str, known: Iterable[str]) -> str:
         return f"{start}: use qwen35moe.{part}, which serves mixtures of experts and dense models"
     if match and match[3] in ("Processor", "Tokenizer", "TokenizerFast"):
         return f"{start}: use qwen35moe.Auto{match[3].removesuffix('Fast')}"
-    if match and match[3] == "VisionModel" or name == "Qwen3_5VisionModel":
+    if match and match[2] == "Vision" and match[3] == "Model":
         return f"{start}: use qwen35moe.Qwen3_5MoeVisionModel, the tower of both families"
     if _HEADS.match(name):
         return f"{start}: there are no classification heads here; put one on qwen35moe.AutoModel"
@@ -55,5 +53,6 @@ def unknown_attribute(name: str, known: Iterable[str]) -> str:
     if near and not (_OTHER.match(name) and not match):
         return f"{start}: did you mean {' or '.join(near)}?"
     if _OTHER.match(name):
-        return f"{start}: it belongs to another architecture; this library has Qwen3.5, as {', '.join(near) or 'AutoModelForCausalLM'}"
+        here = ", ".join(near) or "AutoModelForCausalLM"
+        return f"{start}: it belongs to another architecture; this library has Qwen3.5, as {here}"
     return f"{start}; it has {', '.join(public)}"

@@ -338,7 +338,8 @@ def test_a_file_of_a_folder_is_inside_it(tmp_path: Path) -> None:
     (tmp_path / "link to home").symlink_to(home)  # the folder itself may be a link: its name comes from the user
     assert file_in(tmp_path / "link to home", "file").read_text() == "x"
     kinds = {"out": "outside the folder", "out chain": "outside the folder", "folder out/secret": "outside the folder",
-             "loop": "missing file", "nothing": "missing file", "device": "not a file", "pipe": "not a file", "sub": "not a file",
+             "loop": "missing file", "nothing": "missing file", "device": "not a file", "pipe": "not a file",
+             "sub": "not a file",
              "../outside/secret": "bad file name", str(outside / "secret"): "bad file name", "": "bad file name",
              "a\0b": "bad file name", "\ud800": "missing file"}  # fmt: skip
     for name, kind in kinds.items():

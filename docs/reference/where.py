@@ -104,7 +104,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
     "Loss": (
         Line("labels shifted to their predictions", "shift_labels", "labels[:, 1:]"),
         Line("cross entropy: mean of -log softmax(logits)[label]", "ops/losses.py:cross_entropy", "F.cross_entropy("),
-        Line("the same without the logits in memory", "chunked_linear_cross_entropy", "checkpoint(linear_cross_entropy"),
+        Line("the same without the logits in memory", "chunked_linear_cross_entropy", "_summed(hidden, weight, labels.long())"),
     ),
     "Vision": (
         Line("W_patch pixels + b", "_Projection.forward", "F.linear("),
@@ -117,12 +117,12 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("token = W_2 gelu(W_1 [norm(y_1), ..., norm(y_mm)])", "PatchMerger.forward", "self.linear_fc2("),
     ),
     "Sampling": (
-        Line("logits / temperature", "ops/sampling.py:temperature", "/ value"),
+        Line("logits / temperature", "ops/sampling.py:temperature", "scaled = x / value"),
         Line("top-k", "ops/sampling.py:top_k", "masked_fill("),
         Line("top-p: the smallest set with probability ≥ p", "ops/sampling.py:top_p", "<= 1 - p"),
         Line("min-p: p_i ≥ p · max p", "ops/sampling.py:min_p", "probability.amax("),
         Line("repetition penalty", "ops/sampling.py:repetition_penalty", "x * penalty"),
-        Line("presence penalty", "ops/sampling.py:presence_penalty", "penalty * generated"),
+        Line("presence penalty", "ops/sampling.py:presence_penalty", "torch.where(generated, x - penalty"),
         Line("the draw: first i with p_1 + ... + p_i > u", "ops/sampling.py:sample", "torch.searchsorted("),
     ),
 }

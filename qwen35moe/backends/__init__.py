@@ -18,29 +18,18 @@ The choice of a model (`model.use_backends(...)`) comes before `backends.use(...
 The table, the choices and the open recordings are process-wide. Under `torch.compile` the choice is made when the graph is
 traced, without a log or a record.
 
-operation.py has the decorator and the table, choice.py `use` and activation checkpointing, record.py and report.py the record
-of calls and `describe`, verification.py `verify`, cases.py its arguments.
+operation.py has the decorator and the table, registry.py the doors by name, signature.py and transforms.py what an
+implementation takes and supports, choice.py `use` and activation checkpointing, record.py and report.py the record of calls
+and `describe`, verification.py `verify`, cases.py its arguments.
 """
 
 from __future__ import annotations
 
 from .cases import add_cases, cases
 from .choice import checkpoint, checkpoint_contexts, use
-from .operation import (
-    ALIASES,
-    OPERATIONS,
-    Implementation,
-    Operation,
-    checked_choices,
-    choice_of,
-    implementations,
-    operation,
-    register,
-    resolve,
-    run,
-    unregister,
-)
+from .operation import ALIASES, OPERATIONS, Implementation, Operation, choice_of, operation
 from .record import Call, Ran
+from .registry import checked_choices, implementations, is_builtin, register, resolve, run, unregister
 from .report import describe
 from .verification import Report, verify
 
@@ -60,6 +49,7 @@ __all__ = [
     "choice_of",
     "describe",
     "implementations",
+    "is_builtin",
     "operation",
     "ran",
     "register",

@@ -7,8 +7,11 @@ choices of its forward apply.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,41 +19,82 @@ import torch.utils.checkpoint
 
 from qwen35moe import taps
 
-from .operation import AUTO, CHOICES, checked_choices, current_choices, recomputing, thread
+from .operation import AUTO, CHOICES, current_choices, recomputing, thread
+from .registry import checked_choices
+
+
+@dataclass(eq=False)
+class _Entry:
+    """What one `use` chose for one operation. owner: that `use`, None when nobody can end it any more."""
+
+    name: str
+    owner: Callable[[], use | None]
+    thread: int
+
+    @property
+    def permanent(self) -> bool:
+        """Whether it was a statement, whose `use` is gone."""
+        return self.owner() is None
+
+
+_stacks: dict[str, list[_Entry]] = {}  # operation -> what was chosen before all, then by every `use`, in order
+_lock = threading.RLock()  # around changes of _stacks and CHOICES
 
 
 class use(AbstractContextManager["use"]):
     """Choose implementations by name: `use(experts="sorted", delta_rule="auto")`.
 
-    As a statement it sets the process default; as a context manager it restores the previous choices at the end of the block.
-    Process-wide in both cases: other threads use them too.
+    As a statement it sets the process default; as a context manager its choices end with the block, and with them those of
+    statements inside it. Blocks may overlap (threads, generators, tasks): each end takes back its own choices alone, and the
+    latest of the others applies. Process-wide in both cases: other threads use them too.
     """
 
     def __init__(self, **choices: str) -> None:
         self.choices = checked_choices(choices)
-        self._previous: dict[str, str] | None = None
+        self.entered = False
         self._begin()
 
     def _begin(self) -> None:
-        if self._previous is None:
-            self._previous = {operation: CHOICES.get(operation, AUTO) for operation in self.choices}
-            _apply(self.choices)
+        with _lock:
+            for operation, name in self.choices.items():
+                stack = _stacks.setdefault(operation, [])
+                current = CHOICES.get(operation, AUTO)
+                if not stack or stack[-1].name != current:  # changed by other means than `use`, such as `unregister`
+                    stack[:] = [_Entry(current, lambda: None, 0)]
+                if not any(entry.owner() is self for entry in stack):
+                    stack.append(_Entry(name, weakref.ref(self), threading.get_ident()))
+                while len(stack) > 1 and stack[1].permanent:  # nothing below it can come back
+                    del stack[0]
+                _choose(operation, stack[-1].name)
 
     def __enter__(self) -> use:
+        self.entered = True
         self._begin()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _apply(self._previous or {})
-        self._previous = None
+        self.entered = False
+        with _lock:
+            for operation in self.choices:
+                stack = _stacks.get(operation, [])
+                own = next((i for i, entry in enumerate(stack) if entry.owner() is self), None)
+                if own is None or stack[-1].name != CHOICES.get(operation, AUTO):
+                    continue
+                thread, above = stack[own].thread, stack[own + 1 :]
+                stack[own:] = [entry for entry in above if entry.thread != thread or _entered(entry)]
+                _choose(operation, stack[-1].name)
 
 
-def _apply(choices: Mapping[str, str]) -> None:
-    for operation, name in choices.items():
-        if name == AUTO:
-            CHOICES.pop(operation, None)
-        else:
-            CHOICES[operation] = name
+def _entered(entry: _Entry) -> bool:
+    owner = entry.owner()
+    return owner is not None and owner.entered
+
+
+def _choose(operation: str, name: str) -> None:
+    if name == AUTO:
+        CHOICES.pop(operation, None)
+    else:
+        CHOICES[operation] = name
 
 
 class _Recompute(AbstractContextManager[None]):

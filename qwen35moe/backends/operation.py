@@ -17,9 +17,8 @@ arguments. The definition is last. `register` does the same by names, for users 
 from __future__ import annotations
 
 import importlib
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
@@ -29,6 +28,8 @@ from qwen35moe import taps
 from qwen35moe.taps.active import ACTIVE as ACTIVE_TAPS
 
 from .record import RECORDING, note
+from .signature import checked, equal, of_this_library
+from .transforms import TRANSFORMS, active_transforms, transforming, with_second_derivative
 
 # The public names, in the order of a forward. `qwen35moe.ops` defines exactly these.
 OPERATIONS: tuple[str, ...] = (
@@ -46,7 +47,10 @@ Form = TypeVar("Form", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Implementation:
-    """An implementation of an operation and its requirements. See `register` for the fields."""
+    """An implementation of an operation and its requirements. See `backends.register` for the fields.
+
+    first: the name of the operation's first parameter. absent: parameters with a default that `fn` does not take -> default.
+    """
 
     operation: str
     name: str
@@ -58,12 +62,21 @@ class Implementation:
     slower: Unsupported | None = None
     device: str | None = None
     compiles: bool = True
+    transforms: tuple[str, ...] = TRANSFORMS
+    double_backward: bool = True
+    first: str = "the first argument"
+    absent: Mapping[str, Any] = field(default_factory=dict)
     conditional: bool = field(init=False, default=False)  # False: it supports every call
+    composable: bool = field(init=False, default=False)  # under every transform, differentiable any number of times
+    own: bool = field(init=False, default=False)  # of this library, not registered by others
 
     def __post_init__(self) -> None:
-        needs = (self.unsupported, self.skips, self.missing, self.slower, self.device)
-        conditional = any(needs) or not self.differentiable or not self.compiles
+        composable = self.differentiable and self.double_backward and self.transforms == TRANSFORMS
+        needs = (self.unsupported, self.skips, self.missing, self.slower, self.device, self.absent)
+        conditional = any(needs) or not (self.differentiable and self.compiles and self.transforms == TRANSFORMS)
         object.__setattr__(self, "conditional", conditional)
+        object.__setattr__(self, "composable", composable)
+        object.__setattr__(self, "own", self.fn is None or of_this_library(self.fn))
 
     @property
     def builtin(self) -> bool:
@@ -73,16 +86,21 @@ class Implementation:
     def refusal(self, args: tuple, kwargs: Mapping[str, Any], caller: Any = None) -> str | None:
         """The reason why this implementation cannot run this call, or None."""
         if self.device is not None and args[0].device.type != self.device:
-            return f"{first_parameter(self.operation)} is on {args[0].device}, not on a {self.device.upper()}"
+            return f"{self.first} is on {args[0].device}, not on a {self.device.upper()}"
         if not self.compiles and torch.compiler.is_compiling():
             return "a graph is being compiled"
+        for name, default in self.absent.items():
+            if (value := kwargs.get(name, default)) is not default and not equal(value, default):
+                return f"it does not take {name}="
         if self.unsupported is not None and (reason := self.unsupported(*args, **kwargs)):
             return reason
         if self.missing:
             return self.missing
-        if ACTIVE_TAPS and self.skips and caller is not None and taps.tapped(caller, self.skips):
-            names = ", ".join(name for name in self.skips if taps.tapped(caller, (name,)))
-            return f"a tap reads {names}, which this implementation does not materialise"
+        if ACTIVE_TAPS and self.skips and (reason := self._tapped(kwargs, caller)):
+            return reason
+        if self.transforms is not TRANSFORMS and not torch.compiler.is_compiling() and transforming():
+            if names := [name for name in active_transforms() if name not in self.transforms]:
+                return f"it does not support torch.func's {' and '.join(names)}"
         if not self.differentiable and torch.is_grad_enabled():
             for value in (*args, *kwargs.values()):
                 if isinstance(value, torch.Tensor) and value.requires_grad:
@@ -93,23 +111,41 @@ class Implementation:
         """The reason why "auto" prefers a later implementation although this one supports the call, or None."""
         return self.slower(*args, **kwargs) if self.slower is not None else None
 
+    def _tapped(self, kwargs: Mapping[str, Any], caller: Any) -> str | None:
+        """The reason if an active tap reads a value that it skips. A caller that passes `tap` has asked for its own values,
+        which belong to another module than the caller (those of the experts to the block)."""
+        if kwargs.get("tap") is not None:
+            names = self.skips
+        else:
+            names = () if caller is None else tuple(name for name in self.skips if taps.tapped(caller, (name,)))
+        return f"a tap reads {', '.join(names)}, which this implementation does not materialise" if names else None
+
 
 PassedOver: TypeAlias = "tuple[tuple[Implementation, str, bool], ...]"  # (entry, reason, supported)
+
+
+TABLE: dict[str, Operation[..., Any]] = {}
 
 
 class Operation(Generic[Params, Result]):
     """A definition and its implementations. Calling it runs one of them."""
 
-    def __init__(self, definition: Callable[Params, Result], name: str, composes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, definition: Callable[Params, Result], name: str, composes: Sequence[str], transforms: tuple[str, ...]
+    ) -> None:
         self.name, self.definition = definition.__name__, definition
         self.__name__, self.__doc__, self.__module__ = self.name, definition.__doc__, definition.__module__
         self.__wrapped__ = definition  # for inspect.signature and help()
         self.definition_name, self.composes = name, tuple(composes)
-        self.entries: list[Implementation] = [Implementation(self.name, name, definition)]
-        self.candidates: tuple[Implementation, ...] = tuple(self.entries)  # available on this machine
+        self.entries: list[Implementation] = []
+        self.candidates: tuple[Implementation, ...] = ()  # available on this machine
+        self.replaced = False  # whether "auto" may run an implementation that others have registered
+        self.replaced_parts: tuple[str, ...] = ()  # those of `composes` that are `replaced`
         self.last: Implementation | None = None  # of the last call, and those that were passed over for it
         self.refused: PassedOver = ()
         self.reasons: dict[str, str] = {}  # implementation -> why it was passed over last, for describe()
+        fields = checked(definition, self.name, name, definition, None, None, ())
+        self.assign([Implementation(self.name, name, transforms=transforms, **fields)])
 
     @overload
     def __call__(self, *args: Params.args, **kwargs: Params.kwargs) -> Result: ...
@@ -126,6 +162,8 @@ class Operation(Generic[Params, Result]):
         # is_compiling() comes first: torch.compile would guard on the lists and attributes that follow.
         if not torch.compiler.is_compiling() and (RECORDING or entry is not self.last or refused != self.refused):
             note(self, entry, refused, args, kwargs, caller)
+        if not entry.double_backward and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.twice(entry, args, kwargs)
         return entry.fn(*args, **kwargs)  # type: ignore[misc]
 
     def choose(
@@ -145,6 +183,10 @@ class Operation(Generic[Params, Result]):
                 return self.find(self.definition_name), ()
         refused: PassedOver = ()
         for entry in self.candidates:
+            if self.replaced_parts and entry.own and entry.fn is not self.definition:
+                parts = " and ".join(self.replaced_parts)
+                refused += ((entry, f"it does not call the implementation that was registered for {parts}", True),)
+                continue
             if not entry.conditional:
                 return entry, refused
             reason = entry.refusal(args, kwargs, caller)
@@ -167,6 +209,19 @@ class Operation(Generic[Params, Result]):
             note(self, entry, refused, args, kwargs, caller)
         return entry.fn(*args, **kwargs)  # type: ignore[misc]
 
+    def twice(self, entry: Implementation, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Run an implementation whose backward cannot be differentiated: a second derivative runs a composable one.
+
+        One that others registered may compute something else than the definition, so that it has no second derivative.
+        """
+        others = (
+            other.fn for other in self.candidates
+            if entry.own and other.own and other.composable and not other.refusal(args, kwargs)
+        )
+        what = f"the implementation {entry.name!r} of {self.name}"
+        assert entry.fn is not None
+        return with_second_derivative(what, next(others, None), entry.fn, args, kwargs)
+
     def passed_over(self, refused: PassedOver, chosen: Implementation | None = None) -> PassedOver:
         """`refused` and the implementations missing on this machine, in order of preference, up to `chosen`."""
         reasons = {entry.name: (entry, reason, supported) for entry, reason, supported in refused}
@@ -177,13 +232,15 @@ class Operation(Generic[Params, Result]):
     def implementation(
         self, name: str, unsupported: Unsupported | None = None, *, before: str | None = None, skips: Sequence[str] = (),
         differentiable: bool = True, missing: str | None = None, slower: Unsupported | None = None,
-        device: str | None = None, compiles: bool = True,
+        device: str | None = None, compiles: bool = True, transforms: Sequence[str] = TRANSFORMS, double_backward: bool = True,
     ) -> Callable[[Form], Form]:
         """Decorator: register a function as an implementation, in front of the definition or of `before`. See `register`."""
 
         def add(fn: Form) -> Form:
+            fields = checked(self.definition, self.name, name, fn, unsupported, slower, skips)
+            options = {"device": device, "compiles": compiles, "transforms": transforms, "double_backward": double_backward}
             entry = Implementation(
-                self.name, name, fn, unsupported, tuple(skips), differentiable, missing, slower, device, compiles
+                self.name, name, differentiable=differentiable, missing=missing, **fields, **options  # pyright: ignore
             )
             self.add(entry, before or self.definition_name)
             return fn
@@ -208,6 +265,11 @@ class Operation(Generic[Params, Result]):
         """Replace the list of implementations and the candidates."""
         self.entries = list(entries)
         self.candidates = tuple(entry for entry in self.entries if not entry.missing)
+        first = next((i for i, entry in enumerate(self.candidates) if not entry.conditional), len(self.candidates))
+        self.replaced = any(not entry.own for entry in self.candidates[: first + 1])  # those behind it never run
+        for op in TABLE.values():
+            if op.composes:
+                op.replaced_parts = tuple(name for name in op.composes if name in TABLE and TABLE[name].replaced)
 
     def find(self, name: str) -> Implementation:
         """The implementation of that name; ValueError lists the known ones."""
@@ -225,7 +287,6 @@ class Operation(Generic[Params, Result]):
         return f"<operation {self.name}: {', '.join(entry.name for entry in self.entries)}>"
 
 
-TABLE: dict[str, Operation[..., Any]] = {}
 CHOICES: dict[str, str] = {}  # backends.use: operation -> name; absent means "auto"
 recomputing: list[object] = []  # recomputations in progress; on their threads the choices of their forwards apply
 thread = threading.local()  # .choices: those of the forward that this thread recomputes
@@ -236,26 +297,26 @@ loaded = False  # whether the operations and the optional fast paths have regist
 def operation(definition: Callable[Params, Result], /) -> Operation[Params, Result]: ...
 @overload
 def operation(
-    *, name: str = "torch", composes: Sequence[str] = ()
+    *, name: str = "torch", composes: Sequence[str] = (), transforms: tuple[str, ...] = TRANSFORMS
 ) -> Callable[[Callable[Params, Result]], Operation[Params, Result]]: ...
 
 
-def operation(definition: Any = None, /, *, name: str = "torch", composes: Sequence[str] = ()) -> Any:
+def operation(
+    definition: Any = None, /, *, name: str = "torch", composes: Sequence[str] = (), transforms: tuple[str, ...] = TRANSFORMS
+) -> Any:
     """Decorator: turn a definition into an operation. name: of the definition among the implementations.
 
-    composes: the operations that the definition calls. If an implementation of one of them is chosen by name, the definition
-    runs, because the fused implementations of this operation do not call it.
+    composes: the operations that the definition calls. If an implementation of one of them is chosen by name, or "auto" may run
+    one that others registered, the definition runs: the fused implementations of this operation call neither. transforms: those
+    of torch.func that the definition supports.
     """
-    if definition is None:
-        return lambda function: operation_of(function, name, composes)
-    return operation_of(definition, name, composes)
 
+    def create(definition: Callable[..., Any]) -> Operation[..., Any]:
+        op = Operation(definition, name, composes, transforms)
+        TABLE[op.name] = op
+        return op
 
-def operation_of(definition: Callable[Params, Result], name: str, composes: Sequence[str]) -> Operation[Params, Result]:
-    """Create an operation and add it to the table."""
-    op = Operation(definition, name, composes)
-    TABLE[op.name] = op
-    return op
+    return create if definition is None else create(definition)
 
 
 def choice_of(name: str, caller: Any = None) -> str | None:
@@ -300,6 +361,8 @@ def _load_kernels() -> None:
         if error.name != "qwen35moe_kernels":
             raise
         return
+    from .registry import register  # it imports this module
+
     kernels.register(register)
 
 
@@ -311,76 +374,3 @@ def find_operation(name: str) -> Operation[..., Any]:
     if name not in TABLE:
         prepare()
     return TABLE[name]
-
-
-def first_parameter(name: str) -> str:
-    """The name of an operation's first parameter."""
-    return next(iter(inspect.signature(TABLE[name].definition).parameters))
-
-
-def run(name: str, *args: Any, caller: Any = None, **kwargs: Any) -> Any:
-    """Run the operation `name`, as `ops.<name>(...)` does."""
-    return find_operation(name)(*args, caller=caller, **kwargs)
-
-
-def resolve(name: str, *args: Any, caller: Any = None, **kwargs: Any) -> Implementation:
-    """The implementation that `run` would call with these arguments; ValueError with the reasons if none can run."""
-    return find_operation(name).choose(args, kwargs, caller)[0]
-
-
-def implementations(name: str) -> list[Implementation]:
-    """The implementations of an operation, in order of preference."""
-    op = find_operation(name)
-    prepare()
-    return list(op.entries)
-
-
-def register(
-    operation: str, name: str, fn: Callable[..., Any] | None, unsupported: Unsupported | None = None, *,
-    before: str | None = None, skips: Sequence[str] = (), differentiable: bool = True, missing: str | None = None,
-    slower: Unsupported | None = None, device: str | None = None, compiles: bool = True,
-) -> None:
-    """Add an implementation: last in the order of preference, or in front of the one named `before`.
-
-    unsupported(*args, **kwargs) -> None | reason gets exactly the call's arguments. skips: names of tapped values that it
-    does not materialise; it cannot run while a tap reads one of them. differentiable=False: it cannot run when an input
-    requires a gradient. missing: why it cannot run on this machine with any arguments (fn may then be None); `describe` lists
-    it, and it costs nothing per call. slower(*args, **kwargs) -> None | reason: why a later implementation is faster for these
-    arguments; it applies to "auto", not to a choice by name. device: "cpu" or "cuda", where the first argument must be.
-    compiles=False: it cannot run under torch.compile.
-    """
-    op = find_operation(operation)
-    if not name or name == AUTO:
-        raise ValueError(f"{name!r} cannot be the name of an implementation")
-    if fn is None and not missing:
-        raise ValueError(f"{op.name}: {name!r} has neither a function nor a reason (missing=) for having none")
-    entry = Implementation(
-        op.name, name, fn, unsupported, tuple(skips), differentiable, missing, slower, device, compiles
-    )
-    op.add(entry, before)
-
-
-def unregister(operation: str, name: str) -> None:
-    """Remove an implementation. A choice of it by `backends.use` becomes "auto"; a model that has chosen it raises."""
-    op = find_operation(operation)
-    op.remove(name)
-    if CHOICES.get(op.name) == name:
-        del CHOICES[op.name]
-
-
-def checked_choices(choices: Mapping[str, str]) -> dict[str, str]:
-    """The choices with aliases resolved; ValueError for unknown operations and implementations lists the known ones."""
-    result = {}
-    for operation, name in choices.items():
-        op = find_operation(operation)
-        if name != AUTO:
-            op.find(name)
-        result[op.name] = name
-    return result
-
-
-def tensors(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    """The tensors among a call's arguments, in order."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            yield value

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .operation import OPERATIONS, choice_of, find_operation, implementations
+from .operation import OPERATIONS, choice_of, find_operation
+from .registry import implementations
 
 
 def describe(operation: str | None = None, *args: Any, caller: Any = None, **kwargs: Any) -> str:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .cases import cases
-from .operation import ALIASES, OPERATIONS, Implementation, implementations
+from .operation import ALIASES, OPERATIONS, Implementation
 from .record import columns
+from .registry import implementations
 
 # (forward, backward). float32: the bounds of the chunked delta rule (docs/reference/numerics.md). Half precisions: outputs and
 # a few intermediate values are rounded (2^-9 in bfloat16, 2^-12 in float16): 10 and 20 such roundings.

@@ -111,7 +111,7 @@ def _read(folder: Path, problems: list[Problem], wanted: Callable[[str], bool] |
         header = Header(folder)
         if file is not None:
             header.files = (file,)
-            contents = _read_file(file, SINGLE, problems) or _Contents([], {}, set())
+            contents = read_contents(file, SINGLE, problems) or Contents([], {}, set())
             header.tensors = {tensor.name: tensor for tensor in contents.tensors}
             header.metadata, header.unreadable = contents.metadata, contents.wrong
         return header
@@ -157,7 +157,7 @@ def _read_sharded(folder: Path, problems: list[Problem], wanted: Callable[[str],
             header.unread |= listed
             continue
         file = locate(folder, name, problems)
-        contents = None if file is None else _read_file(file, name, problems)
+        contents = None if file is None else read_contents(file, name, problems)
         if file is None or contents is None:
             continue
         header.files += (file,)
@@ -225,7 +225,7 @@ def parse_object(text: bytes, where: str, problems: list[Problem]) -> dict[str, 
     return value
 
 
-class _Contents(NamedTuple):
+class Contents(NamedTuple):
     """The tensors and the metadata of one file, and the names of its invalid entries."""
 
     tensors: list[StoredTensor]
@@ -233,7 +233,7 @@ class _Contents(NamedTuple):
     wrong: set[str]
 
 
-def _read_file(file: Path, where: str, problems: list[Problem]) -> _Contents | None:
+def read_contents(file: Path, where: str, problems: list[Problem]) -> Contents | None:
     """The contents of one file; None and a problem if the file as a whole is invalid."""
     where = shown(where)
     with file.open("rb") as f:
@@ -258,7 +258,7 @@ def _read_file(file: Path, where: str, problems: list[Problem]) -> _Contents | N
     tensors = [t for name, entry in entries.items() if (t := _tensor(name, entry, file, start, where, problems))]
     if len(problems) == before:  # otherwise the layout would only repeat these problems
         _check_layout(tensors, start, size, where, problems)
-    return _Contents(tensors, metadata, entries.keys() - {tensor.name for tensor in tensors})
+    return Contents(tensors, metadata, entries.keys() - {tensor.name for tensor in tensors})
 
 
 def _tensor(name: str, entry: Any, file: Path, start: int, where: str, problems: list[Problem]) -> StoredTensor | None:

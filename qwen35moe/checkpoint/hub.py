@@ -47,9 +47,12 @@ class HubOptions:
     force_download: bool = False
 
 
+DEFAULTS = HubOptions()
+
+
 def folder_of(
     path: str | os.PathLike[str], *, revision: str | None = None, wanted: Wanted | None = None,
-    required: Sequence[str] = (), optional: Sequence[str] = (), options: HubOptions = HubOptions(),
+    required: Sequence[str] = (), optional: Sequence[str] = (), options: HubOptions = DEFAULTS,
     subfolder: str | os.PathLike[str] | None = None,
 ) -> Path:
     """The folder `path` (of it, `subfolder`); if it does not exist and `path` has the form owner/name, the folder that `fetch`
@@ -83,7 +86,7 @@ def _inside(folder: Path, subfolder: str | os.PathLike[str] | None) -> Path:
 
 def fetch(
     name: str, *, revision: str | None = None, wanted: Wanted | None = None, required: Sequence[str] = (),
-    optional: Sequence[str] = (), options: HubOptions = HubOptions(),
+    optional: Sequence[str] = (), options: HubOptions = DEFAULTS,
 ) -> Path:
     """The folder in the local cache with config.json, the weights, the `required` files, and those of the `optional` files
     that exist. wanted(tensor name): whether a tensor is needed; shards without a needed tensor are not downloaded.

@@ -104,8 +104,8 @@ def write_checkpoint(
     tensor bytes of every written piece.
     """
     shards = split(entries, limit)
-    with replacing(path, config, sum(entry.nbytes for entry in entries)) as new:
-        files = new.shard_names(len(shards))
+    with replacing(path, config, sum(entry.nbytes for entry in entries), len(shards), others) as new:
+        files = new.names
         metadata = {"format": "pt", SAVE_ID: new.save_id}
         for file, shard in zip(files, shards, strict=True):
             new.write(file, _contents(shard, metadata, wrote))
@@ -115,7 +115,7 @@ def write_checkpoint(
             parameters = sum(entry.numel for entry in entries if not entry.name.endswith(SCALE))
             counts = {"total_size": sum(entry.nbytes for entry in entries), "total_parameters": parameters}
             index = json_bytes({"metadata": counts | {SAVE_ID: new.save_id}, "weight_map": weight_map})
-        new.commit(files, index, others)
+        new.commit(index)
 
 
 def bytes_of(size: int | str) -> int:

@@ -23,7 +23,7 @@ SAVING: tuple[Keyword, ...] = (
     Keyword("safe_serialization", neutral=(True,), instead="only safetensors is written", tested_by=_REFUSED),
     Keyword("save_function", neutral=_any, instead="the library writes the files itself", tested_by=_NEUTRAL),
     Keyword("save_peft_format", neutral=_any, instead="an adapter is saved by its own library", tested_by=_NEUTRAL),
-    Keyword("save_original_format", neutral=_any, instead='layout= chooses between the two published forms', tested_by=_NEUTRAL),
+    Keyword("save_original_format", neutral=_any, instead="layout= chooses the form", tested_by=_NEUTRAL),
     Keyword("token", neutral=_any, instead="nothing is uploaded", tested_by=_NEUTRAL),
     Keyword("push_to_hub", neutral=(False,), instead=_UPLOAD, tested_by=_REFUSED),
     Keyword("repo_id", instead=_UPLOAD, tested_by=_REFUSED),

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen35moe.checkpoint.headers import read_headers
-from qwen35moe.checkpoint.hub import BUNDLED, TINY, HubOptions, Wanted, folder_of, no_weights
+from qwen35moe.checkpoint.hub import BUNDLED, DEFAULTS, TINY, HubOptions, Wanted, folder_of, no_weights
 from qwen35moe.checkpoint.names import canonical, part_of
+from qwen35moe.checkpoint.problems import CheckpointError
 from qwen35moe.checkpoint.selection import Selection
 from qwen35moe.compat import short
 from qwen35moe.config import Config
@@ -53,9 +54,10 @@ def load(
     model.loading_report list what is left out. The other arguments are those of
     `Qwen3_5MoeForCausalLM.from_pretrained`, those of transformers included (device_map, torch_dtype, token, ...).
     """
+    from qwen35moe.models.pretrained import kept
     from qwen35moe.processing.text import Tokenizer
 
-    layers, experts = (list(value) if hasattr(value, "__next__") else value for value in (layers, experts))
+    layers, experts = kept(layers), kept(experts)
     selection = Selection.of(layers, experts, parts)
     wanted = None if selection.is_everything else selection.needs
     folder, hub, subfolder = found(name, revision, keywords, wanted=wanted)
@@ -84,7 +86,7 @@ def load(
 
 def load_processor(name: str | os.PathLike[str], *, revision: str | None = None, **keywords: Any) -> Processor:
     """The processor of the model that `load` returns for this name: it turns messages with images and videos into inputs,
-    and generated tokens into replies. keywords: those of `Processor.from_pretrained`, and of the Hub (token, cache_dir, ...)."""
+    and generated tokens into replies. keywords: those of `Processor.from_pretrained`, and of the Hub (token, ...)."""
     from qwen35moe.processing.processor import Processor
 
     return Processor.from_pretrained(found(name, revision, keywords)[0], **keywords)
@@ -125,7 +127,7 @@ def found(
 
 def find(
     name: str | os.PathLike[str], revision: str | None = None, *, wanted: Wanted | None = None,
-    options: HubOptions = HubOptions(), subfolder: str | os.PathLike[str] | None = None,
+    options: HubOptions = DEFAULTS, subfolder: str | os.PathLike[str] | None = None,
 ) -> Path:
     """The folder of a checkpoint. ValueError if there is none. wanted: of a Hub name only these tensors."""
     if not isinstance(name, str | os.PathLike) or not os.fspath(name):
@@ -135,10 +137,11 @@ def find(
     folder = Path(name).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the folder that holds config.json")
-    cached = folder_of(
-        name, revision=revision, wanted=wanted, optional=(TOKENIZER_FILE, *OTHER_FILES),
-        options=options, subfolder=subfolder,
-    )
+    given: Any = {"revision": revision, "wanted": wanted, "optional": OTHER_FILES, "options": options, "subfolder": subfolder}
+    try:  # a tokenizer that is not cached yet is fetched
+        cached = folder_of(name, required=[TOKENIZER_FILE], **given)
+    except CheckpointError:
+        cached = folder_of(name, **given)  # without one
     if not cached.is_dir():
         raise ValueError(f"there is no folder {cached}: give a folder with config.json, a Hub name (owner/name), or {TINY!r}")
     return cached

@@ -177,12 +177,11 @@ class Pipeline:
             return {"generated_text": prompt + written}
         messages = [dict(message) for message in prompt]
         if options.continues(prompt):
-            content = messages[-1]["content"]
-            parts = [*content[:-1], {**content[-1], "text": content[-1]["text"] + written}] if not isinstance(content, str) else None
-            messages[-1] = {**messages[-1], "content": content + written if parts is None else parts}
+            messages[-1]["content"] = _continued(messages[-1]["content"], written)
         else:
             messages.append({"role": "assistant", "content": written})
-        return {"generated_text": messages} if self.processor is None else {"input_text": list(prompt), "generated_text": messages}
+        before = {} if self.processor is None else {"input_text": list(prompt)}
+        return before | {"generated_text": messages}
 
 
 class _Options:
@@ -223,6 +222,13 @@ class _Options:
         if self.continue_final_message is None:
             return messages[-1]["role"] == "assistant"
         return bool(self.continue_final_message)
+
+
+def _continued(content: Any, written: str) -> Any:
+    """The content of a message, a string or a list of parts of which the last one is text, with more text."""
+    if isinstance(content, str):
+        return content + written
+    return [*content[:-1], {**content[-1], "text": content[-1]["text"] + written}]
 
 
 def _length_of(model: Any) -> Any:

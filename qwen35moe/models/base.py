@@ -10,8 +10,11 @@ from torch import Tensor
 
 from qwen35moe import backends
 from qwen35moe.cache import Cache
+from qwen35moe.compat.generate import GENERATE
 from qwen35moe.config import Config, ConfigError, GenerationConfig
+from qwen35moe.models.arguments import takes
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
+from qwen35moe.models.generation_inputs import GenerateInputs, StreamInputs, keywords
 from qwen35moe.models.pretrained import FromPretrained
 from qwen35moe.modules.initialise import Draws, Initialised, draw_module, resets_itself
 from qwen35moe.modules.moe import Experts, SparseMoeBlock
@@ -40,17 +43,19 @@ class PretrainedModel(FromPretrained, Initialised):
 
     # ---------------------------------------------------------------------------------- doors to the upper floors
 
-    def generate(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Prompt and continuation [B, T + new]. Options: see `qwen35moe.generation.generate`."""
+    @takes(GenerateInputs, GENERATE)
+    def generate(self, inputs: GenerateInputs) -> Any:
+        """Prompt and continuation [B, T + new], or a GenerateOutput. See `qwen35moe.generation.generate`."""
         from qwen35moe.generation import generate
 
-        return generate(self, input_ids, attention_mask, **options)
+        return generate(self, **keywords(inputs))
 
-    def stream(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
-        """The new tokens [B], step by step. Options as in `generate`."""
+    @takes(StreamInputs, GENERATE)
+    def stream(self, inputs: StreamInputs) -> Iterator[Tensor]:
+        """The new tokens [B], step by step."""
         from qwen35moe.generation import stream
 
-        return stream(self, input_ids, attention_mask, **options)
+        return stream(self, **keywords(inputs))
 
     # ------------------------------------------------------------------------------------------------- state
 

@@ -112,8 +112,9 @@ def _as_named(model: nn.Module, devices: Mapping[str, str | int | torch.device])
     ValueError where it leaves out a parameter, or does not keep whole layers together with what runs beside them.
     """
     if "disk" in devices.values():
-        raise ValueError('device_map with "disk" is not supported: weights="map" reads a CPU\'s weights from the file as needed')
-    named = {name: chosen_devices([f"cuda:{d}" if type(d) is int else d])[0] for name, d in devices.items()}  # type: ignore[list-item]
+        raise ValueError('device_map with "disk" is not supported: on "cpu", weights="map" reads weights as they are needed')
+    names = {name: f"cuda:{device}" if isinstance(device, int) else device for name, device in devices.items()}
+    named = {name: chosen_devices([device])[0] for name, device in names.items()}
     wanted: dict[str, torch.device] = {}
     for name, _ in model.named_parameters():
         prefixes = [prefix for prefix in named if not prefix or name == prefix or name.startswith(prefix + ".")]

@@ -67,8 +67,8 @@ class FromPretrained(ForLibraries):
         """
         from qwen35moe.checkpoint import load_model
 
-        given = dict(path=path, dtype=dtype, device=device, config=config, revision=revision, layers=_kept(layers),
-                     experts=_kept(experts), parts=_kept(parts), ignore=_kept(ignore), check=check, weights=weights,
+        given = dict(path=path, dtype=dtype, device=device, config=config, revision=revision, layers=kept(layers),
+                     experts=kept(experts), parts=kept(parts), ignore=kept(ignore), check=check, weights=weights,
                      dtype_policy=dtype_policy)  # fmt: skip
         read, fields = read_loading("from_pretrained", given, keywords)
         folder = checkpoint_folder(read)
@@ -85,7 +85,8 @@ class FromPretrained(ForLibraries):
             model.generation_config = read["generation_config"]
         if read.get("attention") not in (None, "auto"):
             model.use_backends(attention=read["attention"])
-        return (model, _loading_info(model)) if read.get("output_loading_info") else model
+        result: Any = (model, _loading_info(model)) if read.get("output_loading_info") else model
+        return result
 
     @classmethod
     def from_config(cls, config: Any, *, dtype: str | torch.dtype | None = None, **keywords: Any) -> Self:
@@ -94,11 +95,12 @@ class FromPretrained(ForLibraries):
         given = dict(dtype=dtype)
         read, fields = read_loading("from_config", given, keywords)
         config = Config.of(config)
-        model = cls(config.replace(**fields) if fields else config)
+        build: Any = cls
+        model = build(config.replace(**fields) if fields else config)
         if read["dtype"] not in (None, "auto"):
             model.to(_dtype(read["dtype"]))
         if read.get("attention") not in (None, "auto"):
-            model.use_backends(attention=read["attention"])  # pyright: ignore[reportAttributeAccessIssue]
+            model.use_backends(attention=read["attention"])
         return model
 
     @classmethod
@@ -154,7 +156,8 @@ def _read(method: str, table: Any, given: dict[str, Any], keywords: dict[str, An
 def checked_path(method: str, path: Any) -> None:
     """ValueError for no path and the empty one, which would be the current folder."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(f"{method}(path={short(path)}): name a folder" + (", or a name on the Hub" if "from" in method else ""))
+        hub = ", or a name on the Hub" if method == "from_pretrained" else ""
+        raise ValueError(f"{method}(path={short(path)}): name a folder{hub}")
 
 
 def checkpoint_folder(read: Mapping[str, Any]) -> Path:
@@ -170,7 +173,7 @@ def checkpoint_folder(read: Mapping[str, Any]) -> Path:
     return folder_of(path, revision=read.get("revision"), wanted=wanted, options=options, subfolder=read.get("subfolder"))
 
 
-def _kept(values: Any) -> Any:
+def kept(values: Any) -> Any:
     """An iterator is read once, and its values are used more than once."""
     return list(values) if hasattr(values, "__next__") else values
 

@@ -18,6 +18,7 @@ from qwen35moe.models.inputs import CausalLMInputs, TextInputs, check, forced_ro
 from qwen35moe.models.outputs import DecoderOutput, LossOutput, ModelOutput
 from qwen35moe.modules.context import LayerContext, LayerOutput
 from qwen35moe.modules.decoder import DecoderLayer
+from qwen35moe.modules.embedding import Embedding
 from qwen35moe.modules.initialise import initialise, leave_inference_mode
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.balancing import load_balancing_loss
@@ -38,7 +39,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         if pad is not None and not -text.vocab_size <= pad < text.vocab_size:
             pad = None  # the embedding has no row of this id
         # padding_idx: this row gets no gradient (as in transformers)
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size, padding_idx=pad)
+        self.embed_tokens = Embedding(text.vocab_size, text.hidden_size, padding_idx=pad)
         self.layers = nn.ModuleList(DecoderLayer(text, index) for index in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         # The layers' numbers in the checkpoint, for routing and named values: a model may have some of its layers only.

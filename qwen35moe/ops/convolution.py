@@ -31,14 +31,24 @@ def short_convolution(
     taps = weight.shape[-1]
     spans = _spans(x, lengths, cu_seqlens)
     dtype = wide_dtype(x, weight)
-    y, states = torch.zeros_like(x, dtype=dtype), []
+    wide = weight.to(dtype)  # once: the gradients of several casts would be summed in the weight's dtype
+    rows: list[list[Tensor]] = [[] for _ in range(x.shape[0])]
+    states = []
     for index, (row, start, end) in enumerate(spans):
         before = x.new_zeros(taps - 1, x.shape[-1]) if state is None else state[index].mT.to(x.dtype)
         inputs = torch.cat([before, x[row, start:end]])
-        total = sum(inputs[w : w + end - start].to(dtype) * weight[:, w].to(dtype) for w in range(taps))
-        y[row, start:end] = F.silu(total)  # pyright: ignore[reportArgumentType]
+        wide_inputs = inputs.to(dtype)
+        total = sum(wide_inputs[w : w + end - start] * wide[:, w] for w in range(taps))
+        rows[row].append(F.silu(total))  # pyright: ignore[reportArgumentType]
         states.append(inputs[inputs.shape[0] - (taps - 1) :].mT)
-    return y.to(x.dtype), torch.stack(states)
+    y = torch.stack([_padded(parts, x) for parts in rows]) if x.numel() else x
+    return y.to(x.dtype), torch.stack(states) if states else x.new_zeros(0, x.shape[-1], taps - 1)
+
+
+def _padded(parts: list[Tensor], x: Tensor) -> Tensor:
+    """One row's outputs, with zeros at the positions of padding: [T, C]."""
+    row = torch.cat(parts)
+    return F.pad(row, (0, 0, 0, x.shape[1] - row.shape[0]))
 
 
 def _spans(x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:

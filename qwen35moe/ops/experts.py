@@ -66,7 +66,7 @@ def unsupported_tap(*args: Tensor, tap: Tap | None = None) -> str | None:
     return None if tap is None else NOT_MATERIALISED
 
 
-@operation(name="loop")
+@operation(name="loop", transforms=("grad", "jvp"))
 def experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Tap | None = None
 ) -> Tensor:

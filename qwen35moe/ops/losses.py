@@ -21,13 +21,19 @@ def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     return shifted
 
 
+def counting_rows(rows: Tensor, labels: Tensor) -> Tensor:
+    """rows [N, D] with zeros where the label is -100: what stands there, NaN too, reaches neither the loss nor a gradient."""
+    return rows.masked_fill((labels == IGNORE)[:, None], 0)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, *, num_items: int | Tensor | None = None) -> Tensor:
     """Mean of -log softmax(logits)[label] over labels other than -100, or their sum over num_items.
 
     logits [N, vocabulary], labels [N]; float32 at least. If all labels are -100, the mean is nan, as in torch.
     """
     reduction = "mean" if num_items is None else "sum"
-    loss = F.cross_entropy(logits.to(wide_dtype(logits)), labels, ignore_index=IGNORE, reduction=reduction)
+    logits = counting_rows(logits.to(wide_dtype(logits)), labels)
+    loss = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction=reduction)
     return loss if num_items is None else loss / num_items
 
 
@@ -36,4 +42,4 @@ def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, num_items: int | Tensor | None = None
 ) -> Tensor:
     """`cross_entropy(hidden weight^T, labels)`. hidden [N, D], weight [vocabulary, D], labels [N]."""
-    return cross_entropy(F.linear(hidden, weight), labels, num_items=num_items)
+    return cross_entropy(F.linear(counting_rows(hidden, labels), weight), labels, num_items=num_items)

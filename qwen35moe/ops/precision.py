@@ -31,7 +31,9 @@ def without_autocast(function: Function) -> Function:
         for x in args:  # the first tensor has the device; a generator would cost another call
             if isinstance(x, Tensor):
                 break
-        kind = x.device.type  # pyright: ignore[reportPossiblyUnboundVariable]
+        else:
+            return function(*args, **options)
+        kind = x.device.type
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return function(*args, **options)
         with torch.autocast(kind, enabled=False):

@@ -66,15 +66,15 @@ class TestAuto:
 @pytest.mark.usefixtures("own_table")
 class TestForcedChoice:
     def test_a_choice_that_cannot_run_is_an_error_with_the_reason(self) -> None:
-        def rule(query: Tensor, key: Tensor) -> Tensor:
+        def rule(query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor) -> Tensor:
             return query
 
-        def unsupported(query: Tensor, key: Tensor) -> str | None:
+        def unsupported(query: Tensor, *_: Tensor, **__: Tensor) -> str | None:
             return None if query.is_cuda else f"query is on {query.device}, not on CUDA"
 
         backends.register("gated_delta_rule", "fake", rule, unsupported)
         with backends.use(delta_rule="fake"), pytest.raises(ValueError) as error:
-            backends.run("gated_delta_rule", torch.ones(2), torch.ones(2))
+            backends.run("gated_delta_rule", *[torch.ones(2)] * 3, decay=torch.ones(2), beta=torch.ones(2))
         assert str(error.value) == "backend='fake' cannot run gated_delta_rule: query is on cpu, not on CUDA"
 
     def test_a_choice_that_is_not_installed_is_an_error_with_the_reason(self, arguments: tuple[Tensor, Tensor]) -> None:

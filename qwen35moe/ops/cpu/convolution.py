@@ -62,7 +62,9 @@ def _shifted_sum(inputs: Tensor, weight: Tensor) -> Tensor:
     return F.silu(total).to(inputs.dtype)
 
 
-@short_convolution.implementation("cpu", before="torch", device="cpu", compiles=False)
+@short_convolution.implementation(
+    "cpu", before="torch", device="cpu", compiles=False, transforms=(), double_backward=False
+)
 def short_convolution_cpu(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -92,6 +94,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, before: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, before)
+        ctx.set_materialize_grads(False)
         work, out = _Sums(x, weight), torch.empty_like(x, memory_format=torch.contiguous_format)
         for start, end in work.blocks():
             total = work.sums(x, before, start, end)
@@ -100,7 +103,9 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return None, None, None
         x, weight, before = ctx.saved_tensors
         work, past = _Sums(x, weight), before.shape[1]
         d_x, d_columns = torch.empty_like(x), torch.zeros_like(work.columns)

@@ -15,7 +15,9 @@ from qwen35moe.ops.precision import without_autocast
 SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")  # tapped values that it does not materialise
 
 
-@delta_net_step.implementation("fused_cpu", device="cpu", compiles=False, skips=SKIPS, differentiable=False)
+@delta_net_step.implementation(
+    "fused_cpu", device="cpu", compiles=False, skips=SKIPS, differentiable=False, transforms=()
+)
 @without_autocast
 def delta_net_step_cpu(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,

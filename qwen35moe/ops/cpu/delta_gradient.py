@@ -267,6 +267,8 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> No
 
 
 def _gradient(ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if d_output is None and d_final_state is None:
+        return (None,) * 8
     boundaries, *tensors = ctx.saved_tensors
     arguments = (d_output, d_final_state, boundaries, *tensors, ctx.chunk)
     *gradients, d_state = torch.ops.qwen35moe.chunked_gated_delta_rule_backward(*arguments)

@@ -17,7 +17,7 @@ from qwen35moe.ops.precision import widen, without_autocast
 CHUNK = 32  # M: smaller chunks need fewer products per token, larger ones fewer calls; 32 is the fastest on CPUs
 
 
-@gated_delta_rule.implementation("chunked_cpu", compiles=False, differentiable=False)
+@gated_delta_rule.implementation("chunked_cpu", compiles=False, differentiable=False, transforms=())
 def chunked_gated_delta_rule_cpu(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
@@ -47,7 +47,7 @@ def chunked_gated_delta_rule(
     return chunked_operator(query, key, value, decay, beta, state, cu_seqlens, chunk_size)
 
 
-@gated_delta_rule.implementation("torch")
+@gated_delta_rule.implementation("torch", transforms=(), double_backward=False)
 def gated_delta_rule_torch(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,

@@ -31,9 +31,13 @@ def gathered_experts(
 ) -> Tensor:
     """A copy of its expert's weights for every assignment, [N k, 2F, D] and [N k, D, F], and no sorting."""
     dtype, flat = wide_dtype(hidden), indices.reshape(-1)
+    if torch.is_grad_enabled():  # the gradient of indexing sums over tokens in the dtype of what is indexed
+        gathered_gate_up, gathered_down = (w.to(dtype)[flat].to(w.dtype) for w in (gate_up, down))
+    else:
+        gathered_gate_up, gathered_down = gate_up[flat], down[flat]
     rows = hidden.repeat_interleave(indices.shape[1], dim=0)[..., None]
-    gate, up = torch.bmm(gate_up[flat], rows).chunk(2, dim=1)
-    out = torch.bmm(down[flat], F.silu(gate) * up).view(*indices.shape, hidden.shape[1])
+    gate, up = torch.bmm(gathered_gate_up, rows).chunk(2, dim=1)
+    out = torch.bmm(gathered_down, F.silu(gate) * up).view(*indices.shape, hidden.shape[1])
     return (out.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(hidden.dtype)
 
 
@@ -60,7 +64,7 @@ def _grouping_is_slower(hidden: Tensor, *_: Tensor, **__: object) -> str | None:
     return None
 
 
-@experts.implementation("grouped", _cannot_group, before="tapped", slower=_grouping_is_slower)
+@experts.implementation("grouped", _cannot_group, before="tapped", slower=_grouping_is_slower, transforms=("grad",))
 def grouped_experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Tap | None = None
 ) -> Tensor:
@@ -75,4 +79,4 @@ def grouped_experts(
     return (by_choice.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(hidden.dtype)
 
 
-experts.implementation("sorted", unsupported_tap, before="tapped")(sorted_experts)
+experts.implementation("sorted", unsupported_tap, before="tapped", transforms=(), double_backward=False)(sorted_experts)

@@ -22,7 +22,7 @@ def _unsupported(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str) -
     return None if torch.backends.mkldnn.enabled else "torch.backends.mkldnn.enabled is False"
 
 
-@gelu_linear.implementation("onednn", _unsupported, differentiable=False, missing=_missing(), compiles=False)
+@gelu_linear.implementation("onednn", _unsupported, differentiable=False, missing=_missing(), compiles=False, transforms=())
 def onednn_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str) -> Tensor:
     """oneDNN applies gelu to the float32 sums before it rounds and stores them, so that [N, F] is written once and not read
     again. No backward. torch has this operator for its compiler; it is not part of the public API."""

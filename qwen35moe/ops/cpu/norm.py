@@ -19,7 +19,7 @@ from qwen35moe.ops.precision import wide_dtype, without_autocast
 _BLOCK = 1 << 18  # numbers in the rows of one block: 1 MB in float32 stays in cache
 
 
-@rms_norm.implementation("cpu", device="cpu", compiles=False, differentiable=False)
+@rms_norm.implementation("cpu", device="cpu", compiles=False, differentiable=False, transforms=())
 @without_autocast
 def rms_norm_cpu(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """`rms_norm` without a backward."""
@@ -31,7 +31,7 @@ def rms_norm_cpu(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return _by_blocks(lambda rows: normalise_(rows, eps).mul_(factor), x)
 
 
-@gated_rms_norm.implementation("cpu", device="cpu", compiles=False)
+@gated_rms_norm.implementation("cpu", device="cpu", compiles=False, transforms=(), double_backward=False)
 def gated_rms_norm_cpu(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """`gated_rms_norm`, differentiable once; the backward keeps x, gate and weight alone."""
     return _GatedRMSNorm.apply(x, gate, weight, eps)  # pyright: ignore[reportReturnType]
@@ -47,6 +47,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     @without_autocast
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gate, weight)
+        ctx.set_materialize_grads(False)
         ctx.eps = eps
         factor = weight.to(wide_dtype(x, gate))
 
@@ -58,7 +59,9 @@ class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return None, None, None, None
         x, gate, weight = ctx.saved_tensors
         dtype = wide_dtype(x, gate)
         factor, width = weight.to(dtype), x.shape[-1]

@@ -16,7 +16,7 @@ def _few_tokens(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> str | N
     return f"{query.shape[1]} tokens are fewer than {_FEW}" if query.shape[1] < _FEW else None
 
 
-@rotary.implementation("cpu", _few_tokens, device="cpu", compiles=False, differentiable=False)
+@rotary.implementation("cpu", _few_tokens, device="cpu", compiles=False, differentiable=False, transforms=())
 def rotary_cpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`rotary` without a backward. In memory the results are [B, H, T, K], the order in which attention reads them."""
     return _rotated_by_blocks(query, cos, sin), _rotated_by_blocks(key, cos, sin)

@@ -6,13 +6,13 @@ import math
 from itertools import groupby, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.ops.cpu.attention import sdpa
 from qwen35moe.ops.vision_attention import vision_attention
 
 
-@vision_attention.implementation("torch")
+@vision_attention.implementation("torch", transforms=(), double_backward=False)
 def vision_attention_torch(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> Tensor:
     """torch's fused attention. Consecutive frames of one size, as those of a video, are one call."""
     if query.device.type == "cpu":  # keys and values are read repeatedly, faster if each head is contiguous
@@ -24,7 +24,9 @@ def vision_attention_torch(query: Tensor, key: Tensor, value: Tensor, *, cu_seql
             continue
         rows = slice(start, start := start + count * size)
         q, k, v = (x[rows].unflatten(0, (count, size)).transpose(1, 2) for x in (query, key, value))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+        outputs.append(sdpa(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+    if not outputs:
+        return torch.empty_like(query)  # no patch
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -50,7 +52,8 @@ def _fused_is_faster(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: T
 
 
 @vision_attention.implementation(
-    "bf16_scores", _cannot_round_scores, before="torch", slower=_fused_is_faster, differentiable=False, compiles=False
+    "bf16_scores", _cannot_round_scores, before="torch", slower=_fused_is_faster, differentiable=False, compiles=False,
+    transforms=(),
 )
 def vision_attention_bf16_scores(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> Tensor:
     """A block of heads and rows at a time, with scores rounded to bfloat16 as in eager attention, so that both products are
