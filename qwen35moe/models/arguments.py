@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -54,7 +54,7 @@ def takes(
     items = fields(kind)  # pyright: ignore[reportArgumentType]
     names = tuple(item.name for item in items)
     tensors = frozenset(item.name for item in items if item.type == "Tensor | None") | {"logits_to_keep"}
-    defaults = frozenset(item.name for item in items if item.default is not None and "None" not in str(item.type))
+    defaults = frozenset(item.name for item in items if item.default not in (None, MISSING) and "None" not in str(item.type))
     parameters = inspect.signature(kind).parameters.values()
     positional = tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
     translates = hasattr(kind, "translated")

@@ -60,7 +60,7 @@ def check(inputs: TextInputs, model: Qwen3_5MoeTextModel) -> TokenLayout:
         _check_continuation(cache, documents, position_ids, mask, bounds)
     if position_ids is not None and position_ids.dim() == 3:
         position_ids = position_ids[-3:]
-    device = model.embed_tokens.weight.device
+    device = model.device
     layout = plan_layout(
         batch, tokens, device, mask=mask, position_ids=position_ids, cu_seqlens=bounds, starts=documents, cache=cache
     )

@@ -16,7 +16,7 @@ from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.compat import read_keywords
 from qwen35moe.compat.forward import FORWARD
 from qwen35moe.models.checks import check, check_tokens
-from qwen35moe.routing import ForcedRouting, Intervention, Routing
+from qwen35moe.routing import ForcedRouting, Intervention, ReadyMade, Routing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -147,6 +147,8 @@ def forced_routing(
     """`routing=` checked against the model and in the layers' order. It names layers as the checkpoint does; in a model of
     some of those layers they are numbered anew."""
     layers, text = model.source_layers, model.config.text_config
+    if isinstance(routing, ReadyMade):
+        routing = routing.bind(layers=layers, num_experts=text.num_experts, top_k=text.num_experts_per_tok)
     if layers != tuple(range(len(layers))):
         if isinstance(routing, Routing):
             if missing := [layer for layer in routing.layers if layer not in layers]:
