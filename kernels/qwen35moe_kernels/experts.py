@@ -310,4 +310,5 @@ _operation.register_autograd(_differentiate, setup_context=_save)
 
 def register(register: Callable[..., None]) -> None:
     """Registers ahead of the PyTorch forms."""
-    register("experts", "triton", experts, unsupported, before=runtime.place("gathered"), missing=runtime.missing())
+    options = {"before": runtime.place("gathered"), "missing": runtime.missing()}
+    register("experts", "triton", experts, unsupported, **options, **runtime.FIRST_ORDER)

@@ -59,7 +59,8 @@ def presence_penalty(logits: Tensor, generated: Tensor, penalty: float) -> Tenso
 
     generated [B, vocabulary] bool: without the tokens of the prompt.
     """
-    return _wide(logits) - penalty * generated
+    x = _wide(logits)
+    return x - penalty * generated.to(x.dtype)  # a product with a mask would have the default dtype
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
