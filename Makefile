@@ -2,16 +2,19 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= auto
+MINUTES ?= 30
 BIN     := $(VENV)/bin
 # A stamp per set of extras, renewed when what it was installed from changes.
 INSTALL  = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: help demo test test-matrix check bench clean
+.PHONY: help demo test test-matrix soak mutants check bench clean
 
 help:
 	@echo "make demo    run the bundled checkpoint: text, a picture, backends, tokens per second, expert load"
 	@echo "make test    the whole test suite, on the CPU (ARGS='-k cache' for a part of it)"
 	@echo "make test-matrix  the suite as on other machines: LEGS='pinned avx2 newest py310 py313'"
+	@echo "make soak    random examples of the properties in tests/properties, for MINUTES=30"
+	@echo "make mutants do the tests notice 100 changes of one line each? (ARGS='--count 20 --area cache')"
 	@echo "make check   ruff and pyright"
 	@echo "make bench   the benchmarks that exist; make bench NAME=imports runs one (ARGS='--json out.json')"
 	@echo "make clean   remove .venv and what tools left behind"
@@ -24,6 +27,12 @@ test: $(VENV)/test.stamp
 
 test-matrix:
 	@VENV='$(VENV)' PYTHON='$(PYTHON)' WORKERS='$(WORKERS)' ARGS='$(ARGS)' LOGS='$(LOGS)' .ci/matrix $(LEGS)
+
+soak: $(VENV)/test.stamp
+	@$(BIN)/python -m tests.support.soak --minutes $(MINUTES) --workers $(WORKERS) $(ARGS)
+
+mutants: $(VENV)/test.stamp
+	@$(BIN)/python -m tests.support.mutants $(ARGS)
 
 check: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Without a GPU the Triton kernels run in Triton's interpreter. The variable is read when Triton is imported.
 if not torch.cuda.is_available():
@@ -33,6 +33,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 torch.use_deterministic_algorithms(True, warn_only=True)
 
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+# `make soak`: other examples in every run, and more of them.
+settings.register_profile(
+    "soak", derandomize=False, deadline=None, database=None, max_examples=60, suppress_health_check=list(HealthCheck)
+)
 settings.load_profile("suite")
 
 

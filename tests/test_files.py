@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,19 @@ from safetensors.torch import save_file
 
 from qwen35moe import Cache, Routing, files
 from qwen35moe.config import TextConfig
-from qwen35moe.files import UnreadableFile, read_limited, replacing, sync_folder, write_new
+from qwen35moe.files import (
+    UnreadableFile,
+    UnwritableFile,
+    file_in,
+    open_tensors,
+    parse_json,
+    read_limited,
+    read_object,
+    replacing,
+    sync_folder,
+    write_new,
+    write_tensors,
+)
 
 HAS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 
@@ -202,3 +215,195 @@ def test_a_file_that_grows_while_it_is_read_is_an_error(tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "stat", lambda self: small)
     with pytest.raises(UnreadableFile, match="it grew beyond 10 bytes"):
         read_limited(file, 10)
+
+
+# ------------------------------------------------------------------------------------------------------ what is replaced
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
+    for mode in (0o600, 0o444, 0o664, 0o755):
+        target = tmp_path / f"{mode:o}"
+        target.write_text("old")
+        target.chmod(mode)
+        with replacing(target) as partial:
+            save_file({"x": torch.ones(1)}, partial)
+        assert stat.S_IMODE(target.stat().st_mode) == mode and target.read_bytes() != b"old"
+
+
+def strange_files(folder: Path) -> dict[str, Path]:
+    """One of every kind of file that must never be replaced, and links to them."""
+    os.mkfifo(folder / "pipe")
+    (folder / "directory").mkdir()
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(os.path.relpath(folder / "socket"))  # a socket's full name may have 108 characters only
+    listening.close()
+    names = ["pipe", "directory", "socket"]
+    for name in names:
+        (folder / f"link to {name}").symlink_to(folder / name)
+    return {name: folder / name for name in (*names, *(f"link to {name}" for name in names))} | {"device": Path("/dev/null")}
+
+
+@HAS_FORK
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    strange = strange_files(tmp_path)
+    before = {name: (path.lstat().st_ino, path.lstat().st_mode) for name, path in strange.items()}
+    config = TextConfig(hidden_size=24, num_hidden_layers=4, vocab_size=61, num_experts=5, num_experts_per_tok=2)
+    values: list[Any] = [Cache(config, 1), Routing(torch.zeros(1, 3, 2, dtype=torch.long), layers=(0,), num_experts=4)]
+    for name, path in strange.items():
+        kind = "a (pipe|device|socket|directory)"
+        with pytest.raises(UnwritableFile, match=f"is {kind}: give the name of a regular file"), replacing(path):
+            pytest.fail(f"{name}: the block ran")
+        for value in values:
+            with pytest.raises(UnwritableFile):
+                value.save(path)
+    assert {name: (path.lstat().st_ino, path.lstat().st_mode) for name, path in strange.items()} == before
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+
+
+def test_a_pipe_that_appears_while_a_file_is_written_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(UnwritableFile, match="a pipe"), replacing(tmp_path / "file") as partial:
+        partial.write_text("new")
+        os.mkfifo(tmp_path / "file")
+    assert stat.S_ISFIFO((tmp_path / "file").stat().st_mode) and os.listdir(tmp_path) == ["file"]
+
+
+def test_hard_links_keep_the_old_contents(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    os.link(tmp_path / "file", tmp_path / "backup")
+    with replacing(tmp_path / "file") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "backup").read_text() == "old" and (tmp_path / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize(("path", "message"), [
+    ("", "empty"), ("   ", "empty"), ("\n", "empty"), (None, "NoneType"), (3, "int"), (b"x", "bytes"), ("a\0b", "NUL"),
+    ("new/", "name of a folder"), (".", "directory"), (Path(""), "directory"), ("..", "directory"),
+])  # fmt: skip
+def test_paths_that_name_no_file(path: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message), replacing(path):
+        pytest.fail("the block ran")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with replacing("~/file") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "file").read_text() == "new"
+
+
+# --------------------------------------------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    (b'{"a": NaN}', "not JSON"), (b'{"a": [1, -Infinity]}', "not JSON"), (b'{"a": 1e999}', "not JSON"),
+    (b'{"a": 1, "a": 2}', "key occurs twice"), (b'{"b": {"a": [1], "a": [2]}}', "key occurs twice"),
+    (b"[" * 900, "not JSON"), (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"), (b"\xff", "not JSON"), (b"", "not JSON"),
+    (b"[" + b"[]," * 3000 + b"[]]", "too many values"), (b"[" + b"1," * 20_000 + b"1]", "too many values"),
+    (b"[" + b"{}," * 1500 + b"{}]", "too many values"),
+])  # fmt: skip
+def test_json_that_is_refused(text: bytes, kind: str) -> None:
+    with pytest.raises(UnreadableFile) as error:
+        parse_json(text, most=1000)
+    assert error.value.kind == kind and len(str(error.value)) < 300
+    if b"a" in text and kind == "not JSON" and len(text) < 100:
+        assert str(error.value).startswith("a = ")  # the key is named
+
+
+def test_json_that_is_read(tmp_path: Path) -> None:
+    repeated: list[str] = []
+    assert parse_json(b'{"a": 1, "a": 1, "b": [1.5, -0.0]}') == {"a": 1, "b": [1.5, 0]}
+    assert parse_json(b'{"a": 1, "a": 2}', repeated=repeated.append) == {"a": 2} and repeated == ["a"]
+    (tmp_path / "file").write_text('{"x": 1}')
+    assert read_object(tmp_path / "file", 100) == {"x": 1}
+    (tmp_path / "file").write_text("[1]")
+    with pytest.raises(UnreadableFile, match="it contains a list, not an object"):
+        read_object(tmp_path / "file", 100)
+
+
+def test_a_file_of_a_folder_is_inside_it(tmp_path: Path) -> None:
+    home, outside = tmp_path / "home", tmp_path / "outside"
+    (home / "sub").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "secret").write_text("x")
+    (home / "file").write_text("x")
+    for name, target in {"in": "file", "chain": "in", "out": outside / "secret", "out chain": "out", "folder out": outside,
+                         "loop": "loop", "nothing": "gone", "device": "/dev/null"}.items():  # fmt: skip
+        (home / name).symlink_to(target)
+    os.mkfifo(home / "pipe")
+    for name in ("file", "in", "chain"):
+        assert file_in(home, name) == home / name
+    (tmp_path / "link to home").symlink_to(home)  # the folder itself may be a link: its name comes from the user
+    assert file_in(tmp_path / "link to home", "file").read_text() == "x"
+    kinds = {"out": "outside the folder", "out chain": "outside the folder", "folder out/secret": "outside the folder",
+             "loop": "missing file", "nothing": "missing file", "device": "not a file", "pipe": "not a file",
+             "sub": "not a file",
+             "../outside/secret": "bad file name", str(outside / "secret"): "bad file name", "": "bad file name",
+             "a\0b": "bad file name", "\ud800": "missing file"}  # fmt: skip
+    for name, kind in kinds.items():
+        with pytest.raises(UnreadableFile) as error:
+            file_in(home, name)
+        assert error.value.kind == kind, name
+
+
+def test_files_of_the_hubs_cache_are_links_into_its_blobs(tmp_path: Path) -> None:
+    repository = tmp_path / "models--a--b"
+    snapshot, blobs = repository / "snapshots" / "1234", repository / "blobs"
+    (snapshot / "sub").mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "hash").write_text("x")
+    (tmp_path / "secret").write_text("x")
+    (snapshot / "file").symlink_to("../../blobs/hash")
+    (snapshot / "sub" / "file").symlink_to("../../../blobs/hash")
+    (snapshot / "escapes").symlink_to("../../blobs/../../secret")
+    (blobs / "onward").symlink_to(tmp_path / "secret")
+    (snapshot / "onward").symlink_to("../../blobs/onward")
+    assert file_in(snapshot, "file").read_text() == file_in(snapshot / "sub", "file").read_text() == "x"
+    for name in ("escapes", "onward"):
+        with pytest.raises(UnreadableFile, match="it is a link to .*secret"):
+            file_in(snapshot, name)
+
+
+def test_a_pipe_that_takes_the_place_of_a_checked_file_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    regular = os.stat(tmp_path / "file")
+    monkeypatch.setattr(Path, "stat", lambda self: regular)
+    with pytest.raises(UnreadableFile, match="not a regular file"):
+        read_limited(tmp_path / "pipe", 100)
+
+
+def test_tensors_that_share_memory_are_written(tmp_path: Path) -> None:
+    x = torch.arange(6.0)
+    write_tensors(tmp_path / "file", {"a": x, "b": x, "c": x[2:4], "d": x.view(2, 3).T, "e": torch.empty(0)}, {"format": "f"})
+    with open_tensors(tmp_path / "file", "a saved test", "f") as (file, metadata):
+        assert metadata == {"format": "f"} and torch.equal(file.get_tensor("d"), x.view(2, 3).T)
+        assert torch.equal(file.get_tensor("c"), x[2:4]) and file.get_slice("b").get_shape() == [6]
+    with pytest.raises(ValueError, match="a is on the meta device"):
+        write_tensors(tmp_path / "other", {"a": torch.empty(3, device="meta")}, {})
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\1\2\3", (2**62).to_bytes(8, "little"), (30).to_bytes(8, "little") + b"{" * 30,
+    (50_000).to_bytes(8, "little") + b"[" + b"[]," * 16_666 + b"]", (2).to_bytes(8, "little") + b"{}",
+    (2).to_bytes(8, "little") + b"[]",
+    (58).to_bytes(8, "little") + b'{"__metadata__": {"format": "f"}, "a": 1, "a": 1, "b": {}}',
+    (33).to_bytes(8, "little") + b'{"__metadata__": {"format": "f"}}' + b"more",
+])  # fmt: skip
+def test_a_damaged_file_of_tensors_is_an_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(UnreadableFile, match="file is not a (safetensors file|saved test)"):
+        with open_tensors(tmp_path / "file", "a saved test", "f"):
+            pytest.fail("it was opened")
+
+
+def test_a_pipe_or_folder_is_no_file_of_tensors(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait forever
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing", Path("/dev/zero")):
+        with pytest.raises(UnreadableFile), open_tensors(path, "a saved test", "f"):
+            pytest.fail("it was opened")

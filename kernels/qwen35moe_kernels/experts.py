@@ -298,7 +298,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)  # no zero gradients for the saved outputs
 
 
-def _differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
     needed = ctx.needs_input_grad
     *grads, dweights = _gradient(dy, *ctx.saved_tensors, list(needed[:3]))
     returned = (grad if need else None for grad, need in zip(grads, needed, strict=False))

@@ -30,6 +30,7 @@ from .blocks import BLOCK, FP8, SCALE, scale_shape
 from .dtypes import FLOATS, TORCH_DTYPES, checked_dtype, name_of
 from .folder import CONFIG, config_file
 from .headers import INDEX, Header, StoredTensor, locate, read_headers
+from .ownership import folder_to_write
 from .problems import CheckpointError, Problem, check_choice
 from .published import check_experts
 from .write import LAYOUTS, Entry, bytes_of, json_bytes, write_checkpoint
@@ -39,6 +40,10 @@ log = logging.getLogger(__name__)
 CHUNK = 32 * 2**20  # bytes of one read
 MAX_OTHER = 64 * 2**20  # bytes of a file that is copied along; the largest published one, tokenizer.json, has 13 MB
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+# Files of a checkpoint by their names. Any other file in the target keeps its contents.
+_CHECKPOINT_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+                     "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")  # fmt: skip
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 _LISTED_LAYER = re.compile(r"^((?:model\.)?(?:language_model\.)?layers\.)(\d+)(\..*)?$")
 
@@ -69,6 +74,7 @@ def convert(
     files beside the weights are copied. CheckpointError lists everything that does not fit.
     """
     limit, new_dtype = bytes_of(max_shard_size), checked_dtype(dtype)
+    target = folder_to_write(target)
     for name, choice in (("layout", layout), ("mtp_layout", mtp_layout)):
         check_choice(name, choice, (None, *LAYOUTS))
     problems: list[Problem] = []
@@ -85,7 +91,7 @@ def convert(
     problems += old.unused(kept)
     if problems:
         raise CheckpointError(f"{header.folder} cannot be converted:", problems)
-    others = side_files(header, Path(target))
+    others = side_files(header, target)
     wrote = progress(sum(entry.nbytes for entry in entries)) if progress else None
     write_checkpoint(target, json_bytes(new.to_dict()), entries, limit, others, wrote)
     return new
@@ -358,7 +364,9 @@ def side_files(header: Header, target: Path) -> dict[str, bytes]:
         problems: list[Problem] = []
         file = locate(header.folder, name, problems)
         try:
-            if file is not None:
+            if file is not None and name not in _CHECKPOINT_FILES and os.path.lexists(target / name):
+                problems.append(Problem("the target has a file of this name", name))
+            elif file is not None:
                 contents[name] = read_limited(file, MAX_OTHER)
         except UnreadableFile as error:
             problems.append(Problem(str(error), name))

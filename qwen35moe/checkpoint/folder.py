@@ -12,7 +12,8 @@ A reader of the folder finds the old checkpoint or the new one, whole, even if t
        one file        rename to model.safetensors             rename the index (unseen), then unlink model.safetensors
 
 3. config.json.ID is renamed to config.json. Until then `config_file` returns it, because the weights contain ID;
-4. weight files of the old checkpoint that are not in the new one are deleted. Any other file stays.
+4. weight files of the old checkpoint that are not in the new one are deleted, and what killed saves left. Any other file
+   stays: see ownership.py.
 
 Other programs do not use `config.json.ID`: for them a kill between 2 and 3, two renames in a row, leaves a config.json
 that does not belong to the weights.
@@ -32,18 +33,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen35moe.files import sync_folder, write_new
+from qwen35moe.files import mode_of, sync_folder, write_new
 
-from .headers import INDEX, SINGLE, Header, locate, read_headers, read_index
-from .problems import CheckpointError, Problem
+from .headers import INDEX, SINGLE, Header
+from .ownership import CONFIG, SAVING, Identity, Journal, Present, delete, folder_to_write, identity_of
+from .problems import CheckpointError
 
 log = logging.getLogger(__name__)
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-_SAVING = ".saving-"
+GENERATION_CONFIG = "generation_config.json"
+MAX_SETTINGS_BYTES = 2**20  # of a generation_config.json; published ones have 202 bytes
 _ID = re.compile(r"^[0-9a-f]{16}$")
-_PENDING = re.compile(r"^config\.json\.[0-9a-f]{16}$")
-_OWN_SHARD = re.compile(r"^model(-\d+)?-\d{5}-of-\d{5}\.safetensors$")
 
 
 def config_file(header: Header) -> Path:
@@ -59,31 +59,33 @@ def config_file(header: Header) -> Path:
 class Replacement:
     """A new checkpoint for a folder: `write` its files, then `commit`. Without `commit` the old one stays."""
 
-    def __init__(self, folder: Path, config: bytes) -> None:
+    def __init__(self, folder: Path, config: bytes, count: int, others: Mapping[str, bytes], alone: bool) -> None:
         self.folder = folder
-        self.config = config
-        problems: list[Problem] = []
-        try:
-            self.old = read_headers(folder, problems)
-        except CheckpointError:
-            self.old = Header(folder)
-        self.old_files = {os.path.relpath(file, folder) for file in self.old.files}
-        if os.path.lexists(folder / INDEX):  # beside model.safetensors the index and its files are left over
-            indexed = read_index(folder, problems)[0].values()
-            self.old_files |= {name for name in indexed if locate(folder, name, problems)}
+        self.config, self.others = config, others
+        self.old = Present.of(folder)
+        self.names = self._shard_names(count)
+        written: dict[str, bytes | None] = {SINGLE: None, CONFIG: None} | dict(others)
+        if count > 1:
+            written[INDEX] = None
+        self.old.check(written)  # also model.safetensors, which shards replace too
         self.save_id = self._new_id()
-        self.directory = Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
-        self.moved: list[Path] = []  # already in the folder, not yet part of a checkpoint
-        self.committed = False
+        self.killed = Journal.left_in(folder) if alone else []  # alone: a process loses its lock when it ends
+        self.directory = Path(tempfile.mkdtemp(prefix=SAVING, dir=folder))
+        self.journal = Journal(self.directory)
+        self.journal.begin()
+        self.claims: dict[str, Identity | None] = {}  # what step 4 deletes
+        self.placed: dict[str, Identity | None] = {}  # already in the folder
+        self.new: Identity | None = None  # the file whose renaming commits the save
+        self.finished = False
 
     def _new_id(self) -> str:
         """A digest of the configuration that differs from the id of the old weights, whose config.json may have changed."""
         digest = hashlib.sha256(self.config)
-        while (save_id := digest.hexdigest()[:16]) == self.old.save_id:
+        while (save_id := digest.hexdigest()[:16]) == self.old.header.save_id:
             digest.update(b"again")
         return save_id
 
-    def shard_names(self, count: int) -> list[str]:
+    def _shard_names(self, count: int) -> list[str]:
         """Names for `count` files: model.safetensors for one, otherwise model-00001-of-00003.safetensors and so on.
 
         If one of these exists, all get a number: model-2-00001-of-00003.safetensors.
@@ -100,81 +102,105 @@ class Replacement:
         """Write a new file; it is on the disk when this returns."""
         write_new(self.directory / name, pieces)
 
-    def commit(self, names: Sequence[str], index: bytes | None, others: Mapping[str, bytes]) -> None:
-        """Make the written weight files `names` the checkpoint; `others` are small files beside the weights."""
-        pending = self.folder / f"{CONFIG}.{self.save_id}"
-        for name, content in {pending.name: self.config, **others}.items():
+    def commit(self, index: bytes | None) -> None:
+        """Make the written weight files `names` the checkpoint."""
+        pending = f"{CONFIG}.{self.save_id}"
+        for name, content in {pending: self.config, **self.others}.items():
             self.write(name, iter([content]))
         if index is not None:
             self.write(INDEX, iter([index]))
-            for name in names:
-                self._place(name)
-        self._place(pending.name)
+        self._keep_permissions(pending)
+        moved = [*(self.names if index is not None else []), pending]
+        self._write_journal(moved)
+        for name in moved:
+            self.placed[name] = identity_of(self.directory / name)  # before the call: it may be interrupted right after
+            os.rename(self.directory / name, self.folder / name)
         sync_folder(self.folder)
 
-        self.committed = True  # before the call: if it is interrupted right after, the new files must stay
-        if index is None:
-            os.replace(self.directory / SINGLE, self.folder / SINGLE)
-        else:
-            os.replace(self.directory / INDEX, self.folder / INDEX)
+        weights = SINGLE if index is None else INDEX
+        self.new = identity_of(self.directory / weights)
+        os.replace(self.directory / weights, self.folder / weights)
+        if index is not None:
             sync_folder(self.folder)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.folder / SINGLE)
         sync_folder(self.folder)
 
-        os.replace(pending, self.folder / CONFIG)
-        for name in others:
+        os.replace(self.folder / pending, self.folder / CONFIG)
+        for name in self.others:
             os.replace(self.directory / name, self.folder / name)
-        self._delete_old(set(names), keep_index=index is not None)
-        sync_folder(self.folder)
-
-    def _place(self, name: str) -> None:
-        os.rename(self.directory / name, self.folder / name)
-        self.moved.append(self.folder / name)
-
-    def _delete_old(self, new: set[str], keep_index: bool) -> None:
-        """Delete weight files of the old checkpoint, and files that interrupted saves of this library left."""
-        if not keep_index:
+        if index is None and self.old.has_index:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.folder / INDEX)
-        present = os.listdir(self.folder)
-        old = self.old_files | {name for name in present if _OWN_SHARD.match(name) or _PENDING.match(name)}
-        for name in sorted(old - new):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.folder / name)
+        delete(self.folder, self.claims, keep=[*self.names, CONFIG])
+        sync_folder(self.folder)
+        self.finished = True
+
+    def _keep_permissions(self, pending: str) -> None:
+        """New files get the permissions of those that they replace; shards those of the old weights."""
+        old = [self.folder / name for name in (SINGLE, *sorted(self.old.shards))]
+        weights = next((mode for file in old if (mode := mode_of(file)) is not None), None)
+        modes = dict.fromkeys(self.names, weights) | {pending: mode_of(self.folder / CONFIG)}
+        for name in (INDEX, *self.others):
+            modes[name] = mode_of(self.folder / name)
+        for name, mode in modes.items():
+            if mode is not None and (self.directory / name).exists():
+                os.chmod(self.directory / name, mode)
+
+    def _write_journal(self, moved: Sequence[str]) -> None:
+        """List what this save puts into the folder or deletes there, and what earlier ones left."""
+        for journal in self.killed:
+            self.claims |= journal.claims()
+        self.claims |= {name: identity_of(self.folder / name) for name in self.old.shards}
+        own = {name: identity_of(self.directory / name) for name in moved}
+        self.journal.write({name: identity for name, identity in (self.claims | own).items() if identity is not None})
+        for journal in self.killed:
+            journal.remove()
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether the new weights are the checkpoint: the call that commits may have been interrupted."""
+        return self.new is not None and self.new in (identity_of(self.folder / SINGLE), identity_of(self.folder / INDEX))
 
     def abandon(self) -> None:
-        """Remove written files that are not part of a checkpoint."""
-        if not self.committed:
-            for file in self.moved:
-                with contextlib.suppress(OSError):
-                    file.unlink()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove written files that are not part of a checkpoint. What an interrupted commit left is removed by the next
+        save: the journal stays."""
+        if self.finished or not self.is_committed:
+            if not self.finished:
+                delete(self.folder, self.placed, keep=())
+            self.journal.remove()
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], config: bytes, nbytes: int) -> Iterator[Replacement]:
+def replacing(
+    path: str | os.PathLike[str], config: bytes, nbytes: int, count: int = 1, others: Mapping[str, bytes] | None = None
+) -> Iterator[Replacement]:
     """A Replacement for the folder `path`, which is created if it does not exist and locked against other saves.
 
-    OSError if the disk has fewer than `nbytes` bytes free, before anything is written.
+    config: the text of config.json; count: of weight files; others: small files beside the weights. Before anything is
+    written, CheckpointError if the folder has files with these names that are not a checkpoint's (ownership.py), and OSError
+    if the disk has fewer than `nbytes` bytes free. A folder that was created is removed again if saving fails.
     """
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; give a folder for the checkpoint")
+    folder = folder_to_write(path)
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as alone:
-        if alone:
-            for leftover in folder.glob(f"{_SAVING}*"):  # of killed saves: a process loses its lock when it ends
-                shutil.rmtree(leftover, ignore_errors=True)
-        free = shutil.disk_usage(folder).free
-        if free < nbytes:
-            detail = f"saving needs {nbytes} bytes beside the old files, {free} are free"
-            raise OSError(errno.ENOSPC, detail, str(folder))
-        replacement = Replacement(folder, config)
-        try:
-            yield replacement
-        finally:
-            replacement.abandon()
+    finished = False
+    try:
+        with _locked(folder) as alone:
+            free = shutil.disk_usage(folder).free
+            if free < nbytes:
+                detail = f"saving needs {nbytes} bytes beside the old files, {free} are free"
+                raise OSError(errno.ENOSPC, detail, str(folder))
+            replacement = Replacement(folder, config, count, others or {}, alone)
+            try:
+                yield replacement
+            finally:
+                replacement.abandon()
+        finished = True
+    finally:
+        for parent in [] if finished else created:
+            with contextlib.suppress(OSError):  # it is not empty
+                parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -7,24 +7,21 @@ overlaps) and "__metadata__" to strings. A checkpoint is one such file, `model.s
 index is ignored, as in transformers.
 
 Files are untrusted: no file outside the folder is opened, every size in a header is compared with the size of the file
-before memory is allocated for it, and braces and commas are counted before JSON is parsed: a hundred megabytes of
-"[[],[],[]" would become gigabytes of lists.
+before memory is allocated for it, and braces and commas are counted before JSON is parsed (qwen35moe/files.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import stat
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen35moe.files import UnreadableFile, read_limited
+from qwen35moe.files import UnreadableFile, file_in, parse_json, read_limited
 
-from .problems import CheckpointError, Problem, shown
+from .problems import CheckpointError, Problem, fold, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
@@ -35,9 +32,6 @@ SAVE_ID = "save_id"  # a metadata key of the checkpoints that this library write
 _BITS = {"C64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
          "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
          "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "F64": 64, "F32": 32, "F16": 16, "BF16": 16}  # fmt: skip
-
-# How often these may occur in a JSON text: an entry of a header has one {, two [, and about eight commas.
-_MOST = {b"{": MAX_TENSORS, b"[": 2 * MAX_TENSORS, b",": 16 * MAX_TENSORS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +111,7 @@ def _read(folder: Path, problems: list[Problem], wanted: Callable[[str], bool] |
         header = Header(folder)
         if file is not None:
             header.files = (file,)
-            contents = _read_file(file, SINGLE, problems) or _Contents([], {}, set())
+            contents = read_contents(file, SINGLE, problems) or Contents([], {}, set())
             header.tensors = {tensor.name: tensor for tensor in contents.tensors}
             header.metadata, header.unreadable = contents.metadata, contents.wrong
         return header
@@ -144,24 +138,11 @@ def locate(folder: Path, name: str, problems: list[Problem]) -> Path | None:
     A symbolic link may point into the blobs of the Hub's cache (snapshots/REVISION/x -> blobs/HASH beside snapshots),
     but nowhere else outside the folder.
     """
-    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        problems.append(Problem("bad file name", shown(name), "it must name a file inside the folder"))
-        return None
-    path = folder / name
     try:
-        target = path.resolve(strict=True)
-        if not stat.S_ISREG(target.stat().st_mode):
-            problems.append(Problem("not a file", shown(name)))
-            return None
-    except (OSError, RuntimeError, ValueError):  # RuntimeError: a loop of links, before Python 3.13
-        problems.append(Problem("missing file", shown(name)))
+        return file_in(folder, name)
+    except UnreadableFile as error:
+        problems.append(Problem(error.kind, shown(name), str(error)))
         return None
-    home = folder.resolve()
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(target.is_relative_to(root) for root in allowed):
-        problems.append(Problem("outside the folder", shown(name), f"it is a link to {target}; copy the file into the folder"))
-        return None
-    return path
 
 
 def _read_sharded(folder: Path, problems: list[Problem], wanted: Callable[[str], bool] | None) -> Header:
@@ -175,9 +156,11 @@ def _read_sharded(folder: Path, problems: list[Problem], wanted: Callable[[str],
         if wanted is not None and not any(map(wanted, listed)):
             header.unread |= listed
             continue
+        before = len(problems)
         file = locate(folder, name, problems)
-        contents = None if file is None else _read_file(file, name, problems)
+        contents = None if file is None else read_contents(file, name, problems)
         if file is None or contents is None:
+            problems[before:] = [_needed_for(problem, listed, wanted) for problem in problems[before:]]
             continue
         header.files += (file,)
         total += len(contents.tensors)
@@ -195,6 +178,14 @@ def _read_sharded(folder: Path, problems: list[Problem], wanted: Callable[[str],
             problems.append(Problem("index and shard disagree", absent, f"the index has {shown(name)}, which lacks it"))
     header.unreadable = weight_map.keys() - header.tensors.keys() - header.unread
     return header
+
+
+def _needed_for(problem: Problem, listed: set[str], wanted: Callable[[str], bool] | None) -> Problem:
+    """A shard that cannot be read, with the tensors that the index assigns to it."""
+    needed = sorted(name for name in listed if wanted is None or wanted(name))
+    rows = [row.removeprefix("x: ") for row in fold(Problem("x", name) for name in needed)]
+    detail = f"needed for {len(needed)} tensors: " + ", ".join(rows[:3]) + (", ..." if len(rows) > 3 else "")
+    return replace(problem, detail=f"{problem.detail}; {detail}" if problem.detail else detail)
 
 
 def read_index(folder: Path, problems: list[Problem]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -226,23 +217,17 @@ def read_object(folder: Path, name: str, limit: int, problems: list[Problem]) ->
 def parse_object(text: bytes, where: str, problems: list[Problem]) -> dict[str, Any] | None:
     """The object in a JSON text; None and a problem if it contains no object. A repeated key is a problem too."""
 
-    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            seen: set[str] = set()
-            for key in (key for key, _ in pairs):
-                if key in seen:
-                    problems.append(Problem("name occurs twice", key, f"in {shown(where)}"))
-                seen.add(key)
-        return value
+    def repeated(key: str) -> None:
+        problems.append(Problem("name occurs twice", key, f"in {shown(where)}"))
 
-    if any(text.count(mark) > limit for mark, limit in _MOST.items()):
-        problems.append(Problem("too many tensors", shown(where), f"more than {MAX_TENSORS}, or JSON with other contents"))
-        return None
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        problems.append(Problem("not JSON", shown(where), shown(str(error))))
+        value = parse_json(text, most=MAX_TENSORS, repeated=repeated)
+    except UnreadableFile as error:
+        if error.kind == "too many values":
+            detail = f"more than {MAX_TENSORS}, or JSON with other contents"
+            problems.append(Problem("too many tensors", shown(where), detail))
+        else:
+            problems.append(Problem(error.kind, shown(where), shown(str(error))))
         return None
     if not isinstance(value, dict):
         problems.append(Problem("not a JSON object", shown(where)))
@@ -250,7 +235,7 @@ def parse_object(text: bytes, where: str, problems: list[Problem]) -> dict[str, 
     return value
 
 
-class _Contents(NamedTuple):
+class Contents(NamedTuple):
     """The tensors and the metadata of one file, and the names of its invalid entries."""
 
     tensors: list[StoredTensor]
@@ -258,7 +243,7 @@ class _Contents(NamedTuple):
     wrong: set[str]
 
 
-def _read_file(file: Path, where: str, problems: list[Problem]) -> _Contents | None:
+def read_contents(file: Path, where: str, problems: list[Problem]) -> Contents | None:
     """The contents of one file; None and a problem if the file as a whole is invalid."""
     where = shown(where)
     with file.open("rb") as f:
@@ -283,7 +268,7 @@ def _read_file(file: Path, where: str, problems: list[Problem]) -> _Contents | N
     tensors = [t for name, entry in entries.items() if (t := _tensor(name, entry, file, start, where, problems))]
     if len(problems) == before:  # otherwise the layout would only repeat these problems
         _check_layout(tensors, start, size, where, problems)
-    return _Contents(tensors, metadata, entries.keys() - {tensor.name for tensor in tensors})
+    return Contents(tensors, metadata, entries.keys() - {tensor.name for tensor in tensors})
 
 
 def _tensor(name: str, entry: Any, file: Path, start: int, where: str, problems: list[Problem]) -> StoredTensor | None:
@@ -295,7 +280,7 @@ def _tensor(name: str, entry: Any, file: Path, start: int, where: str, problems:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = _BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        return wrong(f"unknown dtype {shown(str(dtype), 40)}")
+        return wrong(f"unknown dtype {shown(dtype, 40) if isinstance(dtype, str) else 'that is no string'}")
     if not _naturals(shape) or len(shape) > 64:
         return wrong("shape must be a list of sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -6,10 +6,11 @@ makes a changed copy. Only keys that do not affect the mathematics may be assign
 """
 
 from .checks import ConfigError
+from .generation import GenerationConfig
 from .model import Config
 from .parameters import TensorShape
 from .rope import RopeParameters
 from .text import TextConfig
 from .vision import VisionConfig
 
-__all__ = ["Config", "ConfigError", "RopeParameters", "TensorShape", "TextConfig", "VisionConfig"]
+__all__ = ["Config", "ConfigError", "GenerationConfig", "RopeParameters", "TensorShape", "TextConfig", "VisionConfig"]

@@ -6,11 +6,13 @@ values. Values come from untrusted files: JSON of any type, size and depth.
 
 from __future__ import annotations
 
+import difflib
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 MAX_LAYERS = 10_000  # limits loops over layers; the largest published model has 92
 MAX_SIZE = 2**31 - 1
@@ -45,13 +47,14 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{name} = {shown(value)} must be a number, not {kind(value)}")
+        original = value
         try:
             value = float(value)
         except OverflowError:  # an integer beyond 1e308
             value = math.inf
         if not math.isfinite(value) or not low <= value <= high or (above and value == low):
             upper = f" and at most {high:g}" if high < math.inf else ""
-            raise ConfigError(f"{name} = {value} must be finite, {'above' if above else 'at least'} {low:g}{upper}")
+            raise ConfigError(f"{name} = {shown(original)} must be finite, {'above' if above else 'at least'} {low:g}{upper}")
         return value
 
     return check
@@ -148,15 +151,58 @@ def kind(value: Any) -> str:
 
 # ---- fields that are fixed
 
-# May be assigned on a checked config: these are read at each call, or only by other programs.
+# May be assigned on a checked config: these are read at each call, when weights are drawn or saved, or by other programs;
+# the vocabulary follows a change of the model by a training library, which saving compares with the parameters.
 RUNTIME: dict[str, Check] = {
     "use_cache": flag,
     "output_router_logits": flag,
-    "return_dict": one_of(True),
+    "router_aux_loss_coef": number(),
+    "vocab_size": whole(),
+    "dtype": optional(dtype_name),
+    "initializer_range": number(),
     "bos_token_id": token_ids,
     "eos_token_id": token_ids,
     "pad_token_id": token_ids,
 }
+# Assigned by scripts for transformers; here an argument of each call decides, or there is one value only.
+_ONE_VALUE: dict[str, tuple[Check, str]] = {
+    "return_dict": (one_of(True, None), "a call returns a mapping; output.to_tuple() is the tuple"),
+    "output_hidden_states": (one_of(False, None), "pass output_hidden_states=True to the call"),
+    "output_attentions": (one_of(False, None), "pass output_attentions=True to the call"),
+    "pretraining_tp": (one_of(1, None), "it belongs to other architectures"),
+}
+
+
+class Unset:
+    """The default of a field that follows from others; differs from None, which a file may contain as null."""
+
+    def __init__(self, shown: str) -> None:
+        self.shown = shown
+
+    def __repr__(self) -> str:
+        return self.shown  # in help(TextConfig)
+
+
+T = TypeVar("T")
+
+
+def suggests_names(cls: type[T]) -> type[T]:
+    """A dataclass whose constructor names every unknown keyword and the closest field, instead of a TypeError of Python."""
+    init: Any = cls.__init__
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **values: Any) -> None:
+        known = field_names(cls)
+        if args:
+            raise ConfigError(f"{cls.__name__} takes keywords only: {cls.__name__}({known[0]}=...), or from_dict(a dict)")
+        if unknown := [name for name in values if name not in known]:
+            near = difflib.get_close_matches(unknown[0], known, n=3)
+            hint = f": did you mean {' or '.join(near)}?" if near else f"; fields are {', '.join(known)}"
+            raise ConfigError(f"{cls.__name__} has no field {shown(unknown[0])}{hint}")
+        init(self, **values)
+
+    cls.__init__ = checked_init  # type: ignore[method-assign]
+    return cls
 
 
 def checked(default: Any, check: Check) -> Any:
@@ -172,9 +218,11 @@ def field_names(cls: Any) -> tuple[str, ...]:
 class Fixed:
     """Base class of configurations: the check of every field runs once; later assignments raise and name `replace`."""
 
-    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ("past_key_values",)  # read by transformers' Trainer
+    # Results that transformers' Trainer leaves out of predictions; it adds a list to this list.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "cache", "last_hidden_state", "aux_loss", "router_logits", "routing",
+    ]  # fmt: skip
     is_encoder_decoder: ClassVar[bool] = False
-    return_dict = True
     _name_or_path = ""
     _attn_implementation = None  # read by Trainer and TRL; backends chooses the implementation
     _prefix = ""  # of field names in messages
@@ -187,17 +235,37 @@ class Fixed:
     def __setattr__(self, name: str, value: Any) -> None:
         if "_closed" not in self.__dict__ or name.startswith("_"):
             object.__setattr__(self, name, value)
-        elif name in RUNTIME:
+        elif name in RUNTIME and hasattr(type(self), name):
             object.__setattr__(self, name, RUNTIME[name](name, value))
+        elif name in _ONE_VALUE:
+            check, instead = _ONE_VALUE[name]
+            try:
+                check(name, value)
+            except ConfigError:
+                raise ConfigError(f"config.{name} = {shown(value)} is not supported: {instead}") from None
         elif not hasattr(self, name) or getattr(self, name) != value:
             present = f"; it is {shown(getattr(self, name))}" if hasattr(self, name) else ""
             raise ConfigError(
                 f"{name} cannot be assigned, because a checked configuration is fixed{present}. Make a changed copy: "
-                f"config.replace({name}=...). Assignable are {', '.join(RUNTIME)} and names that begin with _"
+                f"config.replace({name}=...). Assignable are {', '.join(self._assignable())} and names that begin with _"
             )
 
     def __delattr__(self, name: str) -> None:
         raise ConfigError(f"{name} cannot be deleted: a checked configuration is fixed")
+
+    @classmethod
+    def _assignable(cls) -> list[str]:
+        return [name for name in RUNTIME if hasattr(cls, name)]
+
+    @property
+    def return_dict(self) -> bool:
+        """True: a call returns a mapping, as in transformers."""
+        return True
+
+    @property
+    def name_or_path(self) -> str:
+        """The folder or Hub name that the model was loaded from."""
+        return self._name_or_path
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of this part of config.json."""

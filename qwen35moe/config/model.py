@@ -4,55 +4,79 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
+from qwen35moe.files import replacing
+
 from . import parameters
-from .checks import RUNTIME, ConfigError, Fixed, checked, field_names, flag, mapping, names, optional, shown, whole
+from .checks import (
+    RUNTIME,
+    ConfigError,
+    Fixed,
+    Unset,
+    checked,
+    field_names,
+    flag,
+    mapping,
+    names,
+    optional,
+    shown,
+    suggests_names,
+    whole,
+)
+from .foreign import as_dict, to_transformers
 from .keys import MOE, check_depth, family, unknown_message
 from .presets import PRESETS, canonical
 from .reading import TEXT_KEYS, read_flat, read_json, read_nested
-from .text import UNSET, TextConfig
+from .text import TextConfig
+from .text_fields import TextFields
 from .vision import VisionConfig
 
-
-def _of_text(name: str) -> Any:
-    """A key of text_config for the whole model: it can also be read here, and run-time keys can be assigned here."""
-    return property(lambda self: getattr(self.text_config, name), doc=f"text_config.{name}.")
+_FROM_TEXT: Any = Unset("as text_config")
+_BY_CONFIG: Any = Unset("the class for this configuration")
 
 
+@suggests_names
 @dataclass(kw_only=True)
-class Config(Fixed):
-    """A whole model. Without vision_config it is text only, and its file is flat (model_type ends with _text)."""
+class Config(TextFields, Fixed):
+    """A whole model. Without vision_config it is text only, and its file is flat (model_type ends with _text).
+
+    The decoder's fields can also be read here: config.hidden_size is config.text_config.hidden_size.
+    """
 
     text_config: TextConfig
     vision_config: VisionConfig | None = None
-    model_type: str = UNSET
-    architectures: list[str] = checked(UNSET, names)  # by default the class for this configuration
+    model_type: str = _FROM_TEXT
+    architectures: list[str] = checked(_BY_CONFIG, names)
     image_token_id: int = checked(248056, whole(low=-1))
     video_token_id: int = checked(248057, whole(low=-1))
     vision_start_token_id: int = checked(248053, whole(low=-1))
     vision_end_token_id: int = checked(248054, whole(low=-1))
     # In the nested form this value decides for the multimodal class (absent: false), and text_config's value for the
     # text-only class. In the flat form there is one value.
-    tie_word_embeddings: bool = checked(UNSET, flag)
+    tie_word_embeddings: bool = checked(_FROM_TEXT, flag)
     quantization_config: dict[str, Any] | None = checked(None, optional(mapping))
 
     def __post_init__(self) -> None:
         if not isinstance(self.text_config, TextConfig):
-            self.text_config = TextConfig.from_dict(self.text_config)
+            foreign = hasattr(self.text_config, "to_dict")  # of transformers
+            self.text_config = TextConfig.of(self.text_config) if foreign else TextConfig.from_dict(self.text_config)
         if self.vision_config is not None and not isinstance(self.vision_config, VisionConfig):
-            self.vision_config = VisionConfig.from_dict(self.vision_config)
+            foreign = hasattr(self.vision_config, "to_dict")
+            self.vision_config = VisionConfig.of(self.vision_config) if foreign else VisionConfig.from_dict(self.vision_config)
         kind = family(self.text_config.model_type)
-        if self.model_type is UNSET:
+        if isinstance(self.model_type, Unset):
             self.model_type = kind + ("_text" if self.vision_config is None else "")
         if family(self.model_type) != kind:
             raise ConfigError(f"model_type = {self.model_type} contradicts text_config's {self.text_config.model_type}")
-        if self.architectures in (UNSET, None):
+        if self.architectures is None or isinstance(self.architectures, Unset):
             self.architectures = [_architecture(kind, self.vision_config is not None)]
-        if self.tie_word_embeddings is UNSET:
+        if isinstance(self.tie_word_embeddings, Unset):
             self.tie_word_embeddings = self.is_flat and self.text_config.tie_word_embeddings
         self._check_fields()
         self.quantization_config = copy.deepcopy(self.quantization_config)
@@ -78,8 +102,13 @@ class Config(Fixed):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_closed" in self.__dict__ and name in RUNTIME and name != "return_dict":
+        if "_closed" not in self.__dict__:
+            super().__setattr__(name, value)
+        elif name in RUNTIME:
             setattr(self.text_config, name, value)
+        elif name == "tie_word_embeddings":  # the two values that the two classes read, see above
+            object.__setattr__(self, name, flag(name, value))
+            object.__setattr__(self.text_config, name, value)
         else:
             super().__setattr__(name, value)
 
@@ -88,16 +117,25 @@ class Config(Fixed):
         """Text only: the file has no text_config, and tensors are named model.* rather than model.language_model.*"""
         return self.model_type.endswith("_text")
 
-    dtype = _of_text("dtype")
-    use_cache = _of_text("use_cache")
-    output_router_logits = _of_text("output_router_logits")
-    bos_token_id = _of_text("bos_token_id")
-    eos_token_id = _of_text("eos_token_id")
-    pad_token_id = _of_text("pad_token_id")
+    @classmethod
+    def _assignable(cls) -> list[str]:
+        return [*RUNTIME, "tie_word_embeddings"]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> TextConfig:
         """text_config. The arguments exist in transformers' method of this name; they have no effect here."""
         return self.text_config
+
+    @classmethod
+    def of(cls, config: Any) -> Config:
+        """The whole model's configuration of any kind of configuration: a Config or TextConfig, a dict with the contents of
+        config.json, or a configuration of transformers. ConfigError for anything else."""
+        if isinstance(config, Config):
+            return config
+        if isinstance(config, TextConfig):
+            return cls(text_config=config)
+        if isinstance(config, VisionConfig):
+            raise ConfigError("this is the configuration of a vision tower: pass that of the whole model")
+        return cls.from_dict(as_dict(config, "Config, TextConfig"))
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike[str]) -> Config:
@@ -143,6 +181,15 @@ class Config(Fixed):
                 del own[f.name]
         return self.text_config.to_dict() | own
 
+    def save_pretrained(self, path: str | PathLike[str]) -> None:
+        """Writes config.json into the folder `path`, which is made if it does not exist."""
+        if not os.fspath(path):  # Path("") is the current folder
+            raise ConfigError("the path of the folder is empty: name a folder for config.json")
+        folder = Path(path).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "config.json") as new:
+            new.write_text(self.to_json_string(), encoding="utf-8")
+
     def replace(self, **changes: Any) -> Config:
         """A changed copy. Keywords are fields of this object, or of text_config by their bare names.
 
@@ -170,8 +217,13 @@ class Config(Fixed):
             own["model_type"] = family(text.model_type) + ("_text" if self.is_flat else "")
         kept = family(own["model_type"]) == family(self.model_type) and (vision is None) == (self.vision_config is None)
         if "architectures" not in outer and not kept:
-            own["architectures"] = UNSET
+            own["architectures"] = None
         return Config(**own)
+
+    def to_transformers(self) -> Any:
+        """The same configuration as an object of transformers: Qwen3_5MoeConfig, or Qwen3_5MoeTextConfig for a text-only
+        model; Qwen3_5Config and Qwen3_5TextConfig for dense ones. `Config.of` reads them back."""
+        return to_transformers(self.model_type, self.to_dict())
 
     def text_only(self) -> Config:
         """The decoder alone, in the flat form, with text_config's tie_word_embeddings, as in transformers."""

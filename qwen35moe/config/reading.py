@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen35moe.files import UnreadableFile, read_limited
+from qwen35moe.files import UnreadableFile, file_in, read_object
 
 from .checks import ConfigError, field_names, mapping, shown
 from .keys import DENSE, FIXED_TEXT, INERT_TOP, MOE, check_keys, family
@@ -25,33 +24,29 @@ TOP_KEYS = ("model_type", "architectures", "image_token_id", "video_token_id", "
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a config.json, or in the config.json of a folder. Its size is checked before it is read."""
-    file = Path(path)
-    if file.is_dir():
-        file = file / "config.json"
+    file = Path(path).expanduser()
+    if not os.fspath(path):  # Path("") is the current folder
+        raise ConfigError("the path of the configuration is empty: name a folder with config.json")
     try:
-        content = json.loads(read_limited(file, MAX_FILE_BYTES), object_pairs_hook=_unique)
+        if file.is_dir():
+            file = _config_in(file)
+        return read_object(file, MAX_FILE_BYTES)
     except UnreadableFile as error:
-        raise ConfigError(
-            f"no configuration at {shown(str(file))}: {error}. Config does not download files; "
-            "for the sizes of a published model use Config.preset(name)"
-        ) from None
-    except ConfigError as error:
-        raise ConfigError(f"{shown(str(file))}: {error}") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8 and integers of 4,301 digits
+        if error.kind in ("unreadable file", "missing file"):
+            raise ConfigError(
+                f"no configuration at {shown(str(file))}: {error or 'there is no such file'}. Config does not download files: "
+                "AutoConfig.from_pretrained does, and Config.preset(name) has the published sizes"
+            ) from None
         raise ConfigError(f"{shown(str(file))} is not valid JSON: {shown(str(error), 200)}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{shown(str(file))} contains {shown(content)}, not an object")
-    return content
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON does not define which of two equal keys counts; two with different values are a contradiction."""
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values and values[key] != value:
-            raise ConfigError(f"{shown(key)} occurs twice, as {shown(values[key])} and as {shown(value)}")
-        values[key] = value
-    return values
+def _config_in(folder: Path) -> Path:
+    try:
+        return file_in(folder, "config.json")
+    except UnreadableFile as error:
+        if error.kind == "missing file":
+            return folder / "config.json"  # reading it says what is missing
+        raise ConfigError(f"{shown(str(folder / 'config.json'))}: {error.kind}: {error}") from None
 
 
 def read_flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from .checks import (
     ConfigError,
     Fixed,
     FixedDict,
+    Unset,
     checked,
     divides,
     dtype_name,
@@ -26,21 +27,17 @@ from .checks import (
     one_of,
     optional,
     shown,
+    suggests_names,
     token_ids,
     whole,
 )
+from .foreign import to_transformers
 from .keys import DENSE, FIXED_TEXT, INERT, MOE, check_depth, check_keys, family
 from .rope import RopeParameters, merge_rope, read_rope, updated
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
-class _Unset:
-    def __repr__(self) -> str:
-        return "<unset>"
-
-
-UNSET: Any = _Unset()  # differs from None, which a file may contain as null
 ONLY_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {  # those of transformers' two text classes
     MOE: dict(hidden_size=2048, num_hidden_layers=40, num_key_value_heads=2, intermediate_size=None)
@@ -50,14 +47,20 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {  # those of transformers' two te
 }
 
 
+def _by_family(name: str) -> Any:
+    """A default that depends on model_type, which help(TextConfig) shows for both families."""
+    return Unset(f"{_FAMILY_DEFAULTS[MOE][name]} (dense: {_FAMILY_DEFAULTS[DENSE][name]})")
+
+
+@suggests_names
 @dataclass(kw_only=True)
 class TextConfig(Fixed):
     """The decoder. Defaults are those of transformers' text classes, except max_position_embeddings (262144)."""
 
-    model_type: str = UNSET
+    model_type: str = Unset("qwen3_5_moe_text, or qwen3_5_text for num_experts = 0")  # type: ignore[assignment]
     vocab_size: int = checked(248320, whole())
-    hidden_size: int = checked(UNSET, whole())
-    num_hidden_layers: int = checked(UNSET, whole(high=MAX_LAYERS))
+    hidden_size: int = checked(_by_family("hidden_size"), whole())
+    num_hidden_layers: int = checked(_by_family("num_hidden_layers"), whole(high=MAX_LAYERS))
     layer_types: tuple[str, ...] = None  # type: ignore[assignment]  # from full_attention_interval when absent
     full_attention_interval: int | None = checked(None, optional(whole()))  # None: the pattern is not periodic
     rms_norm_eps: float = checked(1e-6, number(above=True))
@@ -65,7 +68,7 @@ class TextConfig(Fixed):
 
     # gated attention
     num_attention_heads: int = checked(16, whole())
-    num_key_value_heads: int = checked(UNSET, whole())
+    num_key_value_heads: int = checked(_by_family("num_key_value_heads"), whole())
     head_dim: int = checked(256, whole())
     attention_bias: bool = checked(False, flag)
     attention_dropout: float = checked(0.0, number(high=1.0))
@@ -80,11 +83,11 @@ class TextConfig(Fixed):
     linear_conv_kernel_dim: int = checked(4, whole())
 
     # mixture of experts (num_experts = 0 in a dense model) or dense MLP
-    num_experts: int = checked(UNSET, whole(low=0))
-    num_experts_per_tok: int = checked(UNSET, whole(low=0))
-    moe_intermediate_size: int = checked(UNSET, whole(low=0))
-    shared_expert_intermediate_size: int = checked(UNSET, whole(low=0))
-    intermediate_size: int = checked(UNSET, optional(whole()))  # None in a MoE model, which does not read it
+    num_experts: int = checked(_by_family("num_experts"), whole(low=0))
+    num_experts_per_tok: int = checked(_by_family("num_experts_per_tok"), whole(low=0))
+    moe_intermediate_size: int = checked(_by_family("moe_intermediate_size"), whole(low=0))
+    shared_expert_intermediate_size: int = checked(_by_family("shared_expert_intermediate_size"), whole(low=0))
+    intermediate_size: int = checked(_by_family("intermediate_size"), optional(whole()))  # None in a MoE model
     router_aux_loss_coef: float = checked(0.001, number())
     output_router_logits: bool = checked(False, flag)
 
@@ -98,13 +101,13 @@ class TextConfig(Fixed):
     pad_token_id: int | list[int] | None = checked(None, token_ids)
 
     def __post_init__(self) -> None:
-        if self.model_type is UNSET:
+        if isinstance(self.model_type, Unset):
             self.model_type = DENSE if self.num_experts == 0 else MOE
         kind = family(self.model_type)
         self.model_type = kind + "_text"
         for name, default in _FAMILY_DEFAULTS[kind].items():
             value = getattr(self, name)
-            if value is UNSET or (value is None and name in (*ONLY_MOE, "intermediate_size")):
+            if isinstance(value, Unset) or (value is None and name in (*ONLY_MOE, "intermediate_size")):
                 setattr(self, name, default)
         self._check_fields()
         self._resolve_layers()
@@ -181,6 +184,16 @@ class TextConfig(Fixed):
         return 2 * self.key_dim + self.value_dim
 
     @classmethod
+    def of(cls, config: Any) -> TextConfig:
+        """The decoder's configuration of any kind of configuration: a TextConfig or Config, a dict with the contents of
+        config.json, or a configuration of transformers. ConfigError for anything else."""
+        if isinstance(config, TextConfig):
+            return config
+        from .model import Config
+
+        return Config.of(config).text_config
+
+    @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], where: str = "text_config") -> TextConfig:
         """From the `text_config` object of a file, or from a flat file's keys. ConfigError names the key and its value."""
         check_depth(config_dict)
@@ -201,6 +214,10 @@ class TextConfig(Fixed):
             dropped |= {*ONLY_MOE} | {name for name, default in unread.items() if values[name] == default}
         always = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mtp_use_dedicated_embeddings": False}
         return {name: value for name, value in values.items() if name not in dropped} | always
+
+    def to_transformers(self) -> Any:
+        """The same configuration as an object of transformers (Qwen3_5MoeTextConfig, or dense Qwen3_5TextConfig)."""
+        return to_transformers(self.model_type, self.to_dict())
 
     def replace(self, **changes: Any) -> TextConfig:
         """A changed copy, with all checks.

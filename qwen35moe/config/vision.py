@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
 from . import parameters
@@ -20,11 +20,14 @@ from .checks import (
     number,
     one_of,
     shown,
+    suggests_names,
     whole,
 )
+from .foreign import as_dict, to_transformers
 from .keys import FIXED_VISION, INERT_VISION, MOE, check_depth, check_keys, family
 
 
+@suggests_names
 @dataclass(kw_only=True)
 class VisionConfig(Fixed):
     """The vision tower, with a merger of spatial_merge_size ** 2 patches into one token of out_hidden_size."""
@@ -54,6 +57,11 @@ class VisionConfig(Fixed):
                 f"vision hidden_size = {self.hidden_size} over num_heads = {self.num_heads} gives heads of "
                 f"{self.head_dim}; the rotation over height and width needs a head width that is a multiple of 4"
             )
+        if isqrt(self.num_position_embeddings) ** 2 != self.num_position_embeddings:
+            raise ConfigError(
+                f"vision_config.num_position_embeddings = {self.num_position_embeddings} must be a square number: the learned "
+                f"positions are a square grid, of which {isqrt(self.num_position_embeddings) ** 2} would fit"
+            )
         limit(sum(prod(shape) for _, shape in parameters.vision_tensors(self)))
         self._closed = True
 
@@ -61,6 +69,22 @@ class VisionConfig(Fixed):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
+
+    @classmethod
+    def of(cls, config: Any) -> VisionConfig:
+        """The tower's configuration of any kind of configuration, as `Config.of`. ConfigError if it has none."""
+        if isinstance(config, VisionConfig):
+            return config
+        values = as_dict(config, "VisionConfig, Config")
+        if "num_hidden_layers" in values or "text_config" in values:  # of the decoder, or of a whole model
+            values = values.get("vision_config")
+        if values is None:
+            raise ConfigError("this configuration has no vision_config: it is that of a text model")
+        return cls.from_dict(values)
+
+    def to_transformers(self) -> Any:
+        """The same configuration as an object of transformers (Qwen3_5MoeVisionConfig, or Qwen3_5VisionConfig)."""
+        return to_transformers(self.model_type, self.to_dict())
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> VisionConfig:

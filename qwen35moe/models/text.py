@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from qwen35moe import ops
 from qwen35moe.cache.layout import TokenLayout
-from qwen35moe.config import Config, TextConfig
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
+from qwen35moe.models.for_libraries import HeadForLibraries
 from qwen35moe.models.inputs import CausalLMInputs, TextInputs, check, forced_routing
 from qwen35moe.models.outputs import DecoderOutput, LossOutput, ModelOutput
 from qwen35moe.modules.context import LayerContext, LayerOutput
 from qwen35moe.modules.decoder import DecoderLayer
 from qwen35moe.modules.embedding import Embedding
+from qwen35moe.modules.initialise import initialise, leave_inference_mode
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.balancing import load_balancing_loss
 from qwen35moe.ops.losses import IGNORE, cross_entropy, shift_labels
@@ -31,7 +32,7 @@ from qwen35moe.taps import tap
 class Qwen3_5MoeTextModel(PretrainedModel):
     """The decoder without its head."""
 
-    def __init__(self, config: Config | TextConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         text = self.config.text_config
         pad = text.pad_token_id if isinstance(text.pad_token_id, int) else None
@@ -43,6 +44,8 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         # The layers' numbers in the checkpoint, for routing and named values: a model may have some of its layers only.
         self.source_layers: tuple[int, ...] = tuple(range(text.num_hidden_layers))
+        initialise(self, text.initializer_range)
+        leave_inference_mode(self)
         self.name_parts()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -77,11 +80,11 @@ class Qwen3_5MoeTextModel(PretrainedModel):
                 states.append(hidden)
             if device_map is not None and device_map.layers[index] != hidden.device:
                 hidden, context = hidden.to(device_map.layers[index]), context.to(device_map.layers[index])
-            hidden, output = layer(hidden, context, None if cache is None else cache[index])
+            hidden, output = layer(hidden, context, None if cache is None else cache._layers[index])
             outputs.append(output)
         hidden = tap(self, "norm", self.norm(hidden))
         if cache is not None:
-            cache.commit(layout, [output.state for output in outputs if output.state is not None])
+            cache.commit(layout, [output.state for output in outputs if output.state is not None], inputs.input_ids)
         if device_map is not None:
             states, outputs = [state.to(hidden.device) for state in states], [out.to(hidden.device) for out in outputs]
         return DecoderOutput(context.layout, hidden, states, outputs)
@@ -94,17 +97,20 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         return rotary_tables(position_ids.to(device), frequencies, rope.mrope_section, scale, dtype)
 
 
-class Qwen3_5MoeForCausalLM(PretrainedModel):
+class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
     """The decoder with its head, and the training loss."""
 
     text_model: type[Qwen3_5MoeTextModel] = Qwen3_5MoeTextModel
 
-    def __init__(self, config: Config | TextConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         text = self.config.text_config
         self.model: Any = self._build()
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.tie_weights()
+        if self.lm_head.weight is not self.get_input_embeddings().weight:
+            initialise(self, text.initializer_range)
+        leave_inference_mode(self)
 
     def _build(self) -> PretrainedModel:
         return self.text_model(self.config)
@@ -114,7 +120,11 @@ class Qwen3_5MoeForCausalLM(PretrainedModel):
         """The model without its head (and, in the multimodal class, without its tower)."""
         return self.model
 
-    def tie_weights(self) -> None:
+    def get_decoder(self) -> Qwen3_5MoeTextModel:
+        """The same as `decoder`, as a method."""
+        return self.decoder
+
+    def tie_weights(self, missing_keys: Any = None, recompute_mapping: bool = True) -> None:
         """Shares the embedding with the head where the configuration has tie_word_embeddings."""
         if self.config.text_config.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight

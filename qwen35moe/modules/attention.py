@@ -11,12 +11,14 @@ from qwen35moe import ops
 from qwen35moe.cache import KVCache, LayerState
 from qwen35moe.config import TextConfig
 from qwen35moe.modules.context import LayerContext
+from qwen35moe.modules.hooks import project
+from qwen35moe.modules.initialise import Initialised, initialise
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.attention import attention_weights, weighted_values
 from qwen35moe.taps import tap, tapped
 
 
-class GatedAttention(nn.Module):
+class GatedAttention(Initialised):
     """output = W_o (attention(rotary(norm(W_q x)), rotary(norm(W_k x)), W_v x) * sigmoid(gate)).
 
     q_proj gives, per query head, `head_dim` query rows and then `head_dim` gate rows.
@@ -33,6 +35,7 @@ class GatedAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        initialise(self, config.initializer_range)
 
     def forward(
         self, x: Tensor, context: LayerContext, state: LayerState | None = None
@@ -40,18 +43,21 @@ class GatedAttention(nn.Module):
         """x [B, T, D]. Returns the output [B, T, D], the keys and values including those of the new tokens, and the attention
         weights [B, H, T, P] if `context.attentions`."""
         assert state is None or isinstance(state, KVCache)
-        query, gate = self.q_proj(x).unflatten(-1, (self.heads, 2, self.head_dim)).unbind(-2)
-        key = self.k_norm(self.k_proj(x).unflatten(-1, (self.groups, self.head_dim)))
-        value = self.v_proj(x).unflatten(-1, (self.groups, self.head_dim))
+        query, gate = project(self.q_proj, x).unflatten(-1, (self.heads, 2, self.head_dim)).unbind(-2)
+        key = self.k_norm(project(self.k_proj, x).unflatten(-1, (self.groups, self.head_dim)))
+        value = project(self.v_proj, x).unflatten(-1, (self.groups, self.head_dim))
         query, key = ops.rotary(self.q_norm(query), key, *context.rotation, caller=self)
         query, key = tap(self, "query", query), tap(self, "key", key)
         value, gate = tap(self, "value", value), tap(self, "gate", gate)
         if state is not None:
             state = state.append(key, value, context.layout)
-            key, value = state.key, state.value
+            key, value = state.read()
         core, weights = self._attend(query, key, value, context)
-        out = self.o_proj((core * gate.sigmoid()).flatten(2))
+        out = project(self.o_proj, (core * gate.sigmoid()).flatten(2))
         return tap(self, "output", out), state, weights
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, key_value_heads={self.groups}, head_dim={self.head_dim}"
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: LayerContext) -> tuple[Tensor, Tensor | None]:
         """softmax(scale * query key^T) value, and the weights if they are returned."""

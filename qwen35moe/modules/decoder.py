@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen35moe import backends
 from qwen35moe.cache import LayerState
@@ -18,12 +18,13 @@ from qwen35moe.config import TextConfig
 from qwen35moe.modules.attention import GatedAttention
 from qwen35moe.modules.context import LayerContext, LayerOutput
 from qwen35moe.modules.gated_deltanet import GatedDeltaNet
+from qwen35moe.modules.initialise import Initialised, initialise
 from qwen35moe.modules.moe import DenseMLP, SparseMoeBlock
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.taps import tap
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Initialised):
     """Layer `index` of the configuration. The mixer is `linear_attn` or `self_attn`; `mlp` is sparse or dense."""
 
     def __init__(self, config: TextConfig, index: int) -> None:
@@ -37,6 +38,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        initialise(self, config.initializer_range)
 
     def forward(
         self, hidden: Tensor, context: LayerContext, state: LayerState | None = None
@@ -45,19 +47,24 @@ class DecoderLayer(nn.Module):
         run = backends.checkpoint if self.gradient_checkpointing and torch.is_grad_enabled() else _run
         hidden = tap(self, "input", hidden)
         mixed, after, attention = run(self._mixer_of_norm, hidden, context, state)
-        hidden = hidden + mixed
+        hidden = _add(hidden, mixed)
         normed = run(self.post_attention_layernorm, hidden)
         if not isinstance(self.mlp, SparseMoeBlock):
-            hidden = hidden + run(self.mlp, normed)
+            hidden = _add(hidden, run(self.mlp, normed))
             return tap(self, "output", hidden), LayerOutput(after, None, attention)
         # Outside the checkpointed function, so that a recomputation cannot choose other experts.
         router = self.mlp.route(normed.flatten(0, 1), context.routing)
-        hidden = hidden + run(self.mlp, normed, router)
+        hidden = _add(hidden, run(self.mlp, normed, router))
         return tap(self, "output", hidden), LayerOutput(after, router, attention)
 
     def _mixer_of_norm(self, hidden: Tensor, context: LayerContext, state: LayerState | None) -> Any:
         mixer = self.linear_attn if self.kind == "linear_attention" else self.self_attn
         return mixer(self.input_layernorm(hidden), context, state)
+
+
+def _add(hidden: Tensor, change: Tensor) -> Tensor:
+    """The residual stream keeps its dtype, also where a layer has another one."""
+    return hidden + (change if change.dtype is hidden.dtype else change.to(hidden.dtype))
 
 
 def _run(function: Callable[..., Any], *args: Any) -> Any:

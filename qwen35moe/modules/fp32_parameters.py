@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen35moe.modules.initialise import Initialised
 
-class FP32Parameters(nn.Module):
+
+def new_fp32(*shape: int, value: float = 0.0) -> nn.Parameter:
+    """A parameter that stays float32: float32 at least, whatever torch's default dtype is."""
+    return nn.Parameter(torch.full(shape, value, dtype=torch.promote_types(torch.float32, torch.get_default_dtype())))
+
+
+class FP32Parameters(Initialised):
     """A module whose parameters named in `fp32_parameters` stay float32 at least, after `.to(...)` and after loading.
 
     `.double()` makes them float64; `.to(bfloat16)` and `.half()` do not change them. `stored_dtypes`: their dtypes in the
@@ -23,11 +30,12 @@ class FP32Parameters(nn.Module):
         self.stored_dtypes: dict[str, torch.dtype] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        parameters = {name: self._parameters[name] for name in self.fp32_parameters}
+        # A parametrized parameter is not here: torch moves its original, in the dtype of the rest.
+        parameters = {name: self._parameters.get(name) for name in self.fp32_parameters}
         original = {name: None if parameter is None else parameter.data for name, parameter in parameters.items()}
         super()._apply(fn, recurse)
         for name, data in original.items():
-            parameter = self._parameters[name]
+            parameter = self._parameters.get(name)
             if data is None or parameter is None:
                 continue
             dtype = torch.promote_types(torch.float32, parameter.dtype)

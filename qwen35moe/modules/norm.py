@@ -6,16 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from qwen35moe import ops
-from qwen35moe.modules.fp32_parameters import FP32Parameters
+from qwen35moe.modules.fp32_parameters import FP32Parameters, new_fp32
+from qwen35moe.modules.initialise import Draws, Initialised
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Initialised):
     """x / sqrt(mean(x^2) + eps) (1 + weight), over the last axis of width `size`; the weight is stored around zero."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(size))
+
+    def draw(self, draws: Draws, std: float) -> None:
+        """The identity."""
+        self.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, eps=self.eps, caller=self)
@@ -35,7 +40,11 @@ class GatedRMSNorm(FP32Parameters):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = new_fp32(size, value=1)
+
+    def draw(self, draws: Draws, std: float) -> None:
+        """The identity."""
+        self.weight.fill_(1)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         return ops.gated_rms_norm(x, gate, self.weight, eps=self.eps, caller=self)

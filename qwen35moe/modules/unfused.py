@@ -34,7 +34,7 @@ class UnfusedExperts(nn.ModuleList):
         self.__dict__["backend_choices"] = experts.__dict__.get("backend_choices", {})
         count, width, inner = experts.down_proj.shape
         with torch.device("meta"):
-            self.extend(MLP(width, inner) for _ in range(count))
+            self.extend(MLP(width, inner, experts.initializer_range) for _ in range(count))
         for linear, name, view in self._views():
             linear.weight = nn.Parameter(view(getattr(experts, name).detach()), getattr(experts, name).requires_grad)
             grad = getattr(experts, name).grad

@@ -7,16 +7,18 @@ Bai et al. 2025, "Qwen3-VL Technical Report". No deepstack: its list of layers i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen35moe import backends, ops
-from qwen35moe.config import Config, VisionConfig
-from qwen35moe.modules.hooks import is_plain
+from qwen35moe.config import VisionConfig
+from qwen35moe.modules.hooks import device_of, is_plain, project
+from qwen35moe.modules.initialise import Draws, Initialised, initialise, leave_inference_mode
 from qwen35moe.ops.precision import wide_dtype, widen
 from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, interpolated, rotation, tokens_of
 from qwen35moe.taps import tap
@@ -32,7 +34,7 @@ class VisionOutput:
     pooler_output: tuple[Tensor, ...]
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Initialised):
     """A linear map of each flattened patch. The weight [width, channels, frames, p, p] is published as that of a convolution
     whose kernel covers exactly one patch; torch's Conv3d takes ten times as long."""
 
@@ -45,16 +47,26 @@ class PatchEmbed(nn.Module):
         return self.proj(pixels)
 
 
-class _Projection(nn.Module):
+class _Projection(Initialised):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         size = config.patch_size
         shape = config.hidden_size, config.in_channels, config.temporal_patch_size, size, size
-        self.weight = nn.Parameter(torch.zeros(shape))
-        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+        initialise(self, config.initializer_range)
+
+    def draw(self, draws: Draws, std: float) -> None:
+        """normal(0, std), and a bias of zero."""
+        draws.normal(self.weight, std)
+        self.bias.zero_()
 
     def forward(self, pixels: Tensor) -> Tensor:
         return F.linear(pixels.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+    def extra_repr(self) -> str:
+        width, channels, frames, rows, columns = self.weight.shape
+        return f"channels={channels}, patch={frames}x{rows}x{columns}, width={width}"
 
 
 class VisionNorm(nn.LayerNorm):
@@ -66,7 +78,7 @@ class VisionNorm(nn.LayerNorm):
         return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps).to(dtype)
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(Initialised):
     """W_o softmax(q k^T / sqrt(K)) v within each frame, q and k rotated by their row and column."""
 
     def __init__(self, config: VisionConfig) -> None:
@@ -74,38 +86,45 @@ class VisionAttention(nn.Module):
         self.heads, self.scale = config.num_heads, config.head_dim**-0.5
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        initialise(self, config.initializer_range)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, width], cu_seqlens [frames + 1], rotation: cos and sin [1, N, K/2]; returns [N, width]."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        query, key, value = project(self.qkv, x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         query, key = ops.rotary(query[None], key[None], *rotation, caller=self)
         query, key, value = tap(self, "query", query[0]), tap(self, "key", key[0]), tap(self, "value", value)
         out = ops.vision_attention(query, key, value, cu_seqlens=cu_seqlens, scale=self.scale, caller=self)
-        return tap(self, "output", self.proj(out.flatten(1)))
+        return tap(self, "output", project(self.proj, out.flatten(1)))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
 
 
-class VisionMLP(nn.Module):
+class VisionMLP(Initialised):
     """W_2 gelu(W_1 x), gelu in its tanh form."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        initialise(self, config.initializer_range)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, width]; returns [N, width]."""
-        return tap(self, "output", self.linear_fc2(_gelu(self, x, "tanh")))
+        return tap(self, "output", project(self.linear_fc2, _gelu(self, x, "tanh")))
 
 
 def _gelu(caller: VisionMLP | PatchMerger, x: Tensor, approximate: str) -> Tensor:
     """gelu(W_1 x), as one operation unless W_1 has hooks or has been replaced."""
     linear = caller.linear_fc1
-    if is_plain(linear, nn.Linear):
-        return ops.gelu_linear(x, linear.weight, linear.bias, approximate=approximate, caller=caller)
-    return F.gelu(linear(x), approximate=approximate)
+    weight = linear.weight
+    # A wrapper of a tensor (quantised, sharded) may implement only the call of the module.
+    if is_plain(linear, nn.Linear) and weight.dtype is x.dtype and not hasattr(type(weight), "__tensor_flatten__"):
+        return ops.gelu_linear(x, weight, linear.bias, approximate=approximate, caller=caller)
+    return F.gelu(project(linear, x), approximate=approximate)
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(Initialised):
     """x' = x + attention(norm(x));  y = x' + mlp(norm(x')). The residual stream x is float32 at least: rounding it to bfloat16
     after each of 54 sums would cause half of a bf16 tower's error."""
 
@@ -128,7 +147,7 @@ class VisionBlock(nn.Module):
         return tap(self, "output", x + self.mlp(self.norm2(x)))
 
 
-class PatchMerger(nn.Module):
+class PatchMerger(Initialised):
     """One token from m x m patches: W_2 gelu(W_1 [norm(x_1), ..., norm(x_mm)])."""
 
     def __init__(self, config: VisionConfig) -> None:
@@ -137,25 +156,26 @@ class PatchMerger(nn.Module):
         self.norm = VisionNorm(config.hidden_size, eps=EPS)
         self.linear_fc1 = nn.Linear(self.merged, self.merged)
         self.linear_fc2 = nn.Linear(self.merged, config.out_hidden_size)
+        initialise(self, config.initializer_range)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, width]; returns [tokens, D]."""
-        return self.linear_fc2(_gelu(self, self.norm(x).view(-1, self.merged), "none"))
+        return project(self.linear_fc2, _gelu(self, self.norm(x).view(-1, self.merged), "none"))
 
 
-class Qwen3_5MoeVisionModel(nn.Module):
+class Qwen3_5MoeVisionModel(Initialised):
     """The vision tower, the same for mixture-of-experts and dense models."""
 
-    def __init__(self, config: VisionConfig | Config) -> None:
+    def __init__(self, config: Any) -> None:
+        """config: a VisionConfig, the whole model's, a dict with the contents of either, or those of transformers."""
         super().__init__()
-        vision = config.vision_config if isinstance(config, Config) else config
-        if vision is None:
-            raise ValueError("this configuration has no vision_config: it is that of a text model")
-        self.config = vision
+        self.config = vision = VisionConfig.of(config)
         self.patch_embed = PatchEmbed(vision)
         self.pos_embed = nn.Embedding(vision.num_position_embeddings, vision.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(vision) for _ in range(vision.depth))
         self.merger = PatchMerger(vision)
+        initialise(self, vision.initializer_range)
+        leave_inference_mode(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,7 +183,7 @@ class Qwen3_5MoeVisionModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.merger.linear_fc2.weight.device
+        return device_of(self.merger.linear_fc2)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> VisionOutput:
         """pixel_values [N, channels * frames * p * p] in the processor's order; grid_thw [items, 3]: frames, rows and columns
@@ -182,7 +202,7 @@ class Qwen3_5MoeVisionModel(nn.Module):
 
     def _positions(self, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         # The table comes from the embedding's forward, so that its hooks, adapters and offloading work.
-        table = self.pos_embed(torch.arange(self.config.num_position_embeddings, device=self.pos_embed.weight.device))
+        table = self.pos_embed(torch.arange(self.config.num_position_embeddings, device=device_of(self.pos_embed)))
         return interpolated(table, grids, self.config.spatial_merge_size)
 
     def _check(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> None:
@@ -192,13 +212,3 @@ class Qwen3_5MoeVisionModel(nn.Module):
             raise ValueError(f"pixel values must be floats [patches, {width}], got {list(pixels.shape)} {pixels.dtype}")
         if pixels.shape[0] != patches:
             raise ValueError(f"pixel values have {pixels.shape[0]} patches, the grids {grids[:4]} ... have {patches}")
-
-
-def init_vision(module: nn.Module, normal: Callable[[Tensor], None]) -> None:
-    """Initialise the modules that only the tower has: `normal` for matrices, identity for norms."""
-    if isinstance(module, nn.LayerNorm):
-        module.weight.fill_(1)
-        module.bias.zero_()
-    elif isinstance(module, _Projection):
-        normal(module.weight)
-        module.bias.zero_()

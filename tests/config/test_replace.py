@@ -103,7 +103,7 @@ def test_a_checked_configuration_is_fixed_and_errors_name_replace() -> None:
     config = Config.from_dict(nested())
     text, vision = config.text_config, config.vision_config
     for part, name in (
-        (config, "tie_word_embeddings"), (text, "num_experts"), (config, "num_experts"), (vision, "depth"),
+        (text, "tie_word_embeddings"), (text, "num_experts"), (config, "num_experts"), (vision, "depth"),
         (config, "text_config"), (text, "rope"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"{name} cannot be assigned.*config\.replace\({name}="):

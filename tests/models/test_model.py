@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -92,15 +93,16 @@ def test_training_is_the_same_with_gradient_checkpointing_and_without():
     model = Qwen3_5MoeForCausalLM(small()).init_weights()
     ids = torch.randint(0, 59, (2, 33), generator=torch.Generator().manual_seed(0))
     gradients = []
-    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+    reentrant = functools.partial(model.gradient_checkpointing_enable, {"use_reentrant": True})  # no effect: see there
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable, reentrant):
         switch()
         model.zero_grad()
         model(ids, labels=ids, output_router_logits=True).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert model.is_gradient_checkpointing
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    with pytest.raises(ValueError, match="use_reentrant"):
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
+    with pytest.raises(ValueError, match="determinism_check"):
+        model.gradient_checkpointing_enable({"determinism_check": "none"})
 
 
 def test_the_whole_model_compiles_into_one_graph():
