@@ -282,7 +282,8 @@ class Cache:
             other.rewound = self.lengths.shape != other.lengths.shape or bool((self.lengths < other.lengths).any())
 
     def _live_snapshots(self) -> list[Snapshot]:
-        return [snapshot for ref in self._snapshots if (snapshot := ref()) is not None]
+        snapshots = [ref() for ref in self._snapshots]  # torch.compile cannot trace an assignment inside a comprehension
+        return [snapshot for snapshot in snapshots if snapshot is not None]
 
     def rollback(self, tokens: int | Tensor) -> None:
         """Removes the last `tokens` tokens of every row (int) or of each row (tensor [B]).
