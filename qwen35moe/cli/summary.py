@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
@@ -68,6 +67,7 @@ def summarize(
     every weight; ignore: patterns of names that are left out."""
     from ..checkpoint.folder import config_file
     from ..checkpoint.headers import read_headers
+    from ..checkpoint.names import ignored_by
     from ..config import Config
     from ..loading import find
 
@@ -76,8 +76,8 @@ def summarize(
     header = read_headers(find(folder))
     config = Config.from_pretrained(config_file(header))
     text = config.text_config
-    ignored = Counter(pattern for name in header.tensors if (pattern := _ignored_by(ignore, name)) is not None)
-    listed = [tensor for name, tensor in header.tensors.items() if _ignored_by(ignore, name) is None]
+    ignored = Counter(pattern for name in header.tensors if (pattern := ignored_by(ignore, name)) is not None)
+    listed = [tensor for name, tensor in header.tensors.items() if ignored_by(ignore, name) is None]
     stored, unknown = _by_name(listed)
     model_parts, without_part = _parts(stored)
     parts = [_entry(part, text.num_experts_per_tok, text.num_experts) for part in model_parts]
@@ -115,10 +115,6 @@ def summarize(
         "ignored_tensors": dict(ignored),
         **(_checks(listed, stored) if check else {"not_finite": None, "implausible": []}),
     }
-
-
-def _ignored_by(patterns: Sequence[str], name: str) -> str | None:
-    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
 def _checks(tensors: Iterable[Any], stored: dict[str, Any]) -> dict[str, Any]:
