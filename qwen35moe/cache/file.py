@@ -187,7 +187,8 @@ def _check_values(source: str, tensors: Mapping[str, Tensor], numbers: Mapping[s
     if "rope_delta" in tensors:
         since, positions = tensors["rope_delta_since"], lengths + tensors["rope_delta"]
         if bool((since < 0).any() or (since > lengths).any()):
-            raise ValueError(f"{source}: rope_delta_since {_short(since.tolist())} is beyond the lengths {_short(numbers['lengths'])}")
+            found = f"rope_delta_since {_short(since.tolist())} is beyond the lengths {_short(numbers['lengths'])}"
+            raise ValueError(f"{source}: {found}")
         if bool((positions < 0).any() or (positions > MAX_COUNTER).any()):
             raise ValueError(f"{source}: rope_delta {_short(tensors['rope_delta'].tolist())} leads to a negative position")
 
