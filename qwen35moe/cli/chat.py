@@ -99,7 +99,7 @@ class Conversation:
     def _stream(self, ids: list[int], visual: dict[str, Any], new: list[int]) -> Iterator[tuple[bool, str]]:
         """Generate the reply; its ids are appended to `new`."""
         from ..generation import TextStream
-        from ..generation.settings import end_tokens
+        from ..generation.defaults import end_tokens
         from ..processing.reply import THINK_END, THINK_START
 
         tokenizer, ends = self.processor.tokenizer, set(end_tokens(self.model))

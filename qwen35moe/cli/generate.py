@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Stream the continuation of the prompt."""
-    from ..loading import load
+    from ..loading.load import load_with_tokenizer
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     # Files are read before the model is loaded: they may be missing.
     inputs = _inputs(options, prompt) if options.image or options.video else {}
-    model, tokenizer = load(options.folder, dtype=options.dtype, device=options.device)
+    model, tokenizer = load_with_tokenizer(options.folder, dtype=options.dtype, device=options.device)
     ids = inputs["input_ids"][0].tolist() if inputs else tokenizer.encode(prompt, special=options.special)
     values, do_sample = sampling(options)
     values |= {"do_sample": do_sample, "max_new_tokens": options.max_new_tokens, "stop": options.stop}

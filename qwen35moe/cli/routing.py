@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the statistics, and write the trace and the plot if requested."""
-    from ..loading import load
+    from ..loading.load import load_with_tokenizer
     from ..routing.plots import draw, new_figure
 
     if options.window < 1:
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     if options.plot:
         new_figure(1, 1)  # raises early if matplotlib is missing
     text = sys.stdin.read() if options.text == "-" else Path(options.text).read_text(encoding="utf-8")
-    model, tokenizer = load(options.folder, dtype=options.dtype, device=options.device)
+    model, tokenizer = load_with_tokenizer(options.folder, dtype=options.dtype, device=options.device)
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError(f"{options.text} is empty")

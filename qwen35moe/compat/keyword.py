@@ -62,13 +62,18 @@ def read_keywords(
         if keyword.becomes is None:
             raise ValueError(f"{method}({name}={short(value)}) is not supported: {keyword.instead}")
         ours = keyword.convert(value) if keyword.convert else value
-        if read.get(keyword.becomes) is not None and read[keyword.becomes] is not ours and read[keyword.becomes] != ours:
+        if read.get(keyword.becomes) is not None and not _same(read[keyword.becomes], ours):
             raise ValueError(
                 f"{method}() got {name}={short(value)} and {keyword.becomes}={short(read[keyword.becomes])}, which mean the "
                 f"same: give {keyword.becomes}"
             )
         read[keyword.becomes] = ours
     return read
+
+
+def _same(first: object, second: object) -> bool:
+    """Whether two values are one; two tensors are only if they are the same object."""
+    return first is second or (not hasattr(first, "shape") and not hasattr(second, "shape") and first == second)
 
 
 def unknown_keyword(method: str, name: str, names: Collection[str]) -> str:

@@ -1,6 +1,6 @@
 """The loop: prompt in, one new token per row and step out.
 
-    prefill -> [penalties -> the caller's processors -> temperature, top-k, top-p, min-p] -> pick -> feed it -> ...
+    prefill -> [penalties -> masks -> the caller's processors -> temperature, top-k, top-p, min-p] -> pick -> feed it -> ...
 
 The rules are those of transformers' `generate`, so that greedy tokens are the same. Unlike there, padding on either side
 changes nothing: each row's answer is the one it gets alone.
@@ -15,11 +15,18 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ..compat import short
+from ..compat.generate import GENERATE
 from ..models.arguments import takes
+from ..models.generation_inputs import GenerateInputs, StreamInputs, expand
 from ..ops import sampling
+from .callbacks import scores_of, verdicts
+from .defaults import end_tokens, padding_token, settings_of
+from .masks import TokenMasks
+from .output import GenerateOutput
 from .prompt import Prompt
 from .prompt import read as read_prompt
-from .settings import GenerateInputs, Settings, StreamInputs, end_tokens, padding_token, resolve
+from .settings import Settings, resolve
 from .stop import Decoder, StopStrings
 from .streams import Uniforms
 
@@ -27,33 +34,53 @@ _MIN_COLUMNS = 64  # columns for new tokens allocated at a time, at least
 _CHECK_EVERY = 32  # steps between reads of the error flag when nothing else synchronises with the device
 
 
-@takes(GenerateInputs)
-def generate(model: Any, inputs: GenerateInputs) -> Tensor:
-    """Continues the prompts: [B, prompt + new] int64, the caller's columns first, `pad_token_id` after a row has ended.
+@takes(GenerateInputs, GENERATE)
+def generate(model: Any, inputs: GenerateInputs) -> Any:
+    """Continues the prompts: [B*n, prompt + new] int64, the caller's columns first, `pad_token_id` after a row has ended; with
+    return_dict_in_generate=True a GenerateOutput. Keywords of transformers: see docs/guide/from_transformers.md.
 
     ValueError: empty prompt, ids outside the vocabulary, a prompt that does not fit the cache, NaN logits, an
     argument out of range; each names the values. All but NaN are raised before anything is computed.
     """
+    inputs = expand(inputs)
+    flags = _output_flags(model, inputs)
     run, streamer = _Run(model, inputs), inputs.streamer
-    if streamer is not None:
-        streamer.put(run.prompt.ids.cpu())
+    run.scores = [] if flags["output_scores"] else None
+    run.logits = [] if flags["output_logits"] else None
     try:
+        if streamer is not None:
+            streamer.put(run.rows.ids.cpu())
         for token in run:
             if streamer is not None:
                 streamer.put(token.cpu())
     finally:
         if streamer is not None:
             streamer.end()  # after an error too: another thread may be waiting for the end
-    return run.sequences()
+    return run.output() if flags["return_dict_in_generate"] else run.sequences()
 
 
-@takes(StreamInputs)
+@takes(StreamInputs, GENERATE)
 def stream(model: Any, inputs: StreamInputs) -> Iterator[Tensor]:
-    """`generate` as an iterator: each step's new ids [B], `pad_token_id` for rows that have ended.
+    """`generate` as an iterator: each step's new ids [B*n], `pad_token_id` for rows that have ended.
 
     Arguments are checked by this call; the model runs while the iterator is read, which may stop early.
     """
-    return iter(_Run(model, inputs))
+    return iter(_Run(model, expand(inputs)))
+
+
+def _output_flags(model: Any, inputs: GenerateInputs) -> dict[str, bool]:
+    """return_dict_in_generate, output_scores and output_logits: the arguments, else those of the generation_config."""
+    defaults, flags = settings_of(model, inputs.generation_config), {}
+    for name in ("return_dict_in_generate", "output_scores", "output_logits"):
+        value = getattr(inputs, name)
+        value = defaults.get(name) if value is None else value
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {short(value)}")
+        flags[name] = bool(value)
+    wanted = [name for name in ("output_scores", "output_logits") if getattr(inputs, name)]
+    if wanted and not flags["return_dict_in_generate"]:
+        raise ValueError(f"{wanted[0]}=True has an effect only with return_dict_in_generate=True: pass it too")
+    return flags
 
 
 class _Run:
@@ -63,33 +90,48 @@ class _Run:
         self.model, self.visual_inputs = model, inputs.visual_inputs
         self.device = torch.device(model.device)
         self.vocabulary = _vocabulary(model)
-        ends = end_tokens(model, inputs.eos_token_id)
-        pad = padding_token(model, inputs.pad_token_id, ends)
-        self.prompt: Prompt = read_prompt(
+        ends = end_tokens(model, inputs.eos_token_id, inputs.generation_config)
+        self._check_ends(inputs.eos_token_id, ends)
+        pad = padding_token(model, inputs.pad_token_id, ends, inputs.generation_config)
+        prompt = read_prompt(
             inputs.input_ids, inputs.attention_mask, vocabulary=self.vocabulary, device=self.device, pad_token_id=pad
         )
-        rows, width = self.prompt.ids.shape
+        width = prompt.ids.shape[1]
         self.settings: Settings = resolve(model, inputs, width, ends, pad)
+        self.rows: Prompt = prompt.repeated(self.settings.n)  # row r*n + i continues prompt r
+        rows = self.rows.ids.shape[0]
         self._check_pad(rows)
         self.stops = self._stop_strings(inputs.tokenizer, rows)
         self.uniforms = Uniforms(self.settings.seed, rows, self.device) if self.settings.do_sample else None
-        self.cache, self.cached = self._cache(inputs.cache, rows)
+        self.masks = TokenMasks(self.settings, self.rows, self.vocabulary)
+        self.cache, self.cached, self.copies = self._cache(inputs.cache, prompt)
+        self.prompt = prompt.repeated(self.settings.n // self.copies)  # the prefill's; its state is copied afterwards
 
-        pad = 0 if pad is None else pad  # then no row can need it
-        self.ids = self.prompt.ids  # grows by doubling
-        self.pad = self.ids.new_tensor(pad)
+        self.ids = self.rows.ids  # grows by doubling
+        self.pad = self.ids.new_tensor(0 if pad is None else pad)  # without one no row can need it
         self.width = width  # columns of self.ids in use
         self.eos = torch.tensor(self.settings.eos_token_ids, dtype=torch.int64, device=self.device)
         self.done = torch.zeros(rows, dtype=torch.bool, device=self.device)
         self.finished = [False] * rows  # `done` when the host last read it
         self.error = torch.zeros(rows, dtype=torch.bool, device=self.device)  # rows without a usable logit
+        self.scores: list[Tensor] | None = None  # of every step, where they are to be returned
+        self.logits: list[Tensor] | None = None
         self.seen = self.generated = None
         if self.settings.repetition_penalty is not None:
-            self.seen = sampling.seen_tokens(self.prompt.ids.masked_fill(~self._real(), 0), self.vocabulary, self._real())
+            self.seen = sampling.seen_tokens(self.rows.ids.masked_fill(~self._real(), 0), self.vocabulary, self._real())
         if self.settings.presence_penalty is not None:
             self.generated = torch.zeros(rows, self.vocabulary, dtype=torch.bool, device=self.device)
 
     # ------------------------------------------------------------------------------------------------------- checks
+
+    def _check_ends(self, argument: Any, ends: tuple[int, ...]) -> None:
+        """ValueError for an end token of the call that no row can have. Those of a checkpoint may be outside."""
+        outside = [token for token in ends if not 0 <= token < self.vocabulary]
+        if argument is not None and outside:
+            raise ValueError(
+                f"eos_token_id {outside[0]} is outside the vocabulary 0..{self.vocabulary - 1}: no row can end with it; "
+                "[] switches end tokens off"
+            )
 
     def _check_pad(self, rows: int) -> None:
         if self.settings.pad_token_id is None and rows > 1 and self.settings.can_finish_early:
@@ -99,30 +141,43 @@ class _Run:
         if not self.settings.stop:
             return None
         if tokenizer is None:
-            raise ValueError(f"stop={list(self.settings.stop)!r} is searched in decoded text: pass tokenizer= too")
+            raise ValueError(f"stop={short(list(self.settings.stop))} is searched in decoded text: pass tokenizer= too")
         return StopStrings(self.settings.stop, tokenizer, rows)
 
-    def _cache(self, cache: Any, rows: int) -> tuple[Any, tuple[int, ...]]:
-        """The cache to use and how many tokens of each row it holds; refused if the rows cannot fit."""
+    def _cache(self, cache: Any, prompt: Prompt) -> tuple[Any, tuple[int, ...], int]:
+        """The cache to use, how many tokens of each of its rows it holds, and into how many rows each of them is copied
+        after the prefill; ValueError if the rows cannot fit."""
+        n, rows, new = self.settings.n, prompt.ids.shape[0], self.settings.max_new_tokens
+        longest = max(prompt.lengths)
+        cache = self.settings.cache if cache is None else cache
+        if isinstance(cache, str):
+            if cache != "static":
+                raise ValueError(f"cache={short(cache)}: pass 'static', or a cache made with model.new_cache(batch_size)")
+            return self.model.new_cache(rows * n, max_length=longest + max(new - 1, 0)), (0,) * (rows * n), 1
         if cache is None:
-            return (self.model.new_cache(rows) if self.settings.max_new_tokens else None), (0,) * rows
-        if cache.batch_size != rows:
-            raise ValueError(f"the cache is for {cache.batch_size} rows, the prompt has {rows}")
+            return (self.model.new_cache(rows) if new else None), (0,) * rows, n
+        if not hasattr(cache, "lengths") or not hasattr(cache, "batch_size"):
+            raise ValueError(f"cache is a {type(cache).__name__}: pass a cache made with model.new_cache(batch_size)")
+        copies = n if cache.batch_size == rows else 1
+        if cache.batch_size not in (rows, rows * n):
+            more = f", or {rows * n} with n={n}" if n > 1 else ""
+            raise ValueError(f"the cache is for {cache.batch_size} rows, the prompt has {rows}{more}")
+        if copies > 1 and cache.max_length is not None:
+            raise ValueError(f"n={n}: a cache of fixed length keeps its {rows} rows; make one with new_cache({rows * n}, ...)")
         cached = tuple(int(length) for length in cache.lengths.tolist())
-        for row, (held, length) in enumerate(zip(cached, self.prompt.lengths, strict=True)):
+        for row, (held, length) in enumerate(zip(cached, prompt.repeated(n // copies).lengths, strict=True)):
             if held >= length:
                 raise ValueError(
                     f"row {row}: the cache already holds {held} tokens and input_ids has {length}; input_ids is the "
                     "whole row, cached tokens included, and at least one token more"
                 )
-        longest, new = max(self.prompt.lengths), self.settings.max_new_tokens
         if cache.max_length is not None and longest + max(new - 1, 0) > cache.max_length:  # the last token is not fed
             what = "is longer than" if longest > cache.max_length else f"and {new} new tokens (the last is not stored) exceed"
             raise ValueError(
                 f"the prompt of {longest} tokens {what} the cache's max_length={cache.max_length}: "
                 "make a longer one, or pass new_cache(batch_size) without max_length"
             )
-        return cache, cached
+        return cache, cached, copies
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -131,7 +186,7 @@ class _Run:
             return
         logits = self._prefill()
         for step in range(self.settings.max_new_tokens):
-            token = self._pick(logits)
+            token = self._pick(logits, step)
             last = step + 1 == self.settings.max_new_tokens
             all_done = self._read_flags(token, last, step)
             yield token
@@ -149,7 +204,12 @@ class _Run:
         if min(counts) != max(counts):
             new = self._right(max(counts), torch.tensor(counts, device=self.device))
             tokens, mask = tokens.masked_fill(~new, 0), torch.cat([self._past(), new], 1).long()
-        return self._forward(tokens, mask, **self._visual_arguments())
+        logits = self._forward(tokens, mask, **self._visual_arguments())
+        if self.copies > 1:
+            rows = torch.arange(logits.shape[0]).repeat_interleave(self.copies)
+            self.cache.reorder(rows)
+            logits = logits.index_select(0, rows.to(logits.device))
+        return logits
 
     def _visual_arguments(self) -> dict[str, Any]:
         """The images and videos of the prefill: those whose tokens the cache does not hold."""
@@ -175,9 +235,12 @@ class _Run:
         return self.model(input_ids=tokens, attention_mask=mask, **options).logits[:, -1].to(self.device)
 
     @torch.no_grad()
-    def _pick(self, logits: Tensor) -> Tensor:
+    def _pick(self, logits: Tensor, step: int) -> Tensor:
         """One token for each row, written into self.ids; rows that end with it are marked done."""
-        scores = self._penalised(logits.to(torch.promote_types(torch.float32, logits.dtype)))
+        wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
+        if self.logits is not None:
+            self.logits.append(wide.clone())  # a processor may write into its scores
+        scores, ids = self._penalised(wide, step), None
         if self.uniforms is None:
             token, best = sampling.greedy(scores), scores.amax(-1)  # NaN if any score is
             self.error |= ~(best > -torch.inf) & ~self.done
@@ -187,6 +250,8 @@ class _Run:
             self.error |= ~((best > -torch.inf) & (best < torch.inf)) & ~self.done
             token = sampling.sample(scores, self.uniforms.next())
             token = token if ids is None else ids.gather(1, token[:, None])[:, 0]
+        if self.scores is not None:
+            self.scores.append(scores if ids is None else torch.full_like(wide, -torch.inf).scatter(1, ids, scores.to(wide)))
         token = torch.where(self.done, self.pad, token)
         if self.width == self.ids.shape[1]:
             self.ids = functional.pad(self.ids, (0, max(self.width, _MIN_COLUMNS)))
@@ -195,21 +260,26 @@ class _Run:
         for marks in (self.seen, self.generated):
             if marks is not None:
                 marks.scatter_(1, token.masked_fill(self.done, 0)[:, None], True)
+        self.masks.put(token)
         if self.eos.numel():
             self.done = self.done | torch.isin(token, self.eos)
+        so_far = None if self.scores is None else tuple(self.scores)
         for criterion in self.settings.stopping_criteria:
-            self.done = self.done | torch.as_tensor(criterion(self.ids[:, : self.width], None), device=self.device)
+            self.done = self.done | verdicts(criterion, self.ids[:, : self.width], so_far, self.ids.shape[0])
         return token
 
-    def _penalised(self, scores: Tensor) -> Tensor:
-        """Scores [B, vocabulary] after the penalties and the caller's processors: greedy decoding picks from them."""
+    def _penalised(self, scores: Tensor, step: int) -> Tensor:
+        """Scores [B, vocabulary] after the penalties, the token masks and the caller's processors: greedy decoding picks
+        from them."""
         s = self.settings
         if s.repetition_penalty is not None and self.seen is not None:
             scores = sampling.repetition_penalty(scores, self.seen, s.repetition_penalty)
         if s.presence_penalty is not None and self.generated is not None:
             scores = sampling.presence_penalty(scores, self.generated, s.presence_penalty)
+        if self.masks.active:
+            scores = self.masks.apply(scores, step)
         for processor in s.logits_processor:
-            scores = processor(self.ids[:, : self.width], scores)
+            scores = scores_of(processor, self.ids[:, : self.width], scores)
         return scores
 
     def _filtered(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -236,8 +306,8 @@ class _Run:
         if any(error):
             rows = [row for row, flag in enumerate(error) if flag]
             raise ValueError(
-                f"no token can be chosen for rows {rows} (new token {step + 1}, or shortly before): the logits hold "
-                "NaN, +inf, or nothing but -inf; look at the model's weights, or at the logits_processor"
+                f"no token can be chosen for rows {short(rows)} (new token {step + 1}, or shortly before): the logits hold "
+                f"NaN, +inf, or nothing but -inf{self._suspects()}"
             )
         if self.stops is not None:
             for row, new in enumerate(tokens):
@@ -247,15 +317,29 @@ class _Run:
         self.finished = [bool(flag) for flag in done]
         return all(self.finished)
 
+    def _suspects(self) -> str:
+        """The parts of the call that may have made such logits, for a message."""
+        s = self.settings
+        names = ("repetition_penalty", "presence_penalty", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+        set_here = [f"{name}={short(getattr(s, name))}" for name in (*names, "min_new_tokens") if getattr(s, name)]
+        if s.logits_processor:
+            set_here.append("the logits_processor")
+        return "; look at " + ", ".join([*set_here, "the model's weights"])
+
     # -------------------------------------------------------------------------------------------------------- helpers
+
+    def output(self) -> GenerateOutput:
+        """Everything that the call asked for."""
+        scores, logits = (None if values is None else tuple(values) for values in (self.scores, self.logits))
+        return GenerateOutput(sequences=self.sequences(), scores=scores, logits=logits, past_key_values=self.cache)
 
     def sequences(self) -> Tensor:
         """Everything so far, [B, prompt + new]."""
         return self.ids[:, : self.width].clone()
 
     def _real(self) -> Tensor:
-        mask = self.prompt.mask
-        return torch.ones_like(self.prompt.ids, dtype=torch.bool) if mask is None else mask != 0
+        mask = self.rows.mask
+        return torch.ones_like(self.rows.ids, dtype=torch.bool) if mask is None else mask != 0
 
     def _past(self) -> Tensor:
         """The mask [B, positions seen] of the tokens in the cache."""

@@ -6,12 +6,14 @@ the last column is every row's last token, whichever side the caller padded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..compat import short
 
 _INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 
@@ -28,6 +30,14 @@ class Prompt:
     @property
     def ragged(self) -> bool:
         return min(self.lengths) != max(self.lengths)
+
+    def repeated(self, n: int) -> Prompt:
+        """Every row n times, one after the other."""
+        if n == 1:
+            return self
+        ids, tokens = (values.repeat_interleave(n, 0) for values in (self.ids, self.tokens))
+        mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
+        return Prompt(ids, mask, tokens, tuple(length for length in self.lengths for _ in range(n)))
 
 
 def read(input_ids: Any, attention_mask: Any, *, vocabulary: int, device: torch.device, pad_token_id: int | None) -> Prompt:
@@ -51,8 +61,8 @@ def read(input_ids: Any, attention_mask: Any, *, vocabulary: int, device: torch.
 
 
 def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tuple[Tensor, Tensor | None]:
-    if isinstance(ids, Mapping):
-        raise ValueError("input_ids is a mapping: pass a tokenizer's output as generate(**inputs)")
+    if ids is None:
+        raise ValueError("there is no prompt: give input_ids")
     if isinstance(ids, str):
         raise ValueError("input_ids is a string: encode it first, generate(**tokenizer(text))")
     if not isinstance(ids, Tensor):
@@ -64,7 +74,7 @@ def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tupl
     if ids.ndim not in (1, 2):
         raise ValueError(f"input_ids must have shape [rows, tokens] or [tokens], got {tuple(ids.shape)}")
     if mask is not None:
-        mask = torch.as_tensor(mask)
+        mask = _mask(mask)
         if mask.shape != ids.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}: "
@@ -73,6 +83,13 @@ def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tupl
     if ids.ndim == 1:
         ids, mask = ids[None], None if mask is None else mask[None]
     return ids.to(device, torch.int64), None if mask is None else mask.to(device)
+
+
+def _mask(mask: Any) -> Tensor:
+    try:
+        return torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"attention_mask must be a tensor of ones and zeros, got {short(mask)}") from None
 
 
 def _from_lists(ids: Any, pad: int | None) -> tuple[Tensor, list[int] | None]:

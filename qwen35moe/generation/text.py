@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .defaults import end_tokens
 from .loop import stream
-from .settings import end_tokens
 from .stop import Cut, TextStream
 
 
@@ -27,7 +27,8 @@ def stream_text(
     strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     steps = stream(model, ids, stop=strings or None, tokenizer=tokenizer, **options)
-    ends = set(end_tokens(model, options.get("eos_token_id"))) if skip_special_tokens else set()
+    given = end_tokens(model, options.get("eos_token_id"), options.get("generation_config"))
+    ends = set(given) if skip_special_tokens else set()
     return _pieces(steps, ends, TextStream(tokenizer, skip_special_tokens), Cut(strings))
 
 

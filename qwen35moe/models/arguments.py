@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
+
+from qwen35moe.compat import Keyword, read_keywords
 
 P = ParamSpec("P")
 First = TypeVar("First")
@@ -33,18 +35,22 @@ Result = TypeVar("Result")
 
 def takes(
     kind: Callable[P, Value],
+    table: Iterable[Keyword] | None = None,
 ) -> Callable[[Callable[[First, Value], Result]], Callable[Concatenate[First, P], Result]]:
     """Makes a function (self, value of the dataclass `kind`) a function (self, fields of `kind`).
 
-    ValueError for anything but a tensor in a field annotated `Tensor | None`.
+    table: transformers' keywords that it takes too (`qwen35moe.compat`). ValueError for anything but a tensor in a field
+    annotated `Tensor | None`.
     """
+    names = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
     tensors = [field.name for field in fields(kind) if field.type == "Tensor | None"]  # pyright: ignore[reportArgumentType]
 
     def decorate(function: Callable[[First, Value], Result]) -> Callable[Concatenate[First, P], Result]:
         @functools.wraps(function)
         def with_arguments(first: First, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+            read: Any = kwargs if table is None else read_keywords(function.__name__, table, kwargs, names)
             try:
-                value = kind(*args, **kwargs)
+                value = kind(*args, **read)  # pyright: ignore[reportCallIssue]
             except TypeError as error:  # "TextInputs.__init__() got an unexpected keyword argument ..."
                 raise TypeError(function.__qualname__ + str(error).partition("__init__")[2]) from None
             for name in tensors:

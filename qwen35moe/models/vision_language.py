@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen35moe.cache.layout import TokenLayout
+from qwen35moe.compat.generate import GENERATE
 from qwen35moe.config import ConfigError
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
+from qwen35moe.models.generation_inputs import MultimodalGenerateInputs, MultimodalStreamInputs, StreamInputs, keywords
 from qwen35moe.models.inputs import check
 from qwen35moe.models.outputs import DecoderOutput, ModelOutput
 from qwen35moe.models.plan import with_positions
@@ -143,7 +146,7 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
     body: type[Qwen3_5MoeModel] = Qwen3_5MoeModel
     input_modalities = ("text", "image", "video")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    _no_split_modules = ("DecoderLayer", "VisionBlock")
+    _no_split_modules = ["DecoderLayer", "VisionBlock"]
 
     def _build(self) -> PretrainedModel:
         return self.body(self.config)
@@ -180,13 +183,15 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
         """As `Qwen3_5MoeForCausalLM.forward`, with images and videos."""
         return self.predict(inputs, self.model.run(inputs))
 
-    def generate(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Prompt and continuation [B, T + new]; takes all that a processor returns. Options: see `qwen35moe.generation`."""
-        return super().generate(input_ids, attention_mask, **self._with_visual_inputs(input_ids, options))
+    @takes(MultimodalGenerateInputs, GENERATE)
+    def generate(self, inputs: MultimodalGenerateInputs) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Prompt and continuation [B, T + new], or a GenerateOutput; takes all that a processor returns."""
+        return super().generate(**self._checked(inputs))
 
-    def stream(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
-        """The new tokens [B], step by step. Options as in `generate`."""
-        return super().stream(input_ids, attention_mask, **self._with_visual_inputs(input_ids, options))
+    @takes(MultimodalStreamInputs, GENERATE)
+    def stream(self, inputs: MultimodalStreamInputs) -> Iterator[Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The new tokens [B], step by step."""
+        return super().stream(**self._checked(inputs))
 
     def visual_arguments(self, visual: VisualInputs, rows: list[Tensor], cached: tuple[int, ...]) -> dict[str, Any]:
         """The vision arguments of a prefill whose cache holds the first cached[r] tokens of row r of the ids `rows`."""
@@ -195,12 +200,13 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
         new = visual.after_cached(types, cached, self.visual.config.spatial_merge_size)
         return {name: value for name, value in vars(new).items() if value is not None}
 
-    def _with_visual_inputs(self, input_ids: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of `generate` with the vision arguments among them as one value."""
-        visual = VisualInputs(**{name: options.pop(name) for name in VisualInputs.__dataclass_fields__ if name in options})
-        if visual.mm_token_type_ids is not None and isinstance(input_ids, Tensor) and input_ids.dim() == 2:
-            checked_types(visual.mm_token_type_ids, input_ids, self.config)
-        return {**options, "visual_inputs": visual} if any(value is not None for value in vars(visual).values()) else options
+    def _checked(self, inputs: StreamInputs) -> dict[str, Any]:
+        """The arguments of `generate` by name; ValueError where the token types contradict the ids."""
+        values = keywords(inputs)
+        ids, visual = inputs.input_ids, values["visual_inputs"]
+        if visual is not None and visual.mm_token_type_ids is not None and isinstance(ids, Tensor) and ids.dim() == 2:
+            checked_types(visual.mm_token_type_ids, ids, self.config)
+        return values
 
 
 class Qwen3_5Model(Qwen3_5MoeModel):

@@ -12,11 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qwen35moe.compat import short
+
+_NORMAL = torch.finfo(torch.float32)
 # setting: (test of a value, its range in words, a remark)
 _RANGES: dict[str, tuple[Callable[[float], bool], str, str]] = {
     "repetition_penalty": (lambda x: x > 0, "be greater than 0", " (1 is none)"),
     "temperature": (lambda x: 0 < x < torch.inf, "be greater than 0 and finite", ": for greedy decoding leave do_sample=False"),
-    "top_k": (lambda x: x >= 1 and x == int(x), "be at least 1 and a whole number", " (None or 0 in generate() is none)"),
+    "top_k": (lambda x: x >= 1 and x % 1 == 0, "be at least 1 and a whole number", " (None or 0 in generate() is none)"),
     "top_p": (lambda x: 0 < x <= 1, "lie in (0, 1]", " (1 is none)"),
     "min_p": (lambda x: 0 <= x <= 1, "lie in [0, 1]", " (0 is none)"),
 }
@@ -25,12 +28,18 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, str]] = {
 def check_range(setting: str, value: float) -> None:
     """ValueError unless `value` is in the range of `setting`, the name of a function below."""
     in_range, words, remark = _RANGES[setting]
-    if not in_range(value):
-        raise ValueError(f"{setting} must {words}, got {value}{remark}")
+    try:
+        valid = in_range(value)
+    except (TypeError, ValueError, OverflowError):  # a string, a tensor of several numbers, 10**400
+        valid = False
+    if not valid:
+        raise ValueError(f"{setting} must {words}, got {short(value)}{remark}")
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(torch.float32, logits.dtype))
+def _wide(logits: Tensor, factor: float = 1.0) -> Tensor:
+    """In float32 at least; in float64 for a factor that is no normal float32 number, such as 1e-40."""
+    normal = _NORMAL.tiny <= factor <= _NORMAL.max
+    return logits.to(torch.promote_types(torch.float32 if normal else torch.float64, logits.dtype))
 
 
 def seen_tokens(ids: Tensor, vocabulary: int, mask: Tensor | None = None) -> Tensor:
@@ -50,7 +59,7 @@ def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     seen [B, vocabulary] bool: tokens of the prompt and those generated so far. penalty > 0; above 1 it discourages repetition.
     """
     check_range("repetition_penalty", penalty)
-    x = _wide(logits)
+    x = _wide(logits, penalty)
     return torch.where(seen, torch.where(x < 0, x * penalty, x / penalty), x)
 
 
@@ -59,13 +68,25 @@ def presence_penalty(logits: Tensor, generated: Tensor, penalty: float) -> Tenso
 
     generated [B, vocabulary] bool: without the tokens of the prompt.
     """
-    return _wide(logits) - penalty * generated
+    x = _wide(logits)
+    return torch.where(generated, x - penalty, x)
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
-    """x / value, value > 0: below 1 it sharpens the distribution, above 1 it flattens it."""
+    """x / value, value > 0: below 1 it sharpens the distribution, above 1 it flattens it; the limit at 0 is `greedy`.
+
+    In rows where x / value would overflow it is (x - max x) / value, which gives the same probabilities.
+    """
     check_range("temperature", value)
-    return _wide(logits) / value
+    x = _wide(logits, value)
+    scaled = x / value
+    if value >= 1:
+        return scaled
+    overflow = torch.isposinf(scaled.amax(-1, keepdim=True))
+    if overflow.device.type == "cpu" and not bool(overflow.any()):
+        return scaled
+    largest = x.amax(-1, keepdim=True)
+    return torch.where(overflow & largest.isfinite(), (x - largest) / value, scaled)
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import threading
 from typing import Any
@@ -17,6 +18,9 @@ from transformers.generation.streamers import TextIteratorStreamer
 
 from qwen35moe.generation import StopStrings, TextStream, generate, row_seed, stream, stream_text
 from qwen35moe.generation.stop import Cut
+from qwen35moe.models.text import Qwen3_5MoeForCausalLM
+from qwen35moe.models.vision_inputs import VisualInputs
+from qwen35moe.models.vision_language import Qwen3_5MoeForConditionalGeneration
 from tests.support.fakes import FakeModel
 from tests.support.peer import FULL, LINEAR, draw, odd_shape, ours, theirs
 from tests.support.peer import padded as padded_rows
@@ -472,14 +476,24 @@ def test_a_static_cache_is_filled_to_its_end() -> None:
 def test_generate_and_stream_take_the_same_arguments() -> None:
     """Described in both; `generate` takes a streamer too, and no keyword is swallowed."""
     arguments = [list(inspect.signature(function).parameters) for function in (generate, stream)]
-    assert arguments[0] == [*arguments[1], "streamer"] and arguments[1][:3] == ["model", "input_ids", "attention_mask"]
+    more = ["streamer", "return_dict_in_generate", "output_scores", "output_logits"]
+    assert arguments[0] == [*arguments[1], *more] and arguments[1][:3] == ["model", "input_ids", "attention_mask"]
+    for method, names in ((Qwen3_5MoeForCausalLM.generate, arguments[0]), (Qwen3_5MoeForCausalLM.stream, arguments[1])):
+        assert list(inspect.signature(method).parameters) == ["self", *names[1:]]
+        assert all(name in (method.__doc__ or "") for name in names[1:])
+    visual = [field.name for field in dataclasses.fields(VisualInputs)]
+    for method, names in ((Qwen3_5MoeForConditionalGeneration.generate, arguments[0]),
+                          (Qwen3_5MoeForConditionalGeneration.stream, arguments[1])):  # fmt: skip
+        assert list(inspect.signature(method).parameters) == ["self", *names[1:], *visual]
     for function, names in zip((generate, stream), arguments, strict=True):
         assert all(name in (function.__doc__ or "") for name in names[1:])
         kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
         assert set(kinds[3:]) == {inspect.Parameter.KEYWORD_ONLY}
     model = FakeModel()
-    with pytest.raises(TypeError, match=r"^generate\(\) got an unexpected keyword argument 'max_tokens'"):
-        generate(model, PROMPTS[0], max_tokens=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^generate\(\) has no keyword 'max_new_token': did you mean 'max_new_tokens'"):
+        generate(model, PROMPTS[0], max_new_token=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        generate(model, PROMPTS[0], input_ids=PROMPTS[0])
     with pytest.raises(TypeError, match="'streamer'"):
         stream(model, PROMPTS[0], streamer=object())  # type: ignore[call-arg]
 
@@ -498,7 +512,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (dict(input_ids=[1.5, 2.0]), "whole numbers"),
     (dict(input_ids=["a"]), "list of token ids"),
     (dict(input_ids="text"), "encode it first"),
-    (dict(input_ids={"input_ids": ONE}), r"generate\(\*\*inputs\)"),
+    (dict(input_ids={"ids": ONE}), "no keyword 'ids'"),
+    (dict(input_ids={"attention_mask": ONE}), "a mapping without input_ids: it has attention_mask"),
+    (dict(input_ids={"input_ids": ONE, "attention_mask": ONE}, attention_mask=ONE), "attention_mask is in the first"),
+    (dict(input_ids=None), "no prompt: give input_ids"),
     (dict(input_ids=7), "got int"),
     (dict(input_ids=ONE[None]), r"\[rows, tokens\] or \[tokens\], got \(1, 1, 5\)"),
     (dict(input_ids=torch.tensor([[1, 41]])), r"token id 41 is outside the vocabulary.*0\.\.40"),
@@ -526,7 +543,32 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (dict(presence_penalty="a"), "presence_penalty must be a finite number"),
     (dict(eos_token_id="x"), "eos_token_id must be a token id or several"),
     (dict(pad_token_id=[1, 2]), "pad_token_id must be one token id"),
-    (dict(seed=1.5), "seed must be a whole number"),
+    (dict(seed=1.5, do_sample=True), "seed must be a whole number"),
+    (dict(seed=7), "seed=7: has an effect only when sampling; pass do_sample=True"),
+    (dict(seed=2**64, do_sample=True), "at most 64 bits, got 18446744073709551616"),
+    (dict(seed=[1, -(2**63) - 1], do_sample=True), "at most 64 bits"),
+    (dict(n=0, do_sample=True), "n must be at least 1, got 0"),
+    (dict(n=2), "n=2: greedy decoding gives 2 times the same answer; pass do_sample=True"),
+    (dict(min_new_tokens=9, max_new_tokens=3), "min_new_tokens=9 is more than the 3 tokens"),
+    (dict(min_length=9, max_length=8), "min_length=9 is more than the 8 tokens"),
+    (dict(min_new_tokens=1.5), "min_new_tokens must be a whole number, got 1.5"),
+    (dict(suppress_tokens=[41]), r"suppress_tokens has token 41, the vocabulary has 0\.\.40"),
+    (dict(begin_suppress_tokens=[-1]), "begin_suppress_tokens has token -1"),
+    (dict(bad_words_ids=[[1, 99]]), "bad_words_ids has token 99"),
+    (dict(bad_words_ids=[1, 2]), "bad_words_ids must be a list of lists"),
+    (dict(bad_words_ids=[[]]), "bad_words_ids has an empty sequence"),
+    (dict(eos_token_id=-1), r"eos_token_id -1 is outside the vocabulary 0\.\.40: no row can end with it; \[\] switches"),
+    (dict(eos_token_id=[3, 41]), "eos_token_id 41 is outside"),
+    (dict(pad_token_id=2**63), "pad_token_id must hold 64-bit token ids"),
+    (dict(output_scores=True), "output_scores=True has an effect only with return_dict_in_generate=True"),
+    (dict(return_dict_in_generate=1), "return_dict_in_generate must be True or False, got 1"),
+    (dict(cache="dynamic"), "cache='dynamic': pass 'static'"),
+    (dict(cache=()), "cache is a tuple: pass a cache made with"),
+    (dict(stop=3, tokenizer=Letters()), "stop must be one or more non-empty strings, got 3"),
+    (dict(attention_mask="ones"), "attention_mask must be a tensor of ones and zeros, got 'ones'"),
+    (dict(generation_config="sampling"), "transformers' or a dict, got str"),
+    (dict(generation_config={"top_p": 0.5}), "generation_config has top_p=0.5, which has an effect only when sampling"),
+    (dict(generation_config={"num_beams": 3}), r"generation_config asks for num_beams=3.*leave it out"),
     (dict(seed=[1, 2], do_sample=True), "seed has 2 numbers for 1 rows"),
     (dict(stop=["x"]), "pass tokenizer="),
     (dict(stop=[""], tokenizer=Letters()), "non-empty strings"),
@@ -540,9 +582,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_bad_input_is_refused_before_anything_runs(arguments: dict[str, Any], words: str) -> None:
     model = FakeModel()
     arguments = {"input_ids": ONE} | arguments
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words) as error:
         generate(model, **arguments)
-    assert not model.calls
+    assert not model.calls and len(str(error.value)) < 500
+    assert isinstance(error.value, ValueError) or "no keyword" in words
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_anything_runs() -> None:

@@ -27,6 +27,10 @@ class FakeCache:
     def lengths(self) -> Tensor:
         return torch.tensor([len(row) for row in self.rows])
 
+    def reorder(self, rows: Any) -> None:
+        self.rows = [list(self.rows[row]) for row in rows.tolist()]
+        self.batch_size = len(self.rows)
+
 
 class FakeModel(nn.Module):
     """script(history) returns the next token of the row, or None for the pseudo-random one."""

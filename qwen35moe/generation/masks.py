@@ -1,0 +1,77 @@
+"""Tokens that may not be chosen at a step: their scores become -inf.
+
+As in transformers: end tokens before the shortest allowed length, suppress_tokens, begin_suppress_tokens at the first step,
+and the last token of a sequence of bad_words_ids where the tokens before it stand at the end of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .prompt import Prompt
+from .settings import Settings
+
+
+class TokenMasks:
+    """The masks of one call; `apply` is called once a step with the row's new tokens so far.
+
+    ValueError for an id that the vocabulary does not have. `active` is False when no score can change.
+    """
+
+    def __init__(self, settings: Settings, prompt: Prompt, vocabulary: int) -> None:
+        self.min_new_tokens = settings.min_new_tokens
+        self.vocabulary, self.device = vocabulary, prompt.ids.device
+        self.ends = self._mask("eos_token_id", (token for token in settings.eos_token_ids if 0 <= token < vocabulary))
+        single = [word[0] for word in settings.bad_words_ids if len(word) == 1]
+        self.always = self._mask("suppress_tokens", settings.suppress_tokens) | self._mask("bad_words_ids", single)
+        self.first = self._mask("begin_suppress_tokens", settings.begin_suppress_tokens)
+        self.words = [word for word in settings.bad_words_ids if len(word) > 1]
+        for word in self.words:
+            self._mask("bad_words_ids", word)
+        self.any_always, self.any_first = bool(self.always.any()), bool(self.first.any())
+        # The last tokens of each row without its padding, -1 before its beginning.
+        keep = max((len(word) for word in self.words), default=1) - 1
+        self.history = prompt.ids.new_full((prompt.ids.shape[0], keep), -1)
+        if keep:
+            width = prompt.tokens.shape[1]
+            lengths = torch.tensor(prompt.lengths, device=self.device)
+            real = torch.arange(width, device=self.device) >= width - lengths[:, None]
+            tokens = prompt.tokens.masked_fill(~real, -1)[:, -keep:]
+            self.history[:, keep - tokens.shape[1] :] = tokens
+
+    @property
+    def active(self) -> bool:
+        return bool(self.min_new_tokens or self.any_always or self.any_first or self.words)
+
+    def apply(self, scores: Tensor, step: int) -> Tensor:
+        """Scores [B, vocabulary] of new token `step`, counted from 0."""
+        for word in self.words:
+            prefix = self.history.new_tensor(word[:-1])
+            after = (self.history[:, -len(prefix) :] == prefix).all(-1)
+            last = torch.zeros_like(self.always)
+            last[word[-1]] = True
+            scores = scores.masked_fill(after[:, None] & last, -torch.inf)
+        if step < self.min_new_tokens:
+            scores = scores.masked_fill(self.ends, -torch.inf)
+        if self.any_always:
+            scores = scores.masked_fill(self.always, -torch.inf)
+        if self.any_first and step == 0:
+            scores = scores.masked_fill(self.first, -torch.inf)
+        return scores
+
+    def put(self, token: Tensor) -> None:
+        """Adds each row's chosen token [B]."""
+        if self.words:
+            self.history = torch.cat([self.history[:, 1:], token[:, None]], 1)
+
+    def _mask(self, name: str, tokens: Iterable[int]) -> Tensor:
+        """[vocabulary] bool."""
+        mask = torch.zeros(self.vocabulary, dtype=torch.bool, device=self.device)
+        for token in tokens:
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(f"{name} has token {token}, the vocabulary has 0..{self.vocabulary - 1}")
+            mask[token] = True
+        return mask
