@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen35moe.cache.ids import check_prompt, empty_ids, with_tokens
-from qwen35moe.cache.modes import copied, ordinary, ordinary_tensors
+from qwen35moe.cache.modes import copied, in_inference_mode, ordinary, ordinary_tensors
 from qwen35moe.cache.rollback import RollbackLog, checked_count
 from qwen35moe.cache.snapshot import Snapshot, rows, share_tensors
 from qwen35moe.cache.states import STATIC_GRADIENT, DeltaNetState, DeltaNetUpdate, KVCache, LayerState, empty_state
@@ -127,7 +127,7 @@ class Cache:
             self._settle()
         for snapshot in self._live_snapshots():
             snapshot.stale = snapshot.stale or (snapshot.rewound and not snapshot.apart)
-        self._inference = self._inference or torch.is_inference_mode_enabled()
+        self._inference = self._inference or in_inference_mode()
         if layout.lengths is None:
             self.lengths = self.lengths + layout.tokens
             self._common_length = None if self._common_length is None else self._common_length + layout.tokens
@@ -211,7 +211,7 @@ class Cache:
             self._read.check()
         if self._read.copies:
             self._settle()
-        if self._inference and not torch.is_inference_mode_enabled():
+        if self._inference and not in_inference_mode():
             self._inference = False
             self.lengths, self._ids = ordinary(self.lengths), ordinary(self._ids)
             self.rope_delta = None if self.rope_delta is None else ordinary(self.rope_delta)
@@ -315,7 +315,7 @@ class Cache:
         for layer in self._layers:
             if isinstance(layer, KVCache):
                 layer.length = self._longest
-        self._inference = self._inference or torch.is_inference_mode_enabled()
+        self._inference = self._inference or in_inference_mode()
         self._mark_rewound()
         self._refresh()
 
@@ -379,7 +379,7 @@ class Cache:
         for layer in self._layers:
             if isinstance(layer, KVCache):
                 layer.length = self._longest
-        self._inference = self._inference or torch.is_inference_mode_enabled()
+        self._inference = self._inference or in_inference_mode()
         for snapshot in self._live_snapshots():
             if self.max_length is None:
                 snapshot.apart = True  # the cache has new tensors
