@@ -93,10 +93,8 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         """cos and sin [rows, tokens, R/2] of positions [3, rows, tokens] (M-RoPE), shared by all attention layers."""
         text, dtype, device = self.config.text_config, wide_dtype(hidden), hidden.device
         rope = text.rope
-        frequencies, scale = inverse_frequencies(
-            rope, text.rotary_dim, text.max_position_embeddings, dtype=dtype, device=device
-        )
-        return rotary_tables(position_ids.to(device), frequencies, rope.mrope_section, scale)
+        frequencies, scale = inverse_frequencies(rope, text.rotary_dim, text.max_position_embeddings, device=device)
+        return rotary_tables(position_ids.to(device), frequencies, rope.mrope_section, scale, dtype)
 
 
 class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):

@@ -80,9 +80,10 @@ def router_z_loss(
     """
     if len(logits) == 0:
         raise ValueError("the z-loss needs the logits of at least one layer")
-    squares = torch.stack([layer.to(wide_dtype(layer)).logsumexp(-1).square() for layer in logits])  # [L, N]
+    wide = torch.stack([_counting(layer.to(wide_dtype(layer)), mask) for layer in logits])
+    squares = wide.logsumexp(-1).square()  # [L, N]
     counts = torch.ones_like(squares[0]) if mask is None else mask.to(squares)
-    squares = torch.where(counts > 0, squares * counts, 0)
+    squares = squares * counts
     layers = squares.sum(1) / (counts.sum().clamp(min=1) if num_tokens is None else num_tokens)
     return layers if per_layer else layers.mean()
 
@@ -92,7 +93,7 @@ def sequence_numbers(shape: tuple[int, int], cu_seqlens: Tensor | None = None) -
     one row."""
     rows, tokens = shape
     if cu_seqlens is None:
-        return torch.arange(rows).repeat_interleave(tokens)
+        return torch.arange(rows, device="cpu").repeat_interleave(tokens)
     positions = torch.arange(rows * tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens, positions, right=True) - 1
 
@@ -127,7 +128,7 @@ class LoadBalance:
         self.num_experts, self.per_layer, self.normalize = num_experts, per_layer, normalize
         self.counts: Tensor | None = None  # [L, E] assignments to experts, float64: exact up to 2^53
         self.probabilities: Tensor | None = None  # [L, E] sums of p_e over the tokens of all shares so far
-        self.tokens = torch.zeros((), dtype=torch.float64)
+        self.tokens = torch.zeros((), dtype=torch.float64, device="cpu")
         self.top_k = 0  # 0 before the first count
 
     @torch.no_grad()
@@ -201,7 +202,7 @@ def _sums(
     token_weights, (tokens, experts) = _token_weights(logits, mask), logits.shape
     group = torch.zeros(tokens, dtype=torch.long, device=logits.device) if sequences is None else sequences.to(logits.device)
     counts = _counts(group[:, None] * experts + indices, token_weights, groups * experts).view(groups, experts)
-    weighted = _weighted(logits, token_weights)
+    weighted = _weighted(_counting(logits, mask), token_weights)
     if sequences is None:
         return counts, weighted.sum(0, keepdim=True), token_weights.sum()[None]
     sums = weighted.new_zeros(groups, experts).index_add(0, group, weighted)
@@ -221,7 +222,12 @@ def _weighted(logits: Tensor, token_weights: Tensor) -> Tensor:
 
 def _probabilities(logits: Tensor, mask: Tensor | None) -> Tensor:
     """[E]: sum over unmasked tokens of softmax(logits [N, E])."""
-    return _weighted(logits, _token_weights(logits, mask)).sum(0)
+    return _weighted(_counting(logits, mask), _token_weights(logits, mask)).sum(0)
+
+
+def _counting(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """logits [N, E] with zeros for masked tokens: what stands there, NaN too, reaches neither the loss nor a gradient."""
+    return logits if mask is None else logits.masked_fill((mask == 0).to(logits.device)[:, None], 0)
 
 
 def _token_weights(logits: Tensor, mask: Tensor | None) -> Tensor:

@@ -33,7 +33,9 @@ def sdpa_attention(
         q = q.reshape(q.shape[0], key.shape[2], -1, q.shape[-1])
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
         return out.reshape(q.shape[0], 1, heads, -1)
-    square = isinstance(starts, int) and starts == 0 and positions == tokens
+    square = False
+    if isinstance(starts, int) and starts == 0 and positions == tokens:
+        square = True  # with symbolic lengths (torch.compile) a branch is a bool, the condition itself is not
     mask = None if square else causal_mask(tokens, positions, query.device, starts)
     options = {"attn_mask": mask, "is_causal": square, "scale": scale, "enable_gqa": heads != key.shape[2]}
     if dropout:
