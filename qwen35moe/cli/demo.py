@@ -29,10 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Load the model, generate a text, describe an image if the model has a vision tower, then print the tables."""
     from .. import backends
-    from ..loading import find, load
+    from ..loading import find
+    from ..loading.load import load_with_tokenizer
 
     prompt = checked_text(options.prompt, "--prompt")
-    model, tokenizer = load(options.folder, dtype=options.dtype, device=options.device)
+    model, tokenizer = load_with_tokenizer(options.folder, dtype=options.dtype, device=options.device)
     config = model.config.text_config
     summary = f"{model.num_parameters():,} parameters, {config.num_hidden_layers} layers"
     if config.is_moe:

@@ -32,11 +32,11 @@ def run(options: argparse.Namespace) -> None:
     values = sampling(options, options.sample, "add --sample, or leave it out")
     prompt = read_input() if options.prompt == "-" else checked_text(options.prompt, "--prompt")
     stop = [checked_text(text, "--stop") for text in options.stop or []] or None
-    from ..loading import load
+    from ..loading.load import load_with_tokenizer
 
     # Files are read before the model is loaded: they may be missing.
     inputs = _inputs(options, prompt) if options.image or options.video else {}
-    model, tokenizer = load(options.folder, dtype=options.dtype, device=options.device)
+    model, tokenizer = load_with_tokenizer(options.folder, dtype=options.dtype, device=options.device)
     ids = inputs["input_ids"][0].tolist() if inputs else tokenizer.encode(prompt, special=options.special)
     values |= {"max_new_tokens": options.max_new_tokens, "stop": stop}
     timer = write_stream(model, tokenizer, ids, **values, **visual_inputs(model, inputs))

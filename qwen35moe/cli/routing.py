@@ -35,12 +35,12 @@ def run(options: argparse.Namespace) -> None:
     if options.logits and not options.out:
         raise ValueError("--logits are written to the trace: add --out TRACE")
     text = read_file(options.text)
-    from ..loading import load
+    from ..loading.load import load_with_tokenizer
     from ..routing.plots import draw, new_figure
 
     if options.plot:
         new_figure(1, 1)  # raises early if matplotlib is missing
-    model, tokenizer = load(options.folder, dtype=options.dtype, device=options.device)
+    model, tokenizer = load_with_tokenizer(options.folder, dtype=options.dtype, device=options.device)
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError(f"{options.text} is empty")

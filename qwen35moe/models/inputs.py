@@ -82,7 +82,7 @@ def check(inputs: TextInputs, model: Qwen3_5MoeTextModel) -> TokenLayout:
         position_ids = _checked_positions(position_ids, batch, tokens)
     if bounds is not None:
         bounds = _checked_bounds(bounds, position_ids, batch, tokens, mask)
-    device = model.embed_tokens.weight.device
+    device = model.device
     layout = plan_layout(batch, tokens, device, mask=mask, position_ids=position_ids, cu_seqlens=bounds, cache=cache)
     if cache is not None:
         cache.check_room(layout)

@@ -109,7 +109,7 @@ def test_load_of_a_multimodal_checkpoint(folder: Path, tmp_path: Path, caplog: p
 def test_names_that_cannot_be_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="there is no folder nowhere: give a folder with config.json, a Hub name"):
         loading.load("nowhere")
-    with pytest.raises(ValueError, match="has no tokenizer.json"):
+    with pytest.raises(ValueError, match="no configuration at"):
         loading.load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a file: give the folder"):
