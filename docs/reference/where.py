@@ -39,7 +39,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("h' = h + mixer(rms_norm(h))", "DecoderLayer.forward", "run(self._mixer_of_norm"),
         Line("h = h' + mlp(rms_norm(h'))", "DecoderLayer.forward", "run(self.mlp, normed, router)"),
         Line("logits = W_head rms_norm(h)", "Qwen3_5MoeForCausalLM.predict", "self.lm_head("),
-        Line("dense mlp: W_down (silu(W_gate x) · W_up x)", "MLP.forward", "F.silu(self.gate_proj(x))"),
+        Line("dense mlp: W_down (silu(W_gate x) · W_up x)", "MLP.forward", "F.silu(project(self.gate_proj, x))"),
     ),
     "Norms": (
         Line("rms_norm: x / √(mean(x²) + ε) · (1 + w)", "ops/norm.py:rms_norm", "(1.0 + weight"),
@@ -55,7 +55,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("an image: (p, p + row, p + column), then p + max(h, w)", "models/vision_positions.py:_row", "p + max(h, w)"),
     ),
     "Gated Attention": (
-        Line("q, gate = W_q x", "GatedAttention.forward", "self.q_proj(x)"),
+        Line("q, gate = W_q x", "GatedAttention.forward", "project(self.q_proj, x)"),
         Line("softmax(q kᵀ / √K) over the visible keys", "attention_weights", ".softmax(-1)"),
         Line("which keys a query sees", "causal_mask", "key <= (starts"),
         Line("weights · v", "weighted_values", "torch.einsum"),
@@ -92,7 +92,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("w = top_k(p) / Σ top_k(p)", "router_choice", "chosen.sum(-1"),
         Line("silu(gate_e x) · up_e x", "ops/experts.py:experts", ".chunk(2"),
         Line("Σ_j w_j expert_{e_j}(x)", "ops/experts.py:experts", "index_add"),
-        Line("σ(w_s x)", "SparseMoeBlock.forward", "self.shared_expert_gate(rows)"),
+        Line("σ(w_s x)", "SparseMoeBlock.forward", "project(self.shared_expert_gate, rows)"),
         Line("+ σ(w_s x) · shared_expert(x)", "SparseMoeBlock.forward", "self.shared_expert(rows)"),
         Line("f_e: choices of expert e per token", "load_balancing_loss", "fractions = counts /"),
         Line("p_e: mean probability", "load_balancing_loss", "means = probabilities /"),
@@ -114,7 +114,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("x' = x + attention(norm(x))", "VisionBlock._forward", "self.attn("),
         Line("x' + W_2 gelu(W_1 norm(x'))", "VisionBlock._forward", "self.mlp("),
         Line("gelu(W x + b)", "ops/gelu_linear.py:gelu_linear", "F.gelu("),
-        Line("token = W_2 gelu(W_1 [norm(y_1), ..., norm(y_mm)])", "PatchMerger.forward", "self.linear_fc2("),
+        Line("token = W_2 gelu(W_1 [norm(y_1), ..., norm(y_mm)])", "PatchMerger.forward", "project(self.linear_fc2, "),
     ),
     "Sampling": (
         Line("logits / temperature", "ops/sampling.py:temperature", "scaled = x / value"),

@@ -2,6 +2,10 @@
 
 value.py     `Cache`: the state of every layer, a value that belongs to the caller
 states.py    `KVCache`, `DeltaNetState`: the state of one layer
+view.py      `LayerView`: the same, as `cache[i]` shows it: to read and to edit
+ids.py       the ids of the cached tokens, against which a prompt is checked
+modes.py     tensors that outlive inference_mode
+snapshot.py  `Snapshot`: an earlier state of a cache
 rollback.py  `RollbackLog`: rolls back the last tokens of a Gated DeltaNet layer, exactly
 layout.py    `TokenLayout`: the arrangement of a call's tokens for the layers
 file.py      saving and loading
@@ -9,7 +13,9 @@ file.py      saving and loading
 
 from __future__ import annotations
 
+from qwen35moe.cache.snapshot import Snapshot
 from qwen35moe.cache.states import DeltaNetState, DeltaNetUpdate, KVCache, LayerState
-from qwen35moe.cache.value import Cache, Snapshot
+from qwen35moe.cache.value import Cache
+from qwen35moe.cache.view import LayerView
 
-__all__ = ["Cache", "DeltaNetState", "DeltaNetUpdate", "KVCache", "LayerState", "Snapshot"]
+__all__ = ["Cache", "DeltaNetState", "DeltaNetUpdate", "KVCache", "LayerState", "LayerView", "Snapshot"]

@@ -11,20 +11,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen35moe.cache.ids import with_ids
 from qwen35moe.cache.states import KVCache
 from qwen35moe.cache.value import Cache
 from qwen35moe.config import TextConfig
 from qwen35moe.files import replacing
 
-_FORMAT = "qwen35moe.cache.2"
+_FORMAT = "qwen35moe.cache.3"
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str]) -> None:
     """Replaces the file at `path` in one step: a killed save leaves the old file whole."""
-    tensors: dict[str, Tensor] = {"lengths": cache.lengths}
+    tensors: dict[str, Tensor] = {"lengths": cache.lengths, "ids": cache._ids[:, : cache._longest]}
     if cache.rope_delta is not None and cache._rope_delta_since is not None:
         tensors |= {"rope_delta": cache.rope_delta, "rope_delta_since": cache._rope_delta_since}
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(cache._layers):
         tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in layer.names}
     numbers = {
         "seen": cache.seen, "max_length": cache.max_length, "record": cache.record, "common_length": cache._common_length,
@@ -57,7 +58,11 @@ def load_cache(
     cache.rope_delta = tensors.pop("rope_delta", None)
     cache._rope_delta_since = tensors.pop("rope_delta_since", None if cache.rope_delta is None else lengths)
     cache._longest = int(lengths.max())
-    for index, layer in enumerate(cache.layers):
+    ids = tensors.pop("ids", None)
+    if ids is None or ids.shape != (lengths.shape[0], cache._longest) or ids.is_floating_point():
+        raise ValueError(f"{path} lacks the ids of its tokens: integers [{lengths.shape[0]}, {cache._longest}]")
+    cache._ids = with_ids(cache._ids, ids)
+    for index, layer in enumerate(cache._layers):
         if isinstance(layer, KVCache):
             layer.length = cache._longest
         for name in layer.names:

@@ -77,3 +77,16 @@ class TokenLayout:
             return None
         ones = torch.ones(self.rows, self.tokens, dtype=torch.bool, device=self.source.device)
         return self.restore(ones).flatten()
+
+
+def token_positions(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Row, position in the cache and index into [rows, tokens] of every token, padding left out."""
+    rows, tokens = layout.rows, layout.tokens
+    row = torch.arange(rows, device=device)[:, None].expand(rows, tokens)
+    column = torch.arange(tokens, device=device).expand(rows, tokens)
+    start = layout.starts[:, None].to(device) if isinstance(layout.starts, Tensor) else layout.starts
+    valid = layout.valid
+    if valid is None:
+        return row, column + start, (row, column)
+    index = (row[valid], column[valid])
+    return index[0], (column + start)[valid], index

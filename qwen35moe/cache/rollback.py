@@ -10,16 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qwen35moe import ops
+from qwen35moe.cache.states import KVCache
+
+if TYPE_CHECKING:
+    from qwen35moe.cache.value import Cache
 
 _SLACK = 64  # columns kept beyond those needed, so that the log's initial state moves in chunks and not at every token
 
 
-@dataclass
+@dataclass(repr=False)
 class Segment:
     """The inputs of some tokens to a layer: qkv [B, T, C] before the convolution, key [B, T, G, K], value [B, T, H, V],
     decay and beta [B, T, H], valid [B, T] (False for padding)."""
@@ -41,11 +46,14 @@ class Segment:
         """The columns start ... end of [B, T]."""
         return self.map(lambda t: t[:, start:end])
 
+    def __repr__(self) -> str:
+        return f"Segment(inputs of {list(self.valid.shape)} tokens)"
+
     def append(self, other: Segment) -> Segment:
         return Segment(*(torch.cat(pair, dim=1) for pair in zip(self.tensors(), other.tensors(), strict=True)))
 
 
-@dataclass
+@dataclass(repr=False)
 class RollbackLog:
     """A state (conv_state [B, C, W-1], recurrent_state [B, H, K, V]) and the tokens recorded after it."""
 
@@ -58,6 +66,9 @@ class RollbackLog:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> RollbackLog:
         return RollbackLog(fn(self.conv_state), fn(self.recurrent_state), self.recorded.map(fn))
+
+    def __repr__(self) -> str:
+        return f"RollbackLog({self.recorded.valid.shape[1]} columns of tokens)"
 
     def available(self) -> Tensor:
         """[B]: how many tokens of each row can be rolled back."""
@@ -100,3 +111,37 @@ class RollbackLog:
         """[B, T]: True for the first `keep` [B] recorded tokens of each row."""
         valid = self.recorded.valid
         return valid & (valid.cumsum(1) <= keep[:, None])
+
+
+def checked_count(cache: Cache, tokens: int | Tensor) -> Tensor:
+    """[B]: how many tokens `Cache.rollback` removes from each row; ValueError where it cannot."""
+    lengths = cache.lengths
+    count = torch.as_tensor(tokens, device=lengths.device)
+    if count.dim() and count.shape != lengths.shape:
+        raise ValueError(f"cannot roll back {list(count.shape)} rows: the cache holds {cache.batch_size}")
+    count = count.expand(cache.batch_size)
+    if count.is_floating_point() or count.dtype == torch.bool or bool((count < 0).any()):
+        raise ValueError(f"cannot roll back {count.tolist()} tokens: give whole numbers >= 0")
+    if bool((count > lengths).any()):
+        raise ValueError(f"cannot roll back {count.tolist()} tokens: the rows hold {lengths.tolist()}")
+    for index, view in enumerate(cache):
+        layer = view.state
+        if isinstance(layer, KVCache):
+            continue
+        recorded = torch.zeros_like(count) if layer.log is None else layer.log.available().to(count.device)
+        if bool((count > recorded).any()):
+            why = "" if not cache.record else (
+                ". Tokens before an edit of the layer's state are not recorded, nor those of a forward that patched `state` or "
+                "whose mixer replaces the delta rule"
+            )
+            raise ValueError(
+                f"cannot roll back {count.tolist()} tokens: layer {index} has recorded the last {recorded.tolist()}. "
+                f"Make the cache with record={int(count.max())} or more, or keep a snapshot(){why}"
+            )
+    since = cache._rope_delta_since
+    if since is not None and bool((lengths - count < since).any()):
+        raise ValueError(
+            f"cannot roll back {count.tolist()} tokens: images or videos are among the first {since.tolist()} of "
+            f"{lengths.tolist()} tokens, and the rotary offset before them is not kept. Keep a snapshot() instead"
+        )
+    return count

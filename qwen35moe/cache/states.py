@@ -10,14 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.cache.layout import token_positions
+from qwen35moe.cache.modes import ordinary_tensors
 from qwen35moe.config import TextConfig
 
 if TYPE_CHECKING:
     from qwen35moe.cache.layout import TokenLayout
     from qwen35moe.cache.rollback import RollbackLog, Segment
 
+STATIC_GRADIENT = "a static cache is written in place and carries no gradient: use no_grad(), or a growing one"
 
-@dataclass
+
+@dataclass(repr=False)
 class KVCache:
     """Keys and values of every token: `key` and `value` [B, length, G, K].
 
@@ -50,19 +54,26 @@ class KVCache:
 
     def _assigned(self, name: str, buffer: Tensor, new: Tensor) -> Tensor:
         """The buffer with `new` in the used positions."""
-        _check_shape(name, (buffer.shape[0], self.length, *buffer.shape[2:]), new)
+        check_shape(name, (buffer.shape[0], self.length, *buffer.shape[2:]), new)
         if self.static:
             buffer[:, : self.length] = new
             return buffer
-        return torch.cat([new.to(buffer.dtype), buffer[:, self.length :]], dim=1)
+        with torch.set_grad_enabled(new.requires_grad or buffer.requires_grad):
+            return torch.cat([new.to(buffer.device, buffer.dtype), buffer[:, self.length :]], dim=1)
 
     def append(self, key: Tensor, value: Tensor, layout: TokenLayout) -> KVCache:
         """The state after the layout's new tokens key, value [B, T, G, K]; this one keeps its length.
 
         The buffers are written in place where no gradient can flow, else new ones are made: under activation checkpointing
-        the recomputation must find the state as it was.
+        the recomputation must find the state as it was, and so must the backward of a forward before.
         """
-        functional = torch.is_grad_enabled() and (key.requires_grad or self.key_buffer.requires_grad or value.requires_grad)
+        functional = self.key_buffer.requires_grad or self.value_buffer.requires_grad or (
+            torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+        )
+        if functional and self.static:
+            raise ValueError(STATIC_GRADIENT)
+        # A cache keeps its dtype: under autocast, and for a projection in another one.
+        key, value = key.to(self.key_buffer.dtype), value.to(self.value_buffer.dtype)
         length = self.length + layout.tokens
         keys, values = self._buffers_for(length, functional)
         if isinstance(layout.starts, int) and layout.lengths is None:
@@ -73,7 +84,7 @@ class KVCache:
             else:
                 keys[:, new], values[:, new] = key, value
         else:
-            row, position, index = _token_positions(layout, key.device)
+            row, position, index = token_positions(layout, key.device)
             put = torch.Tensor.index_put if functional else torch.Tensor.index_put_
             keys, values = put(keys, (row, position), key[index]), put(values, (row, position), value[index])
         return KVCache(keys, values, length, self.static)
@@ -85,7 +96,16 @@ class KVCache:
             return self.key_buffer, self.value_buffer
         more = (length if functional else max(length, 2 * room, 64)) - room
         padding = (0, 0, 0, 0, 0, more)
-        return F.pad(self.key_buffer, padding), F.pad(self.value_buffer, padding)
+        with ordinary_tensors():
+            return F.pad(self.key_buffer, padding), F.pad(self.value_buffer, padding)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """`key` and `value`."""
+        return self.key_buffer[:, : self.length], self.value_buffer[:, : self.length]
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor that holds `name`: the whole buffer."""
+        return self.key_buffer if name == "key" else self.value_buffer
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the state holds."""
@@ -99,21 +119,12 @@ class KVCache:
         """The state for a snapshot. It shares the buffers: later tokens are written behind its length."""
         return replace(self)
 
-
-def _token_positions(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Row, position in the cache and index into [B, T] of every token, padding left out."""
-    rows, tokens = layout.rows, layout.tokens
-    row = torch.arange(rows, device=device)[:, None].expand(rows, tokens)
-    column = torch.arange(tokens, device=device).expand(rows, tokens)
-    start = layout.starts[:, None].to(device) if isinstance(layout.starts, Tensor) else layout.starts
-    valid = layout.valid
-    if valid is None:
-        return row, column + start, (row, column)
-    index = (row[valid], column[valid])
-    return index[0], (column + start)[valid], index
+    def __repr__(self) -> str:
+        room = f"room for {self.key_buffer.shape[1]} tokens"
+        return f"KVCache({described(self.key, 'key')}, {described(self.value, 'value')}, {room})"
 
 
-@dataclass
+@dataclass(repr=False)
 class DeltaNetState:
     """conv_state [B, C, W-1], the convolution's last inputs; recurrent_state [B, H, K, V], float32 or wider.
 
@@ -131,11 +142,19 @@ class DeltaNetState:
     def __setattr__(self, name: str, value: object) -> None:
         old = self.__dict__.get(name)
         if isinstance(old, Tensor) and isinstance(value, Tensor):
-            _check_shape(name, tuple(old.shape), value)
+            check_shape(name, tuple(old.shape), value)
             if self.static:
                 old.copy_(value)
                 return
         self.__dict__[name] = value
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """`conv_state` and `recurrent_state`."""
+        return self.conv_state, self.recurrent_state
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor that holds `name`."""
+        return self.__dict__[name]
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the state holds, the recorded tokens' included."""
@@ -153,6 +172,11 @@ class DeltaNetState:
             conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
         return DeltaNetState(conv_state, recurrent_state, self.log, self.static)
 
+    def __repr__(self) -> str:
+        recorded = "" if self.log is None else f", {self.log!r}"
+        state = described(self.recurrent_state, "recurrent_state")
+        return f"DeltaNetState({described(self.conv_state, 'conv_state')}, {state}{recorded})"
+
 
 class DeltaNetUpdate(NamedTuple):
     """What a forward leaves for `Cache.commit`: the two states after the new tokens, and for a cache that records the tokens
@@ -161,6 +185,11 @@ class DeltaNetUpdate(NamedTuple):
     conv_state: Tensor
     recurrent_state: Tensor
     segment: Segment | None = None
+
+    def __repr__(self) -> str:
+        recorded = "" if self.segment is None else f", {self.segment!r}"
+        state = described(self.recurrent_state, "recurrent_state")
+        return f"DeltaNetUpdate({described(self.conv_state, 'conv_state')}, {state}{recorded})"
 
 
 LayerState = KVCache | DeltaNetState
@@ -181,6 +210,13 @@ def empty_state(
     return DeltaNetState(conv_state, recurrent_state, static=static)
 
 
-def _check_shape(name: str, shape: tuple[int, ...], new: Tensor) -> None:
+def check_shape(name: str, shape: tuple[int, ...], new: Tensor) -> None:
+    """ValueError with both shapes where a new value has another one."""
     if tuple(new.shape) != shape:
         raise ValueError(f"the cache holds {name} {list(shape)}, the new value is {list(new.shape)}")
+
+
+def described(tensor: Tensor, name: str) -> str:
+    """A tensor in a repr: name, shape, dtype, and the device where it is not the CPU."""
+    device = "" if tensor.device.type == "cpu" else f" on {tensor.device}"
+    return f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}{device}"

@@ -6,45 +6,35 @@ matrix per head. Token t of row r is at position t, 0 <= t < lengths[r]; padding
 
 from __future__ import annotations
 
+import operator
 import os
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qwen35moe.cache.rollback import RollbackLog
-from qwen35moe.cache.states import DeltaNetState, DeltaNetUpdate, KVCache, LayerState, empty_state
+from qwen35moe.cache.ids import check_prompt, empty_ids, with_tokens
+from qwen35moe.cache.modes import copied, ordinary, ordinary_tensors
+from qwen35moe.cache.rollback import RollbackLog, checked_count
+from qwen35moe.cache.snapshot import Snapshot, rows, share_tensors
+from qwen35moe.cache.states import STATIC_GRADIENT, DeltaNetState, DeltaNetUpdate, KVCache, LayerState, empty_state
+from qwen35moe.cache.view import LayerView, ReadTensors
 from qwen35moe.config import TextConfig
 
 if TYPE_CHECKING:
     from qwen35moe.cache.layout import TokenLayout
-
-
-@dataclass
-class Snapshot:
-    """A state to return to. Cheap: it shares tensors with the cache, and becomes stale when they are overwritten."""
-
-    lengths: Tensor
-    seen: int
-    longest: int
-    common_length: int | None
-    rope_delta: Tensor | None
-    rope_delta_since: Tensor | None
-    layers: list[LayerState]
-    rewound: bool = False  # the cache is at an earlier state: the next write makes this snapshot stale
-    stale: bool = False
-
 
 class Cache:
     """The state of every layer for `batch_size` rows. It belongs to the caller of the model; a forward updates it.
 
     max_length: None for a growing cache (by doubling; gradients flow through it), a number for a static one, which is
     written in place and never reallocated. record=n makes the last n tokens available to `rollback`. `cache[i]` is the
-    state of layer i, to read and to assign: `.key` and `.value`, or `.conv_state` and `.recurrent_state`. devices: one per
-    layer, for a model on several devices. config: the model's, or any kind of configuration that `Config.of` reads.
+    state of layer i, to read and to edit: `.key` and `.value`, or `.conv_state` and `.recurrent_state`, see `LayerView`.
+    devices: one per layer, for a model on several devices. dtype: of keys, values and conv_state, whatever autocast does; a
+    recurrent_state is float32 or wider. The cache keeps the ids of its tokens, see `check_prompt`. config: the model's, or
+    any kind of configuration that `Config.of` reads.
     """
 
     def __init__(
@@ -55,42 +45,49 @@ class Cache:
         config = TextConfig.of(config)
         if batch_size < 1 or record < 0 or (max_length is not None and max_length < 1):
             raise ValueError(f"a cache needs {batch_size=} >= 1, {max_length=} >= 1 or None, and {record=} >= 0")
-        self.config, self.max_length, self.record = config, max_length, record
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.config, self.max_length, self.record, self.dtype = config, max_length, record, dtype
         self.seen = 0  # columns of the caller's attention_mask so far, padding included
         self.rope_delta: Tensor | None = None  # [B]: rotary position of a token minus its position in the cache
         self._rope_delta_since: Tensor | None = None  # [B]: lengths when rope_delta last changed; its older values are lost
         self._common_length: int | None = 0  # the length of every row, where the host knows that they are equal
         self._longest = 0  # the length of the longest row, or more
         self._snapshots: list[weakref.ref[Snapshot]] = []
-        self.layers: list[LayerState] = [
-            empty_state(config, kind, batch_size, max_length, dtype, layer_device)
-            for kind, layer_device in zip(config.layer_types, devices or [device] * len(config.layer_types), strict=True)
-        ]
+        self._read = ReadTensors()
+        self._inference = False  # whether tensors may be inference tensors
+        with ordinary_tensors():
+            self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+            self._ids = empty_ids(batch_size, max_length, device)  # [B, positions]
+            self._layers: list[LayerState] = [
+                empty_state(config, kind, batch_size, max_length, dtype, layer_device)
+                for kind, layer_device in zip(config.layer_types, devices or [device] * len(config.layer_types), strict=True)
+            ]
 
     @property
     def batch_size(self) -> int:
         return self.lengths.shape[0]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The model's, of keys, values and conv_state; a recurrent_state is float32 or wider."""
-        return self.layers[0].tensors()[0].dtype
-
     def __len__(self) -> int:
-        return len(self.layers)
+        return len(self._layers)
 
-    def __getitem__(self, layer: int) -> LayerState:
-        return self.layers[layer]
+    def __getitem__(self, layer: int) -> LayerView:
+        return LayerView(self, range(len(self._layers))[operator.index(layer)])
+
+    @property
+    def layers(self) -> list[LayerView]:
+        """`cache[i]` of every layer."""
+        return list(self)
+
+    def __iter__(self) -> Iterator[LayerView]:
+        return (LayerView(self, layer) for layer in range(len(self._layers)))
 
     def __repr__(self) -> str:
         room = "growing" if self.max_length is None else f"of {self.max_length}"
-        return f"Cache({self.batch_size} rows, {room}, lengths {self.lengths.tolist()}, {self.nbytes / 2**20:.1f} MiB)"
+        return f"Cache({rows(self.lengths, room)}, {self.nbytes / 2**20:.1f} MiB)"
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, room to grow and recorded tokens included."""
-        return sum(t.nbytes for layer in self.layers for t in layer.tensors()) + self.lengths.nbytes
+        """Bytes of the layers' states, room to grow and recorded tokens included; the ids, 4 bytes a token, are not counted."""
+        return sum(t.nbytes for layer in self._layers for t in layer.tensors()) + self.lengths.nbytes
 
     # -------------------------------------------------------------------------------------------------- a forward call
 
@@ -99,7 +96,12 @@ class Cache:
         return self._common_length if self._common_length is not None else self.lengths.clone()
 
     def check_room(self, layout: TokenLayout) -> None:
-        """ValueError, before anything is computed, when the new tokens do not fit a static cache."""
+        """ValueError, before anything is computed, when the new tokens do not fit a static cache, or the cache is on another
+        device."""
+        if self.lengths.device != layout.position_ids.device:
+            device = layout.position_ids.device
+            raise ValueError(f"the cache is on {self.lengths.device}, the input on {device}: make one with model.new_cache")
+        self._prepare()
         if self.max_length is None:
             return
         if layout.lengths is None:
@@ -114,10 +116,18 @@ class Cache:
                 f"make one with new_cache({self.batch_size}, max_length={longest}) or more"
             )
 
-    def commit(self, layout: TokenLayout, states: Sequence[KVCache | DeltaNetUpdate]) -> None:
-        """Stores the layers' new states and advances the lengths. The cache has not changed until here."""
+    def commit(self, layout: TokenLayout, states: Sequence[KVCache | DeltaNetUpdate], ids: Tensor | None = None) -> None:
+        """Stores the layers' new states and advances the lengths. The cache has not changed until here. ids [B, T]: of the
+        new tokens, in the caller's order; None where they came as embeddings."""
+        if self.max_length is not None:
+            for state in states:
+                if isinstance(state, DeltaNetUpdate) and state.recurrent_state.requires_grad:
+                    raise ValueError(STATIC_GRADIENT)
+        if self._read.copies:
+            self._settle()
         for snapshot in self._live_snapshots():
-            snapshot.stale = snapshot.stale or snapshot.rewound
+            snapshot.stale = snapshot.stale or (snapshot.rewound and not snapshot.apart)
+        self._inference = self._inference or torch.is_inference_mode_enabled()
         if layout.lengths is None:
             self.lengths = self.lengths + layout.tokens
             self._common_length = None if self._common_length is None else self._common_length + layout.tokens
@@ -126,31 +136,88 @@ class Cache:
             self.lengths = self.lengths + layout.lengths
             self._common_length, self._longest = None, int(self.lengths.max())
         self.seen += layout.shape[1] if layout.shape[0] == self.batch_size else layout.tokens
+        self._ids = with_tokens(self._ids, layout, ids, self.max_length or self._longest)
         for index, new in enumerate(states):
-            self.layers[index] = self._committed(self.layers[index], new)
+            self.replace_state(index, self._committed(index, self._layers[index], new))
+        self._refresh()
 
-    def _committed(self, old: LayerState, new: KVCache | DeltaNetUpdate) -> LayerState:
+    def _committed(self, index: int, old: LayerState, new: KVCache | DeltaNetUpdate) -> LayerState:
         if isinstance(new, KVCache):
             new.length = self._longest
             return new
         assert isinstance(old, DeltaNetState)
-        log = self._log(old, new) if self.record else None
+        conv_state = new.conv_state.to(old.conv_state.dtype)  # autocast computes in another one
+        log = self._log(index, old, new) if self.record else None
         if not old.static:
-            return DeltaNetState(new.conv_state, new.recurrent_state, log)
-        old.conv_state, old.recurrent_state, old.log = new.conv_state, new.recurrent_state, log
+            return DeltaNetState(conv_state, new.recurrent_state.to(old.recurrent_state.dtype), log)
+        old.conv_state, old.recurrent_state, old.log = conv_state, new.recurrent_state, log
         return old
 
-    def _log(self, old: DeltaNetState, new: DeltaNetUpdate) -> RollbackLog | None:
+    def _log(self, index: int, old: DeltaNetState, new: DeltaNetUpdate) -> RollbackLog | None:
         """The old state's log with the tokens of the new state; it begins with the old state itself."""
         if new.segment is None:
             return None
         log = old.log
         if log is None:
             initial = (old.conv_state, old.recurrent_state)
-            if old.static:  # it is about to be overwritten
-                initial = (old.conv_state.clone(), old.recurrent_state.clone())
+            if old.static or any(layer == index for layer, _ in self._read.current):  # it may be overwritten
+                initial = (copied(old.conv_state), copied(old.recurrent_state))
             log = RollbackLog(*initial, new.segment.columns(0, 0))
         return log.append(new.segment, self.record)
+
+    def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """ValueError where a prompt contradicts the cache. input_ids [B, T] are whole rows, cached tokens included, with
+        padding on any side where attention_mask [B, T] is 0: each row must begin with the ids that the cache holds.
+
+        Tokens that came as embeddings fit every prompt.
+        """
+        check_prompt(self._ids, self.lengths, input_ids, attention_mask)
+
+    # --------------------------------------------------------------------------------------------------- edits by hand
+
+    def replace_state(self, layer: int, new: LayerState) -> None:
+        """Stores a layer's state. Tensors of the old one that were read are watched: an edit of them would be lost."""
+        old, self._layers[layer] = self._layers[layer], new
+        if self._read.current and old is not new:
+            self._read.replace(layer, old, new)
+
+    def unshare(self, layer: int) -> None:
+        """Snapshots get copies of the layer's tensors, before these are edited."""
+        snapshots = self._live_snapshots()
+        if not snapshots:
+            return
+        own = [self._layers[layer].stored(name) for name in self._layers[layer].names]
+        for snapshot in snapshots:
+            state = snapshot.layers[layer]
+            if any(tensor is mine for tensor in state.tensors() for mine in own):
+                snapshot.layers[layer] = state.map(lambda t: copied(t) if any(t is mine for mine in own) else t)
+
+    def _settle(self) -> None:
+        """Looks at the tensors that were read: a layer that was edited loses its log, which leads to the unedited state."""
+        for layer in self._read.edited(self._layers):
+            state = self._layers[layer]
+            assert isinstance(state, DeltaNetState)
+            state.log = None
+
+    def _refresh(self) -> None:
+        """After the cache itself has written tensors in place, these are compared with new copies."""
+        for layer, name in self._read.copies:
+            self._read.copies[layer, name] = self._layers[layer].stored(name).detach().clone()
+
+    def _prepare(self) -> None:
+        """Before every use of the states: edits that have no effect are refused, and outside of inference_mode inference
+        tensors are replaced, because they cannot be written or differentiated there."""
+        if self._read.replaced:
+            self._read.check()
+        if self._read.copies:
+            self._settle()
+        if self._inference and not torch.is_inference_mode_enabled():
+            self._inference = False
+            self.lengths, self._ids = ordinary(self.lengths), ordinary(self._ids)
+            self.rope_delta = None if self.rope_delta is None else ordinary(self.rope_delta)
+            self._rope_delta_since = None if self._rope_delta_since is None else ordinary(self._rope_delta_since)
+            for layer, state in enumerate(self._layers):
+                self.replace_state(layer, state.map(ordinary))
 
     @property
     def next_positions(self) -> Tensor:
@@ -169,30 +236,46 @@ class Cache:
     def snapshot(self) -> Snapshot:
         """The present state, for `restore`. It stays valid while later tokens are appended; once the cache has gone back to
         an earlier state and been written, it is stale."""
-        layers = [layer.snapshot() for layer in self.layers]
+        self._prepare()
+        read = {layer for layer, _ in self._read.current}  # their tensors may be edited later
+        layers = [state.map(copied) if index in read else state.snapshot() for index, state in enumerate(self._layers)]
         snapshot = Snapshot(
-            self.lengths, self.seen, self._longest, self._common_length, self.rope_delta, self._rope_delta_since, layers,
+            self.lengths, self._ids, self.seen, self._longest, self._common_length, self.rope_delta, self._rope_delta_since,
+            layers,
         )
         self._snapshots = [ref for ref in self._snapshots if ref() is not None] + [weakref.ref(snapshot)]
         return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
         """Returns to a snapshot of this cache. ValueError when its positions have been overwritten since."""
+        if not isinstance(snapshot, Snapshot):
+            raise ValueError(f"restore takes a Snapshot of this cache, not a {type(snapshot).__name__}")
         if snapshot.stale:
             raise ValueError(
                 "this snapshot is stale: the cache returned to an earlier state and was written. clone() keeps a state for good"
             )
         if all(ref() is not snapshot for ref in self._snapshots):
             raise ValueError("this snapshot was taken of another cache: restore it there, or use clone()")
-        for index, (old, new) in enumerate(zip(self.layers, snapshot.layers, strict=True)):
+        self._prepare()
+        for index, (old, new) in enumerate(zip(self._layers, snapshot.layers, strict=True)):
             if isinstance(old, DeltaNetState) and isinstance(new, DeltaNetState) and old.static:
                 old.conv_state, old.recurrent_state, old.log = new.conv_state, new.recurrent_state, new.log
+            elif isinstance(old, KVCache) and isinstance(new, KVCache) and old.static:
+                if new.key_buffer is not old.key_buffer:  # the snapshot has its own values: they are written over edited ones
+                    self.unshare(index)
+                    for mine, its in zip(old.tensors(), new.tensors(), strict=True):
+                        mine[:, : new.length] = its[:, : new.length]
+                old.length = new.length
             else:
-                self.layers[index] = new.snapshot()
-        self.lengths, self.seen, self._longest = snapshot.lengths, snapshot.seen, snapshot.longest
+                self.replace_state(index, new.snapshot())
+        for other in self._live_snapshots():
+            other.apart = other.apart and not share_tensors(other, snapshot)
+        self.lengths, self._ids, self.seen, self._longest = snapshot.lengths, snapshot.ids, snapshot.seen, snapshot.longest
         self._common_length = snapshot.common_length
         self.rope_delta, self._rope_delta_since = snapshot.rope_delta, snapshot.rope_delta_since
+        self._inference = True  # it may have been taken in inference_mode
         self._mark_rewound()
+        self._refresh()
 
     def _mark_rewound(self) -> None:
         for other in self._live_snapshots():
@@ -207,15 +290,20 @@ class Cache:
         Attention layers can roll back any number, Gated DeltaNet layers the last `record` tokens; more raises ValueError. A
         recurrent state is computed again from recorded inputs, so it equals the earlier one within rounding.
         """
-        count = self._checked_count(tokens)
+        self._prepare()
+        count = checked_count(self, tokens)
         if not bool(count.any()):
             return
-        for layer in self.layers:
+        for index, layer in enumerate(self._layers):
             if isinstance(layer, DeltaNetState) and layer.log is not None:
                 log = layer.log
                 keep = log.available() - count.to(log.recurrent_state.device)
-                layer.conv_state, layer.recurrent_state = log.state(keep)
-                layer.log = log.truncate(keep)
+                conv_state, recurrent_state = log.state(keep)
+                if layer.static:
+                    layer.conv_state, layer.recurrent_state, layer.log = conv_state, recurrent_state, log.truncate(keep)
+                else:
+                    conv_state = conv_state.to(layer.conv_state.dtype)
+                    self.replace_state(index, DeltaNetState(conv_state, recurrent_state, log.truncate(keep)))
         self.lengths = self.lengths - count
         if isinstance(tokens, int):
             self.seen -= tokens
@@ -223,49 +311,49 @@ class Cache:
         else:
             self._common_length = None
         self._longest = int(self.lengths.max())
-        for layer in self.layers:
+        for layer in self._layers:
             if isinstance(layer, KVCache):
                 layer.length = self._longest
+        self._inference = self._inference or torch.is_inference_mode_enabled()
         self._mark_rewound()
-
-    def _checked_count(self, tokens: int | Tensor) -> Tensor:
-        """[B]: how many tokens `rollback` removes from each row; ValueError where it cannot."""
-        count = torch.as_tensor(tokens, device=self.lengths.device)
-        if count.dim() and count.shape != self.lengths.shape:
-            raise ValueError(f"cannot roll back {list(count.shape)} rows: the cache holds {self.batch_size}")
-        count = count.expand(self.batch_size)
-        if count.is_floating_point() or bool((count < 0).any()):
-            raise ValueError(f"cannot roll back {count.tolist()} tokens: give whole numbers >= 0")
-        if bool((count > self.lengths).any()):
-            raise ValueError(f"cannot roll back {count.tolist()} tokens: the rows hold {self.lengths.tolist()}")
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, DeltaNetState):
-                continue
-            recorded = torch.zeros_like(count) if layer.log is None else layer.log.available().to(count.device)
-            if bool((count > recorded).any()):
-                raise ValueError(
-                    f"cannot roll back {count.tolist()} tokens: layer {index} has recorded the last {recorded.tolist()}. "
-                    f"Make the cache with record={int(count.max())} or more, or keep a snapshot()"
-                )
-        since = self._rope_delta_since
-        if since is not None and bool((self.lengths - count < since).any()):
-            raise ValueError(
-                f"cannot roll back {count.tolist()} tokens: images or videos are among the first {since.tolist()} of "
-                f"{self.lengths.tolist()} tokens, and the rotary offset before them is not kept. Keep a snapshot() instead"
-            )
-        return count
+        self._refresh()
 
     # ---------------------------------------------------------------------------------------------- as a value
 
     def clone(self) -> Cache:
-        """A copy that shares nothing with this one."""
-        other = Cache.__new__(Cache)
+        """A copy that shares nothing with this one. It has no snapshots of its own; gradients flow into it."""
+        return self._mapped(copied)
+
+    def detach_(self) -> Cache:
+        """Cuts the states off the autograd graph, in this cache: for backpropagation through a part of the tokens."""
+        self._prepare()
+        for layer, state in enumerate(self._layers):
+            if any(tensor.requires_grad for tensor in state.tensors()):
+                self.replace_state(layer, state.map(torch.Tensor.detach))
+        return self
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Cache:
+        """Another cache, with `function` applied to every tensor."""
+        self._prepare()
+        other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.lengths = self.lengths.clone()
-        other.rope_delta = None if self.rope_delta is None else self.rope_delta.clone()
-        other.layers = [layer.map(torch.Tensor.clone) for layer in self.layers]
-        other._snapshots = []
+        other.lengths, other._ids = function(self.lengths), function(self._ids)
+        other.rope_delta = None if self.rope_delta is None else function(self.rope_delta)
+        other._rope_delta_since = None if self._rope_delta_since is None else function(self._rope_delta_since)
+        other._layers = [layer.map(function) for layer in self._layers]
+        other._snapshots, other._read = [], ReadTensors()
         return other
+
+    def __copy__(self) -> Cache:
+        return self.clone()  # two caches with the same tensors would overwrite each other's tokens
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        memo[id(self)] = other = self.clone()
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and torch.save: without snapshots, which belong to this cache, and off the autograd graph."""
+        return self._mapped(torch.Tensor.detach).__dict__
 
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
         """Row r becomes a copy of the old row rows[r]: for beam search. A growing cache may also drop or repeat rows."""
@@ -274,26 +362,35 @@ class Cache:
             raise ValueError(f"rows {index.tolist()} are not a list of rows 0 ... {self.batch_size - 1}")
         if self.max_length is not None and index.shape[0] != self.batch_size:
             raise ValueError(f"a static cache keeps its {self.batch_size} rows, cannot hold {index.shape[0]}")
-        for number, layer in enumerate(self.layers):
+        self._prepare()
+        self._ids = self._ids[index] if self.max_length is None else self._ids.copy_(self._ids[index])
+        for number, layer in enumerate(self._layers):
             reordered = layer.map(lambda t: t.index_select(0, index.to(t.device)))
             if self.max_length is None:
-                self.layers[number] = reordered
+                self.replace_state(number, reordered)
             else:
                 for old, new in zip(layer.tensors(), reordered.tensors(), strict=True):
                     old.copy_(new)
         self.lengths = self.lengths[index]
         self.rope_delta = None if self.rope_delta is None else self.rope_delta[index]
         self._rope_delta_since = None if self._rope_delta_since is None else self._rope_delta_since[index]
-        if self.max_length is not None:
-            for snapshot in self._live_snapshots():
+        self._longest = int(self.lengths.max()) if self.batch_size else 0
+        for layer in self._layers:
+            if isinstance(layer, KVCache):
+                layer.length = self._longest
+        self._inference = self._inference or torch.is_inference_mode_enabled()
+        for snapshot in self._live_snapshots():
+            if self.max_length is None:
+                snapshot.apart = True  # the cache has new tensors
+            else:
                 snapshot.stale = True
-        elif index.shape[0]:
-            self._snapshots = []
+        self._refresh()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache as one safetensors file, without recorded tokens and snapshots."""
         from qwen35moe.cache.file import save_cache
 
+        self._prepare()
         save_cache(self, path)
 
     @staticmethod
@@ -305,4 +402,3 @@ class Cache:
         from qwen35moe.cache.file import load_cache
 
         return load_cache(path, config, device=device, devices=devices)
-

@@ -7,7 +7,7 @@ counts the first label of every row, which no position predicts. `qwen35moe.comp
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from qwen35moe.compat import short
 from qwen35moe.config import Config
 from qwen35moe.models.trainer import save_whole_checkpoints
 from qwen35moe.modules.decoder import DecoderLayer
+from qwen35moe.modules.hooks import device_of
 from qwen35moe.ops.losses import IGNORE
 from qwen35moe.ops.precision import wide_dtype
 
@@ -39,8 +40,8 @@ class ForLibraries(nn.Module):
     quantization_method = hf_quantizer = None
     model_tags: list[str] | None = None
     _is_stateful = True  # a DeltaNet state cannot be cut, as a KV cache can
-    _no_split_modules: tuple[str, ...] = ("DecoderLayer",)
-    _skip_keys_device_placement = ("cache", "past_key_values")
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["cache", "past_key_values"]
     _tied_weights_keys: dict[str, str] = {}  # {name: name of the parameter that it shares when tied}
     _keep_in_fp32_modules = None
     device_map: DeviceMap | None = None  # None: everything is on one device
@@ -73,11 +74,7 @@ class ForLibraries(nn.Module):
     def device(self) -> torch.device:
         """The device of the token embedding: where inputs go. Of weights that accelerate has offloaded, the device to which its
         hook brings them."""
-        embedding = self.get_input_embeddings()
-        device = embedding.weight.device
-        if device.type == "meta":
-            device = torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or device)
-        return device
+        return device_of(self.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,7 +17,7 @@ from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.models.plan import document_starts, plan_layout
 from qwen35moe.ops.losses import IGNORE
-from qwen35moe.routing import ForcedRouting, Intervention, Routing
+from qwen35moe.routing import ForcedRouting, Intervention, ReadyMade, Routing
 
 if TYPE_CHECKING:
     from qwen35moe.models.text import Qwen3_5MoeTextModel
@@ -82,7 +82,7 @@ def check(inputs: TextInputs, model: Qwen3_5MoeTextModel) -> TokenLayout:
         position_ids = _checked_positions(position_ids, batch, tokens)
     if bounds is not None:
         bounds = _checked_bounds(bounds, position_ids, batch, tokens, mask)
-    device = model.embed_tokens.weight.device
+    device = model.device
     layout = plan_layout(batch, tokens, device, mask=mask, position_ids=position_ids, cu_seqlens=bounds, cache=cache)
     if cache is not None:
         cache.check_room(layout)
@@ -97,6 +97,8 @@ def forced_routing(
     """`routing=` checked against the model and in the layers' order. It names layers as the checkpoint does; in a model of
     some of those layers they are numbered anew."""
     layers, text = model.source_layers, model.config.text_config
+    if isinstance(routing, ReadyMade):
+        routing = routing.bind(layers=layers, num_experts=text.num_experts, top_k=text.num_experts_per_tok)
     if layers != tuple(range(len(layers))):
         if isinstance(routing, Routing):
             if missing := [layer for layer in routing.layers if layer not in layers]:

@@ -80,11 +80,11 @@ class Qwen3_5MoeTextModel(PretrainedModel):
                 states.append(hidden)
             if device_map is not None and device_map.layers[index] != hidden.device:
                 hidden, context = hidden.to(device_map.layers[index]), context.to(device_map.layers[index])
-            hidden, output = layer(hidden, context, None if cache is None else cache[index])
+            hidden, output = layer(hidden, context, None if cache is None else cache._layers[index])
             outputs.append(output)
         hidden = tap(self, "norm", self.norm(hidden))
         if cache is not None:
-            cache.commit(layout, [output.state for output in outputs if output.state is not None])
+            cache.commit(layout, [output.state for output in outputs if output.state is not None], inputs.input_ids)
         if device_map is not None:
             states, outputs = [state.to(hidden.device) for state in states], [out.to(hidden.device) for out in outputs]
         return DecoderOutput(context.layout, hidden, states, outputs)

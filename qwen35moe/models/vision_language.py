@@ -146,7 +146,7 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
     body: type[Qwen3_5MoeModel] = Qwen3_5MoeModel
     input_modalities = ("text", "image", "video")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    _no_split_modules = ("DecoderLayer", "VisionBlock")
+    _no_split_modules = ["DecoderLayer", "VisionBlock"]
 
     def _build(self) -> PretrainedModel:
         return self.body(self.config)

@@ -11,6 +11,7 @@ from qwen35moe import ops
 from qwen35moe.cache import KVCache, LayerState
 from qwen35moe.config import TextConfig
 from qwen35moe.modules.context import LayerContext
+from qwen35moe.modules.hooks import project
 from qwen35moe.modules.initialise import Initialised, initialise
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.attention import attention_weights, weighted_values
@@ -42,17 +43,17 @@ class GatedAttention(Initialised):
         """x [B, T, D]. Returns the output [B, T, D], the keys and values including those of the new tokens, and the attention
         weights [B, H, T, P] if `context.attentions`."""
         assert state is None or isinstance(state, KVCache)
-        query, gate = self.q_proj(x).unflatten(-1, (self.heads, 2, self.head_dim)).unbind(-2)
-        key = self.k_norm(self.k_proj(x).unflatten(-1, (self.groups, self.head_dim)))
-        value = self.v_proj(x).unflatten(-1, (self.groups, self.head_dim))
+        query, gate = project(self.q_proj, x).unflatten(-1, (self.heads, 2, self.head_dim)).unbind(-2)
+        key = self.k_norm(project(self.k_proj, x).unflatten(-1, (self.groups, self.head_dim)))
+        value = project(self.v_proj, x).unflatten(-1, (self.groups, self.head_dim))
         query, key = ops.rotary(self.q_norm(query), key, *context.rotation, caller=self)
         query, key = tap(self, "query", query), tap(self, "key", key)
         value, gate = tap(self, "value", value), tap(self, "gate", gate)
         if state is not None:
             state = state.append(key, value, context.layout)
-            key, value = state.key, state.value
+            key, value = state.read()
         core, weights = self._attend(query, key, value, context)
-        out = self.o_proj((core * gate.sigmoid()).flatten(2))
+        out = project(self.o_proj, (core * gate.sigmoid()).flatten(2))
         return tap(self, "output", out), state, weights
 
     def extra_repr(self) -> str:

@@ -47,19 +47,24 @@ class DecoderLayer(Initialised):
         run = backends.checkpoint if self.gradient_checkpointing and torch.is_grad_enabled() else _run
         hidden = tap(self, "input", hidden)
         mixed, after, attention = run(self._mixer_of_norm, hidden, context, state)
-        hidden = hidden + mixed
+        hidden = _add(hidden, mixed)
         normed = run(self.post_attention_layernorm, hidden)
         if not isinstance(self.mlp, SparseMoeBlock):
-            hidden = hidden + run(self.mlp, normed)
+            hidden = _add(hidden, run(self.mlp, normed))
             return tap(self, "output", hidden), LayerOutput(after, None, attention)
         # Outside the checkpointed function, so that a recomputation cannot choose other experts.
         router = self.mlp.route(normed.flatten(0, 1), context.routing)
-        hidden = hidden + run(self.mlp, normed, router)
+        hidden = _add(hidden, run(self.mlp, normed, router))
         return tap(self, "output", hidden), LayerOutput(after, router, attention)
 
     def _mixer_of_norm(self, hidden: Tensor, context: LayerContext, state: LayerState | None) -> Any:
         mixer = self.linear_attn if self.kind == "linear_attention" else self.self_attn
         return mixer(self.input_layernorm(hidden), context, state)
+
+
+def _add(hidden: Tensor, change: Tensor) -> Tensor:
+    """The residual stream keeps its dtype, also where a layer has another one."""
+    return hidden + (change if change.dtype is hidden.dtype else change.to(hidden.dtype))
 
 
 def _run(function: Callable[..., Any], *args: Any) -> Any:

@@ -30,11 +30,12 @@ class FP32Parameters(Initialised):
         self.stored_dtypes: dict[str, torch.dtype] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        parameters = {name: self._parameters[name] for name in self.fp32_parameters}
+        # A parametrized parameter is not here: torch moves its original, in the dtype of the rest.
+        parameters = {name: self._parameters.get(name) for name in self.fp32_parameters}
         original = {name: None if parameter is None else parameter.data for name, parameter in parameters.items()}
         super()._apply(fn, recurse)
         for name, data in original.items():
-            parameter = self._parameters[name]
+            parameter = self._parameters.get(name)
             if data is None or parameter is None:
                 continue
             dtype = torch.promote_types(torch.float32, parameter.dtype)

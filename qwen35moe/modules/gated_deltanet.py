@@ -17,13 +17,16 @@ from qwen35moe.cache.rollback import Segment
 from qwen35moe.config import TextConfig
 from qwen35moe.modules.context import LayerContext
 from qwen35moe.modules.fp32_parameters import FP32Parameters, new_fp32
-from qwen35moe.modules.hooks import is_plain
+from qwen35moe.modules.hooks import is_plain, keeps, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise
 from qwen35moe.modules.norm import GatedRMSNorm
 from qwen35moe.ops.attention import weighted_values
 from qwen35moe.ops.attention_map import attention_map
 from qwen35moe.ops.delta_rule import decay_and_beta
-from qwen35moe.taps import tap, tapped
+from qwen35moe.taps import patched, tap, tapped
+
+# The methods that a fused decode step replaces.
+_FUSED = ("_heads", "_gates", "delta_rule")
 
 
 class ShortConvolution(Initialised):
@@ -90,7 +93,8 @@ class GatedDeltaNet(FP32Parameters):
         """x [B, T, D]. Returns the output [B, T, D], the state after the last token of each row, and, if `context.attentions`,
         the attention map [B, H, T, T] of the new tokens (`ops.attention_map`)."""
         assert state is None or isinstance(state, DeltaNetState)
-        qkv, a, b, z = self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x), self.in_proj_z(x)
+        qkv, z = project(self.in_proj_qkv, x), project(self.in_proj_z, x)
+        a, b = project(self.in_proj_a, x), project(self.in_proj_b, x)
         qkv, gate = tap(self, "qkv", qkv), tap(self, "gate", z.unflatten(-1, (self.heads, self.value_width)))
         weights = None
         step = self.decode_step(qkv, gate, a, b, context, state)
@@ -98,21 +102,22 @@ class GatedDeltaNet(FP32Parameters):
             normed, after = step
         else:
             layout = context.layout
-            conv_state, recurrent_state = (None, None) if state is None else (state.conv_state, state.recurrent_state)
+            conv_state, recurrent_state = (None, None) if state is None else state.read()
             mixed, conv_state = self.conv1d(qkv, conv_state, layout.lengths, layout.cu_seqlens)
             query, key, value = self._heads(tap(self, "conv", mixed))
             decay, beta = self._gates(a, b, layout)
-            core, recurrent_state = ops.gated_delta_rule(
-                query, key, value, decay=decay, beta=beta, state=recurrent_state, cu_seqlens=layout.cu_seqlens,
-                caller=self,
-            )
+            if layout.lengths is not None and not keeps(self, GatedDeltaNet, ("_gates",)):
+                decay, beta = _without_padding(decay, layout), _without_padding(beta, layout)
+            core, recurrent_state = self.delta_rule(query, key, value, decay, beta, recurrent_state, layout.cu_seqlens)
             recurrent_state = tap(self, "state", recurrent_state)
             if context.attentions or tapped(self, ("scores",)):
                 core, weights = self._attention_map(core, query, key, value, decay, beta, layout)
             normed = self.norm(tap(self, "core", core), gate)
-            recorded = _segment(qkv, key, value, decay, beta, layout) if context.record else None
+            recorded = None
+            if context.record and self._is_recordable(decay):
+                recorded = _segment(qkv, key, value, decay, beta, layout)
             after = DeltaNetUpdate(conv_state, recurrent_state, recorded)
-        out = self.out_proj(tap(self, "normed", normed).flatten(2))
+        out = project(self.out_proj, tap(self, "normed", normed).flatten(2))
         return tap(self, "output", out), after, weights if context.attentions else None
 
     def extra_repr(self) -> str:
@@ -124,8 +129,8 @@ class GatedDeltaNet(FP32Parameters):
         """The normed output [B, 1, H, V] and the state of one cached token per row by a fused implementation of
         `ops.delta_net_step`; None where `forward` composes the operations.
 
-        A fused implementation reads the weights of conv1d and norm without calling the modules, so it is not used if these have
-        hooks or have been replaced.
+        A fused implementation reads the weights of conv1d and norm without calling the modules and replaces the methods in
+        `_FUSED`, so it is not used if one of them has hooks or has been replaced.
         """
         layout = context.layout
         if state is None or layout.tokens != 1 or layout.lengths is not None or layout.cu_seqlens is not None:
@@ -133,6 +138,8 @@ class GatedDeltaNet(FP32Parameters):
         if torch.is_grad_enabled() or context.record or context.attentions or tapped(self, ("scores",)):
             return None
         if not is_plain(self.conv1d, ShortConvolution) or not is_plain(self.norm, GatedRMSNorm):
+            return None
+        if not keeps(self, GatedDeltaNet, _FUSED):
             return None
         result = ops.delta_net_step.fused(
             qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0], conv_state=state.conv_state, recurrent_state=state.recurrent_state,
@@ -143,6 +150,24 @@ class GatedDeltaNet(FP32Parameters):
             return None
         normed, conv_state, recurrent_state = result
         return normed[:, None], DeltaNetUpdate(conv_state, tap(self, "state", recurrent_state))
+
+    def delta_rule(
+        self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The output [B, T, H, V] and the state after the last token [B, H, K, V]: `ops.gated_delta_rule`.
+
+        A subclass may compute another rule here, with gates of other shapes from its `_gates`: every form of the layer then
+        runs it. Its tokens cannot be rolled back, and it has no attention map.
+        """
+        return ops.gated_delta_rule(
+            query, key, value, decay=decay, beta=beta, state=state, cu_seqlens=cu_seqlens, caller=self
+        )
+
+    def _is_recordable(self, decay: Tensor) -> bool:
+        """Whether a rollback can run these tokens again: it knows the built-in convolution and rule, and no patched state."""
+        built_in = keeps(self, GatedDeltaNet, ("delta_rule",)) and is_plain(self.conv1d, ShortConvolution)
+        return built_in and decay.dim() == 3 and not patched(self, "state")
 
     def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, C] to query, key [B, T, G, K] and value [B, T, H, V]."""
@@ -155,20 +180,32 @@ class GatedDeltaNet(FP32Parameters):
     def _gates(self, a: Tensor, b: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """decay and beta [B, T, H]; zero at padding, which keeps the state and writes nothing."""
         decay, beta = decay_and_beta(a, b, self.A_log, self.dt_bias)
-        valid = layout.valid
-        if valid is not None:
-            decay, beta = (torch.where(valid[..., None], gate, gate.new_zeros(())) for gate in (decay, beta))
+        if layout.lengths is not None:
+            decay, beta = _without_padding(decay, layout), _without_padding(beta, layout)
         return tap(self, "decay", decay), tap(self, "beta", beta)
 
     def _attention_map(
         self, core: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, layout: TokenLayout
     ) -> tuple[Tensor, Tensor]:
         """The output of the rule, corrected if a tap has replaced the attention map, and the map [B, H, T, T]."""
+        if not keeps(self, GatedDeltaNet, ("delta_rule",)) or decay.dim() != 3:
+            raise ValueError(
+                f"{type(self).__name__} computes a rule of its own: the attention map of the gated delta rule does not "
+                "describe it. Leave out output_attentions and the tap `scores`"
+            )
         computed = attention_map(query, key, decay=decay, beta=beta, cu_seqlens=layout.cu_seqlens)
+        before = computed.clone() if patched(self, "scores") else None  # a patch may write into the tensor that it gets
         weights = tap(self, "scores", computed)
-        if weights is not computed:  # the rule is linear in the values: add the difference
-            core = core + weighted_values(weights - computed, value).to(core.dtype)
+        if before is not None:  # the rule is linear in the values: add the difference
+            core = core + weighted_values(weights - before, value).to(core.dtype)
         return core, weights
+
+
+def _without_padding(gate: Tensor, layout: TokenLayout) -> Tensor:
+    """A gate [B, T, H, ...], zero at padding."""
+    valid = layout.valid
+    assert valid is not None
+    return torch.where(valid.view(*valid.shape, *[1] * (gate.dim() - 2)), gate, gate.new_zeros(()))
 
 
 def _segment(qkv: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, layout: TokenLayout) -> Segment:

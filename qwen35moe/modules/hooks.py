@@ -1,11 +1,76 @@
-"""Checks whether a fused implementation may read a module's weight without calling the module."""
+"""How a module runs its submodules: whether a fused implementation may compute what they would, in which dtype and on which
+device they run.
+
+A module in another dtype than its input runs in the dtype of its own weights: a float32 router, mixer or projection in a
+bfloat16 model computes in float32. The residual stream and the cache keep their dtypes.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+_ORDINARY = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+# Hooks of every module of the process. The dicts are never rebound, so that this is one look at each.
+_GLOBAL_HOOKS = (
+    _module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module has the forward of `kind` and no hooks."""
-    unchanged = type(module).forward is kind.forward and "forward" not in module.__dict__
-    return unchanged and not module._forward_hooks and not module._forward_pre_hooks
+    """Whether calling the module only computes the forward of `kind` from its parameters: it has no hook, nor has the process,
+    no parametrization, no forward of its own, and its class is `kind` or inherits all methods that `kind` defines."""
+    cls, own = type(module), module.__dict__
+    if cls is not kind and not (issubclass(cls, kind) and _inherits(cls, kind)):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return "forward" not in own and "parametrizations" not in module._modules and not any(_GLOBAL_HOOKS)
+
+
+def keeps(module: nn.Module, kind: type[nn.Module], methods: Iterable[str]) -> bool:
+    """Whether a module has these methods of `kind`, replaced neither in a subclass nor in the instance."""
+    cls, own = type(module), module.__dict__
+    if cls is kind:
+        return own.keys().isdisjoint(methods)
+    return own.keys().isdisjoint(methods) and all(getattr(cls, name) is getattr(kind, name) for name in methods)
+
+
+def _inherits(cls: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a subclass of `kind` replaces no method that its forward may run."""
+    names = ("forward", "__call__", "_call_impl", "__getattr__")
+    return all(getattr(cls, name, None) is getattr(kind, name, None) for name in names)
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), with x in the dtype of its weight."""
+    weight: Any = linear._parameters.get("weight")
+    if weight is not None and weight.dtype is x.dtype:
+        return linear(x)
+    if weight is None:
+        weight = getattr(linear, "weight", None)  # of an adapter around a Linear, or a parametrized one
+    return linear(in_dtype_of(weight, x))
+
+
+def in_dtype_of(weight: Any, x: Tensor) -> Tensor:
+    """x in the dtype of a weight, except under autocast, which chooses the dtype, and for the codes of a quantised weight."""
+    if not isinstance(weight, Tensor) or weight.dtype is x.dtype or not {weight.dtype, x.dtype} <= _ORDINARY:
+        return x
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x
+    return x.to(weight.dtype)
+
+
+def device_of(module: Any) -> torch.device:
+    """The device of a module's weight. Of a weight that accelerate keeps elsewhere until it is used, the device to which its
+    hook brings it."""
+    device = module.weight.device
+    if device.type == "meta":
+        device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or device)
+    return device

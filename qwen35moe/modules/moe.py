@@ -5,6 +5,7 @@ route -> chosen experts, weighted  +  sigmoid(gate) * shared expert
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from qwen35moe import ops
 from qwen35moe.config import TextConfig
+from qwen35moe.modules.hooks import in_dtype_of, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise
 from qwen35moe.ops.experts import Tap, router_choice
 from qwen35moe.routing import ForcedRouting, RouterOutput
-from qwen35moe.taps import tap, tapped
+from qwen35moe.taps import patched, tap, tapped
 
 _EXPERT_VALUES = ("expert_in", "expert_act", "expert_out")
 
@@ -33,7 +35,7 @@ class MLP(Initialised):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D]; returns [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return project(self.down_proj, F.silu(project(self.gate_proj, x)) * project(self.up_proj, x))
 
 
 class DenseMLP(MLP):
@@ -61,7 +63,15 @@ class Router(Initialised):
         draws.normal(self.weight, std)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.router(hidden, self.weight, top_k=self.top_k, caller=self)
+        weight = self.weight
+        if weight.dtype is not hidden.dtype:
+            hidden = in_dtype_of(weight, hidden)
+        return ops.router(hidden, weight, top_k=self.top_k, caller=self)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(indices, weights) [N, k] of the experts that logits [N, E] choose: for logits that a patch has replaced. A router
+        that chooses otherwise overrides this too."""
+        return router_choice(logits, self.top_k)
 
     def extra_repr(self) -> str:
         experts, width = self.weight.shape
@@ -85,7 +95,10 @@ class Experts(Initialised):
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, tap: Tap | None = None) -> Tensor:
         """hidden [N, D], indices and weights [N, k]; returns [N, D]. tap: see `ops.experts.by_expert`."""
-        return ops.experts(hidden, self.gate_up_proj, self.down_proj, indices, weights, tap=tap, caller=self)
+        gate_up = self.gate_up_proj
+        if gate_up.dtype is not hidden.dtype:
+            hidden = in_dtype_of(gate_up, hidden)
+        return ops.experts(hidden, gate_up, self.down_proj, indices, weights, tap=tap, caller=self)
 
     def extra_repr(self) -> str:
         experts, width, inner = self.down_proj.shape
@@ -107,9 +120,12 @@ class SparseMoeBlock(Initialised):
     def route(self, hidden: Tensor, forced: ForcedRouting | None = None) -> RouterOutput:
         """The router's choice for hidden [N, D], or that of `forced`."""
         logits, weights, indices = self.gate(hidden)
-        if tapped(self, ("router_logits",)):
+        if patched(self, "router_logits"):
+            self._check_choice(logits, weights, indices)
             logits = tap(self, "router_logits", logits)
-            indices, weights = router_choice(logits, self.gate.top_k)
+            indices, weights = self.gate.choose(logits)
+        else:
+            logits = tap(self, "router_logits", logits)
         if forced is not None:
             indices, weights = forced(self.layer, logits)
         return RouterOutput(logits, tap(self, "indices", indices), tap(self, "weights", weights))
@@ -119,8 +135,41 @@ class SparseMoeBlock(Initialised):
         rows = hidden.flatten(0, -2)
         if router is None:
             router = self.route(rows)
-        inner_tap = partial(tap, self) if tapped(self, _EXPERT_VALUES) else None
-        routed = tap(self, "routed", self.experts(rows, router.indices, router.weights, inner_tap))
-        gate = self.shared_expert_gate(rows).sigmoid()
+        arguments = rows, router.indices, router.weights
+        if tapped(self, _EXPERT_VALUES):
+            self._check_experts()
+            arguments = (*arguments, partial(tap, self))
+        routed = tap(self, "routed", self.experts(*arguments))
+        gate = project(self.shared_expert_gate, rows).sigmoid()
         shared = tap(self, "shared", gate * self.shared_expert(rows))
         return tap(self, "output", (routed + shared).view_as(hidden))
+
+    def _check_choice(self, logits: Tensor, weights: Tensor, indices: Tensor) -> None:
+        """ValueError where the router, with its hooks, has not chosen as its method `choose` does: patched logits would
+        choose by another rule than the model's."""
+        kind, choose = type(self.gate).__name__, getattr(self.gate, "choose", None)
+        if callable(choose):
+            again, again_weights = choose(logits)
+            same = again.shape == indices.shape and all(
+                torch.allclose(a.sort(-1).values.double(), b.sort(-1).values.double(), rtol=1e-2, atol=1e-6, equal_nan=True)
+                for a, b in ((logits.gather(-1, again), logits.gather(-1, indices)), (again_weights, weights))
+            )
+            if same:
+                return
+        raise ValueError(
+            f"a patch of router_logits needs the rule by which {kind} chooses: give it a method choose(logits) -> (indices, "
+            "weights) that agrees with its forward, or patch indices and weights"
+        )
+
+    def _check_experts(self) -> None:
+        """ValueError where the experts are a module that takes no tap."""
+        try:
+            parameters = inspect.signature(self.experts.forward).parameters.values()
+        except (TypeError, ValueError):
+            return  # not Python: it is called with the tap
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if sum(p.kind in positional for p in parameters) < 4 and all(p.kind != p.VAR_POSITIONAL for p in parameters):
+            raise ValueError(
+                f"a tap reads {', '.join(_EXPERT_VALUES)}, which {type(self.experts).__name__} does not materialise: its "
+                "forward takes (hidden, indices, weights), and for taps a fourth argument tap(name, value) -> value"
+            )

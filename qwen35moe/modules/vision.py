@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qwen35moe import backends, ops
 from qwen35moe.config import VisionConfig
-from qwen35moe.modules.hooks import is_plain
+from qwen35moe.modules.hooks import device_of, is_plain, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise, leave_inference_mode
 from qwen35moe.ops.precision import wide_dtype, widen
 from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, interpolated, rotation, tokens_of
@@ -90,11 +90,11 @@ class VisionAttention(Initialised):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, width], cu_seqlens [frames + 1], rotation: cos and sin [1, N, K/2]; returns [N, width]."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        query, key, value = project(self.qkv, x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         query, key = ops.rotary(query[None], key[None], *rotation, caller=self)
         query, key, value = tap(self, "query", query[0]), tap(self, "key", key[0]), tap(self, "value", value)
         out = ops.vision_attention(query, key, value, cu_seqlens=cu_seqlens, scale=self.scale, caller=self)
-        return tap(self, "output", self.proj(out.flatten(1)))
+        return tap(self, "output", project(self.proj, out.flatten(1)))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
@@ -111,15 +111,17 @@ class VisionMLP(Initialised):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, width]; returns [N, width]."""
-        return tap(self, "output", self.linear_fc2(_gelu(self, x, "tanh")))
+        return tap(self, "output", project(self.linear_fc2, _gelu(self, x, "tanh")))
 
 
 def _gelu(caller: VisionMLP | PatchMerger, x: Tensor, approximate: str) -> Tensor:
     """gelu(W_1 x), as one operation unless W_1 has hooks or has been replaced."""
     linear = caller.linear_fc1
-    if is_plain(linear, nn.Linear):
-        return ops.gelu_linear(x, linear.weight, linear.bias, approximate=approximate, caller=caller)
-    return F.gelu(linear(x), approximate=approximate)
+    weight = linear.weight
+    # A wrapper of a tensor (quantised, sharded) may implement only the call of the module.
+    if is_plain(linear, nn.Linear) and weight.dtype is x.dtype and not hasattr(type(weight), "__tensor_flatten__"):
+        return ops.gelu_linear(x, weight, linear.bias, approximate=approximate, caller=caller)
+    return F.gelu(project(linear, x), approximate=approximate)
 
 
 class VisionBlock(Initialised):
@@ -158,7 +160,7 @@ class PatchMerger(Initialised):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, width]; returns [tokens, D]."""
-        return self.linear_fc2(_gelu(self, self.norm(x).view(-1, self.merged), "none"))
+        return project(self.linear_fc2, _gelu(self, self.norm(x).view(-1, self.merged), "none"))
 
 
 class Qwen3_5MoeVisionModel(Initialised):
@@ -181,7 +183,7 @@ class Qwen3_5MoeVisionModel(Initialised):
 
     @property
     def device(self) -> torch.device:
-        return self.merger.linear_fc2.weight.device
+        return device_of(self.merger.linear_fc2)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> VisionOutput:
         """pixel_values [N, channels * frames * p * p] in the processor's order; grid_thw [items, 3]: frames, rows and columns
@@ -200,7 +202,7 @@ class Qwen3_5MoeVisionModel(Initialised):
 
     def _positions(self, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         # The table comes from the embedding's forward, so that its hooks, adapters and offloading work.
-        table = self.pos_embed(torch.arange(self.config.num_position_embeddings, device=self.pos_embed.weight.device))
+        table = self.pos_embed(torch.arange(self.config.num_position_embeddings, device=device_of(self.pos_embed)))
         return interpolated(table, grids, self.config.spatial_merge_size)
 
     def _check(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> None:

@@ -20,12 +20,13 @@ were opened; recordings read the patched value. `checkpoint_contexts` keeps acti
 
 from __future__ import annotations
 
-from .active import tap, tapped
+from .active import patched, tap, tapped
 from .catalogue import Entry, catalogue
 from .checkpointing import checkpoint_contexts
 from .patching import Patch, patch
 from .recording import Positions, Recording, record
 
 __all__ = [
-    "Entry", "Patch", "Positions", "Recording", "catalogue", "checkpoint_contexts", "patch", "record", "tap", "tapped",
+    "Entry", "Patch", "Positions", "Recording", "catalogue", "checkpoint_contexts", "patch", "patched", "record",
+    "tap", "tapped",
 ]

@@ -17,6 +17,7 @@ class Tap:
     """Reads or replaces named values inside a with-block. `targets` has its places as keys: (module, own name)."""
 
     targets: Mapping[tuple[nn.Module, str], Any] = {}
+    replaces = False  # whether `replace` may return another value
 
     def __enter__(self: _T) -> _T:
         with _lock:
@@ -63,6 +64,14 @@ def tapped(module: nn.Module, names: Iterable[str]) -> bool:
     if not ACTIVE:
         return False
     return any((module, name) in active.targets for active in current_taps() for name in names)
+
+
+def patched(module: nn.Module, name: str) -> bool:
+    """Whether an active tap replaces this value of this module. A patch may write into the value that it gets and return it,
+    so identity does not tell."""
+    if not ACTIVE:
+        return False
+    return any(active.replaces and (module, name) in active.targets for active in current_taps())
 
 
 def current_taps() -> Sequence[Tap]:

@@ -21,6 +21,8 @@ def patch(model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor]])
 class Patch(Tap):
     """The functions of a `with taps.patch(...)` block and the places where they apply."""
 
+    replaces = True
+
     def __init__(self, model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         self.targets: dict[tuple[nn.Module, str], list[tuple[str, Callable[[Tensor], Tensor]]]] = {}
         for pattern, function in functions.items():
