@@ -71,7 +71,7 @@ def chosen_devices(devices: Devices) -> list[torch.device]:
     if isinstance(devices, str) and devices == "auto":
         count = torch.cuda.device_count()
         return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
-    names = [devices] if isinstance(devices, str | torch.device) else list(devices)
+    names = list(devices) if isinstance(devices, list | tuple) else [devices]
     if isinstance(devices, Mapping):
         raise ValueError("a dict of devices names modules of a model: give it to from_pretrained or place")
     if not names:
