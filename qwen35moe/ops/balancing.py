@@ -80,11 +80,26 @@ def router_z_loss(
     """
     if len(logits) == 0:
         raise ValueError("the z-loss needs the logits of at least one layer")
-    squares = torch.stack([layer.to(wide_dtype(layer)).logsumexp(-1).square() for layer in logits])  # [L, N]
-    counts = torch.ones_like(squares[0]) if mask is None else mask.to(squares)
+    weights = [_token_weights(layer, mask) for layer in logits]
+    squares = torch.stack([
+        _of_counted(layer, mask).to(w.dtype).logsumexp(-1).square() for layer, w in zip(logits, weights, strict=True)
+    ])  # [L, N]
+    counts = weights[0].to(squares)
     squares = torch.where(counts > 0, squares * counts, 0)
     layers = squares.sum(1) / (counts.sum().clamp(min=1) if num_tokens is None else num_tokens)
     return layers if per_layer else layers.mean()
+
+
+@torch.no_grad()
+def load_imbalance(indices: Sequence[Tensor] | Tensor, num_experts: int, *, mask: Tensor | None = None) -> Tensor:
+    """[L]: the highest load of an expert divided by the mean load, E max_e f_e / sum_e f_e. 1 when the load of a layer is even,
+    E/k at most; 0 in a layer without assignments. indices [N, k] per layer; mask [N]: 0 for tokens to leave out, else 1."""
+    layers = []
+    for chosen in indices:
+        weights = _token_weights(chosen.float(), mask)
+        layers.append(_counts(_of_counted(chosen, mask).long(), weights, num_experts))
+    counts = torch.stack(layers)
+    return num_experts * counts.amax(1) / counts.sum(1).clamp(min=1)
 
 
 def sequence_numbers(shape: tuple[int, int], cu_seqlens: Tensor | None = None) -> Tensor:
@@ -137,7 +152,7 @@ class LoadBalance:
             raise ValueError(f"this part has {indices.shape[-1]} experts per token, the parts before it have {self.top_k}")
         token_weights = torch.ones(indices.shape[1], device=indices.device) if mask is None else mask.to(indices.device)
         token_weights = token_weights.double()
-        part = torch.stack([_counts(layer.long(), token_weights, self.num_experts) for layer in indices])
+        part = torch.stack([_counts(_of_counted(layer, mask).long(), token_weights, self.num_experts) for layer in indices])
         self.counts = part if self.counts is None else self.counts + part.to(self.counts.device)
         self.tokens = self.tokens.to(part.device) + token_weights.sum()
         self.top_k = indices.shape[-1]
@@ -200,8 +215,9 @@ def _sums(
     """Of one layer and each group: assignments [groups, E], sums of probabilities [groups, E], tokens [groups]."""
     token_weights, (tokens, experts) = _token_weights(logits, mask), logits.shape
     group = torch.zeros(tokens, dtype=torch.long, device=logits.device) if sequences is None else sequences.to(logits.device)
-    counts = _counts(group[:, None] * experts + indices, token_weights, groups * experts).view(groups, experts)
-    weighted = _weighted(logits, token_weights)
+    chosen = group[:, None] * experts + _of_counted(indices, mask)
+    counts = _counts(chosen, token_weights, groups * experts).view(groups, experts)
+    weighted = _weighted(_of_counted(logits, mask), token_weights)
     if sequences is None:
         return counts, weighted.sum(0, keepdim=True), token_weights.sum()[None]
     sums = weighted.new_zeros(groups, experts).index_add(0, group, weighted)
@@ -221,7 +237,14 @@ def _weighted(logits: Tensor, token_weights: Tensor) -> Tensor:
 
 def _probabilities(logits: Tensor, mask: Tensor | None) -> Tensor:
     """[E]: sum over unmasked tokens of softmax(logits [N, E])."""
-    return _weighted(logits, _token_weights(logits, mask)).sum(0)
+    return _weighted(_of_counted(logits, mask), _token_weights(logits, mask)).sum(0)
+
+
+def _of_counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """values [N, ...] with zeros where the mask is 0: what stands there, nan included, reaches neither loss nor gradient."""
+    if mask is None:
+        return values
+    return torch.where((mask.to(values.device) != 0)[:, None], values, values.new_zeros(()))
 
 
 def _token_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
