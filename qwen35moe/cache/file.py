@@ -87,7 +87,7 @@ def _cache_of(
     cache._ids = with_ids(cache._ids, tensors["ids"])
     for index, layer in enumerate(cache._layers):
         if isinstance(layer, KVCache):
-            layer.length = cache._longest
+            layer.length, layer.behind = cache._longest, True
         for name in layer.names:
             tensor = tensors[f"layers.{index}.{name}"]
             setattr(layer, name, tensor if devices is None else tensor.to(devices[index]))

@@ -8,7 +8,7 @@ from typing import Any
 
 CHECKPOINT = "a checkpoint folder, a Hub name, or tiny (the bundled checkpoint)"
 LAYOUTS = ("grouped", "per_expert")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +45,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
 
 
-def sampling(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """(the values of the sampling options, as keywords of `generate`; whether any was set)."""
-    values = {name: getattr(options, name) for name in _SAMPLING}
-    return values, any(value is not None for value in values.values())
+def sampling(options: argparse.Namespace, do_sample: bool, way_out: str) -> dict[str, Any]:
+    """do_sample and the sampling options as keywords of `generate`. ValueError for options without effect, as there; way_out:
+    what to do about it."""
+    values = {name: getattr(options, name) for name in SAMPLING}
+    unused = [f"--{name.replace('_', '-')}" for name, value in values.items() if value is not None]
+    if unused and not do_sample:
+        raise ValueError(f"{', '.join(unused)} has an effect only when sampling: {way_out}")
+    return values | {"do_sample": do_sample}
 
 
 def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
