@@ -64,7 +64,7 @@ def load_cache(
     cache._ids = with_ids(cache._ids, ids)
     for index, layer in enumerate(cache._layers):
         if isinstance(layer, KVCache):
-            layer.length = cache._longest
+            layer.length, layer.behind = cache._longest, True
         for name in layer.names:
             key = f"layers.{index}.{name}"
             if key not in tensors:
