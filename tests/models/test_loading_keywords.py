@@ -56,7 +56,9 @@ def test_a_keyword_of_transformers_does_the_same_as_ours(folder: Path) -> None:
 
 
 def test_fields_of_the_configuration_are_keywords(folder: Path) -> None:
-    model = CLS.from_pretrained(folder, output_router_logits=True, router_aux_loss_coef=0.25, rope_theta=5000.0, use_cache=False)
+    model = CLS.from_pretrained(
+        folder, output_router_logits=True, router_aux_loss_coef=0.25, rope_theta=5000.0, use_cache=False
+    )
     assert (model.config.router_aux_loss_coef, model.config.text_config.rope.rope_theta) == (0.25, 5000.0)
     assert model(IDS).router_logits is not None and not model.config.use_cache
     whole = Config.from_pretrained(folder)
@@ -145,7 +147,13 @@ def test_every_row_of_the_tables_is_tried_here() -> None:
 def test_a_dict_of_devices_places_whole_layers(folder: Path) -> None:
     """The second device is "meta", as in test_device_map."""
     cpu, meta = torch.device("cpu"), torch.device("meta")
-    placed = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers": "meta", "model.norm": "meta", "lm_head": "cpu"}
+    placed = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers": "meta",
+        "model.norm": "meta",
+        "lm_head": "cpu",
+    }
     model = CLS.from_pretrained(folder, device_map=placed)
     for name, parameter in model.named_parameters():
         first = "embed_tokens" in name or "layers.0." in name or "lm_head" in name
@@ -168,7 +176,12 @@ def test_a_dict_of_devices_places_whole_layers(folder: Path) -> None:
 
 def test_loading_inside_a_mode_gives_the_model_that_trains_outside(folder: Path) -> None:
     plain = CLS.from_pretrained(folder, dtype=torch.float32)
-    for mode in (torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("cpu")):
+    for mode in (
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("cpu"),
+    ):
         with mode():  # type: ignore[operator]
             model = CLS.from_pretrained(folder, dtype=torch.float32)
         assert all(p.requires_grad and not p.is_inference() for p in model.parameters())
@@ -198,7 +211,9 @@ def test_from_config_draws_in_the_dtype_that_is_asked_for() -> None:
     assert torch.equal(CLS._from_config(config, dtype=torch.bfloat16).lm_head.weight, plain.lm_head.weight.bfloat16())
     assert CLS.from_config(config, num_experts=3).config.num_experts == 3
     dense = Qwen3_5ForCausalLM.from_config(tiny_config(dense=True), attn_implementation="eager")
-    assert isinstance(dense, nn.Module) and dense.model.layers[3].self_attn.__dict__["backend_choices"] == {"attention": "eager"}
+    assert isinstance(dense, nn.Module) and dense.model.layers[3].self_attn.__dict__["backend_choices"] == {
+        "attention": "eager"
+    }
     for wrong in ("int8", "nothing", torch.int64):
         with pytest.raises(ValueError, match="dtype="):
             CLS.from_config(config, dtype=wrong)

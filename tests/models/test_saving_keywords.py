@@ -58,7 +58,8 @@ def test_a_state_dict_of_another_model_is_refused_before_anything_is_written(tmp
     del values["model.norm.weight"]
     other = made(hidden_size=72).state_dict()
     for given, words in (
-        (values, "lacks 'model.norm.weight'"), ({**model.state_dict(), "score.weight": torch.ones(2)}, "has unknown 'score.weight'"),
+        (values, "lacks 'model.norm.weight'"),
+        ({**model.state_dict(), "score.weight": torch.ones(2)}, "has unknown 'score.weight'"),
         (other, "other shapes of.* more"), ({}, "lacks .* more"),
         ({f"module.{name}": value for name, value in model.state_dict().items()}, "has unknown 'module"),
     ):  # fmt: skip
@@ -69,8 +70,8 @@ def test_a_state_dict_of_another_model_is_refused_before_anything_is_written(tmp
 
 
 NEUTRAL: dict[str, Any] = {
-    "safe_serialization": True, "save_function": torch.save, "save_peft_format": True, "save_original_format": True, "token": "x",
-    "push_to_hub": False, "private": False, "create_pr": False, "distributed_checkpoint": False,
+    "safe_serialization": True, "save_function": torch.save, "save_peft_format": True, "save_original_format": True,
+    "token": "x", "push_to_hub": False, "private": False, "create_pr": False, "distributed_checkpoint": False,
 }  # fmt: skip
 REFUSED: dict[str, tuple[Any, str]] = {
     "safe_serialization": (False, "safetensors"), "push_to_hub": (True, "upload_folder"), "repo_id": ("a/b", "upload_folder"),
