@@ -32,8 +32,8 @@ def ours(folder: Path) -> Processor:
     return Processor.from_pretrained(folder, defaults=TRANSFORMERS)
 
 
-@pytest.fixture(scope="module")
-def theirs(folder: Path) -> Any:
+def processor_of_transformers(folder: Path | str) -> Any:
+    """transformers' processor of a folder for text and images; its AutoProcessor also needs torchvision, for videos."""
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -44,8 +44,14 @@ def theirs(folder: Path) -> Any:
 
     return Unchecked(
         Qwen2VLImageProcessorPil.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder),
-        SimpleNamespace(merge_size=2, temporal_patch_size=2), chat_template=(folder / "chat_template.jinja").read_text(),
+        SimpleNamespace(merge_size=2, temporal_patch_size=2),
+        chat_template=(Path(folder) / "chat_template.jinja").read_text(),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return processor_of_transformers(folder)
 
 
 def same(mine: Any, expected: Any) -> None:
