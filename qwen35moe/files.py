@@ -195,6 +195,8 @@ def open_tensors(
         size = _size_of(file)
         with _opened(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
+            if size > available_memory():
+                raise UnreadableFile(f"it has {size} bytes, more than the memory that is available")
             if size < 8 or length > min(MAX_HEADER, size - 8):
                 detail = f"{length} bytes of header in a file of {size} (at most {MAX_HEADER})"
                 raise UnreadableFile(f"{detail}: the file is cut off, or not safetensors")
@@ -204,7 +206,7 @@ def open_tensors(
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     found = metadata.get("format") if isinstance(metadata, dict) else None
     if not isinstance(metadata, dict) or found != format:
-        raise UnreadableFile(f"{path} is not {what}: its format is {str(found)[:60]!r}, expected {format!r}")
+        raise UnreadableFile(f"{path} is not {what}: its format is {repr(found)[:60]}, expected {format!r}")
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -213,6 +215,17 @@ def open_tensors(
         raise UnreadableFile(f"{path} is not a safetensors file: {error}") from None
     with opened as tensors:
         yield tensors, tensors.metadata() or {}
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping, including the page cache."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**63
 
 
 def _refuse_repeated(key: str) -> None:
@@ -297,6 +310,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Any], meta
     from safetensors.torch import save_file
 
     file_to_write(path)
+    _check_header(tensors, metadata)
     contents: dict[str, Any] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -309,6 +323,21 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Any], meta
         contents[name] = value
     with replacing(path) as partial:
         save_file(contents, partial, metadata=dict(metadata))
+
+
+def _check_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """ValueError for metadata that `open_tensors` would refuse."""
+    for key, value in metadata.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise ValueError(f"metadata are strings, not {type(key).__name__}: {type(value).__name__}")
+    entries = {name: {"dtype": "BF16", "shape": list(t.shape), "data_offsets": [2**48, 2**48]} for name, t in tensors.items()}
+    try:
+        text = json.dumps({"__metadata__": dict(metadata), **entries}, ensure_ascii=False).encode()
+        if len(text) > MAX_HEADER:
+            raise UnreadableFile(f"they take {len(text)} bytes, at most {MAX_HEADER} are read again")
+        parse_json(text)
+    except (UnicodeEncodeError, UnreadableFile) as error:
+        raise ValueError(f"these metadata cannot be saved: {error}") from None
 
 
 def write_new(file: Path, pieces: Iterable[bytes | memoryview]) -> None:

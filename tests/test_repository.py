@@ -167,9 +167,27 @@ def test_every_public_name_resolves_and_an_unknown_one_raises_with_the_list() ->
     for name in qwen35moe.__all__:
         assert getattr(qwen35moe, name) is not None
     assert set(qwen35moe.__all__) <= set(dir(qwen35moe))
-    unknown = "Qwen3MoeForCausalLM"
-    with pytest.raises(AttributeError, match=r"no attribute 'Qwen3MoeForCausalLM'; it has .*Qwen3_5MoeForCausalLM"):
+    unknown = "nothing_like_it"
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing_like_it'; it has .*Qwen3_5MoeForCausalLM"):
         getattr(qwen35moe, unknown)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("AutoModelForCausualLM", "did you mean AutoModelForCausalLM"), ("Qwen3_5MoeForCausalLm", "did you mean Qwen3_5MoeForC"),
+    ("Qwen35MoeForCausalLM", "did you mean Qwen3_5MoeForCausalLM"), ("loads", "did you mean load?"),
+    ("Qwen3MoeForCausalLM", "another architecture.*Qwen3_5MoeForCausalLM"), ("LlamaForCausalLM", "another architecture"),
+    ("Qwen3_5MoeConfig", "use qwen35moe.Config,"), ("Qwen3_5TextConfig", "use qwen35moe.TextConfig,"),
+    ("Qwen3_5MoeVisionConfig", "use qwen35moe.VisionConfig,"), ("Qwen3_5VisionModel", "use qwen35moe.Qwen3_5MoeVisionModel"),
+    ("Qwen3_5Tokenizer", "use qwen35moe.AutoTokenizer"), ("Qwen3VLProcessor", "use qwen35moe.AutoProcessor"),
+    ("AutoModelForSequenceClassification", "no classification heads.*AutoModel"), ("TextStreamer", "streamer="),
+    ("BitsAndBytesConfig", "torchao"), ("Trainer", "transformers.Trainer"),
+])  # fmt: skip
+def test_a_misspelt_name_and_one_of_transformers_say_what_to_use(name: str, words: str) -> None:
+    with pytest.raises(AttributeError, match=f"'{name}'.*{words}") as error:
+        getattr(qwen35moe, name)
+    assert len(str(error.value)) < 300
+    with pytest.raises(ImportError, match=name):
+        exec(f"from qwen35moe import {name}", {})
 
 
 def test_the_typing_imports_of_the_package_are_the_names_it_resolves() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen35moe.cache.ids import check_prompt, empty_ids, with_tokens
-from qwen35moe.cache.modes import copied, ordinary, ordinary_tensors
+from qwen35moe.cache.modes import copied, in_inference_mode, ordinary, ordinary_tensors
 from qwen35moe.cache.rollback import RollbackLog, checked_count
 from qwen35moe.cache.snapshot import Snapshot, rows, share_tensors
 from qwen35moe.cache.states import STATIC_GRADIENT, DeltaNetState, DeltaNetUpdate, KVCache, LayerState, empty_state
@@ -129,7 +129,7 @@ class Cache:
                     raise ValueError(STATIC_GRADIENT)
         if self._read.copies:
             self._settle()
-        self._inference = self._inference or torch.is_inference_mode_enabled()
+        self._inference = self._inference or in_inference_mode()
         if layout.lengths is None:
             self.lengths = self.lengths + layout.tokens
             self._common_length = None if self._common_length is None else self._common_length + layout.tokens
@@ -213,7 +213,7 @@ class Cache:
             self._read.check()
         if self._read.copies:
             self._settle()
-        if self._inference and not torch.is_inference_mode_enabled():
+        if self._inference and not in_inference_mode():
             self._inference = False
             self.lengths, self._ids = ordinary(self.lengths), ordinary(self._ids)
             self.rope_delta = None if self.rope_delta is None else ordinary(self.rope_delta)
@@ -286,7 +286,8 @@ class Cache:
             other.rewound = self.lengths.shape != other.lengths.shape or bool((self.lengths < other.lengths).any())
 
     def _live_snapshots(self) -> list[Snapshot]:
-        return [snapshot for ref in self._snapshots if (snapshot := ref()) is not None]
+        snapshots = [ref() for ref in self._snapshots]  # torch.compile cannot trace an assignment inside a comprehension
+        return [snapshot for snapshot in snapshots if snapshot is not None]
 
     def rollback(self, tokens: int | Tensor) -> None:
         """Removes the last `tokens` tokens of every row (int) or of each row (tensor [B]).
@@ -318,7 +319,7 @@ class Cache:
         for layer in self._layers:
             if isinstance(layer, KVCache):
                 layer.length, layer.behind = self._longest, True
-        self._inference = self._inference or torch.is_inference_mode_enabled()
+        self._inference = self._inference or in_inference_mode()
         self._mark_rewound()
         self._refresh()
 
@@ -382,7 +383,7 @@ class Cache:
         for layer in self._layers:
             if isinstance(layer, KVCache):
                 layer.length = self._longest
-        self._inference = self._inference or torch.is_inference_mode_enabled()
+        self._inference = self._inference or in_inference_mode()
         for snapshot in self._live_snapshots():
             if self.max_length is None:
                 snapshot.apart = True  # the cache has new tensors

@@ -9,8 +9,9 @@ layout on disk belongs in `assemble`, which returns the reads of one parameter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ from . import names
 from .blocks import FP8, SCALE, scale_shape
 from .dtypes import FLOATS
 from .headers import Header, StoredTensor
-from .problems import Problem, nearest
+from .problems import Problem, nearest, pattern_of, shown
 from .selection import Selection, runs
+
+_OF_QWEN3_NEXT = ("in_proj_qkvz.weight", "in_proj_ba.weight")
 
 
 def fp32_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -88,6 +91,7 @@ class Disk:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     experts: dict[tuple[str, str], dict[int, StoredTensor]] = field(default_factory=dict)
     unreadable: set[str] = field(default_factory=set)  # listed, but the file is missing or wrong: already a problem
+    ignored: set[str] = field(default_factory=set)  # stored, and left out on request
 
     def is_unreadable(self, name: str) -> bool:
         return name in self.unreadable
@@ -106,12 +110,12 @@ class Match:
     copies: list[tuple[StoredTensor, StoredTensor]]
 
 
-def parameters_of(model: nn.Module) -> list[ModelParameter]:
+def parameters_of(model: nn.Module, every_name: bool = False) -> list[ModelParameter]:
     """The parameters of a model in the order of its state_dict; tied ones once, with all their names. Unfused experts
-    count as the grouped parameters that they are views of."""
+    count as the grouped parameters that they are views of. every_name: also the names of a module that is used twice."""
     parameters: dict[int, ModelParameter] = {}
     unfused: tuple[str, ...] = ()
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=not every_name):
         if prefix.startswith(unfused):
             continue
         if isinstance(module, UnfusedExperts):
@@ -130,11 +134,15 @@ def parts_in(parameters: Iterable[ModelParameter]) -> set[str]:
 
 
 def match(
-    parameters: Iterable[ModelParameter], header: Header, problems: list[Problem], selection: Selection | None = None
+    parameters: Iterable[ModelParameter], header: Header, problems: list[Problem], selection: Selection | None = None,
+    ignore: Sequence[str] = (),
 ) -> Match:
-    """Account for every parameter and every stored tensor; mismatches are appended to `problems`."""
+    """Account for every parameter and every stored tensor; mismatches are appended to `problems`.
+
+    ignore: patterns of stored names that are left out as if they were not stored.
+    """
     parameters = list(parameters)
-    disk, unknown, left_out = _sort(header, problems, selection or Selection())
+    disk, unknown, left_out = _sort(header, problems, selection or Selection(), ignore)
     claimed: set[str] = set()
     plans: list[Plan] = []
     copies: list[tuple[StoredTensor, StoredTensor]] = []
@@ -164,13 +172,47 @@ def match(
     return Match(plans, dict(left_out), copies)
 
 
+def checked_patterns(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The patterns of ignore=; ValueError for anything but strings."""
+    listed: Any = () if ignore is None else ignore
+    patterns = tuple(listed) if isinstance(listed, Iterable) and not isinstance(listed, str) else (listed,)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ValueError(f"ignore={patterns!r} must be patterns of tensor names, such as ['score.*']")
+    return patterns
+
+
 def _report_unexpected(unexpected: list[tuple[StoredTensor, str]], problems: list[Problem]) -> None:
-    """Each with the closest missing name, which is probably the one that was meant."""
+    """Each with the closest missing name, which is probably the one that was meant, or with the way to leave it out."""
     missing = [problem.subject for problem in problems if problem.kind == "missing"]
     closest = nearest((tensor.name for tensor, _ in unexpected), missing)
+    prefix = _common_prefix([tensor.name for tensor, _ in unexpected])
+    if prefix is not None:
+        count = sum(tensor.name.startswith(prefix) for tensor, _ in unexpected)
+        detail = f"{count} tensor names begin with it, and without it they are names of this architecture: rename them"
+        problems.insert(0, Problem("prefix", prefix, detail))
     for tensor, reason in unexpected:
-        hint = f"; {closest[tensor.name]} is missing and has a similar name" if tensor.name in closest else ""
-        problems.append(Problem("unexpected", tensor.name, reason + hint))
+        if tensor.name in closest:
+            reason += f"; {closest[tensor.name]} is missing and has a similar name"
+        elif tensor.name.endswith(_OF_QWEN3_NEXT):
+            reason += "; of Qwen3-Next, whose rows are in the order of the key heads"
+        elif prefix is None or not tensor.name.startswith(prefix):
+            reason += f'; ignore=["{shown(pattern_of(tensor.name), 60)}"] leaves it out'
+        problems.append(Problem("unexpected", tensor.name, reason))
+
+
+def _common_prefix(unexpected: Sequence[str], most: int = 1000) -> str | None:
+    """What most of the names have in front of a name of this architecture."""
+    counts: Counter[str] = Counter()
+    for name in unexpected[:most]:
+        parts = name[:500].split(".")
+        for length in range(1, min(len(parts), 6)):
+            if names.canonical(".".join(parts[length:])) is not None:
+                counts[".".join(parts[:length]) + "."] += 1
+                break
+    if not counts:
+        return None
+    prefix, count = counts.most_common(1)[0]
+    return prefix if count > 1 and 2 * count > min(len(unexpected), most) else None
 
 
 def _candidates(parameter: ModelParameter, disk: Disk) -> list[tuple[StoredTensor, StoredTensor | None]]:
@@ -185,7 +227,7 @@ def _candidates(parameter: ModelParameter, disk: Disk) -> list[tuple[StoredTenso
 
 
 def _sort(
-    header: Header, problems: list[Problem], selection: Selection
+    header: Header, problems: list[Problem], selection: Selection, ignore: Sequence[str]
 ) -> tuple[Disk, list[StoredTensor], Counter[str]]:
     """The selected tensors, those with unknown names, and the counts of those outside the selection."""
     disk = Disk(selection)
@@ -195,10 +237,15 @@ def _sort(
         if (placed := stored if name is None else selection.place(name)) is not None:
             disk.unreadable.add(placed)
     for stored in header.unread:
-        left_out[_kind(names.canonical(stored))] += 1
+        left_out[names.ignored_by(ignore, stored) or _kind(names.canonical(stored))] += 1
     unknown: list[StoredTensor] = []
     for tensor in header.tensors.values():
         name = names.canonical(tensor.name)
+        if (pattern := names.ignored_by(ignore, tensor.name)) is not None:
+            left_out[pattern] += 1
+            if (placed := None if name is None else selection.place(name)) is not None:
+                disk.ignored.add(placed)
+            continue
         if name is None:
             unknown.append(tensor)
             continue
@@ -244,7 +291,10 @@ def assemble(parameter: ModelParameter, disk: Disk, problems: list[Problem]) -> 
             return None
     if stored is None:
         if not any(disk.is_unreadable(name) for name in parameter.names):
-            problems.append(Problem("missing", disk.selection.on_disk(parameter.name), _missing_detail(parameter)))
+            detail = _missing_detail(parameter)
+            if disk.ignored.intersection(parameter.names):
+                detail += "; ignore= leaves it out"
+            problems.append(Problem("missing", disk.selection.on_disk(parameter.name), detail))
         return None
     return _take(parameter, *stored, disk, problems)
 
@@ -341,11 +391,21 @@ def _fits(
         return False
     if tensor.shape != shape:
         detail = f"on disk {list(tensor.shape)}, the model has {list(shape)}"
-        if len(shape) == 3 and tensor.shape == (shape[0], shape[2], shape[1]):
-            detail += "; the last two axes are swapped (MLX conversions do this, and also add 1 to the norms)"
+        detail += _axes(tensor.shape, shape)
         problems.append(Problem("wrong shape", tensor.name, detail))
         return False
     return scale is None or _scale_fits(scale, shape, problems)
+
+
+def _axes(stored: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """The note on a tensor that has the right numbers in another order of the axes, or ""."""
+    if len(shape) == 3 and stored == (shape[0], shape[2], shape[1]):
+        return "; the last two axes are swapped (MLX conversions do this, and also add 1 to the norms)"
+    if len(shape) == 3 and shape[1] == 1 and stored == (shape[0], shape[2]):
+        return "; the axis of 1 is missing (GGUF conversions do this)"
+    if len(shape) > 1 and stored == shape[::-1]:
+        return "; the axes are swapped"
+    return "; the axes are in another order" if len(shape) > 1 and sorted(stored) == sorted(shape) else ""
 
 
 def _scale_fits(scale: StoredTensor, shape: tuple[int, ...], problems: list[Problem]) -> bool:

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qwen35moe.files import available_memory
 from qwen35moe.models.device_map import DeviceMap
 
 from .assemble import ModelParameter, Plan, Read
 from .dtypes import TORCH_DTYPES
 from .headers import StoredTensor
-from .memory import ReadAhead, available_memory, map_file, new_memory, view_of
+from .memory import ReadAhead, map_file, new_memory, view_of
 from .report import LoadingReport
 from .stitch import Piece, Stitcher
 from .transfer import Copy, read_into

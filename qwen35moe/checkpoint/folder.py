@@ -42,6 +42,7 @@ from .problems import CheckpointError
 log = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
+MAX_SETTINGS_BYTES = 2**20  # of a generation_config.json; published ones have 202 bytes
 _ID = re.compile(r"^[0-9a-f]{16}$")
 
 

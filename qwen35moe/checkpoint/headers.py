@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen35moe.files import UnreadableFile, file_in, parse_json, read_limited
 
-from .problems import CheckpointError, Problem, shown
+from .problems import CheckpointError, Problem, fold, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
@@ -156,9 +156,11 @@ def _read_sharded(folder: Path, problems: list[Problem], wanted: Callable[[str],
         if wanted is not None and not any(map(wanted, listed)):
             header.unread |= listed
             continue
+        before = len(problems)
         file = locate(folder, name, problems)
         contents = None if file is None else read_contents(file, name, problems)
         if file is None or contents is None:
+            problems[before:] = [_needed_for(problem, listed, wanted) for problem in problems[before:]]
             continue
         header.files += (file,)
         total += len(contents.tensors)
@@ -176,6 +178,14 @@ def _read_sharded(folder: Path, problems: list[Problem], wanted: Callable[[str],
             problems.append(Problem("index and shard disagree", absent, f"the index has {shown(name)}, which lacks it"))
     header.unreadable = weight_map.keys() - header.tensors.keys() - header.unread
     return header
+
+
+def _needed_for(problem: Problem, listed: set[str], wanted: Callable[[str], bool] | None) -> Problem:
+    """A shard that cannot be read, with the tensors that the index assigns to it."""
+    needed = sorted(name for name in listed if wanted is None or wanted(name))
+    rows = [row.removeprefix("x: ") for row in fold(Problem("x", name) for name in needed)]
+    detail = f"needed for {len(needed)} tensors: " + ", ".join(rows[:3]) + (", ..." if len(rows) > 3 else "")
+    return replace(problem, detail=f"{problem.detail}; {detail}" if problem.detail else detail)
 
 
 def read_index(folder: Path, problems: list[Problem]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -171,14 +171,3 @@ def _largest_request(descriptor: int) -> int:
         return min(max(int(setting), 128), 8192) * 1024
     except (OSError, ValueError):
         return 128 * 1024
-
-
-def available_memory() -> int:
-    """Bytes that can be used without swapping, including the page cache."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0

@@ -9,17 +9,22 @@ The canonical name is the name without the wrappers around the text model:
     lm_head.weight, model.lm_head.weight, ...                                    ->  lm_head.weight
     model.visual.*, visual.*, vision_tower.*                                     ->  visual.*
     mtp.*                                                                        ->  mtp.*
+    _orig_mod.*, module.*                                torch.compile, DDP          ->  *
 
 Loading maps both sides to canonical names, so no class needs a table of renames. Wrappers are removed in any order and
 number: transformers 5.4 to 5.5.3 wrote `model.language_model.language_model...` and `model.language_model.visual...` (its
-issue 45357). Two stored names with the same canonical name are an error.
+issue 45357). torch.compile, checkpointing and FSDP add their component to every name below the module that they wrap
+(`layers.3._orig_mod.mlp...`). Two stored names with the same canonical name are an error.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
-_WRAPPERS = re.compile(r"^(?:(?:model|language_model)\.)+")
+_WRAPPERS = re.compile(r"^(?:(?:model|language_model|module)\.)+")
+_ADDED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _PARTS = {
     "embed_tokens": "text",
     "layers": "text",
@@ -48,12 +53,29 @@ _SINGLE = re.compile(
 
 def canonical(name: str) -> str | None:
     """The canonical name of a tensor, or None if the name belongs to no part of this architecture."""
-    bare = _WRAPPERS.sub("", name)
+    bare = _WRAPPERS.sub("", unwrapped(name))
     head, dot, rest = bare.partition(".")
     part = _PARTS.get(head)
     if part is None or not dot:
         return None
     return f"visual.{rest}" if part == "visual" else bare
+
+
+def unwrapped(name: str) -> str:
+    """The name without the components that torch's wrappers add."""
+    return _ADDED.sub("", name) if "_orig_mod." in name or "_wrapped_module." in name else name
+
+
+def wrapper_of(name: str) -> str | None:
+    """The component that some wrapper has added to a name, or None."""
+    if match := _ADDED.search(name):
+        return match[0]
+    return "module." if name.startswith("module.") else None
+
+
+def ignored_by(patterns: Sequence[str], name: str) -> str | None:
+    """The first of the patterns ("score.*") that a stored name fits; None if it fits none."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
 def part_of(canonical_name: str) -> str:

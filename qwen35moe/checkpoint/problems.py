@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_ROWS = 20
+MAX_MESSAGE = 1900  # characters
 _STAR = "\0"  # stands for a number in a folded name
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -34,21 +35,44 @@ class CheckpointError(ValueError):
 
     def __init__(self, message: str, problems: Iterable[Problem] = ()):
         self.problems = tuple(problems)
-        rows = fold(self.problems)
-        shown = [f"  {row}" for row in rows[:MAX_ROWS]]
-        if len(rows) > MAX_ROWS:
-            shown.append(f"  ... and {len(rows) - MAX_ROWS} more rows (error.problems has all problems)")
-        super().__init__("\n".join([message, *shown]))
+        rows = _rows(self.problems)
+        chosen = _chosen(rows, MAX_MESSAGE - len(message))
+        lines = [f"  {rows[number][1]}" for number in sorted(chosen)]
+        if len(rows) > len(chosen):
+            lines.append(f"  ... and {len(rows) - len(chosen)} more rows (error.problems has all problems)")
+        super().__init__("\n".join([message, *lines]))
+
+
+def _chosen(rows: Sequence[tuple[str, str]], room: int) -> list[int]:
+    """The numbers of the rows that are shown: of each kind of problem in turn, so that no kind hides another."""
+    waiting: dict[str, list[int]] = {}
+    for number, (kind, _) in enumerate(rows):
+        waiting.setdefault(kind, []).append(number)
+    chosen: list[int] = []
+    for turn in range(MAX_ROWS):
+        for numbers in waiting.values():
+            if turn >= len(numbers) or len(chosen) == MAX_ROWS:
+                continue
+            room -= len(rows[numbers[turn]][1]) + 3
+            if room < 0 and chosen:
+                return chosen
+            chosen.append(numbers[turn])
+    return chosen
 
 
 def fold(problems: Iterable[Problem]) -> list[str]:
     """One row for all problems that differ only in numbers between dots (layers, experts), in the order of the first."""
+    return [row for _, row in _rows(problems)]
+
+
+def _rows(problems: Iterable[Problem]) -> list[tuple[str, str]]:
+    """(kind, row)."""
     groups: dict[tuple[str, str, str], list[tuple[int, ...]]] = {}
     for problem in problems:
         pattern = _NUMBER.sub(_STAR, problem.subject.replace(_STAR, "?"))
         numbers = tuple(int(number) for number in _NUMBER.findall(problem.subject))
         groups.setdefault((problem.kind, pattern, problem.detail), []).append(numbers)
-    return [_row(*key, numbers) for key, numbers in groups.items()]
+    return [(key[0], _row(*key, numbers)) for key, numbers in groups.items()]
 
 
 def _row(kind: str, pattern: str, detail: str, numbers: list[tuple[int, ...]]) -> str:
@@ -57,6 +81,12 @@ def _row(kind: str, pattern: str, detail: str, numbers: list[tuple[int, ...]]) -
     subject = shown(first + "".join(number + other for number, other in zip(filled, others, strict=True)))
     row = f"{kind}: {subject}" + (f": {detail}" if detail else "")
     return row if len(numbers) == 1 else f"{row} ({len(numbers)} tensors)"
+
+
+def pattern_of(name: str) -> str:
+    """model.layers.*.extra.weight for model.layers.3.extra.weight: what `ignore=` takes; the first part for a short name."""
+    pattern = _NUMBER.sub("*", name)
+    return pattern if pattern.count(".") > 2 else f"{pattern.partition('.')[0]}.*" if "." in pattern else pattern
 
 
 def nearest(names: Iterable[str], valid: Iterable[str], most: int = MAX_ROWS) -> dict[str, str]:

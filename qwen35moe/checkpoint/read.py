@@ -15,7 +15,7 @@ import math
 import os
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ from torch.overrides import TorchFunctionMode
 from qwen35moe.config import Config
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 
-from .assemble import Match, ModelParameter, Plan, match, parameters_of, parts_in
+from . import names
+from .assemble import Match, ModelParameter, Plan, checked_patterns, match, parameters_of, parts_in
 from .dtypes import FLOATS, checked_dtype, name_of
 from .fill import fill
-from .folder import CONFIG, GENERATION_CONFIG, config_file
+from .finite import not_finite
+from .folder import CONFIG, GENERATION_CONFIG, MAX_SETTINGS_BYTES, config_file
 from .headers import INDEX, SINGLE, Header, StoredTensor, locate, read_headers, read_object
 from .hub import folder_of
+from .plausible import implausible
 from .problems import CheckpointError, Problem, check_choice
 from .report import LoadingReport
 from .selection import MTP, PARTS, Experts, Selection
@@ -39,8 +42,6 @@ from .transfer import read_scales
 from .unsupported import refuse_unsupported
 
 log = logging.getLogger(__name__)
-
-MAX_SETTINGS_BYTES = 2**20  # of a generation_config.json; published ones have 202 bytes
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -68,6 +69,8 @@ def load_model(
     layers: Iterable[int] | None = None,
     experts: Experts | None = None,
     parts: Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
+    check: bool = False,
 ) -> Any:
     """A model of class `cls` with the weights of the checkpoint in the folder `path`, in eval mode.
 
@@ -83,41 +86,74 @@ def load_model(
     experts: ids for all layers, or {layer: ids} with the same number of ids in every layer, at least num_experts_per_tok.
         They become experts 0, 1, ... in this order; the router's rows follow.
     parts: a set of "text", "vision", "mtp"; by default those of the class.
+    ignore: patterns of stored names that are left out, as if they were not stored: ["score.*"] for a classification head.
+    check: also read every weight and report NaN and infinity.
 
     With layers, experts or parts only the selected bytes are read, other files may be missing, and `model.config`
     describes the smaller model.
 
     CheckpointError lists everything that is missing, unexpected, of a wrong shape or dtype, or damaged; ValueError names a
-    number or part that the checkpoint or the class does not have.
+    number or part that the checkpoint or the class does not have. A warning names weights of an unlikely meaning
+    (plausible.py).
     """
     check_choice("weights", weights, ("map", "copy"))
     check_choice("dtype_policy", dtype_policy, ("native", "transformers"))
     requested = checked_dtype(dtype, as_stored=("auto",))
     selection = Selection.of(layers, experts, parts)
-    wanted = None if selection.is_everything else selection.needs
+    patterns = checked_patterns(ignore)
+    wanted = _wanted(selection, patterns)
     path = folder_of(path, revision=revision, wanted=wanted)
     before = _stamp(path)
+    try:
+        model = _load(cls, path, requested, device, config, weights, dtype_policy, selection, patterns, check, wanted)
+    except (CheckpointError, OSError):
+        _check_unchanged(path, before)
+        raise
+    _check_unchanged(path, before)
+    return model
+
+
+def _load(
+    cls: type[nn.Module], path: Path, requested: torch.dtype | None, device: Devices, config: Config | None, weights: str,
+    policy: str, selection: Selection, ignore: Sequence[str], check: bool, wanted: Callable[[str], bool] | None,
+) -> Any:
+    """`load_model` after its arguments have been read."""
     problems: list[Problem] = []
     header, config = _open(path, config, wanted, problems)
     selection = selection.checked(config)
-    model, matched = _matched(cls, config, header, selection, problems)
+    model, matched = _matched(cls, config, header, selection, ignore, problems)
     generation = _generation_config(header.folder, problems)
     chosen = requested or _stored_dtype(matched.plans)
     device_map = scales = None
     if not problems:
         device_map = plan_device_map(model, device, chosen.itemsize)
         scales = _scales([plan for plan in matched.plans if device_map.of(plan.parameter.name).type != "meta"], problems)
+        if check:
+            problems += not_finite(read.tensor for plan in matched.plans for read in plan.reads)
     if device_map is None or scales is None or problems:
         raise CheckpointError(f"{path} does not fit {cls.__name__}:", problems)
 
     report = LoadingReport(Path(path), chosen, len(header.files), left_out=matched.left_out)
     _note_dtype(config, chosen, requested, report)
-    fill(matched.plans, iter(scales), chosen, device_map, weights, dtype_policy, report)
+    _note_names(header, report)
+    fill(matched.plans, iter(scales), chosen, device_map, weights, policy, report)
     _finish(model, matched.plans, selection, device_map)
+    _note_meaning(matched.plans, scales, device_map, report)
     _attach(model, generation, report)
-    if _stamp(header.folder) != before:
-        raise CheckpointError(f"{path} was replaced by another checkpoint while it was loaded: load it again")
     return model
+
+
+def _wanted(selection: Selection, ignore: Sequence[str]) -> Callable[[str], bool] | None:
+    """Whether a stored tensor may be needed; None if all are."""
+    if selection.is_everything and not ignore:
+        return None
+    return lambda name: names.ignored_by(ignore, name) is None and selection.needs(name)
+
+
+def _check_unchanged(path: Path, before: list[tuple[int, ...] | None]) -> None:
+    """CheckpointError if another save has replaced the checkpoint, which also explains missing files."""
+    if _stamp(path) != before:
+        raise CheckpointError(f"{path} was replaced by another checkpoint while it was loaded: load it again")
 
 
 # ------------------------------------------------------------------------------------------------------- what is loaded
@@ -136,17 +172,17 @@ def _open(
 
 
 def _matched(
-    cls: type[nn.Module], config: Config, header: Header, selection: Selection, problems: list[Problem]
+    cls: type[nn.Module], config: Config, header: Header, selection: Selection, ignore: Sequence[str], problems: list[Problem]
 ) -> tuple[Any, Match]:
     """The (meta) model of the selection, and what fills it."""
     _check_depth(config, header)
     config = selection.of_config(config)
     if config.quantization_config is not None:  # the model is not quantised
         config = config.replace(quantization_config=None)
-    model = _build(cls, config, selection)
+    model = build(cls, config, selection.parts)
     parameters = parameters_of(model)
     _check_parts(cls, parameters, selection)
-    matched = match(parameters, header, problems, selection)
+    matched = match(parameters, header, problems, selection, ignore)
     _check_copies(matched.copies, problems)
     return model, matched
 
@@ -161,10 +197,10 @@ def _check_depth(config: Config, header: Header) -> None:
         )
 
 
-def _build(cls: type[nn.Module], config: Config, selection: Selection) -> Any:
+def build(cls: type[nn.Module], config: Config, parts: frozenset[str] | None) -> Any:
     """The model on the meta device. A class with optional parts lists them in `optional_parts` and takes parts=, a set
     or None."""
-    options: Any = {"parts": selection.parts} if selection.parts and getattr(cls, "optional_parts", ()) else {}
+    options: Any = {"parts": parts} if parts and getattr(cls, "optional_parts", ()) else {}
     with torch.device("meta"), _Uninitialised():
         return cls(config, **options)
 
@@ -244,6 +280,22 @@ def _note_dtype(config: Config, chosen: torch.dtype, requested: torch.dtype | No
             f"config.json has dtype {configured}, most weights are {chosen}: loaded as {name_of(chosen)} "
             f'(dtype="{configured}" converts)'
         )
+
+
+def _note_names(header: Header, report: LoadingReport) -> None:
+    counts = Counter(wrapper for name in header.tensors if (wrapper := names.wrapper_of(name)) is not None)
+    for wrapper, count in counts.items():
+        report.notes.append(f"{count} names contain {wrapper!r}, which a wrapper of the saved model has added: it is removed")
+
+
+def _note_meaning(plans: Iterable[Plan], scales: Iterable[Tensor], device_map: DeviceMap, report: LoadingReport) -> None:
+    """Warn about weights that look as if they had another meaning."""
+    if device_map.head.type == "meta":
+        return
+    stored = {plan.parameter.name: plan.whole for plan in plans}
+    for sentence in implausible({name: tensor for name, tensor in stored.items() if tensor is not None}, scales):
+        report.notes.append(f"warning: {sentence}")
+        log.warning("%s: %s", report.path, sentence)
 
 
 # ------------------------------------------------------------------------------------------------ tied weights on disk

@@ -22,13 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen35moe.config import Config
+
 from . import names
-from .assemble import ModelParameter, parameters_of, parts_in
+from .assemble import ModelParameter, parts_in
 from .blocks import SCALE
-from .dtypes import CODES, FLOATS, name_of
-from .folder import GENERATION_CONFIG, replacing
-from .headers import SAVE_ID
-from .problems import CheckpointError, check_choice
+from .describe import check_described, parameters_to_save
+from .dtypes import CODES, name_of
+from .folder import GENERATION_CONFIG, MAX_SETTINGS_BYTES, replacing
+from .headers import MAX_TENSORS, SAVE_ID
+from .ownership import folder_to_write
+from .problems import CheckpointError, check_choice, shown
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +75,7 @@ def save_model(
     *,
     layout: str = "grouped",
     max_shard_size: int | str = "5GB",
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the checkpoint of `model` to the folder `path`: config.json and model.safetensors, or shards and an index.
 
@@ -78,16 +83,24 @@ def save_model(
         transformers saves them. Both libraries read both layouts.
     max_shard_size: bytes, or a number with KB, MB, GB (powers of ten) or KiB, MiB, GiB. One file if everything fits.
 
+    state_dict: the whole weights by the names of model.state_dict(), in place of those in the model, which may be sharded,
+        offloaded or quantised.
+
     At any moment the folder contains the old checkpoint or the new one, see folder.py; files other than weights stay.
     Parameters kept in fp32 are written in the dtype they were stored in if that loses nothing, otherwise in their own.
+    CheckpointError, before anything is written, lists everything that keeps the model from being loaded again (describe.py)
+    and files in the folder that are not a checkpoint's (ownership.py).
     """
     check_choice("layout", layout, LAYOUTS)
     limit = bytes_of(max_shard_size)
-    parameters = parameters_of(model)
+    folder_to_write(path)
+    parameters = parameters_to_save(model, state_dict)
     config, multimodal = _config(model, parameters)
+    check_described(type(model), config, parameters)
     entries = [entry for parameter in parameters for entry in _entries(parameter, layout, multimodal)]
+    others = _generation_config(model)
     _log_left_out(model)
-    write_checkpoint(path, config, entries, limit, _generation_config(model))
+    write_checkpoint(path, _config_text(model, config, parameters), entries, limit, others)
 
 
 def write_checkpoint(
@@ -103,6 +116,8 @@ def write_checkpoint(
     limit: bytes of data per file, see `split`. others: small files beside the weights. wrote: called with the number of
     tensor bytes of every written piece.
     """
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointError(f"the checkpoint would have {len(entries)} tensors; at most {MAX_TENSORS} are read again")
     shards = split(entries, limit)
     with replacing(path, config, sum(entry.nbytes for entry in entries), len(shards), others) as new:
         files = new.names
@@ -129,8 +144,8 @@ def bytes_of(size: int | str) -> int:
     return limit
 
 
-def _config(model: Any, parameters: Sequence[ModelParameter]) -> tuple[bytes, bool]:
-    """The text of config.json, and whether the model has a vision tower. It describes the parameters of the model."""
+def _config(model: Any, parameters: Sequence[ModelParameter]) -> tuple[Config, bool]:
+    """The configuration that describes the parameters of the model, and whether the model has a vision tower."""
     model_parts = parts_in(parameters)
     multimodal = "visual" in model_parts
     config = model.config
@@ -139,11 +154,17 @@ def _config(model: Any, parameters: Sequence[ModelParameter]) -> tuple[bytes, bo
     tied = any({"embed_tokens.weight", "lm_head.weight"} <= set(parameter.names) for parameter in parameters)
     if "head" in model_parts and tied != config.tie_word_embeddings:
         config = config.replace(tie_word_embeddings=tied)
+    if config.quantization_config is not None:  # the weights of a model are not quantised
+        config = config.replace(quantization_config=None)
+    return config, multimodal
+
+
+def _config_text(model: Any, config: Config, parameters: Sequence[ModelParameter]) -> bytes:
     dtype = name_of(next(parameter.tensor.dtype for parameter in parameters if not parameter.is_fp32))
     content = config.to_dict() | {"architectures": [type(model).__name__], "dtype": dtype}
     if "text_config" in content:
         content["text_config"] = content["text_config"] | {"dtype": dtype}
-    return json_bytes(content), multimodal
+    return json_bytes(content)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -153,13 +174,7 @@ def json_bytes(value: Any) -> bytes:
 
 def _entries(parameter: ModelParameter, layout: str, multimodal: bool) -> Iterator[Entry]:
     """The tensors on disk of one parameter. Tied weights are written once, under the first of their names."""
-    if parameter.tensor.is_meta:
-        raise CheckpointError(f"{parameter.name} is on the meta device and has no values: initialise or load the model first")
-    if parameter.tensor.dtype not in FLOATS.values():
-        raise CheckpointError(f"{parameter.name} is {parameter.tensor.dtype}; weights are saved as {', '.join(FLOATS)}")
     value = parameter.tensor.detach()
-    if not names.canonical(parameter.name):
-        raise CheckpointError(f"{parameter.name} is not part of this architecture: merge or remove added modules")
     experts = names.grouped_experts(parameter.name)
     if experts is None or layout == "grouped":
         yield Entry.of(names.published(parameter.name, multimodal=multimodal), value, _stored_dtype(parameter, value))
@@ -224,7 +239,7 @@ def _data(entry: Entry) -> Iterator[memoryview]:
     """
     left = entry.nbytes
     for piece in entry.pieces():
-        value = piece.to("cpu", entry.dtype).contiguous()
+        value = piece.to("cpu", entry.dtype).resolve_neg().contiguous()
         left -= value.nbytes
         if value.numel():
             yield memoryview((ctypes.c_char * value.nbytes).from_address(value.data_ptr())).cast("B")
@@ -237,8 +252,19 @@ def _generation_config(model: nn.Module) -> dict[str, bytes]:
     settings: Any = getattr(model, "generation_config", None)
     if settings is None or not getattr(settings, "changed", True):
         return {}
-    settings = settings.to_diff_dict() if hasattr(settings, "to_diff_dict") else settings
-    return {GENERATION_CONFIG: json_bytes(settings)} if isinstance(settings, dict) else {}
+    for method in ("to_diff_dict", "to_dict"):
+        if hasattr(settings, method):
+            settings = getattr(settings, method)()
+            break
+    if not isinstance(settings, dict):
+        return {}
+    try:
+        text = json.dumps(settings, indent=2, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"generation_config cannot be written as JSON: {shown(str(error))}") from None
+    if len(text) > MAX_SETTINGS_BYTES:
+        raise CheckpointError(f"generation_config takes {len(text)} bytes; at most {MAX_SETTINGS_BYTES} are read again")
+    return {GENERATION_CONFIG: (text + "\n").encode()}
 
 
 def _log_left_out(model: nn.Module) -> None:

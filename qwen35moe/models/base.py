@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from qwen35moe.compat.generate import GENERATE
 from qwen35moe.config import Config, ConfigError, GenerationConfig
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
-from qwen35moe.models.for_libraries import ForLibraries
 from qwen35moe.models.generation_inputs import GenerateInputs, StreamInputs, keywords
+from qwen35moe.models.pretrained import FromPretrained
 from qwen35moe.modules.initialise import Draws, Initialised, draw_module, resets_itself
 from qwen35moe.modules.moe import Experts, SparseMoeBlock
 from qwen35moe.modules.unfused import UnfusedExperts
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PretrainedModel(ForLibraries, Initialised):
+class PretrainedModel(FromPretrained, Initialised):
     """Base of the model classes. dense: whether a class is for configurations without experts."""
 
     dense = False
@@ -43,23 +42,6 @@ class PretrainedModel(ForLibraries, Initialised):
         self.config = config
 
     # ---------------------------------------------------------------------------------- doors to the upper floors
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
-        """Reads a checkpoint folder, or a repository on the Hub (owner/name, revision=None). Options: dtype="auto",
-        device="cpu" (or "auto", or several: see `place`), config=None, weights="map" | "copy", dtype_policy="native" |
-        "transformers", and of the checkpoint only layers=, experts=, parts=; see `qwen35moe.checkpoint.load_model`."""
-        from qwen35moe.checkpoint import load_model
-
-        model = load_model(cls, path, **options)
-        model.name_or_path = os.fspath(path)
-        return model
-
-    def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
-        """Writes a checkpoint folder, atomically. Options: layout="grouped" | "per_expert", max_shard_size="5GB"."""
-        from qwen35moe.checkpoint import save_model
-
-        save_model(self, path, **options)
 
     @takes(GenerateInputs, GENERATE)
     def generate(self, inputs: GenerateInputs) -> Any:

@@ -7,13 +7,15 @@ models that do not fit one device, not for speed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-Devices = str | torch.device | Sequence[str | torch.device]
+from qwen35moe.compat import short
+
+Devices = str | torch.device | Sequence[str | torch.device] | Mapping[str, str | int | torch.device]
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,23 @@ def chosen_devices(devices: Devices) -> list[torch.device]:
     if isinstance(devices, str) and devices == "auto":
         count = torch.cuda.device_count()
         return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
-    names = [devices] if isinstance(devices, str | torch.device) else list(devices)
+    names = list(devices) if isinstance(devices, list | tuple) else [devices]
+    if isinstance(devices, Mapping):
+        raise ValueError("a dict of devices names modules of a model: give it to from_pretrained or place")
     if not names:
         raise ValueError("device=[]: name at least one device")
-    chosen = [torch.device(name) for name in names]
+    chosen = [_device(name) for name in names]
     current = torch.cuda.current_device() if any(d.type == "cuda" and d.index is None for d in chosen) else 0
     return [torch.device("cuda", current) if d.type == "cuda" and d.index is None else d for d in chosen]
+
+
+def _device(name: object) -> torch.device:
+    if name == "disk":
+        raise ValueError('device "disk" is not supported: on "cpu", weights="map" reads weights as they are needed')
+    try:
+        return torch.device(name)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError):
+        raise ValueError(f'{short(name)} is no device: give "cpu", "cuda", "cuda:1", "auto" or a list of such names') from None
 
 
 def plan_device_map(model: nn.Module, devices: Devices, itemsize: int | None = None) -> DeviceMap:
@@ -83,6 +96,8 @@ def plan_device_map(model: nn.Module, devices: Devices, itemsize: int | None = N
 
     itemsize: bytes per parameter, for a model on the meta device that will be loaded in another dtype.
     """
+    if isinstance(devices, Mapping):
+        return _as_named(model, devices)
     chosen = chosen_devices(devices)
     sizes = _bytes_by_layer(model, itemsize)
     free = [_free(device) if device.type == "cuda" else None for device in chosen]
@@ -100,6 +115,39 @@ def plan_device_map(model: nn.Module, devices: Devices, itemsize: int | None = N
             )
     tied = any("lm_head" in name for name, _ in model.named_parameters()) is False
     return DeviceMap(layers, layers[0] if tied else layers[-1])
+
+
+def _as_named(model: nn.Module, devices: Mapping[str, str | int | torch.device]) -> DeviceMap:
+    """The map that {name of a module: device} describes, as transformers' device_map; "" names the whole model.
+
+    ValueError where it leaves out a parameter, or does not keep whole layers together with what runs beside them.
+    """
+    names = {name: f"cuda:{device}" if isinstance(device, int) else device for name, device in devices.items()}
+    named = {name: chosen_devices([device])[0] for name, device in names.items()}
+    wanted: dict[str, torch.device] = {}
+    for name, _ in model.named_parameters():
+        prefixes = [prefix for prefix in named if not prefix or name == prefix or name.startswith(prefix + ".")]
+        if not prefixes:
+            raise ValueError(f'device_map names no device for {name}: add it, or "" for the rest')
+        wanted[name] = named[max(prefixes, key=len)]
+    unused = [prefix for prefix in named if prefix and not any((name + ".").startswith(prefix + ".") for name in wanted)]
+    if unused and "lm_head" not in unused:  # a tied head is the embedding
+        raise ValueError(f"device_map names {unused[0]!r}, and the model has no such module: names are those of its state_dict")
+    by_layer: dict[int, torch.device] = {}
+    for name, device in wanted.items():
+        words = name.split(".")
+        if "layers" in words and not {"mtp", "visual"} & set(words):
+            by_layer.setdefault(int(words[words.index("layers") + 1]), device)
+    layers = tuple(by_layer[index] for index in sorted(by_layer)) or tuple(wanted.values())[:1]
+    heads = [device for name, device in wanted.items() if "lm_head" in name.split(".")]
+    planned = DeviceMap(layers, heads[0] if heads else layers[0])
+    for name, device in wanted.items():
+        if planned.of(name) != device:
+            raise ValueError(
+                f"device_map puts {name} on {device}, which must be on {planned.of(name)}: a layer stays whole, embedding and "
+                "vision tower are beside the first layer, and the final norm is beside the last"
+            )
+    return planned
 
 
 def _free(device: torch.device) -> int:

@@ -1,4 +1,5 @@
-"""How a module runs its submodules: whether a fused implementation may compute what they would, and in which dtype they run.
+"""How a module runs its submodules: whether a fused implementation may compute what they would, in which dtype and on which
+device they run.
 
 A module in another dtype than its input runs in the dtype of its own weights: a float32 router, mixer or projection in a
 bfloat16 model computes in float32. The residual stream and the cache keep their dtypes.
@@ -35,9 +36,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def keeps(module: nn.Module, kind: type[nn.Module], methods: Iterable[str]) -> bool:
     """Whether a module has these methods of `kind`, replaced neither in a subclass nor in the instance."""
     cls, own = type(module), module.__dict__
-    if cls is kind:
-        return own.keys().isdisjoint(methods)
-    return own.keys().isdisjoint(methods) and all(getattr(cls, name) is getattr(kind, name) for name in methods)
+    for name in methods:  # a loop, which torch.compile traces, unlike `isdisjoint`
+        if name in own or (cls is not kind and getattr(cls, name) is not getattr(kind, name)):
+            return False
+    return True
 
 
 def _inherits(cls: type[nn.Module], kind: type[nn.Module]) -> bool:
@@ -64,3 +66,12 @@ def in_dtype_of(weight: Any, x: Tensor) -> Tensor:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x
     return x.to(weight.dtype)
+
+
+def device_of(module: Any) -> torch.device:
+    """The device of a module's weight. Of a weight that accelerate keeps elsewhere until it is used, the device to which its
+    hook brings it."""
+    device = module.weight.device
+    if device.type == "meta":
+        device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or device)
+    return device

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qwen35moe import backends, ops
 from qwen35moe.config import VisionConfig
-from qwen35moe.modules.hooks import is_plain, project
+from qwen35moe.modules.hooks import device_of, is_plain, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise, leave_inference_mode
 from qwen35moe.ops.precision import wide_dtype, widen
 from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, interpolated, rotation, tokens_of
@@ -183,7 +183,7 @@ class Qwen3_5MoeVisionModel(Initialised):
 
     @property
     def device(self) -> torch.device:
-        return self.merger.linear_fc2.weight.device
+        return device_of(self.merger.linear_fc2)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> VisionOutput:
         """pixel_values [N, channels * frames * p * p] in the processor's order; grid_thw [items, 3]: frames, rows and columns
@@ -202,7 +202,7 @@ class Qwen3_5MoeVisionModel(Initialised):
 
     def _positions(self, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         # The table comes from the embedding's forward, so that its hooks, adapters and offloading work.
-        table = self.pos_embed(torch.arange(self.config.num_position_embeddings, device=self.pos_embed.weight.device))
+        table = self.pos_embed(torch.arange(self.config.num_position_embeddings, device=device_of(self.pos_embed)))
         return interpolated(table, grids, self.config.spatial_merge_size)
 
     def _check(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> None:

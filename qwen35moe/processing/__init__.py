@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from .batch import BatchEncoding
 from .images import ImageProcessor
 from .processor import Processor
 from .reply import Reply, ToolCall
 from .template import ChatTemplate
-from .text import Tokenizer
+from .text import TRANSFORMERS, CallDefaults, RenderedPrompt, Tokenizer
 from .video import Video, VideoProcessor
 
-__all__ = ["ChatTemplate", "ImageProcessor", "Processor", "Reply", "Tokenizer", "ToolCall", "Video", "VideoProcessor"]
+__all__ = [
+    "TRANSFORMERS",
+    "BatchEncoding",
+    "CallDefaults",
+    "ChatTemplate",
+    "ImageProcessor",
+    "Processor",
+    "RenderedPrompt",
+    "Reply",
+    "Tokenizer",
+    "ToolCall",
+    "Video",
+    "VideoProcessor",
+]

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..compat import short
+from ..files import UnreadableFile, file_in, parse_json, read_limited
+
+MAX_TEXT = 1 << 28  # bytes of a tokenizer.json; the published ones have 20 million
+MAX_JSON = 1 << 24  # bytes of another JSON file
+MAX_TOKENIZER_VALUES = 500_000  # see `parse_json`; the published tokenizer.json has 250,000 merges, each a list
+
+
+def find_file(file: Path) -> Path | None:
+    """The file, if its folder has one of this name. ValueError, which names it, for a link that leads out of the folder or for
+    something else than a regular file."""
+    if not os.path.lexists(file):
+        return None
+    try:
+        return file_in(file.parent, file.name)
+    except UnreadableFile as error:
+        raise ValueError(f"{file}: {error.kind}{f': {error}' if str(error) else ''}") from None
+
+
+def read_text(file: Path, limit: int = MAX_TEXT) -> str:
+    """The text of a file of at most `limit` bytes. ValueError, which names the file, if it cannot be read."""
+    found = find_file(file)
+    if found is None:
+        raise ValueError(f"{file}: no such file")
+    try:
+        return read_limited(found, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not valid UTF-8: {error}") from error
+    except UnreadableFile as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file, {} if there is no such file. ValueError if the file holds anything else."""
-    if not file.is_file():
+    found = find_file(file)
+    if found is None:
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        values = parse_json(read_limited(found, MAX_JSON))
+    except UnreadableFile as error:
+        raise ValueError(f"{file} is not valid JSON: {str(error)[:300]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold an object, got {type(values).__name__}")
     return values
@@ -25,9 +56,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def check_local_file(path: str | os.PathLike[str]) -> None:
     """ValueError for a URL or a file that does not exist."""
-    if str(path).startswith(("http://", "https://", "data:")):
+    text = os.fspath(path)
+    if "://" in text[:40] or text.startswith("data:"):
         raise ValueError("URLs are not downloaded: pass the path of a local file")
-    if not Path(path).is_file():
+    try:
+        found = Path(path).is_file()
+    except (OSError, ValueError):  # a name that is too long, or a NUL byte
+        found = False
+    if not found:
         raise ValueError("no such file")
 
 
@@ -38,7 +74,7 @@ def decoder_errors() -> Iterator[None]:
         yield
     except Exception as error:
         text = str(error) if isinstance(error, (ValueError, OSError)) and str(error) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"cannot be read: {text}") from error
+        raise ValueError(f"cannot be read: {text[:300]}") from error
 
 
 @contextmanager
@@ -47,5 +83,13 @@ def item_errors(kind: str, index: int, item: Any) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        path = f" ({os.fspath(item)})" if isinstance(item, (str, os.PathLike)) else ""
+        path = f" ({shown_path(item)})" if isinstance(item, (str, os.PathLike)) else ""
         raise ValueError(f"{kind} {index}{path}: {error}") from error
+
+
+def shown_path(item: Any) -> str:
+    """A path for a message: shortened, and without the content of a data: address."""
+    text = os.fspath(item)
+    if isinstance(text, bytes):
+        return short(text)
+    return text if len(text) <= 200 and not text.startswith("data:") else text[:24] + " ..."

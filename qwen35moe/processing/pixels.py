@@ -17,10 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import read_json
+from ..compat import short
+from .files import find_file, read_json, read_text
 
 MAX_ASPECT = 200  # larger ratios of the sides are refused, as in transformers
 MAX_PIXELS = 1 << 27  # of one image (134 million): larger files are treated as decompression bombs
+MAX_VALUES = 3 << 29  # of pixel_values of one image or video (6.4 GB)
+MAX_FACTOR = 4096  # pixels of a token's side
+MAX_MIN_PIXELS = 1 << 24  # an image of one pixel is enlarged to min_pixels
+LIMITS = {"patch_size": 512, "merge_size": 64, "temporal_patch_size": 64, "min_pixels": MAX_MIN_PIXELS}
 BICUBIC = 3  # Pillow's number of the filter
 
 # Keys of the config files that do not change the pixels, or whose effect is always on.
@@ -58,20 +63,32 @@ class PixelSettings:
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "min_frames", "max_frames"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.num_frames is not None and (not isinstance(self.num_frames, int) or self.num_frames < 1):
-            raise ValueError(f"num_frames must be an integer of at least 1 or None, got {self.num_frames!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, got {short(value)}")
+            if value > LIMITS.get(name, value):
+                raise ValueError(f"{name} = {short(value)} is too large: at most {LIMITS[name]:,} is supported")
+        if self.factor > MAX_FACTOR:
+            raise ValueError(
+                f"patch_size {self.patch_size} * merge_size {self.merge_size} is too large: tokens have at most "
+                f"{MAX_FACTOR} x {MAX_FACTOR} pixels"
+            )
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_sample_frames"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {short(getattr(self, name))}")
+        frames = self.num_frames
+        if frames is not None and (not isinstance(frames, int) or isinstance(frames, bool) or frames < 1):
+            raise ValueError(f"num_frames must be an integer of at least 1 or None, got {short(self.num_frames)}")
         for name in ("rescale_factor", "fps", "image_std"):
             value = getattr(self, name)
             numbers = value if isinstance(value, tuple) else (value,)
-            if not all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers):
-                raise ValueError(f"{name} must be positive, got {value!r}")
-        if len(self.image_mean) != 3 or len(self.image_std) != 3:
-            raise ValueError(f"image_mean {self.image_mean} and image_std {self.image_std} must have 3 values, for 3 channels")
-        if not all(isinstance(number, (int, float)) and abs(number) < math.inf for number in self.image_mean):
-            raise ValueError(f"image_mean must hold numbers, got {self.image_mean!r}")
+            if not all(isinstance(number, (int, float)) and 1e-30 < number < 1e30 for number in numbers):
+                raise ValueError(f"{name} must be positive, got {short(value)}")
+        for name in ("image_mean", "image_std"):
+            if not isinstance(value := getattr(self, name), tuple) or len(value) != 3:
+                raise ValueError(f"{name} must have 3 values, for 3 channels, got {short(value)}")
+        if not all(isinstance(number, (int, float)) and abs(number) < 1e30 for number in self.image_mean):
+            raise ValueError(f"image_mean must hold numbers, got {short(self.image_mean)}")
         if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+            raise ValueError(f"min_pixels {self.min_pixels} is larger than max_pixels {short(self.max_pixels)}")
 
     @property
     def factor(self) -> int:
@@ -84,22 +101,25 @@ class PixelSettings:
         updates, names = dict(values), {field.name for field in fields(self)}
         size = updates.pop("size", None) or {}
         if not isinstance(size, dict) or set(size) - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}:
-            raise ValueError(f"{source}: size must hold shortest_edge and longest_edge (numbers of pixels), got {size!r}")
+            raise ValueError(f"{source}: size must hold shortest_edge and longest_edge (numbers of pixels), got {short(size)}")
         for name, old_name in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            value = updates.get(name) or size.get(name) or size.get(old_name)
+            given = [value for value in (updates.get(name), size.get(name), size.get(old_name)) if value is not None]
+            value = given[0] if given else None
             if value is not None:
                 updates[name] = value
         if updates.pop("resample", BICUBIC) not in (None, BICUBIC):
-            raise ValueError(f"{source}: resample {values['resample']!r} is not implemented, only bicubic ({BICUBIC}) is")
+            raise ValueError(
+                f"{source}: resample {short(values['resample'])} is not implemented, only bicubic ({BICUBIC}) is"
+            )
         for name in [name for name in updates if name not in names]:
             value = updates.pop(name)
             if value and name not in _INERT:
-                raise ValueError(f"{source}: {name} = {value!r} is not implemented")
+                raise ValueError(f"{source}: {short(name)} = {short(value)} is not implemented")
         for name in ("image_mean", "image_std"):
             if isinstance(value := updates.get(name), (int, float)):
                 updates[name] = (value,) * 3
-            elif isinstance(value, list):
-                updates[name] = tuple(value)
+            elif isinstance(value, (list, Tensor)):
+                updates[name] = tuple(value.tolist() if isinstance(value, Tensor) else value)
         updates = {name: value for name, value in updates.items() if value is not None}
         try:
             return replace(self, **updates)
@@ -108,7 +128,44 @@ class PixelSettings:
 
 
 IMAGE_DEFAULTS = PixelSettings()
+_NAMES = frozenset(entry.name for entry in fields(PixelSettings))
 VIDEO_DEFAULTS = PixelSettings(min_pixels=4_096, max_pixels=25_165_824)
+
+
+class SettingsAttributes:
+    """`settings` as attributes under transformers' names, which can be set: processor.max_pixels, .size, .merge_size, ..."""
+
+    settings: PixelSettings
+    _file: tuple[str, PixelSettings] | None = None  # the text of the file of a checkpoint, and the settings that it holds
+
+    def read_file(self, folder: Path, kind: str) -> None:
+        """Keeps the text of the kind's own file, so that unchanged settings are saved as they were."""
+        file = folder / _own_file(kind)
+        if find_file(file):
+            self._file = read_text(file), self.settings
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _NAMES:
+            return getattr(self.settings, name)
+        if name == "size":
+            return {"shortest_edge": self.settings.min_pixels, "longest_edge": self.settings.max_pixels}
+        if name == "resample":
+            return BICUBIC
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("settings", "_file"):
+            super().__setattr__(name, value)
+        elif name in _NAMES or name in ("size", "resample"):
+            self.settings = self.settings.with_values({name: value}, type(self).__name__)
+        else:
+            raise ValueError(f"{type(self).__name__} has no setting {short(name)}: they are {', '.join(sorted(_NAMES))}")
+
+
+def shown_settings(settings: PixelSettings) -> str:
+    """The settings that say how images become patches, for a repr."""
+    names = ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size")
+    return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
 
 
 def read_settings(folder: Path, kind: str) -> PixelSettings | None:
@@ -117,13 +174,17 @@ def read_settings(folder: Path, kind: str) -> PixelSettings | None:
     A section of processor_config.json, which transformers 5 writes, takes precedence over the kind's own file.
     """
     defaults = VIDEO_DEFAULTS if kind == "video" else IMAGE_DEFAULTS
-    joint, own = folder / "processor_config.json", folder / f"{'video_' if kind == 'video' else ''}preprocessor_config.json"
+    joint, own = folder / "processor_config.json", folder / _own_file(kind)
     section = read_json(joint).get(f"{kind}_processor")
     if section is not None:
         if not isinstance(section, dict):
             raise ValueError(f"{joint}: {kind}_processor must hold an object, got {type(section).__name__}")
         return defaults.with_values(section, str(joint))
-    return defaults.with_values(read_json(own), str(own)) if own.is_file() else None
+    return defaults.with_values(read_json(own), str(own)) if find_file(own) else None
+
+
+def _own_file(kind: str) -> str:
+    return "video_preprocessor_config.json" if kind == "video" else "preprocessor_config.json"
 
 
 def smart_resize(height: int, width: int, settings: PixelSettings, frames: int | None = None) -> tuple[int, int]:
@@ -151,6 +212,34 @@ def smart_resize(height: int, width: int, settings: PixelSettings, frames: int |
     return max(rows, factor), max(columns, factor)
 
 
+def target_size(
+    height: int, width: int, settings: PixelSettings, item: dict[str, Any], frames: int | None = None
+) -> tuple[int, int]:
+    """The size (height, width) that an image or a video's frames are resized to, checked: `smart_resize` of resized_height and
+    resized_width of the item's own settings, else of its own size. ValueError if pixel_values would be too large."""
+    given = [item.get(name) for name in ("resized_height", "resized_width")]
+    if given != [None, None]:
+        if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in given):
+            raise ValueError(
+                f"resized_height and resized_width are two positive integers, got {short(given[0])} and {short(given[1])}"
+            )
+        if not settings.do_resize:
+            raise ValueError("resized_height and resized_width have no effect with do_resize=False: give one of them")
+        height, width = given  # type: ignore[assignment]
+    if settings.do_resize:
+        height, width = smart_resize(height, width, settings, frames)
+    check_divisible(height, width, settings)
+    f = settings.temporal_patch_size
+    count = f if frames is None else -(-frames // f) * f
+    if count * height * width * 3 > MAX_VALUES:
+        hint = "lower max_pixels" if frames is None else "sample fewer (fps=, max_frames=) or lower max_pixels"
+        raise ValueError(
+            f"{frames or 1} x {height} x {width} pixels give {count * height * width * 3:,} values; at most {MAX_VALUES:,} are "
+            f"supported: {hint}"
+        )
+    return height, width
+
+
 def check_divisible(height: int, width: int, settings: PixelSettings) -> None:
     """ValueError unless the sides are multiples of a token's side."""
     if height % settings.factor or width % settings.factor or not height * width:
@@ -166,13 +255,14 @@ def value_table(settings: PixelSettings, *, fused: bool) -> Tensor:
     transformers rounds differently in its two code paths, and the table reproduces both exactly: its Pillow path for images
     rescales in float64 and normalises in float32; its video path folds the rescaling into mean and std (`fused`).
     """
-    byte = torch.arange(256)
-    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None] for values in (settings.image_mean, settings.image_std))
+    byte = torch.arange(256, dtype=torch.int64, device="cpu")
+    mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu")[:, None]
+                 for values in (settings.image_mean, settings.image_std))  # fmt: skip
     if fused and settings.do_rescale and settings.do_normalize:
         scale = 1.0 / settings.rescale_factor
         return (byte.float() - mean * scale) / (std * scale)
     if fused and settings.do_rescale:
-        values = byte * settings.rescale_factor
+        values = byte.float() * settings.rescale_factor
     else:
         values = (byte.double() * settings.rescale_factor).float() if settings.do_rescale else byte.float()
     return (values - mean) / std if settings.do_normalize else values.expand(3, -1)
@@ -224,7 +314,7 @@ def write_values(frames: Sequence[Tensor], table: Tensor, out: Tensor) -> None:
     """Write the values of f frames, patches [patches, 3, p, p] uint8 each, into out [patches, 3 * f * p * p] float32."""
     patches, channels, p, _ = frames[0].shape
     values = out.view(patches, channels, len(frames), p * p)
-    offsets = 256 * torch.arange(channels, dtype=torch.int32)[:, None]
+    offsets = 256 * torch.arange(channels, dtype=torch.int32, device="cpu")[:, None]
     previous = None
     for t, frame in enumerate(frames):
         if frame is previous:  # an image is repeated f times

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -19,15 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import PROCESSOR, read_keywords, short
+from .batch import BatchEncoding, tensor_kind
+from .chat import ChatOptions, Conversation, check_text_only, conversations, own_template, pieces, read_options, render
 from .files import read_json
 from .images import ImageProcessor, flatten
+from .media import Media
+from .padding import truncation_limit
 from .pixels import PixelSettings, read_settings
 from .reply import MARKUP, THINK_END, THINK_START, Reply, parse_pieces
-from .template import ChatTemplate, Marks, plain_data
-from .text import Tokenizer
+from .settings import SETTINGS, MediaSettings, media_settings
+from .template import ChatTemplate, Marks
+from .text import OWN, CallDefaults, Pieces, RenderedPrompt, Tokenizer
 from .video import SampledVideo, VideoProcessor
-
-Pieces = list[tuple[bool, str]]  # (is a control token, text) in order
 
 # Keys of tokenizer_config.json, and the tokens if it lacks them.
 _VISION_TOKENS = (
@@ -36,6 +39,9 @@ _VISION_TOKENS = (
     ("vision_bos_token", "<|vision_start|>"),
     ("vision_eos_token", "<|vision_end|>"),
 )
+# Keywords of a call that decide about the form of input_ids.
+_LAYOUT = ("padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of", "return_tensors",
+           "return_attention_mask", "add_special_tokens")  # fmt: skip
 
 
 class Processor:
@@ -44,42 +50,89 @@ class Processor:
     that needs a missing one raises ValueError.
     """
 
+    model_input_names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw",
+                         "pixel_values_videos", "video_grid_thw")  # fmt: skip
+
     def __init__(
         self, tokenizer: Tokenizer, template: ChatTemplate | None = None, image_processor: ImageProcessor | None = None,
         video_processor: VideoProcessor | None = None, variables: Mapping[str, str] | None = None,
     ) -> None:
         """variables: values for the template besides the messages, such as eos_token."""
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self._own_template = tokenizer, template
         self.image_processor, self.video_processor = image_processor, video_processor
         self.variables = dict(variables or {})
         self._image, self._video, self._start, self._end = (self.variables.get(key, token) for key, token in _VISION_TOKENS)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Processor:
-        """Read a checkpoint folder. ValueError if it has no tokenizer.json, or if its files contradict each other."""
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, defaults: CallDefaults = OWN, padding_side: str | None = None, **keywords: Any
+    ) -> Processor:
+        """Read a checkpoint folder. ValueError if it has no tokenizer.json, or if its files contradict each other.
+
+        keywords: settings of images and videos instead of those of the files (min_pixels, max_pixels, size, fps, ...; also
+        images_kwargs={...} and videos_kwargs={...}), and transformers' keywords without effect here.
+        """
         folder = Path(path)
-        tokenizer = Tokenizer.from_pretrained(folder)
+        changes, keywords = media_settings("from_pretrained", keywords)
+        read_keywords("from_pretrained", PROCESSOR, keywords, SETTINGS)
+        tokenizer = Tokenizer.from_pretrained(folder, defaults=defaults, padding_side=padding_side)
         if tokenizer.stripping_tokens:
             raise ValueError(
                 f"{folder / 'tokenizer.json'}: the control tokens {sorted(tokenizer.stripping_tokens)} also match the blanks "
                 "beside them (lstrip, rstrip, single_word), which is not implemented"
             )
         image, video = read_settings(folder, "image"), read_settings(folder, "video")
-        source = _template_source(folder)
-        processor = cls(
-            tokenizer,
-            None if source is None else ChatTemplate(source),
-            None if image is None else ImageProcessor(image),
-            None if video is None else VideoProcessor(video),
-            _named_tokens(folder),
-        )
+        image_processor = None if image is None else ImageProcessor(image)
+        video_processor = None if video is None else VideoProcessor(video)
+        for part, kind, own in ((image_processor, "image", changes.images), (video_processor, "video", changes.videos)):
+            if part is not None:
+                part.read_file(folder, kind)
+                part.settings = part.settings.with_values(own, "from_pretrained")
+        template = None if tokenizer.chat_template is None else ChatTemplate(tokenizer.chat_template)
+        processor = cls(tokenizer, template, image_processor, video_processor, tokenizer.named_tokens)
         processor._check(folder, image, video)
         return processor
+
+    def save_pretrained(self, path: str | os.PathLike[str], **keywords: Any) -> tuple[str, ...]:
+        """Write the tokenizer's files, preprocessor_config.json and video_preprocessor_config.json into a folder; returns
+        their paths."""
+        from .saving import save_processor
+
+        return save_processor(self, path, keywords)
+
+    def __repr__(self) -> str:
+        parts = (self.tokenizer, self.image_processor, self.video_processor)
+        return f"Processor({', '.join(repr(part) for part in parts if part is not None)})"
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, compiled."""
+        return self._own_template
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template or None; it can be set."""
+        return None if self._own_template is None else self._own_template.source
+
+    @chat_template.setter
+    def chat_template(self, source: str | None) -> None:
+        self._own_template = None if source is None else ChatTemplate(source)
+        self.tokenizer.chat_template = source
+
+    image_token = property(lambda self: self._image, doc="The placeholder of an image.")
+    video_token = property(lambda self: self._video, doc="The placeholder of a video.")
+    vision_start_token = property(lambda self: self._start, doc="The token before a placeholder.")
+    vision_end_token = property(lambda self: self._end, doc="The token after a placeholder.")
+    image_token_id = property(lambda self: self.tokenizer.token_to_id(self._image), doc="The id of image_token.")
+    video_token_id = property(lambda self: self.tokenizer.token_to_id(self._video), doc="The id of video_token.")
+    vision_start_token_id = property(lambda self: self.tokenizer.token_to_id(self._start), doc="The id of that token.")
+    vision_end_token_id = property(lambda self: self.tokenizer.token_to_id(self._end), doc="The id of that token.")
 
     def _check(self, folder: Path, *settings: PixelSettings | None) -> None:
         """ValueError if config.json has other patch sizes or placeholder ids than the processor's files."""
         config = read_json(folder / "config.json")
-        vision = config.get("vision_config") or {}
+        vision = config.get("vision_config")
+        vision = vision if isinstance(vision, dict) else {}
         for own in filter(None, settings):
             for name, key in (("patch_size",) * 2, ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
                 if vision.get(key, getattr(own, name)) != getattr(own, name):
@@ -95,98 +148,129 @@ class Processor:
     # ----------------------------------------------------------------------------------------------- inputs of a model
 
     def __call__(
-        self, text: str | Sequence[str], images: Any = None, videos: Any = None, *, padding: bool = True,
-        padding_side: str = "left", special: bool = True, progress: bool = False,
-    ) -> dict[str, Tensor]:
+        self, text: str | Sequence[str] | None = None, images: Any = None, videos: Any = None, *, special: bool | None = None,
+        progress: bool = False, **keywords: Any,
+    ) -> BatchEncoding:
         """input_ids, attention_mask and mm_token_type_ids [B, T] of prompts as a template renders them; with images and videos
         also pixel_values, image_grid_thw, pixel_values_videos and video_grid_thw.
 
         Each <|image_pad|> or <|video_pad|> in the text stands for one image or video, in order. special=False encodes the
         names of control tokens as text, so that the text has no placeholders. For user text, use `apply_chat_template`.
+
+        keywords: padding (True), padding_side ("left"), truncation, max_length, pad_to_multiple_of, return_tensors ("pt",
+        "np" or None for lists); settings of this call for images and videos (min_pixels, max_pixels, size, fps, num_frames,
+        do_sample_frames, do_resize, ...), also in images_kwargs, videos_kwargs and text_kwargs as transformers groups them.
         """
+        settings, keywords = media_settings("processor", keywords)
+        keywords = read_keywords("processor", PROCESSOR, keywords, (*_LAYOUT, "special", *SETTINGS))
+        special = keywords.pop("special", special)
+        if not isinstance(text, (str, list, tuple)):
+            raise ValueError(f"text must be a str or a list of str, got {type(text).__name__}: give images as images=")
         rows = [text] if isinstance(text, str) else list(text)
         if not rows:
             raise ValueError("no texts")
-        marks, tokens = Marks.absent_from(*rows), list(self.tokenizer.added_tokens) if special else []
-        return self._inputs([marks.split(row, tokens) for row in rows], images, videos, padding, padding_side, progress)
+        if not all(isinstance(row, str) for row in rows):
+            raise ValueError(f"text must be a str or a list of str, got {short(rows)}")
+        split = [self._split_prompt(row, special) for row in rows]
+        return self._inputs(split, given_media("image", images), given_media("video", videos), settings, keywords, progress)
+
+    def _split_prompt(self, text: str, special: bool | None) -> Pieces:
+        if isinstance(text, RenderedPrompt) and special is None:
+            return text.pieces
+        return Marks.absent_from(text).split(text, list(self.tokenizer.added_tokens) if special is not False else [])
 
     def completion_inputs(
         self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), *, special: bool = False,
-        progress: bool = False,
-    ) -> dict[str, Tensor]:
+        progress: bool = False, **keywords: Any,
+    ) -> BatchEncoding:
         """The inputs to continue a text after images and videos, without a chat template. special: as for
-        `Tokenizer.encode`."""
+        `Tokenizer.encode`. keywords: those of a call."""
+        settings, keywords = media_settings("completion_inputs", keywords)
+        keywords = read_keywords("completion_inputs", PROCESSOR, keywords, (*_LAYOUT, *SETTINGS))
         placeholders = [self._image] * len(images) + [self._video] * len(videos)
-        pieces = [(True, token) for pad in placeholders for token in (self._start, pad, self._end)]
-        pieces += Marks.absent_from(text).split(text, list(self.tokenizer.added_tokens) if special else [])
-        return self._inputs([pieces], list(images) or None, list(videos) or None, True, "left", progress)
+        row = [(True, token) for pad in placeholders for token in (self._start, pad, self._end)]
+        row += Marks.absent_from(text).split(text, list(self.tokenizer.added_tokens) if special else [])
+        media = given_media("image", list(images) or None), given_media("video", list(videos) or None)
+        return self._inputs([row], *media, settings, keywords, progress)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, add_generation_prompt: bool = False, **variables: Any
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False, documents: Any = None, chat_template: str | None = None, **variables: Any,
     ) -> str:
         """The prompt as text: the result of transformers' apply_chat_template(tokenize=False)."""
-        variables = {**self.variables, **variables}
-        return self._template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        template = self._template(chat_template)
+        chat = conversations(list(messages), template.source)[0][0] if messages else Conversation([], [])
+        options = ChatOptions(tools, documents, add_generation_prompt, continue_final_message, variables)
+        return render(template, chat.messages, options, self._named())
 
     def apply_chat_template(
-        self, messages: Sequence[Any], *, tools: Any = None, add_generation_prompt: bool = False, tokenize: bool = True,
-        special: bool = False, images: Any = None, videos: Any = None, padding_side: str = "left", progress: bool = False,
-        **variables: Any,
+        self, messages: Sequence[Any] | None = None, chat_template: str | None = None, *, tools: Any = None,
+        documents: Any = None, add_generation_prompt: bool = False, continue_final_message: bool | str = False,
+        tokenize: bool = True, return_dict: bool | None = True, special: bool | None = None, images: Any = None,
+        videos: Any = None, progress: bool = False, **keywords: Any,
     ) -> Any:
         """The inputs of a model for a conversation or a list of conversations; with tokenize=False their text.
 
-        Images and videos come from the messages ({"type": "image", "image": path or PIL image}, "video" likewise) or from
-        images= and videos=. variables go to the template: enable_thinking, preserve_thinking, add_vision_id, ...
+        Images and videos come from the messages or from images= and videos=. A block is {"type": "image", "image": ...} with
+        a path, a PIL image, an array, bytes or a data: address, {"type": "video", "video": ...} with a path, a `Video` or a
+        list of frames and "fps", or one in the form of OpenAI's API; it may hold settings (max_pixels, resized_height, fps,
+        ...) of its own. tools: JSON schemas. continue_final_message=True leaves the last message open, to be continued.
+        return_dict=False returns input_ids alone.
+
+        keywords: those of a call, also as processor_kwargs={...}, and variables that the template reads (enable_thinking,
+        preserve_thinking, add_vision_id, ...); one that nothing reads is an error.
 
         Names of control tokens ("<|im_end|>") in the messages are encoded as text. In assistant messages this holds for the
         special ones only, because models write <think> and <tool_call> themselves. special=True encodes all of them as
         control tokens, transformers' default.
         """
-        batch = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
-        options = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        settings, keywords = media_settings("apply_chat_template", keywords)
+        keywords, variables = read_options(keywords, PROCESSOR, (*_LAYOUT, "special", "messages"), "apply_chat_template")
+        messages, special = keywords.pop("messages", messages), keywords.pop("special", special)
+        template = self._template(chat_template)
+        chats, batched = conversations(messages, template.source)
+        options = ChatOptions(tools, documents, bool(add_generation_prompt), continue_final_message or False, variables)
+        named = self._named()
+        rows = [pieces(self.tokenizer, template, chat.messages, options, named, bool(special)) for chat in chats]
         if not tokenize:
-            texts = [self.render(conversation, **options) for conversation in batch]
-            return texts[0] if batch[0] is messages else texts
-        images = (list(_media(batch, "image")) or None) if images is None else images
-        videos = (list(_media(batch, "video")) or None) if videos is None else videos
-        rows = [self._pieces(conversation, special, options) for conversation in batch]
-        return self._inputs(rows, images, videos, True, padding_side, progress)
+            check_text_only({**keywords, **settings.images, **settings.videos})
+            texts = [RenderedPrompt(render(template, chat.messages, options, named), row)
+                     for chat, row in zip(chats, rows, strict=True)]  # fmt: skip
+            return texts if batched else texts[0]
+        media = {}
+        for kind, given in (("image", images), ("video", videos)):
+            media[kind] = [item for chat in chats for item in chat.media if item.kind == kind] or None
+            if given is not None and media[kind]:
+                raise ValueError(f"the messages hold {kind}s and {kind}s= is given: give them in one place")
+            media[kind] = media[kind] if given is None else given_media(kind, given)
+        inputs = self._inputs(rows, media["image"], media["video"], settings, keywords, progress)
+        return inputs if return_dict is None or return_dict else inputs["input_ids"]
 
-    @property
-    def _template(self) -> ChatTemplate:
-        if self.template is None:
-            raise ValueError("this checkpoint has no chat template (chat_template.jinja): pass text instead of messages")
-        return self.template
+    def _template(self, chat_template: str | None) -> ChatTemplate:
+        if chat_template is None and self._own_template is not None:
+            return self._own_template
+        return own_template(self.tokenizer, chat_template)
 
-    def _pieces(self, messages: Sequence[Mapping[str, Any]], special: bool, options: dict[str, Any]) -> Pieces:
-        """The rendered prompt, split at its control tokens."""
-        tokens = list(self.tokenizer.added_tokens)
-        if special:
-            text = self.render(messages, **options)
-            return Marks.absent_from(text).split(text, tokens)
-        values: Any = plain_data({"messages": list(messages), **options})
-        marks = Marks.absent_from(json.dumps(values, ensure_ascii=False), self._template.source)
-        messages = [
-            marks.escape(message, sorted(self.tokenizer.special_tokens) if _role(message) == "assistant" else tokens)
-            for message in values.pop("messages")
-        ]
-        return marks.split(self.render(messages, **marks.escape(values, tokens)), tokens)
+    def _named(self) -> dict[str, str]:
+        return {**self.variables, **self.tokenizer.special_tokens_map}
 
     def _inputs(
-        self, rows: list[Pieces], images: Any, videos: Any, padding: bool, padding_side: str, progress: bool
-    ) -> dict[str, Tensor]:
+        self, rows: list[Pieces], images: list[Media] | None, videos: list[Media] | None, settings: MediaSettings,
+        layout: Mapping[str, Any], progress: bool,
+    ) -> BatchEncoding:
         self._check_counts(rows, self._image, "images", images)
         self._check_counts(rows, self._video, "videos", videos)
+        kind = tensor_kind("pt" if layout.get("return_tensors", "auto") == "auto" else layout["return_tensors"])
         visual: dict[str, Tensor] = {}
         spans: dict[str, Iterator[Pieces]] = {}  # by placeholder: the pieces that replace each of its occurrences
         if images is not None:
             processor = _required(self.image_processor, "preprocessor_config.json", "images")
-            visual |= processor(images, progress=progress)
+            visual |= processor.process(images, settings.images, progress=progress)
             merge = processor.settings.merge_size**2
             spans[self._image] = iter([[(True, self._image)] * (int(n) // merge) for n in visual["image_grid_thw"].prod(1)])
         if videos is not None:
             processor = _required(self.video_processor, "video_preprocessor_config.json", "videos")
-            inputs, sampled = processor(videos)
+            inputs, sampled = processor.process(videos, settings.videos)
             visual |= inputs
             spans[self._video] = iter([self._video_span(video, processor.settings.merge_size) for video in sampled])
 
@@ -194,16 +278,47 @@ class Processor:
             parts = (next(spans[text]) if control and text in spans else [(control, text)] for control, text in row)
             return [piece for part in parts for piece in part]
 
-        padded = self.tokenizer.pad([self._ids(expanded(row)) for row in rows], padding=padding, padding_side=padding_side)
-        ids, types = padded["input_ids"], torch.zeros_like(padded["input_ids"])
-        for kind, token in ((1, self._image), (2, self._video)):
-            if token in self.tokenizer.added_tokens:
-                types[ids == self.tokenizer.added_tokens[token]] = kind
-        return {**padded, "mm_token_type_ids": types, **visual}
+        ids = self._cut([self.tokenizer.ids_of_pieces(expanded(row)) for row in rows], layout)
+        padding = layout.get("padding")
+        out = self.tokenizer.pad(
+            ids, padding=kind is not None if padding is None else padding, return_tensors="pt" if kind else None,
+            padding_side=layout.get("padding_side") or self._padding_side(),
+            **{name: layout.get(name) for name in ("max_length", "pad_to_multiple_of", "return_attention_mask")},
+        )
+        placeholders = {self.tokenizer.added_tokens[token]: number for number, token in ((1, self._image), (2, self._video))
+                        if token in self.tokenizer.added_tokens}  # fmt: skip
+        if kind is None:
+            out["mm_token_type_ids"] = [[placeholders.get(number, 0) for number in row] for row in out["input_ids"]]
+        else:
+            types = torch.zeros_like(out["input_ids"])
+            for number, value in placeholders.items():
+                types[out["input_ids"] == number] = value
+            out["mm_token_type_ids"] = types
+        out.update(visual)
+        return BatchEncoding({name: value.numpy() for name, value in out.items()}) if kind == "np" else out
 
-    def _check_counts(self, rows: list[Pieces], token: str, kind: str, items: Any) -> None:
+    def _padding_side(self) -> str:
+        return self.tokenizer.padding_side
+
+    def _cut(self, rows: list[list[int]], layout: Mapping[str, Any]) -> list[list[int]]:
+        """The rows, truncated. ValueError if placeholders of an image or a video would be lost."""
+        limit = truncation_limit(layout.get("truncation"), layout.get("max_length"), layout.get("padding", True),
+                                 self.tokenizer.model_max_length)  # fmt: skip
+        if limit is None:
+            return rows
+        left = self.tokenizer.truncation_side == "left"
+        placeholders = {self.image_token_id, self.video_token_id}
+        for row in rows:
+            if not placeholders.isdisjoint(row[:-limit] if left else row[limit:]):
+                raise ValueError(
+                    f"truncation to {limit} of {len(row)} tokens would cut an image or a video: raise max_length, or lower "
+                    "max_pixels"
+                )
+        return [row[-limit:] if left else row[:limit] for row in rows]
+
+    def _check_counts(self, rows: list[Pieces], token: str, kind: str, items: Sequence[Any] | None) -> None:
         placeholders = sum(control and piece == token for row in rows for control, piece in row)
-        count = 0 if items is None else len(list(flatten(items)))
+        count = len(items or ())
         if placeholders != count:
             hint = "" if token in self.tokenizer.added_tokens else f" (tokenizer.json has no {token}: text only)"
             raise ValueError(f"{placeholders} {token} in the text but {count} {kind}{hint}")
@@ -217,15 +332,6 @@ class Processor:
             piece for second in video.seconds
             for piece in [(False, f"<{second:.1f} seconds>"), (True, self._start), *pads, (True, self._end)]
         ]  # fmt: skip
-
-    def _ids(self, pieces: Pieces) -> list[int]:
-        ids: list[int] = []
-        for control, group in groupby(pieces, key=lambda piece: piece[0]):
-            if control:
-                ids += [self.tokenizer.added_tokens[text] for _, text in group]
-            else:
-                ids += self.tokenizer.encode("".join(text for _, text in group))
-        return ids
 
     # ------------------------------------------------------------------------------------------------ output of a model
 
@@ -245,6 +351,20 @@ class Processor:
         else:
             thinking = _first_think_token(reversed(self._split(prompt))) == THINK_START
         return parse_pieces(pieces, thinking=thinking, tools=tools)
+
+    def decode(self, ids: Any = None, skip_special_tokens: bool = False, **keywords: Any) -> Any:
+        """`Tokenizer.decode`."""
+        return self.tokenizer.decode(ids, skip_special_tokens, **keywords)
+
+    def batch_decode(self, rows: Any = None, skip_special_tokens: bool = False, **keywords: Any) -> list[str]:
+        """`Tokenizer.batch_decode`."""
+        return self.tokenizer.batch_decode(rows, skip_special_tokens, **keywords)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **keywords: Any
+    ) -> list[str]:
+        """The texts of rows of generated ids, without special tokens."""
+        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens, **keywords)
 
     def _split(self, reply: str | Tensor | Sequence[int]) -> Pieces:
         """The reply split at its control tokens; of ids, special tokens are left out, of text, end tokens."""
@@ -277,40 +397,11 @@ def _role(message: Any) -> Any:
     return message.get("role") if isinstance(message, Mapping) else None
 
 
-def _media(conversations: Sequence[Any], kind: str) -> Iterator[Any]:
-    """The images or videos in the messages, in order. kind: "image" or "video"."""
-    for message in (message for conversation in conversations for message in conversation):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for block in content if isinstance(content, (list, tuple)) else ():
-            if not isinstance(block, Mapping) or block.get("type") not in (kind, f"{kind}_url"):
-                continue
-            for key in (kind, f"{kind}_url", "url", "path"):
-                if block.get(key) is not None:
-                    yield block[key]["url"] if isinstance(block[key], Mapping) else block[key]
-                    break
-
-
-def _template_source(folder: Path) -> str | None:
-    """The text of the checkpoint's chat template: a file of its own, or a key of a JSON file in older checkpoints."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not valid UTF-8: {error}") from error
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        source = read_json(folder / name).get("chat_template")
-        if isinstance(source, list):  # several named templates
-            source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
-        if isinstance(source, str):
-            return source
-    return None
-
-
-def _named_tokens(folder: Path) -> dict[str, str]:
-    """eos_token, pad_token, image_token, ... of tokenizer_config.json; templates may read them."""
-    values = read_json(folder / "tokenizer_config.json")
-    extra = values.get("extra_special_tokens")
-    values = {**values, **(extra if isinstance(extra, dict) else {})}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+def given_media(kind: str, items: Any) -> list[Media] | None:
+    """images= or videos= of a call as a flat list; None for none. A list of frames is no video: its rate is missing."""
+    if items is None:
+        return None
+    if isinstance(items, Mapping):
+        raise ValueError(f"{kind}s must be a {kind} or a list of them, got a mapping")
+    flat = [Media(kind, item) for item in flatten(items)]
+    return flat or None

@@ -1,26 +1,28 @@
 """A checkpoint's chat template: messages to a prompt, exactly as transformers renders it. Needs the extra [text] (jinja2).
 
-A template is a program from a checkpoint and therefore untrusted: it runs in jinja2's immutable sandbox on plain data.
+A template is a program from a checkpoint and therefore untrusted: it runs in jinja2's immutable sandbox on plain data, with a
+budget of time and memory (`budget.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import difflib
 import re
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
-from .optional import require
+from ..compat import short
+from .budget import Budget, enter, leave
+from .sandbox import environment, jinja
 
 # Two of these mark strings that look like control tokens and are text. Unicode reserves them for internal use by programs.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-
-
-def _jinja() -> Any:
-    return require("jinja2", "chat templates need the package jinja2", "text")
+MAX_SOURCE = 1 << 19  # characters of a template; the published ones have 8,000
+_PROVIDED = {"messages", "tools", "documents", "add_generation_prompt"}
+_INPUTS = ("tools", "documents", "enable_thinking", "preserve_thinking", "add_vision_id")  # suggested for misspelt names
 
 
 class ChatTemplate:
@@ -30,16 +32,57 @@ class ChatTemplate:
 
     As in transformers, a block removes the blanks before it and the newline after it, and templates may use
     `raise_exception`, `strftime_now`, `tojson` (plain JSON without HTML escapes), `break`, `continue` and `generation` blocks.
+
+    variables: the names that the template reads and does not set itself.
     """
 
     def __init__(self, source: str) -> None:
         """ValueError if the source does not compile."""
+        if not isinstance(source, str):
+            raise ValueError(f"a chat template is a str, got {type(source).__name__}")
+        if len(source) > MAX_SOURCE:
+            raise ValueError(f"invalid chat template: it has {len(source):,} characters; at most {MAX_SOURCE:,} are compiled")
         self.source = source
-        environment = _environment()
+        sandbox, meta = environment(), _meta()
         try:
-            self._template = environment.from_string(source)
-        except _jinja().TemplateError as error:
-            raise ValueError(f"invalid chat template: {error}") from error
+            self._template = sandbox.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(sandbox.parse(source)))
+        except Exception as error:  # also RecursionError and MemoryError of a program that is nested too deeply
+            text = str(error) if isinstance(error, jinja().TemplateError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"invalid chat template: {text[:500]}") from error
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.source,)
+
+    def __deepcopy__(self, memo: Any) -> ChatTemplate:
+        return self  # it is never changed
+
+    def __repr__(self) -> str:
+        return f"ChatTemplate({len(self.source)} characters, reads {', '.join(sorted(self.variables))})"
+
+    def check_variables(self, variables: Mapping[str, Any], known: Iterable[str] = ()) -> dict[str, Any]:
+        """The variables that the template reads. ValueError, which suggests a name, for one that it does not read and that
+        would change nothing. known: further names to suggest."""
+        kept = {}
+        for name, value in variables.items():
+            if name in self.variables:
+                kept[name] = value
+            elif value is not None and not self._has_no_effect(name, value):
+                names = [*(self.variables - {"raise_exception", "strftime_now", "namespace", "range"}), *known, *_INPUTS]
+                near = difflib.get_close_matches(name, [other for other in names if other != name], n=1)
+                raise ValueError(
+                    f"the chat template does not read {short(name)}, so {name}={short(value)} would have no effect: "
+                    + (f"did you mean {near[0]!r}?" if near else "leave it out")
+                )
+        return kept
+
+    def _has_no_effect(self, name: str, value: Any) -> bool:
+        """Values of the published templates' variables that a template which does not read them fulfils anyway."""
+        if name == "enable_thinking":
+            return value is True or "<think>" not in self.source
+        return name in ("preserve_thinking", "add_vision_id", "add_generation_prompt") and value is False or (
+            name in ("tools", "documents") and not value
+        )
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
@@ -47,51 +90,65 @@ class ChatTemplate:
     ) -> str:
         """The prompt. variables: values that the template reads (enable_thinking, preserve_thinking, add_vision_id, ...).
 
-        ValueError if the template rejects the messages, with the template's message, or if the sandbox stops it.
+        ValueError if the template rejects the messages, with the template's message, if the sandbox stops it, or if it
+        exceeds its budget. The message names the message and the line of the template.
         """
-        if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
-            raise ValueError("a tool is a JSON schema: {'type': 'function', 'function': {'name': ..., 'parameters': ...}}")
+        given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        self.check_variables(given)
+        return self.run(messages, given)
+
+    def run(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> str:
+        """The prompt, from variables that are not checked: the template may ignore any of them."""
+        tools = variables.get("tools")
+        check_tools(tools)
         chat = [_with_reasoning(message) for message in plain_data(list(messages))]
-        values = {"tools": None if tools is None else plain_data(list(tools)), "documents": None, **plain_data(variables)}
+        values = {"documents": None, **plain_data(variables), "tools": None if tools is None else plain_data(list(tools))}
+        values.setdefault("add_generation_prompt", False)
+        budget = Budget(chat, values)
+        token = enter(budget)
         try:
-            return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **values)
+            return self._template.render({**values, "messages": chat})
         except Exception as error:  # a template is a program and can raise anything
-            from_template = isinstance(error, _jinja().TemplateError)
-            raise ValueError(f"chat template: {error if from_template else f'{type(error).__name__}: {error}'}") from error
+            raise ValueError(self._described(error, budget, chat)) from error
+        finally:
+            leave(token)
+
+    def _described(self, error: Exception, budget: Budget, chat: list[dict[str, Any]]) -> str:
+        own = isinstance(error, jinja().TemplateError)
+        text = str(error) if own else f"{type(error).__name__}: {error}"
+        text = text if len(text) <= 1000 else text[:996] + " ..."
+        if own and type(error) is jinja().TemplateError:  # raise_exception: the template's own words suffice
+            return f"chat template: {text}"
+        where = []
+        if budget.turn is not None:
+            where.append(f"at message {budget.turn} ({short(chat[budget.turn].get('role'))})")
+        line = next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__))
+                     if frame.filename == "<template>"), None)  # fmt: skip
+        if line is not None and 0 < line <= self.source.count("\n") + 1:
+            where.append(f"line {line}, {short(self.source.splitlines()[line - 1].strip())}")
+        return f"chat template: {text}" + (f" ({'; '.join(where)})" if where else "")
 
 
-def _environment() -> Any:
-    jinja2 = _jinja()
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %}...{% endgeneration %} marks the assistant's text for training; rendering ignores the marks."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+def check_tools(tools: Any) -> None:
+    """ValueError for tools that are no JSON schemas."""
+    if tools is None:
+        return
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Iterable):
+        raise ValueError(f"tools is a list of JSON schemas, got {type(tools).__name__}")
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            hint = "; transformers.utils.get_json_schema makes one of a function" if callable(tool) else ""
+            raise ValueError(
+                "a tool is a JSON schema: {'type': 'function', 'function': {'name': ..., 'parameters': ...}}, got "
+                f"{short(tool)}{hint}"
+            )
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    if not ensure_ascii:
-        return text
-    # The characters of `Marks` are not escaped: they are removed after rendering.
-    return re.sub(r"[^\x00-\x7f\ufdd0-\ufdef]", lambda match: json.dumps(match[0])[1:-1], text)
+def _meta() -> Any:
+    jinja()
+    from jinja2 import meta
+
+    return meta
 
 
 def plain_data(value: Any) -> Any:
@@ -118,7 +175,7 @@ def plain_data(value: Any) -> Any:
 def _with_reasoning(message: Any) -> dict[str, Any]:
     """The message with its reasoning under both names that templates read."""
     if not isinstance(message, dict):
-        raise ValueError(f"a message is a mapping with role and content, got {message!r}")
+        raise ValueError(f"a message is a mapping with role and content, got {short(message)}")
     reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

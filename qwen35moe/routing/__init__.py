@@ -4,7 +4,7 @@
     model(ids, routing=out.routing)                   these indices and weights
     model(ids, routing=out.routing.indices_only())    these indices, weights from the live logits, gradient to the router
     model(ids, routing=lambda layer, logits: ...)     (indices, weights) or indices returned by a function
-    model(ids, routing=ablate([5], top_k=8))          ... by a ready-made one
+    model(ids, routing=ablate([5]))                   ... by a ready-made one
 
 value.py          `Routing` and how sequences are combined
 file.py           saving and loading
@@ -17,7 +17,7 @@ plots.py          figures of them (needs matplotlib)
 from __future__ import annotations
 
 from .forced import ForcedRouting, Intervention
-from .interventions import ablate, balance, bias, force, sample
+from .interventions import ReadyMade, ablate, balance, bias, force, sample
 from .statistics import agreement, coactivation, dead_experts, entropy, expert_load, flips, imbalance, margins
 from .value import UNFORCED, RouterOutput, Routing
 
@@ -25,6 +25,7 @@ __all__ = [
     "UNFORCED",
     "ForcedRouting",
     "Intervention",
+    "ReadyMade",
     "RouterOutput",
     "Routing",
     "ablate",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen35moe.ops.experts import chosen_weights, router_choice
 
-from .value import UNFORCED, Routing, are_integers, check_range
+from .value import UNFORCED, Routing, are_integers, check_distinct, check_range, check_weights
 
 Intervention = Callable[[int, Tensor], "tuple[Tensor, Tensor] | Tensor"]
 
@@ -43,6 +43,8 @@ class ForcedRouting:
         # router's, padding goes to expert 0.
         shift = int(rows.shape[-1] == top_k)
         self.rows = {layer: arrange(rows[i] + shift) - shift for i, layer in enumerate(routing.layers)}
+        for layer, indices in self.rows.items():
+            check_distinct(indices if shift else indices[indices.any(-1)], f"the routing, layer {layer}")
         self.weights = {}
         if routing.weights is not None:
             weights = F.pad(routing.weights, (0, 0, 0, missing)).unflatten(1, shape)
@@ -80,13 +82,19 @@ def _intervene(intervention: Intervention, layer: int, logits: Tensor, num_exper
             f"layer {layer}: the routing function returned indices {list(indices.shape)} {indices.dtype} for logits "
             f"{list(logits.shape)}, expected integers [{logits.shape[0]}, k]"
         )
-    check_range(indices, num_experts, f"layer {layer}: the routing function", lowest=0)
-    indices = indices.long()
+    source = f"layer {layer}: the routing function"
+    if indices.shape[1] == 0:
+        raise ValueError(f"{source} returned no expert: indices {list(indices.shape)}")
+    indices = indices.to(logits.device).long()
+    check_range(indices, num_experts, source, lowest=0)
     if weights is None:
+        check_distinct(indices, source)
         return indices, chosen_weights(logits, indices)
     if weights.shape != indices.shape:
         raise ValueError(f"layer {layer}: weights {list(weights.shape)} do not fit indices {list(indices.shape)}")
-    return indices, weights.to(logits.dtype)
+    check_distinct(indices, source)
+    check_weights(weights, source)
+    return indices, weights.to(logits)
 
 
 def _from_batch(indices: Tensor, shape: tuple[int, int]) -> Routing:
@@ -106,3 +114,7 @@ def _check(routing: Routing, layers: int, num_experts: int, shape: tuple[int, in
     if unknown:
         raise ValueError(f"the routing has layer {unknown[-1]}, the model has {layers} layers")
     check_range(routing.indices, num_experts, "the routing", lowest=UNFORCED)
+    if routing.num_experts and routing.num_experts != num_experts:
+        raise ValueError(f"the routing is of {routing.num_experts} experts, the model has {num_experts}")
+    if routing.weights is not None:
+        check_weights(routing.weights, "the routing")

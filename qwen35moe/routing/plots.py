@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import os
+from html import escape
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .statistics import coactivation, expert_load, margins
+from .statistics import coactivation, dead_experts, entropy, expert_load, imbalance, margins
 from .value import Routing
+
+_HTML_ROWS = 40  # layers in `html_table`
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -90,6 +93,21 @@ def draw(routing: Routing, path: str | os.PathLike[str], *, margin: Tensor | Non
     if title:
         figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def html_table(routing: Routing) -> str:
+    """An HTML table with a row per layer: how even its load is. For notebooks; at most 40 layers."""
+    rows = ""
+    if routing.num_experts:
+        load, dead = expert_load(routing).cpu(), dead_experts(routing).sum(1).tolist()
+        even, uneven = (entropy(routing) / math.log(max(routing.num_experts, 2))).tolist(), imbalance(routing).tolist()
+        for row, layer in list(enumerate(routing.layers))[:_HTML_ROWS]:
+            low, high = f"{float(load[row].min()):.2%}", f"{float(load[row].max()):.2%}"
+            cells = (layer, f"{even[row]:.3f}", f"{uneven[row]:.2f}", low, high, dead[row])
+            rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        heads = ("layer", "entropy / ln E", "max / mean", "least load", "most load", "dead")
+        rows = f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table>"
+    return f"<div><code>{escape(repr(routing))}</code>{rows}</div>"
 
 
 def _name_layers(axes: Any, routing: Routing) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen35moe.ops.precision import wide_dtype
 
-from .value import Routing
+from .value import UNFORCED, Routing, check_range
 
 _TOKENS_AT_ONCE = 16384  # counts of that many tokens are exact in float32
 
@@ -48,7 +48,9 @@ def imbalance(routing: Routing) -> Tensor:
 
 def dead_experts(routing: Routing, below: float = 0.0) -> Tensor:
     """[L, E]: True for experts whose load is at most `below` times the even load 1/E; by default those never chosen."""
-    return expert_load(routing) <= below / routing.num_experts
+    if not 0 <= below < torch.inf:
+        raise ValueError(f"below={below}: a share of the even load, 0 or more")
+    return expert_load(routing) <= below / max(routing.num_experts, 1)
 
 
 def coactivation(routing: Routing) -> Tensor:
@@ -104,6 +106,8 @@ def _common_tokens(a: Routing, b: Routing) -> tuple[Tensor, Tensor]:
             f"routings {list(a.indices.shape)} of layers {a.layers} and {list(b.indices.shape)} of layers {b.layers} "
             "have different tokens, layers or k"
         )
+    if a.num_experts and b.num_experts and a.num_experts != b.num_experts:
+        raise ValueError(f"the routings are of {a.num_experts} and of {b.num_experts} experts")
     common = ~(a.unforced | b.unforced.to(a.indices.device)).any(0)
     for mask in (a.mask, b.mask):
         if mask is not None:
@@ -114,3 +118,4 @@ def _common_tokens(a: Routing, b: Routing) -> tuple[Tensor, Tensor]:
 def _check_num_experts(routing: Routing) -> None:
     if not routing.num_experts:
         raise ValueError("this routing has no number of experts: make it with num_experts=E")
+    check_range(routing.indices, routing.num_experts, "the routing", lowest=UNFORCED)

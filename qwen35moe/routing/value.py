@@ -10,16 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen35moe.compat import short
+
 UNFORCED = -1  # an index that leaves the choice for a token to the router
+_TENSORS = ("indices", "weights", "logits", "mask")
+_FACTS = ("layers", "num_experts", "shape", "open_ended")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Routing:
     """The routing of `layers` (numbers in the model) for N = B*T tokens in the caller's order.
 
     indices [L, N, k] (-1: unforced, the router chooses), weights [L, N, k] or None, logits [L, N, E] or None; shape is
     (B, T), mask [N] is False for padding. open_ended: the input may have one token more than the routing, which is
     unforced (a token that the engine sampled and never ran).
+
+    == compares values: the same numbers in the same parts; indices may differ in dtype, and tensors in device.
     """
 
     indices: Tensor
@@ -41,16 +47,55 @@ class Routing:
             raise ValueError(f"weights {list(self.weights.shape)} do not fit indices {list(self.indices.shape)}")
         if self.logits is not None and (self.logits.dim() != 3 or self.logits.shape[:2] != self.indices.shape[:2]):
             raise ValueError(f"logits {list(self.logits.shape)} do not fit indices {list(self.indices.shape)}")
+        if self.logits is not None and self.num_experts and self.logits.shape[-1] != self.num_experts:
+            raise ValueError(f"logits {list(self.logits.shape)} are not of {self.num_experts} experts")
         if self.mask is not None and self.mask.shape != (tokens,):
             raise ValueError(f"the mask {list(self.mask.shape)} does not fit {tokens} tokens")
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            raise ValueError(f"the mask is bool, True for a token, got {self.mask.dtype}")
         if self.shape is not None and self.shape[0] * self.shape[1] != tokens:
             raise ValueError(f"the shape {list(self.shape)} does not fit {tokens} tokens")
+        for name in ("layers", "shape"):  # as tuples, so that a routing has a hash
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         if not self.layers:
             object.__setattr__(self, "layers", tuple(range(layers)))
         if len(self.layers) != layers:
             raise ValueError(f"{len(self.layers)} layer numbers for indices of {layers} layers")
         if len(set(self.layers)) < len(self.layers):
             raise ValueError(f"a layer number appears twice in {self.layers}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Routing):
+            return NotImplemented
+        own, others = (tuple(getattr(r, name) for name in _FACTS) for r in (self, other))
+        return own == others and all(same_values(getattr(self, name), getattr(other, name)) for name in _TENSORS)
+
+    def __hash__(self) -> int:
+        return hash((*(getattr(self, name) for name in _FACTS), tuple(self.indices.shape)))
+
+    def __repr__(self) -> str:
+        """In one screen, whatever its size."""
+        parts = [f"{name} {_described(getattr(self, name))}" for name in _TENSORS if getattr(self, name) is not None]
+        layers = f"layers {short(list(self.layers))}"
+        batch = "" if self.shape is None else f", batch {list(self.shape)}"
+        padding = "" if self.mask is None else f", {int((~self.mask).sum())} of them padding"
+        ended = ", perhaps one more" if self.open_ended else ""
+        experts = f"{self.num_experts or '?'} experts, top-{self.indices.shape[-1]}"
+        return f"Routing({layers}; {experts}; {self.tokens} tokens{padding}{ended}{batch}; {', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """A table in notebooks: how even each layer's load is."""
+        from .plots import html_table
+
+        return html_table(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
+        return replace(self, **{name: _copied(getattr(self, name)) for name in _TENSORS})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = {name: value.detach() for name in _TENSORS if (value := getattr(self, name)) is not None}
+        return (_rebuilt, (parts | {name: getattr(self, name) for name in _FACTS},))
 
     @property
     def tokens(self) -> int:
@@ -187,13 +232,43 @@ class Routing:
         return load_routing(path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RouterOutput:
-    """One layer's routing, tokens in the layers' order: logits [N, E], indices and weights [N, k]."""
+    """One layer's routing, tokens in the layers' order: logits [N, E], indices and weights [N, k]. == compares values."""
 
     logits: Tensor
     indices: Tensor
     weights: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RouterOutput):
+            return NotImplemented
+        return all(same_values(getattr(self, name), getattr(other, name)) for name in ("logits", "indices", "weights"))
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.logits.shape), tuple(self.indices.shape)))
+
+
+def same_values(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two parts are equal: both None, or the same shape and numbers; integers of any width, floats of one dtype."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or (a.dtype != b.dtype and not (are_integers(a) and are_integers(b))):
+        return False
+    a, b = a.detach(), b.detach().to(a.device)
+    return torch.equal(a.long(), b.long()) if are_integers(a) else torch.equal(a, b)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _copied(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().clone()
+
+
+def _rebuilt(parts: dict[str, Any]) -> Routing:
+    return Routing(**parts)
 
 
 def are_integers(tensor: Tensor) -> bool:
@@ -208,6 +283,27 @@ def check_range(indices: Tensor, num_experts: int, source: str, lowest: int) -> 
     if low < lowest or (num_experts and high >= num_experts):
         experts = f"0 ... {num_experts - 1}" if num_experts else "numbered from 0"
         raise ValueError(f"{source} has expert {low if low < lowest else high}, the experts are {experts}")
+
+
+def check_distinct(indices: Tensor, source: str) -> None:
+    """ValueError for a token [..., k] that has an expert twice, or -1 beside experts. Not checked under torch.compile."""
+    if torch.compiler.is_compiling() or indices.numel() == 0 or indices.shape[-1] == 1:
+        return
+    ordered = indices.sort(-1).values
+    unforced = ordered < 0
+    wrong = ((ordered[..., 1:] == ordered[..., :-1]) & ~unforced[..., 1:]) | (unforced[..., 1:] != unforced[..., :-1])
+    if bool(wrong.any()):
+        row = indices[wrong.any(-1)][0].tolist()
+        what = "is unforced in part" if min(row) < 0 else "has an expert twice"
+        raise ValueError(f"{source}: a token's row {short(row)} {what}")
+
+
+def check_weights(weights: Tensor, source: str) -> None:
+    """ValueError for weights that are not finite floating-point numbers. Not checked under torch.compile."""
+    if not weights.is_floating_point():
+        raise ValueError(f"{source}: weights are floating-point numbers, got {weights.dtype}")
+    if not torch.compiler.is_compiling() and not bool(weights.isfinite().all()):
+        raise ValueError(f"{source} has weights that are not finite")
 
 
 def _engine_rows(name: str, part: Any) -> Tensor:

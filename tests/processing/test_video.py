@@ -118,17 +118,19 @@ def test_a_wrong_number_of_frames_in_the_header_is_corrected(tmp_path: Path, mon
         def __init__(self, stream: Any, frames: int) -> None:
             self.stream, self.frames = stream, frames
             self.average_rate, self.guessed_rate = stream.average_rate, stream.guessed_rate
+            self.width, self.height = stream.width, stream.height
 
     for claimed in (0, 900, 1 << 40):
-        def with_claimed_length(container: Any, settings: Any, claimed: int = claimed) -> Any:
+        def with_claimed_length(container: Any, *rest: Any, claimed: int = claimed) -> Any:
             class Container:
                 class streams:
                     video = [Stream(container.streams.video[0], claimed)]
 
                 seek = staticmethod(container.seek)
                 decode = staticmethod(lambda stream: container.decode(stream.stream))
+                demux = staticmethod(lambda stream: container.demux(stream.stream))
 
-            return decode_container(Container, settings)
+            return decode_container(Container, *rest)
 
         monkeypatch.setattr(module, "_decode_container", with_claimed_length)
         assert torch.equal(VideoProcessor(SETTINGS)(file)[0]["pixel_values_videos"], expected["pixel_values_videos"])

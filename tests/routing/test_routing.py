@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwen35moe import taps
 from qwen35moe.ops.balancing import load_balancing_loss
-from qwen35moe.routing import Routing
+from qwen35moe.routing import Routing, ablate, bias, force
 from tests.support import peer
 from tests.support.peer import FULL, LINEAR, assert_close, odd_shape
 
@@ -336,7 +336,23 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     "function, unforced": (lambda _layer, _logits: zeros(N, TOP_K) - 1, ["layer 0", "expert -1", f"0 ... {E - 1}"]),
     "function, weights": (lambda _layer, _logits: (zeros(N, TOP_K), torch.zeros(N, TOP_K - 1)),
                           ["layer 0", f"[{N}, {TOP_K}]", f"[{N}, {TOP_K - 1}]"]),
-    "function, late": (lambda layer, _logits: zeros(N, TOP_K) + E * (layer == 3), ["layer 3", f"expert {E}"]),
+    "function, late": (lambda layer, _logits: torch.arange(TOP_K) + zeros(N, 1) + E * (layer == 3), ["layer 3", "expert"]),
+    "function, no expert": (lambda _layer, _logits: zeros(N, 0), ["layer 0", "no expert", f"[{N}, 0]"]),
+    "function, twice": (lambda _layer, _logits: torch.tensor([2, 1, 2]).expand(N, 3), ["layer 0", "[2, 1, 2]", "twice"]),
+    "function, NaN": (lambda _layer, _logits: (torch.arange(TOP_K).expand(N, -1), torch.full((N, TOP_K), torch.nan)),
+                      ["layer 0", "weights that are not finite"]),
+    "function, whole weights": (lambda _layer, _logits: (torch.arange(TOP_K).expand(N, -1), zeros(N, TOP_K)),
+                                ["layer 0", "floating-point", "torch.int64"]),
+    "an expert twice": (Routing(zeros(LAYERS, N, TOP_K) + 4), ["layer 0", "[4, 4, 4]", "twice"]),
+    "expert 0 twice": (Routing(zeros(LAYERS, N, TOP_K)), ["layer 0", "[0, 0, 0]", "twice"]),
+    "twice, another k": (zeros(B, T, LAYERS, 2) + 4, ["layer 0", "[4, 4]", "twice"]),
+    "unforced in part": (Routing(torch.tensor([0, -1, 2]).expand(LAYERS, N, 3)), ["[0, -1, 2]", "in part"]),
+    "NaN weights": (Routing(torch.arange(TOP_K).expand(LAYERS, N, TOP_K), torch.full((LAYERS, N, TOP_K), torch.nan)),
+                    ["the routing", "not finite"]),
+    "other experts": (Routing(torch.arange(TOP_K).expand(LAYERS, N, TOP_K), num_experts=9), ["of 9 experts", f"has {E}"]),
+    "layer of an intervention": (ablate({LAYERS: [1]}), ["ablate() names layer 4", "[0, 1, 2, 3]"]),
+    "expert of an intervention": (force({2: [E]}), ["force, layer 2", f"no expert {E}", f"0 ... {E - 1}"]),
+    "layer of a bias": (bias({-1: torch.zeros(E)}), ["bias() names layer -1"]),
 }
 
 

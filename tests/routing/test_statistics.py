@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,39 @@ def test_coactivation(at_once):
         for i, j in itertools.product(range(E), repeat=2):
             share = sum(i in row and j in row for row in tokens) / len(tokens)
             assert together[layer, i, j].item() == pytest.approx(share, rel=1e-14)
+
+
+@pytest.mark.parametrize("expert", range(E))
+def test_every_expert_is_counted(expert):
+    """The first and the last one, too: each in turn is the most frequent, chosen with each of the others."""
+    indices = torch.stack([torch.full((E - 1,), expert), torch.tensor([e for e in range(E) if e != expert])], -1)
+    routing = Routing(torch.cat([indices, torch.full((3, 2), R.UNFORCED)])[None], num_experts=E)
+    assert statistics.expert_counts(routing)[0].tolist() == [E - 1 if e == expert else 1 for e in range(E)]
+    together = R.coactivation(routing)[0]
+    expected = torch.eye(E, dtype=torch.float64) / (E - 1)
+    expected[expert] = expected[:, expert] = 1 / (E - 1)
+    expected[expert, expert] = 1
+    assert_close(together, expected, 1e-14)
+    assert R.imbalance(routing).item() == pytest.approx(E / 2) and not R.dead_experts(routing).any()
+
+
+WRONG_NUMBERS: list[tuple[Any, str]] = [
+    (lambda r: R.expert_load(replace(r, indices=r.indices + 1)), f"has expert {E}, the experts are 0 ... {E - 1}"),
+    (lambda r: R.coactivation(replace(r, indices=r.indices + 1)), f"has expert {E}"),
+    (lambda r: R.imbalance(replace(r, indices=r.indices - 3)), "has expert -"),
+    (lambda r: R.dead_experts(r, below=-0.5), "below=-0.5"),
+    (lambda r: R.dead_experts(r, below=math.nan), "below=nan"),
+    (lambda r: R.agreement(r, replace(r, num_experts=E + 1, logits=None)), f"of {E} and of {E + 1} experts"),
+    (lambda r: replace(r, num_experts=E + 1), f"are not of {E + 1} experts"),
+    (lambda r: replace(r, mask=torch.ones(N, dtype=torch.long)), "the mask is bool, True for a token, got torch.int64"),
+    (lambda r: plots.plot_coactivation(r, None, layer=3), r"has layers \(0, 1, 2\), not 3"),
+]
+
+
+@pytest.mark.parametrize("call,words", WRONG_NUMBERS, ids=[words[:20] for _, words in WRONG_NUMBERS])
+def test_numbers_that_do_not_exist_are_errors(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(drawn())
 
 
 def test_margins():
@@ -142,6 +176,18 @@ def test_ablate():
         R.ablate([0, 1, 2, 3, 4], top_k=TOP)(4, logits)
     with pytest.raises(ValueError, match="no expert 7"):
         R.ablate([7], top_k=TOP)(0, logits)
+    assert torch.equal(R.ablate(torch.tensor([2, 6]), top_k=TOP)(0, logits)[0], indices)
+    for wrong, words in ((5, "a list of numbers"), ("12", "a list of numbers"), ([1.5], "a whole number, got 1.5"),
+                         ([True], "a whole number"), ({1: 5}, "a list of numbers"), ([-1], "no expert -1")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            R.ablate(wrong, top_k=TOP)(1, logits)  # type: ignore[arg-type]
+    for top_k, words in ((0, "at least 1, got 0"), (2.0, "whole number"), (True, "whole number")):
+        with pytest.raises(ValueError, match=words):
+            R.ablate([1], top_k=top_k)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"ablate\(\) without top_k takes the model's"):
+        R.ablate([1])(0, logits)
+    with pytest.raises(ValueError, match="top_k=8 is more than the 7 experts"):
+        R.force([1], top_k=8)(0, logits)
 
 
 def test_force():
@@ -213,12 +259,46 @@ def test_balance_is_the_best_even_choice():
         assert total >= best - 1e-9 and (counts != [2, 2, 2] or total == pytest.approx(best))
 
 
+def test_settings_of_interventions_that_mean_nothing_are_errors():
+    for make, words in (
+        (lambda: R.sample(temperature=math.nan), "temperature=nan must be positive and finite"),
+        (lambda: R.sample(temperature=math.inf), "temperature=inf"),
+        (lambda: R.sample(seed=2**64), "seed must be a whole number of at most 64 bits"),
+        (lambda: R.sample(seed=1.5), "seed must be a whole number"),  # type: ignore[arg-type]
+        (lambda: R.balance(rounds=0), "rounds must be a whole number of at least 1, got 0"),
+        (lambda: R.bias(torch.full((E,), math.nan)), "hold NaN"),
+        (lambda: R.bias("b"), "values are a tensor"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
+    banned = torch.zeros(E).index_fill(0, torch.tensor([6]), -math.inf)
+    assert not (R.bias(banned, top_k=TOP)(0, skewed())[0] == 6).any()
+
+
 CASE = odd_shape(31, layer_types=[LINEAR, FULL], num_hidden_layers=2, num_experts=E, num_experts_per_tok=TOP)
 INTERVENTIONS = {
     "ablate": lambda: R.ablate({0: [1], 1: [2, 3]}, top_k=TOP), "force": lambda: R.force([4], top_k=TOP),
     "bias": lambda: R.bias(torch.linspace(-2, 2, E), top_k=TOP), "sample": lambda: R.sample(top_k=TOP, temperature=3.0, seed=1),
     "balance": lambda: R.balance(top_k=TOP),
 }  # fmt: skip
+
+
+def test_top_k_is_the_model_s_and_another_one_is_said():
+    model: Any = peer.ours(CASE)
+    peer.draw(model, 2)
+    ids = CASE.ids(1, 5)
+    short = {"ablate": lambda k: R.ablate([1], top_k=k), "force": lambda k: R.force({1: [4]}, top_k=k),
+             "bias": lambda k: R.bias({0: torch.zeros(E)}, top_k=k), "sample": lambda k: R.sample(top_k=k),
+             "balance": lambda k: R.balance(top_k=k)}  # fmt: skip
+    with torch.no_grad():
+        for name, make in short.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                out = model(ids, routing=make(None), output_routing=True)
+            assert out.routing.indices.shape[-1] == TOP
+            assert torch.equal(model(ids, routing=make(TOP)).logits, out.logits)
+            with pytest.warns(UserWarning, match=rf"{name}\(top_k=2\): the model's tokens take 3 experts"):
+                assert model(ids, routing=make(2), output_routing=True).routing.indices.shape[-1] == 2
 
 
 @pytest.mark.parametrize("name", INTERVENTIONS)

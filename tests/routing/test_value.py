@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen35moe.ops.experts import router_choice as router_rule
-from qwen35moe.routing import UNFORCED, Routing, flips, margins
+from qwen35moe.routing import UNFORCED, RouterOutput, Routing, flips, imbalance, margins
 from qwen35moe.routing.file import FORMAT, read_metadata
 from tests.support import peer
 from tests.support.peer import FULL, LINEAR, assert_close, odd_shape
@@ -378,3 +380,51 @@ def test_other_files_raise(tmp_path: Path):
         save_file({"indices": ROWS}, path, metadata={"format": FORMAT, "routing": text})
         with pytest.raises(ValueError, match="must have exactly"):
             Routing.load(path)
+
+
+# ---------------------------------------------------------------------------------------------------- a value
+
+
+def test_routings_are_compared_by_value(model):
+    a, b = recorded(model, LONG).routing, recorded(model, LONG).routing
+    assert a == b and hash(a) == hash(b) and a in [b] and len({a, b}) == 1
+    changed = {
+        "indices": (a.indices + 1) % E, "weights": a.weights * 2, "logits": None, "layers": (0, 1, 3), "shape": None,
+        "mask": torch.ones(11).bool(), "open_ended": True,
+    }  # fmt: skip
+    for name, value in changed.items():
+        assert a != replace(a, **{name: value}), name
+    assert a != replace(a, num_experts=0) and a != "routing" and a.indices_only() != a
+    assert a.indices_only() == replace(a.indices_only(), indices=a.indices.to(torch.int8))  # as an engine sends them
+    assert a != replace(a, weights=a.weights.double())
+    one = replace(a, indices=a.indices[:, :1], weights=None, logits=None, shape=(1, 1))
+    assert one != replace(one, indices=one.indices.expand(-1, 2, -1), shape=(1, 2))
+    assert replace(a, layers=[0, 1, 2], shape=[1, 11]) == a  # type: ignore[arg-type]
+    out = RouterOutput(a.logits[0], a.indices[0], a.weights[0])
+    assert out == RouterOutput(b.logits[0], b.indices[0], b.weights[0]) and hash(out) == hash(replace(out))
+    assert out != RouterOutput(a.logits[1], a.indices[1], a.weights[1])
+
+
+def test_routings_are_copied_and_pickled_without_a_graph(model):
+    """Also one whose weights belong to a graph, as after a training forward."""
+    routing = model(LONG, output_routing=True).routing
+    assert routing.weights.grad_fn is not None
+    for again in (copy.deepcopy(routing), pickle.loads(pickle.dumps(routing)), copy.copy(routing)):
+        assert again == routing
+    again = copy.deepcopy(routing)
+    again.indices.zero_()
+    assert again != routing and again.weights.grad_fn is None
+
+
+def test_a_routing_is_shown_in_one_screen(model):
+    routing = recorded(model, LONG).routing
+    expected = (
+        "Routing(layers [0, 1, 2]; 8 experts, top-2; 11 tokens, batch [1, 11]; indices [3, 11, 2] int64, "
+        "weights [3, 11, 2] float32, logits [3, 11, 8] float32)"
+    )
+    assert repr(routing) == expected
+    long = Routing(torch.zeros(90, 5, 1).long(), mask=torch.arange(5) < 3, open_ended=True)
+    assert len(repr(long)) < 200 and "? experts" in repr(long) and "5 tokens, 2 of them padding, perhaps one more" in repr(long)
+    page = routing._repr_html_()
+    assert page.count("<tr>") == 1 + LAYERS and f"{float(imbalance(routing)[1]):.2f}" in page
+    assert "<table>" not in long._repr_html_() and len(replace(long, num_experts=3)._repr_html_()) < 9000
