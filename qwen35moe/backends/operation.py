@@ -222,7 +222,7 @@ class Operation(Generic[Params, Result]):
         )
         what = f"the implementation {entry.name!r} of {self.name}"
         assert entry.fn is not None
-        return with_second_derivative(what, next(others, None), entry.fn, args, kwargs)
+        return with_second_derivative(what, next(others, None), entry.fn, args, kwargs, cut=not entry.builtin)
 
     def passed_over(self, refused: PassedOver, chosen: Implementation | None = None) -> PassedOver:
         """`refused` and the implementations missing on this machine, in order of preference, up to `chosen`."""

@@ -27,7 +27,7 @@ from qwen35moe.config import Config
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 
 from . import names
-from .assemble import Match, ModelParameter, Plan, checked_patterns, ignored_by, match, parameters_of, parts_in
+from .assemble import Match, ModelParameter, Plan, checked_patterns, match, parameters_of, parts_in
 from .dtypes import FLOATS, checked_dtype, name_of
 from .fill import fill
 from .finite import not_finite
@@ -147,7 +147,7 @@ def _wanted(selection: Selection, ignore: Sequence[str]) -> Callable[[str], bool
     """Whether a stored tensor may be needed; None if all are."""
     if selection.is_everything and not ignore:
         return None
-    return lambda name: ignored_by(ignore, name) is None and selection.needs(name)
+    return lambda name: names.ignored_by(ignore, name) is None and selection.needs(name)
 
 
 def _check_unchanged(path: Path, before: list[tuple[int, ...] | None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 CHECKPOINT = "a checkpoint folder, a Hub name, or tiny (the bundled checkpoint)"
@@ -58,6 +59,19 @@ def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
     """--max-shard-size, for commands that write a checkpoint."""
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
                         help="largest size of a file: 500MB, 2GiB (default: 5GB)")  # fmt: skip
+
+
+def add_ignore(parser: argparse.ArgumentParser) -> None:
+    """--ignore, for commands that read a checkpoint."""
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
+                        help="leave out the tensors of these names, such as 'score.*'; may be repeated")  # fmt: skip
+
+
+def refuse_without_effect(options: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """ValueError if one of these options (None when absent) was given, because it would have no effect."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: no effect, because {reason}: omit {'it' if len(given) == 1 else 'them'}")
 
 
 def add_layouts(parser: argparse.ArgumentParser, default: str, mtp_default: str) -> None:

@@ -77,7 +77,6 @@ class FromPretrained(ForLibraries):
             read["config"] = whole.replace(**fields) if fields else whole
         read["device"] = "cpu" if read["device"] is None else read["device"]
         ours = {name: value for name, value in read.items() if name in given and name not in ("path", "revision")}
-        ours = {name: value for name, value in ours.items() if name not in ("ignore", "check") or value}
         with torch.inference_mode(False):  # parameters made under inference_mode could not be trained
             model = load_model(cls, folder, **ours)
         model.name_or_path = model.config._name_or_path = os.fspath(read["path"])

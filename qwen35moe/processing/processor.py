@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..compat import PROCESSOR, read_keywords, short
 from .batch import BatchEncoding, tensor_kind
-from .chat import ChatOptions, Conversation, conversations, own_template, pieces, read_options, render
+from .chat import ChatOptions, Conversation, check_text_only, conversations, own_template, pieces, read_options, render
 from .files import read_json
 from .images import ImageProcessor, flatten
 from .media import Media
@@ -233,6 +233,7 @@ class Processor:
         named = self._named()
         rows = [pieces(self.tokenizer, template, chat.messages, options, named, bool(special)) for chat in chats]
         if not tokenize:
+            check_text_only({**keywords, **settings.images, **settings.videos})
             texts = [RenderedPrompt(render(template, chat.messages, options, named), row)
                      for chat, row in zip(chats, rows, strict=True)]  # fmt: skip
             return texts if batched else texts[0]

@@ -110,16 +110,3 @@ def test_the_whole_model_compiles_into_one_graph():
     ids = torch.randint(0, 59, (2, 9), generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(compiled(ids).logits, model(ids).logits)
-
-
-def test_the_output_is_a_mapping_of_its_results():
-    model = Qwen3_5MoeForCausalLM(small()).init_weights()
-    ids = torch.arange(8)[None]
-    out = model(ids, labels=ids)
-    assert set(out.keys()) == {"logits", "loss", "last_hidden_state"} and out["loss"] is out.loss
-    alone = model(ids, labels=ids, output_logits=False)
-    assert "logits" not in alone and torch.allclose(alone.loss, out.loss)
-    with pytest.raises(AttributeError, match="output_logits=False"):
-        _ = alone.logits
-    with pytest.raises(ValueError, match="labels"):
-        model(ids, output_logits=False)
