@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,6 @@ from torch import Tensor
 from qwen35moe.cache.ids import with_ids
 from qwen35moe.cache.states import KVCache
 from qwen35moe.cache.value import Cache
-from qwen35moe.config import TextConfig
 from qwen35moe.files import replacing
 
 _FORMAT = "qwen35moe.cache.3"
@@ -38,7 +38,7 @@ def save_cache(cache: Cache, path: str | os.PathLike[str]) -> None:
 
 
 def load_cache(
-    path: str | os.PathLike[str], config: TextConfig, *, device: torch.device | str = "cpu",
+    path: str | os.PathLike[str], config: Any, *, device: torch.device | str = "cpu",
     devices: Sequence[torch.device] | None = None,
 ) -> Cache:
     """Reads a file written by `save_cache`; ValueError with both shapes where it does not fit the configuration."""
