@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..compat import short
 from .options import add_device, add_images, add_max_new_tokens, add_sampling, sampling
 from .streams import checked_text, is_closed, read_line
 from .terminal import TokenTimer, printable
@@ -161,7 +160,7 @@ def _loop(new_conversation: Callable[[], Conversation], media: Media) -> None:
         elif command == "/help":
             print(COMMANDS, file=sys.stderr)
         elif command.startswith("/") and "/" not in command[1:]:
-            _report(f"unknown command {short(command)}. {COMMANDS}", terminal)
+            _report(f"unknown command {command[:40]}. {COMMANDS}", terminal)
         elif line.strip():
             try:
                 _write(conversation.send(line.strip(), media))

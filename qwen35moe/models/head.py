@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from qwen35moe import ops
@@ -52,8 +53,9 @@ def linear_loss(
 
 
 def is_plain_linear(head: Any) -> bool:
-    """Whether a head is F.linear with its weight and nothing else."""
-    return isinstance(head, nn.Linear) and head.bias is None and is_plain(head, nn.Linear)
+    """Whether a head is F.linear with its weight and nothing else. Quantised and sharded weights are tensors of other kinds."""
+    plain = isinstance(head, nn.Linear) and head.bias is None and is_plain(head, nn.Linear)
+    return plain and not is_traceable_wrapper_subclass(head.weight)
 
 
 def dtype_of(module: Any) -> torch.dtype | None:

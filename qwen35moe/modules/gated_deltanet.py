@@ -109,7 +109,7 @@ class GatedDeltaNet(FP32Parameters):
             if layout.lengths is not None and not keeps(self, GatedDeltaNet, ("_gates",)):
                 decay, beta = _without_padding(decay, layout), _without_padding(beta, layout)
             core, recurrent_state = self.delta_rule(query, key, value, decay, beta, recurrent_state, layout.cu_seqlens)
-            recurrent_state = tap(self, "state", recurrent_state)
+            recurrent_state = self._tapped_state(recurrent_state)
             if context.attentions or tapped(self, ("scores",)):
                 core, weights = self._attention_map(core, query, key, value, decay, beta, layout)
             normed = self.norm(tap(self, "core", core), gate)
@@ -149,7 +149,7 @@ class GatedDeltaNet(FP32Parameters):
         if result is None:
             return None
         normed, conv_state, recurrent_state = result
-        return normed[:, None], DeltaNetUpdate(conv_state, tap(self, "state", recurrent_state))
+        return normed[:, None], DeltaNetUpdate(conv_state, self._tapped_state(recurrent_state))
 
     def delta_rule(
         self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None,
@@ -163,6 +163,10 @@ class GatedDeltaNet(FP32Parameters):
         return ops.gated_delta_rule(
             query, key, value, decay=decay, beta=beta, state=state, cu_seqlens=cu_seqlens, caller=self
         )
+
+    def _tapped_state(self, state: Tensor) -> Tensor:
+        """The state after the tap `state`; a copy of a patched one, which the cache is to own."""
+        return tap(self, "state", state).clone() if patched(self, "state") else tap(self, "state", state)
 
     def _is_recordable(self, decay: Tensor) -> bool:
         """Whether a rollback can run these tokens again: it knows the built-in convolution and rule, and no patched state."""

@@ -276,3 +276,53 @@ def test_several_answers_on_the_real_model(pair: tuple[Any, Any, Any]) -> None:
     for row in range(4):
         alone = model.generate(prompts[row // 2], seed=row_seed(5, row), **options)[0, len(prompts[row // 2]) :]
         assert torch.equal(out[row, 7 : 7 + len(alone)], alone)
+
+
+def test_a_cache_of_another_text_is_refused(pair: tuple[Any, Any, Any]) -> None:
+    """Nothing is computed and the cache stays as it was; the right continuation goes on from it."""
+    case, model, _ = pair
+    first, other = case.ids(2, 6), case.ids(2, 6, salt=1)
+    rest = case.ids(2, 3, salt=2)
+    assert not torch.equal(first[1], other[1])
+    options: dict[str, Any] = dict(max_new_tokens=4, eos_token_id=[])
+    expected = model.generate(torch.cat([first, rest], 1), **options)
+    for max_length in (None, 20):
+        cache = model.new_cache(2, max_length=max_length)
+        with torch.no_grad():
+            model(first, cache=cache)
+        for wrong, words in (
+            (torch.cat([other, rest], 1), "row 0: token 0 of the prompt is .*belongs to another text"),
+            (torch.cat([torch.stack([first[0], other[1]]), rest], 1), "row 1: token"),
+            (torch.cat([first[:, :5], rest], 1), r"row \d: token 5 of the prompt"),
+            (first, "row 0: the cache already holds 6 tokens and input_ids has 6.*at least one token more"),
+            (first[:, :4], "already holds 6 tokens and input_ids has 4"),
+            (torch.cat([first, rest], 1)[:1], "cache is for 2 rows, the prompt has 1"),
+        ):
+            for call in (model.generate, model.stream):
+                with pytest.raises(ValueError, match=words):
+                    call(wrong, cache=cache, **options)
+            assert cache.lengths.tolist() == [6, 6]
+        padded = torch.cat([torch.full((2, 2), 1), first, rest], 1)
+        mask = torch.cat([torch.zeros(2, 2), torch.ones(2, 9)], 1).long()
+        with pytest.raises(ValueError, match="row 0: token 0 of the prompt is 1"):
+            model.generate(padded, cache=cache, **options)  # without its mask the padding is text
+        out = model.generate(padded, mask, cache=cache, **options)
+        assert torch.equal(out[:, 2:], expected)
+
+
+def test_a_cache_that_was_rolled_back_or_reordered_has_the_text_of_its_rows(pair: tuple[Any, Any, Any]) -> None:
+    case, model, _ = pair
+    ids = case.ids(2, 7)
+    options: dict[str, Any] = dict(max_new_tokens=3, eos_token_id=[])
+    cache = model.new_cache(2, record=4)
+    out = model.generate(ids, cache=cache, **options)
+    cache.rollback(3)
+    changed = torch.cat([ids[:, :6], case.ids(2, 2, salt=5)], 1)
+    assert torch.equal(model.generate(changed, cache=cache, **options), model.generate(changed, **options))
+    cache = model.new_cache(2)
+    model.generate(ids, cache=cache, **options)
+    cache.reorder([1, 0])
+    longer = torch.cat([out, case.ids(2, 2, salt=6)], 1)
+    with pytest.raises(ValueError, match="belongs to another text"):
+        model.generate(longer, cache=cache, **options)
+    assert torch.equal(model.generate(longer.flip(0), cache=cache, **options), model.generate(longer.flip(0), **options))

@@ -82,6 +82,7 @@ def test_generation_until_a_stop_string(harness: Any) -> None:
     assert cut == [found[0].split(stop)[0]]
 
 
+@pytest.mark.slow
 def test_a_task_from_local_data(harness: Any, tmp_path: Path) -> None:
     lm_eval: Any = pytest.importorskip("lm_eval")
     from lm_eval.api.task import ConfigurableTask

@@ -151,7 +151,7 @@ def test_hooks_of_the_backward_run_under_checkpointing_too(model):
         seen: list[str] = []
         for name in PARTS:
             if name not in ("embed_tokens", "layers.0", "layers.1.self_attn", "layers.0.linear_attn"):
-                module(one, name).register_full_backward_hook(lambda m, i, o, name=name: seen.append(name))
+                module(one, name).register_full_backward_hook(lambda m, i, o, name=name, seen=seen: seen.append(name))
         one(IDS, labels=IDS).loss.backward()
         assert {name.rsplit(".", 1)[-1] for name in seen} >= {"conv1d", "norm", "q_proj", "shared_expert", "input_layernorm"}
 
@@ -245,7 +245,10 @@ class OddLinear(nn.Linear):
         return super().forward(x).tanh()
 
 
-@pytest.mark.parametrize("name", [name for name in PARTS if name.endswith(("proj", "proj_qkv", "proj_z", "proj_a", "expert_gate"))])
+LINEARS = [name for name in PARTS if name.endswith(("proj", "proj_qkv", "proj_z", "proj_a", "expert_gate"))]
+
+
+@pytest.mark.parametrize("name", LINEARS)
 def test_a_wrapper_around_a_projection(model, plain, name):
     parent, _, leaf = name.rpartition(".")
     setattr(module(model, parent), leaf, LoRA(module(model, name)))
