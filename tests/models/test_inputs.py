@@ -113,3 +113,21 @@ def test_a_model_is_exported(strict: bool) -> None:
     exported = torch.export.export(Logits(), (ids,), strict=strict)
     with torch.no_grad():
         assert torch.equal(exported.module()(ids), made(ids).logits)
+
+
+@pytest.mark.parametrize("room", [None, 16], ids=["growing", "static"])
+def test_cached_steps_and_other_lengths_compile_into_one_graph(room: int | None, fresh_dynamo: None) -> None:
+    """fullgraph: a prefill of a second length, and cached tokens one after the other."""
+    made = Qwen3_5MoeForCausalLM(model().config.text_only()).init_weights().eval()
+    compiled = torch.compile(made, fullgraph=True, backend="eager")
+    ids = torch.randint(0, 48, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if room is None:
+            for length in (7, 9):
+                assert torch.equal(compiled(ids[:, :length]).logits, made(ids[:, :length]).logits)
+        caches = [made.new_cache(2, room) for _ in range(2)]
+        for cache in caches:
+            made(ids[:, :4], cache=cache)
+        for t in range(4, 7):
+            actual, expected = (m(ids[:, t : t + 1], cache=c).logits for m, c in zip((compiled, made), caches, strict=True))
+            assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
