@@ -104,7 +104,7 @@ def test_translated_keywords() -> None:
     with pytest.raises(ValueError, match="num_return_sequences=2 and n=3, which mean the same: give n"):
         generate(model, ids, num_return_sequences=2, n=3, do_sample=True)
     with pytest.raises(ValueError, match="inputs=.* and input_ids=.* mean the same"):
-        generate(model, inputs=ids, input_ids=ids.clone())
+        generate(model, inputs=ids, input_ids=ids + 1)
     assert answer(cache_implementation="dynamic") == answer(cache_implementation="static") == answer()
     with pytest.raises(ValueError, match="stop=.*pass tokenizer="):
         generate(model, ids, stop_strings=["x"])
