@@ -122,6 +122,8 @@ def _check_head(inputs: CausalLMInputs, batch: int, tokens: int, vocabulary: int
             if wrong.numel():
                 raise ValueError(f"label {int(wrong[0])} is neither {IGNORE} nor in the vocabulary 0 ... {vocabulary - 1}")
     if not isinstance(keep, Tensor):
+        if isinstance(keep, bool) or not hasattr(keep, "__index__"):
+            raise ValueError(f"logits_to_keep is a number or integers [positions], got a {type(keep).__name__}")
         if keep < 0:
             raise ValueError(f"logits_to_keep={keep} must be a number of positions >= 0")
         return
