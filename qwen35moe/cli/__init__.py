@@ -1,4 +1,4 @@
-"""The command line: `qwen35moe generate | chat | inspect | routing | convert | tiny | backends | demo`.
+"""The command line: `qwen35moe generate | chat | inspect | routing | convert | adapter | tiny | backends | demo`.
 
 Each command is a file of this package with HELP, add_arguments(parser) and run(options). Errors are one line on standard error
 and exit status 2; --debug shows the traceback. torch is imported by the commands, not for --help.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import backends, chat, convert, demo, generate, inspect, routing, tiny
+from . import adapter, backends, chat, convert, demo, generate, inspect, routing, tiny
 
 COMMANDS = {
     "generate": generate,
@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": inspect,
     "routing": routing,
     "convert": convert,
+    "adapter": adapter,
     "tiny": tiny,
     "backends": backends,
     "demo": demo,
@@ -37,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Warnings of the library (parts that are not loaded, implementations that cannot run) as plain lines.
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(message)s")
     try:
-        options.run(options)
+        status = options.run(options)
         sys.stdout.flush()
-        return 0
+        return status or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
