@@ -92,4 +92,5 @@ def register(register: Callable[..., None]) -> None:
     """Registers ahead of all others: an installed package was built for this machine."""
     missing = runtime.package_missing("causal_conv1d", "pip install causal-conv1d")
     before = "triton" if runtime.place("cpu") else "cpu"
-    register("short_convolution", "causal_conv1d", short_convolution, unsupported, before=before, missing=missing)
+    options = {"before": before, "missing": missing, **runtime.FIRST_ORDER}
+    register("short_convolution", "causal_conv1d", short_convolution, unsupported, **options)

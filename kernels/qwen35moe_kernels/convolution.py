@@ -190,5 +190,5 @@ _operation.register_autograd(_differentiate, setup_context=_save)
 
 def register(register: Callable[..., None]) -> None:
     """Registers ahead of the PyTorch forms."""
-    missing, place = runtime.missing(), runtime.place("cpu")
-    register("short_convolution", "triton", short_convolution, unsupported, before=place, missing=missing)
+    options = {"before": runtime.place("cpu"), "missing": runtime.missing(), **runtime.FIRST_ORDER}
+    register("short_convolution", "triton", short_convolution, unsupported, **options)

@@ -258,5 +258,5 @@ def register(register: Callable[..., None]) -> None:
     missing = runtime.missing()
     register(
         "gated_delta_rule", "triton", None if missing else gated_delta_rule, unsupported,
-        before=runtime.place("chunked_cpu"), missing=missing,
+        before=runtime.place("chunked_cpu"), missing=missing, **runtime.FIRST_ORDER,
     )  # fmt: skip

@@ -298,7 +298,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)  # no zero gradients for the saved outputs
 
 
-def _differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
     needed = ctx.needs_input_grad
     *grads, dweights = _gradient(dy, *ctx.saved_tensors, list(needed[:3]))
     returned = (grad if need else None for grad, need in zip(grads, needed, strict=False))
@@ -310,4 +312,5 @@ _operation.register_autograd(_differentiate, setup_context=_save)
 
 def register(register: Callable[..., None]) -> None:
     """Registers ahead of the PyTorch forms."""
-    register("experts", "triton", experts, unsupported, before=runtime.place("gathered"), missing=runtime.missing())
+    options = {"before": runtime.place("gathered"), "missing": runtime.missing()}
+    register("experts", "triton", experts, unsupported, **options, **runtime.FIRST_ORDER)

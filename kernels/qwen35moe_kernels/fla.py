@@ -129,5 +129,6 @@ def register(register: Callable[..., None]) -> None:
     before = "triton" if runtime.place("chunked_cpu") else "chunked_cpu"
     reason = missing()
     register(
-        "gated_delta_rule", "fla", None if reason else gated_delta_rule, unsupported, before=before, missing=reason
+        "gated_delta_rule", "fla", None if reason else gated_delta_rule, unsupported, before=before, missing=reason,
+        **runtime.FIRST_ORDER,
     )  # fmt: skip

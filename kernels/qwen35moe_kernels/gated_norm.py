@@ -110,4 +110,4 @@ _operation.register_autograd(_differentiate, setup_context=_save)
 def register(register: Callable[..., None]) -> None:
     """Registers ahead of the PyTorch forms."""
     missing, place = runtime.missing(), runtime.place("cpu")
-    register("gated_rms_norm", "triton", gated_rms_norm, unsupported, before=place, missing=missing)
+    register("gated_rms_norm", "triton", gated_rms_norm, unsupported, before=place, missing=missing, **runtime.FIRST_ORDER)

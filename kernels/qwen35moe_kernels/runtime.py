@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 TRITON = (3, 6)  # the oldest version whose language these kernels use
+# Options of `register` for a kernel with a backward of its own: no transform of torch.func, no derivative of the backward.
+FIRST_ORDER: dict[str, Any] = {"transforms": (), "double_backward": False}
 NO_DEVICE = "there is no CUDA device"
 
 

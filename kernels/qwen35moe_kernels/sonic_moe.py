@@ -96,4 +96,5 @@ def register(register: Callable[..., None]) -> None:
     """Registers ahead of all others, for batches as large as those of training."""
     missing = runtime.package_missing("sonicmoe", _HOW, distribution="sonic-moe", oldest=_OLDEST)
     before = "triton" if runtime.place("gathered") else "gathered"
-    register("experts", "sonic_moe", experts, unsupported, before=before, missing=missing, slower=slower)
+    options = {"before": before, "missing": missing, "slower": slower}
+    register("experts", "sonic_moe", experts, unsupported, **options, **runtime.FIRST_ORDER)

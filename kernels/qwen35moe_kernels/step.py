@@ -109,5 +109,5 @@ def register(register: Callable[..., None]) -> None:
     """Registers ahead of the definition, which composes the other operations."""
     register(
         "delta_net_step", "triton", delta_net_step, unsupported, before=runtime.place("fused_cpu"),
-        missing=runtime.missing(), skips=SKIPS, differentiable=False,
+        missing=runtime.missing(), skips=SKIPS, differentiable=False, transforms=(),
     )  # fmt: skip

@@ -101,6 +101,7 @@ def short_convolution_cases(dtype: torch.dtype, device: str, generator: torch.Ge
         x, weight, state = draw(B, T, C), draw(C, W), draw(B, C, W - 1)
         yield (x, weight), {}
         yield (x, weight), {"state": state}
+        yield (x, weight), {"state": state, "lengths": draw.integers([T] * B)}
         if B == 1:
             bounds = draw.integers([0, 1, 3, 40, T])
             yield (x, weight), {"cu_seqlens": bounds, "state": state.expand(4, -1, -1).contiguous()}
@@ -142,13 +143,21 @@ def router_cases(dtype: torch.dtype, device: str, generator: torch.Generator) ->
 
 
 def experts_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
-    """Few and many tokens per expert, every expert chosen, and widths that grouped_mm takes."""
+    """Few and many tokens per expert, every expert chosen, widths that grouped_mm takes, and an active tap."""
     draw = Draw(dtype, device, generator)
     for N, D, F, E, top_k in ((7, 12, 5, 6, 2), (1, 8, 3, 4, 4), (70, 16, 8, 3, 1), (9, 24, 16, 5, 2)):
         scores = torch.rand(N, E, generator=generator)
         indices = scores.topk(top_k, dim=-1).indices.to(device)
         weights = draw.cast(draw.uniform(N, top_k))
-        yield (draw(N, D), draw(E, 2 * F, D), draw(E, D, F), indices, weights), {}
+        args = draw(N, D), draw(E, 2 * F, D), draw(E, D, F), indices, weights
+        yield args, {}
+        if N == 7:
+            yield args, {"tap": replaced_values}
+
+
+def replaced_values(name: str, value: Tensor) -> Tensor:
+    """A tap that replaces the three values of the experts: an implementation that does not call it gives another result."""
+    return value * {"expert_in": 0.5, "expert_act": -2.0, "expert_out": 1.5}[name]
 
 
 def linear_cross_entropy_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:

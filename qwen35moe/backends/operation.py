@@ -96,7 +96,7 @@ class Implementation:
             return reason
         if self.missing:
             return self.missing
-        if ACTIVE_TAPS and self.skips and (reason := self._tapped(kwargs, caller)):
+        if self.skips and (ACTIVE_TAPS or kwargs.get("tap") is not None) and (reason := self._tapped(kwargs, caller)):
             return reason
         if self.transforms is not TRANSFORMS and not torch.compiler.is_compiling() and (
             interpreter() is not None or forward_ad._current_level >= 0  # as `transforming`, in fewer calls
@@ -222,7 +222,7 @@ class Operation(Generic[Params, Result]):
         )
         what = f"the implementation {entry.name!r} of {self.name}"
         assert entry.fn is not None
-        return with_second_derivative(what, next(others, None), entry.fn, args, kwargs)
+        return with_second_derivative(what, next(others, None), entry.fn, args, kwargs, cut=not entry.builtin)
 
     def passed_over(self, refused: PassedOver, chosen: Implementation | None = None) -> PassedOver:
         """`refused` and the implementations missing on this machine, in order of preference, up to `chosen`."""

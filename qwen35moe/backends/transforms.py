@@ -17,9 +17,10 @@ from torch.autograd import forward_ad
 TRANSFORMS = ("grad", "jvp", "vmap")  # of torch.func (grad: also vjp, jacrev, ...); jvp: also torch.autograd.forward_ad
 
 # None outside torch.func. A function of C, because every call of a conditional implementation asks.
-interpreter: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+interpreter: Callable[[], object] = _functorch.peek_interpreter_stack
 # Of torch.autograd.grad(is_grads_batched=True), which batches without torch.func.
-_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+_is_batched: Callable[[Tensor], bool] = _functorch.is_legacy_batchedtensor
 
 
 def transforming() -> bool:
@@ -29,7 +30,7 @@ def transforming() -> bool:
 
 def active_transforms() -> tuple[str, ...]:
     """Those of `TRANSFORMS` that are active."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
+    stack = _functorch.get_interpreter_stack() or ()
     names = {level.key().name.lower() for level in stack}
     if forward_ad._current_level >= 0:
         names.add("jvp")
@@ -37,14 +38,18 @@ def active_transforms() -> tuple[str, ...]:
 
 
 def with_second_derivative(
-    name: str, composable: Callable[..., Any] | None, fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+    name: str, composable: Callable[..., Any] | None, fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], cut: bool
 ) -> Any:
     """fn(*args, **kwargs), whose own backward gives the first derivative and that of `composable` all higher ones.
 
     composable: the same function in a form that autograd can differentiate any number of times; None: there is none, and a
-    second derivative raises ValueError. name: of the implementation and operation, for the error.
+    second derivative raises ValueError. name: of the implementation and operation, for the error. cut: whether fn's backward
+    would add the gradient of zero, or an error, to a second derivative (it does not return None for no gradient).
     """
-    result = fn(*args, **kwargs)
+    if cut and any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
+        result = fn(*map(_first_order, args), **{key: _first_order(x) for key, x in kwargs.items()})
+    else:
+        result = fn(*args, **kwargs)
     outputs = result if isinstance(result, tuple) else (result,)
     differentiable = [i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.requires_grad]
     if not differentiable:
@@ -71,6 +76,23 @@ def with_second_derivative(
     for i, x in zip(differentiable, tracked, strict=True):  # pyright: ignore[reportArgumentType]
         merged[i] = x
     return tuple(merged) if isinstance(result, tuple) else merged[0]
+
+
+def _first_order(x: Any) -> Any:
+    return _FirstOrder.apply(x) if isinstance(x, Tensor) and x.requires_grad else x
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The identity. Its backward lets gradients through unless they are differentiated: `_Composable` gives those."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        return None if torch.is_grad_enabled() else grads[0]
 
 
 class _Composable(torch.autograd.Function):

@@ -2,11 +2,13 @@
 
 The error of a tensor a against the reference b is max|a-b| / max|b|. An implementation passes a case if the largest error of
 its outputs and of its gradients is within `BOUNDS` for the dtype, or within twice the error of the definition in that dtype,
-whichever is larger. Integer outputs (the indices of the router) must be equal: cases of such operations have no ties.
+whichever is larger, and if it has left its arguments unchanged. It is called as the modules call it, with every keyword.
+Integer outputs (the indices of the router) must be equal: cases of such operations have no ties.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -132,7 +134,10 @@ def compare(
 ) -> Iterator[Row]:
     """One row for each implementation and case."""
     generator = torch.Generator().manual_seed(seed)
-    for number, arguments in enumerate(cases(dtype, device, generator)):
+    parameters = inspect.signature(definition).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    for number, (given, options) in enumerate(cases(dtype, device, generator)):
+        arguments = given, defaults | options
         reference = _run(definition, arguments, torch.float64, seed)
         forward, backward = _errors(_run(definition, arguments, None, seed), reference)
         bounds = (max(BOUNDS[dtype][0], 2 * forward), max(BOUNDS[dtype][1], 2 * backward))
@@ -145,7 +150,8 @@ def compare(
                 yield replace(row, reason=reason)
                 continue
             try:
-                result = _run(entry.fn, arguments, None, seed, backward=entry.differentiable)
+                names = [p.name for p in parameters]
+                result = _run(entry.fn, arguments, None, seed, backward=entry.differentiable, names=names)
                 forward, backward = _errors(result, reference)
             except Exception as error:  # reported as a row, so that the other implementations are compared too
                 yield replace(row, forward=float("inf"), failure=f"{type(error).__name__}: {error}")
@@ -154,7 +160,7 @@ def compare(
 
 
 def _copies(arguments: Arguments, dtype: torch.dtype | None, grad: bool = True) -> Arguments:
-    """Copies of the arguments as leaves, because an implementation may write to a state; floats in `dtype` if not None."""
+    """Copies of the arguments as leaves; floats in `dtype` if not None."""
 
     def copy(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -181,13 +187,16 @@ def _run(
     dtype: torch.dtype | None,
     seed: int,
     backward: bool = True,
+    names: Sequence[str] | None = None,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Outputs, and the gradients of every floating-point input for a fixed random gradient of the outputs, which is the same
-    for every implementation (None without a backward)."""
+    for every implementation (None without a backward). With the parameters' `names`: ValueError if `fn` changes an argument."""
     args, kwargs = _copies(arguments, dtype, grad=backward)
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
     with torch.set_grad_enabled(backward):
         outputs = list(_tensors(fn(*args, **kwargs)))
+    if names is not None:
+        _check_unchanged(arguments, (args, kwargs), names)
     if not backward:
         return outputs, None
     generator = torch.Generator().manual_seed(seed + 1)
@@ -202,6 +211,14 @@ def _run(
         return outputs, []
     grads = torch.autograd.grad(roots, inputs, d_outputs, allow_unused=True)
     return outputs, [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]
+
+
+def _check_unchanged(before: Arguments, after: Arguments, names: Sequence[str]) -> None:
+    """ValueError if a tensor of `after` is not equal to that of `before`: the caller may go on using it."""
+    pairs = [*zip(names, before[0], after[0], strict=False), *((n, x, after[1][n]) for n, x in before[1].items())]
+    changed = [name for name, x, y in pairs if isinstance(x, Tensor) and not torch.equal(x, y)]
+    if changed:
+        raise ValueError(f"it changed its argument {', '.join(changed)}; callers go on using their tensors: write to a copy")
 
 
 def _errors(result: tuple, reference: tuple) -> tuple[float, float]:

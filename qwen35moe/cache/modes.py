@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 
+def in_inference_mode() -> bool:
+    """torch.is_inference_mode_enabled(), which torch.compile cannot trace: there a constant of the trace."""
+    return torch.is_inference_mode_enabled()
+
+
+in_inference_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]  # guarded by the inputs' dispatch keys
+
+
 def ordinary_tensors() -> AbstractContextManager[object]:
     """Inside, new tensors are no inference tensors: those cannot be written outside of inference_mode, nor saved for a
     backward, and a cache is used in every mode."""

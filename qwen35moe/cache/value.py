@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen35moe.cache.ids import check_prompt, empty_ids, with_tokens
-from qwen35moe.cache.modes import copied, ordinary, ordinary_tensors
+from qwen35moe.cache.modes import copied, in_inference_mode, ordinary, ordinary_tensors
 from qwen35moe.cache.rollback import RollbackLog, checked_count
 from qwen35moe.cache.snapshot import Snapshot, rows, share_tensors
 from qwen35moe.cache.states import STATIC_GRADIENT, DeltaNetState, DeltaNetUpdate, KVCache, LayerState, empty_state
@@ -102,17 +102,21 @@ class Cache:
             device = layout.position_ids.device
             raise ValueError(f"the cache is on {self.lengths.device}, the input on {device}: make one with model.new_cache")
         self._prepare()
-        if self.max_length is None:
-            return
+        if self.max_length is not None:
+            self._check_length(layout, self.max_length)
+        for snapshot in self._live_snapshots():  # a forward writes before it commits
+            snapshot.stale = snapshot.stale or (snapshot.rewound and not snapshot.apart)
+
+    def _check_length(self, layout: TokenLayout, room: int) -> None:
         if layout.lengths is None:
             longest = layout.tokens + (self._longest if self._common_length is None else self._common_length)
-            if longest > self.max_length and self._common_length is None:
+            if longest > room and self._common_length is None:
                 longest = int(self.lengths.max()) + layout.tokens
         else:
             longest = int((self.lengths + layout.lengths).max())
-        if longest > self.max_length:
+        if longest > room:
             raise ValueError(
-                f"the longest row would hold {longest} tokens, the cache has room for {self.max_length}: "
+                f"the longest row would hold {longest} tokens, the cache has room for {room}: "
                 f"make one with new_cache({self.batch_size}, max_length={longest}) or more"
             )
 
@@ -125,9 +129,7 @@ class Cache:
                     raise ValueError(STATIC_GRADIENT)
         if self._read.copies:
             self._settle()
-        for snapshot in self._live_snapshots():
-            snapshot.stale = snapshot.stale or (snapshot.rewound and not snapshot.apart)
-        self._inference = self._inference or torch.is_inference_mode_enabled()
+        self._inference = self._inference or in_inference_mode()
         if layout.lengths is None:
             self.lengths = self.lengths + layout.tokens
             self._common_length = None if self._common_length is None else self._common_length + layout.tokens
@@ -211,7 +213,7 @@ class Cache:
             self._read.check()
         if self._read.copies:
             self._settle()
-        if self._inference and not torch.is_inference_mode_enabled():
+        if self._inference and not in_inference_mode():
             self._inference = False
             self.lengths, self._ids = ordinary(self.lengths), ordinary(self._ids)
             self.rope_delta = None if self.rope_delta is None else ordinary(self.rope_delta)
@@ -268,6 +270,8 @@ class Cache:
                 old.length = new.length
             else:
                 self.replace_state(index, new.snapshot())
+            if isinstance(state := self._layers[index], KVCache):
+                state.behind = True
         for other in self._live_snapshots():
             other.apart = other.apart and not share_tensors(other, snapshot)
         self.lengths, self._ids, self.seen, self._longest = snapshot.lengths, snapshot.ids, snapshot.seen, snapshot.longest
@@ -282,7 +286,8 @@ class Cache:
             other.rewound = self.lengths.shape != other.lengths.shape or bool((self.lengths < other.lengths).any())
 
     def _live_snapshots(self) -> list[Snapshot]:
-        return [snapshot for ref in self._snapshots if (snapshot := ref()) is not None]
+        snapshots = [ref() for ref in self._snapshots]  # torch.compile cannot trace an assignment inside a comprehension
+        return [snapshot for snapshot in snapshots if snapshot is not None]
 
     def rollback(self, tokens: int | Tensor) -> None:
         """Removes the last `tokens` tokens of every row (int) or of each row (tensor [B]).
@@ -313,8 +318,8 @@ class Cache:
         self._longest = int(self.lengths.max())
         for layer in self._layers:
             if isinstance(layer, KVCache):
-                layer.length = self._longest
-        self._inference = self._inference or torch.is_inference_mode_enabled()
+                layer.length, layer.behind = self._longest, True
+        self._inference = self._inference or in_inference_mode()
         self._mark_rewound()
         self._refresh()
 
@@ -378,7 +383,7 @@ class Cache:
         for layer in self._layers:
             if isinstance(layer, KVCache):
                 layer.length = self._longest
-        self._inference = self._inference or torch.is_inference_mode_enabled()
+        self._inference = self._inference or in_inference_mode()
         for snapshot in self._live_snapshots():
             if self.max_length is None:
                 snapshot.apart = True  # the cache has new tensors
@@ -395,7 +400,7 @@ class Cache:
 
     @staticmethod
     def load(
-        path: str | os.PathLike[str], config: TextConfig, *, device: torch.device | str = "cpu",
+        path: str | os.PathLike[str], config: Any, *, device: torch.device | str = "cpu",
         devices: Sequence[torch.device] | None = None,
     ) -> Cache:
         """Reads a file written by `save`, for a model of this configuration; devices: one per layer, as for a new cache."""

@@ -27,7 +27,7 @@ from qwen35moe.ops.losses import IGNORE, cross_entropy, shift_labels
 from qwen35moe.ops.mrope import rotary_tables
 from qwen35moe.ops.precision import wide_dtype
 from qwen35moe.ops.rope import inverse_frequencies
-from qwen35moe.taps import tap
+from qwen35moe.taps import note_rows, tap
 
 
 class Qwen3_5MoeTextModel(PretrainedModel):
@@ -75,6 +75,7 @@ class Qwen3_5MoeTextModel(PretrainedModel):
     def run_layers(self, inputs: TextInputs, layout: TokenLayout, embeds: Tensor) -> DecoderOutput:
         """Layers and final norm of a checked call, from embeddings [B, T, D]; updates the cache."""
         cache, device_map = inputs.cache, self.device_map
+        note_rows((layout.rows, layout.tokens), layout.lengths)
         hidden = tap(self, "embed", layout.arrange(embeds))
         rotation = self.rotation(layout.position_ids, hidden)
         forced = None if inputs.routing is None else forced_routing(inputs.routing, layout, self)
@@ -100,10 +101,8 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         """cos and sin [rows, tokens, R/2] of positions [3, rows, tokens] (M-RoPE), shared by all attention layers."""
         text, dtype, device = self.config.text_config, wide_dtype(hidden), hidden.device
         rope = text.rope
-        frequencies, scale = inverse_frequencies(
-            rope, text.rotary_dim, text.max_position_embeddings, dtype=dtype, device=device
-        )
-        return rotary_tables(position_ids.to(device), frequencies, rope.mrope_section, scale)
+        frequencies, scale = inverse_frequencies(rope, text.rotary_dim, text.max_position_embeddings, device=device)
+        return rotary_tables(position_ids.to(device), frequencies, rope.mrope_section, scale, dtype)
 
 
 class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):

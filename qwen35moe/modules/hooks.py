@@ -36,9 +36,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def keeps(module: nn.Module, kind: type[nn.Module], methods: Iterable[str]) -> bool:
     """Whether a module has these methods of `kind`, replaced neither in a subclass nor in the instance."""
     cls, own = type(module), module.__dict__
-    if cls is kind:
-        return own.keys().isdisjoint(methods)
-    return own.keys().isdisjoint(methods) and all(getattr(cls, name) is getattr(kind, name) for name in methods)
+    for name in methods:  # a loop, which torch.compile traces, unlike `isdisjoint`
+        if name in own or (cls is not kind and getattr(cls, name) is not getattr(kind, name)):
+            return False
+    return True
 
 
 def _inherits(cls: type[nn.Module], kind: type[nn.Module]) -> bool:

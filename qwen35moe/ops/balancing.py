@@ -80,12 +80,10 @@ def router_z_loss(
     """
     if len(logits) == 0:
         raise ValueError("the z-loss needs the logits of at least one layer")
-    weights = [_token_weights(layer, mask) for layer in logits]
-    squares = torch.stack([
-        _of_counted(layer, mask).to(w.dtype).logsumexp(-1).square() for layer, w in zip(logits, weights, strict=True)
-    ])  # [L, N]
-    counts = weights[0].to(squares)
-    squares = torch.where(counts > 0, squares * counts, 0)
+    wide = torch.stack([_counting(layer.to(wide_dtype(layer)), mask) for layer in logits])
+    squares = wide.logsumexp(-1).square()  # [L, N]
+    counts = torch.ones_like(squares[0]) if mask is None else mask.to(squares)
+    squares = squares * counts
     layers = squares.sum(1) / (counts.sum().clamp(min=1) if num_tokens is None else num_tokens)
     return layers if per_layer else layers.mean()
 
@@ -97,7 +95,7 @@ def load_imbalance(indices: Sequence[Tensor] | Tensor, num_experts: int, *, mask
     layers = []
     for chosen in indices:
         weights = _token_weights(chosen.float(), mask)
-        layers.append(_counts(_of_counted(chosen, mask).long(), weights, num_experts))
+        layers.append(_counts(_counting(chosen, mask).long(), weights, num_experts))
     counts = torch.stack(layers)
     return num_experts * counts.amax(1) / counts.sum(1).clamp(min=1)
 
@@ -107,7 +105,7 @@ def sequence_numbers(shape: tuple[int, int], cu_seqlens: Tensor | None = None) -
     one row."""
     rows, tokens = shape
     if cu_seqlens is None:
-        return torch.arange(rows).repeat_interleave(tokens)
+        return torch.arange(rows, device="cpu").repeat_interleave(tokens)
     positions = torch.arange(rows * tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens, positions, right=True) - 1
 
@@ -142,7 +140,7 @@ class LoadBalance:
         self.num_experts, self.per_layer, self.normalize = num_experts, per_layer, normalize
         self.counts: Tensor | None = None  # [L, E] assignments to experts, float64: exact up to 2^53
         self.probabilities: Tensor | None = None  # [L, E] sums of p_e over the tokens of all shares so far
-        self.tokens = torch.zeros((), dtype=torch.float64)
+        self.tokens = torch.zeros((), dtype=torch.float64, device="cpu")
         self.top_k = 0  # 0 before the first count
 
     @torch.no_grad()
@@ -152,7 +150,7 @@ class LoadBalance:
             raise ValueError(f"this part has {indices.shape[-1]} experts per token, the parts before it have {self.top_k}")
         token_weights = torch.ones(indices.shape[1], device=indices.device) if mask is None else mask.to(indices.device)
         token_weights = token_weights.double()
-        part = torch.stack([_counts(_of_counted(layer, mask).long(), token_weights, self.num_experts) for layer in indices])
+        part = torch.stack([_counts(_counting(layer, mask).long(), token_weights, self.num_experts) for layer in indices])
         self.counts = part if self.counts is None else self.counts + part.to(self.counts.device)
         self.tokens = self.tokens.to(part.device) + token_weights.sum()
         self.top_k = indices.shape[-1]
@@ -215,9 +213,8 @@ def _sums(
     """Of one layer and each group: assignments [groups, E], sums of probabilities [groups, E], tokens [groups]."""
     token_weights, (tokens, experts) = _token_weights(logits, mask), logits.shape
     group = torch.zeros(tokens, dtype=torch.long, device=logits.device) if sequences is None else sequences.to(logits.device)
-    chosen = group[:, None] * experts + _of_counted(indices, mask)
-    counts = _counts(chosen, token_weights, groups * experts).view(groups, experts)
-    weighted = _weighted(_of_counted(logits, mask), token_weights)
+    counts = _counts(group[:, None] * experts + _counting(indices, mask), token_weights, groups * experts).view(groups, experts)
+    weighted = _weighted(_counting(logits, mask), token_weights)
     if sequences is None:
         return counts, weighted.sum(0, keepdim=True), token_weights.sum()[None]
     sums = weighted.new_zeros(groups, experts).index_add(0, group, weighted)
@@ -237,14 +234,13 @@ def _weighted(logits: Tensor, token_weights: Tensor) -> Tensor:
 
 def _probabilities(logits: Tensor, mask: Tensor | None) -> Tensor:
     """[E]: sum over unmasked tokens of softmax(logits [N, E])."""
-    return _weighted(_of_counted(logits, mask), _token_weights(logits, mask)).sum(0)
+    return _weighted(_counting(logits, mask), _token_weights(logits, mask)).sum(0)
 
 
-def _of_counted(values: Tensor, mask: Tensor | None) -> Tensor:
-    """values [N, ...] with zeros where the mask is 0: what stands there, nan included, reaches neither loss nor gradient."""
-    if mask is None:
-        return values
-    return torch.where((mask.to(values.device) != 0)[:, None], values, values.new_zeros(()))
+def _counting(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits [N, E] or indices [N, k] with zeros for masked tokens: what stands there, NaN too, reaches neither the loss nor a
+    gradient."""
+    return values if mask is None else values.masked_fill((mask == 0).to(values.device)[:, None], 0)
 
 
 def _token_weights(logits: Tensor, mask: Tensor | None) -> Tensor:

@@ -59,12 +59,16 @@ def chunked_gated_delta_rule(
             q, k, v, g, b = (x[:, start:end] for x in (query, key, value, decay, beta))
             before = None if state is None else state[number : number + 1]
             documents.append(chunked_gated_delta_rule(q, k, v, decay=g, beta=b, state=before, chunk_size=chunk_size))
+        if not documents:
+            return value, initial_state(state, *widen(query, value))[:0]
         outputs, states = zip(*documents, strict=True)
         return torch.cat(outputs, dim=1), torch.cat(states)
 
     dtype, length = value.dtype, value.shape[1]
     query, key, value, decay, beta = widen(query, key, value, decay, beta)
     state = initial_state(state, query, value)
+    if length == 0:  # an empty document keeps its state
+        return value.to(dtype), state
     chunks = within_chunks(query, key, value, decay, beta, chunk_size)
     outputs = []
     for n in range(chunks.q.shape[1]):

@@ -62,7 +62,7 @@ def gated_delta_rule(
         write = beta[:, t, :, None] * (v[:, t] - recalled)  # only the correction
         S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], write)
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
-    return torch.stack(outputs, dim=1).to(value.dtype), S
+    return (torch.stack(outputs, dim=1) if outputs else v).to(value.dtype), S
 
 
 def initial_state(state: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
@@ -84,4 +84,6 @@ def _by_document(
         )
         outputs.append(output)
         states.append(after)
+    if not states:  # no document
+        return value, initial_state(state, *widen(query, value))[:0]
     return torch.cat(outputs, dim=1), torch.cat(states)

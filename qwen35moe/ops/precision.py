@@ -19,6 +19,11 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """`device`, or the CPU for one without float64 (Apple's MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

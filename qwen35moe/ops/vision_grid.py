@@ -15,6 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from qwen35moe.ops.precision import float64_device
+
 Grids = Sequence[tuple[int, int, int]]  # (t, h, w) of each image or video
 
 THETA = 10_000.0  # base of the tower's rotation, in every published model
@@ -59,12 +61,14 @@ def coordinates(grids: Grids, merge: int, device: torch.device | str = "cpu") ->
 def rotation(coordinates: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [1, N, K/2]: the first half of the pairs is rotated by the row, the second by the column.
 
-    angle = position * theta^(-2 j / (K/2)) for j = 0 ... K/4 - 1. coordinates [2, N]; head_dim: K.
+    angle = position * theta^(-2 j / (K/2)) for j = 0 ... K/4 - 1, in float64; cos and sin are rounded once to `dtype`.
+    coordinates [2, N]; head_dim: K.
     """
-    steps = torch.arange(0, head_dim // 2, 2, dtype=dtype, device=coordinates.device)
+    device, exact = coordinates.device, float64_device(coordinates.device)
+    steps = torch.arange(0, head_dim // 2, 2, dtype=torch.float64, device=exact)
     frequencies = THETA ** (-steps / (head_dim // 2))
-    angle = (coordinates.to(dtype)[..., None] * frequencies).transpose(0, 1).flatten(1)[None]
-    return angle.cos(), angle.sin()
+    angle = (coordinates.to(exact, torch.float64)[..., None] * frequencies).transpose(0, 1).flatten(1)[None]
+    return angle.cos().to(dtype=dtype).to(device), angle.sin().to(dtype=dtype).to(device)
 
 
 def interpolated(table: Tensor, grids: Grids, merge: int) -> Tensor:

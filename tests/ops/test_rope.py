@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 from qwen35moe import ops
 from qwen35moe.config import Config, ConfigError
 from qwen35moe.ops.mrope import rotary_tables
+from qwen35moe.ops.precision import float64_device
 from qwen35moe.ops.rope import inverse_frequencies
+from qwen35moe.ops.vision_grid import rotation
 from tests.support.peer import Case, assert_close, generator, odd_shape
 
 rotary = ops.rotary.definition
@@ -138,3 +141,37 @@ def test_tables_at_far_positions_are_as_exact_as_float32_allows():
     tables = rotary_tables(position_ids, frequencies(case)[0], [3, 3, 2], 1.0)
     assert max((a - b).abs().max().item() for a, b in zip(tables, exact, strict=True)) < 3e-2
     assert tables[0].dtype == torch.float32
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, YARN], ids=["default", "yarn"])
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_float32_tables_are_correctly_rounded_at_every_position(rope, integers):
+    """Against cos and sin of Python's float64, for three different positions up to the published context."""
+    inv_freq, scale = frequencies(case_with(rope | {"rope_theta": 1e7}), torch.float64)
+    position_ids = torch.tensor([[[0, 999, 262_143]], [[1, 100_000, 262_080]], [[7, 200_003, 17]]], dtype=integers)
+    tables = rotary_tables(position_ids, inv_freq, [3, 3, 2], scale, torch.float32)
+    for table, function in zip(tables, (math.cos, math.sin), strict=True):
+        assert table.dtype == torch.float32
+        for j, frequency in enumerate(inv_freq.tolist()):
+            positions = position_ids[j % 3, 0].tolist()
+            expected = torch.tensor([function(p * frequency) * scale for p in positions], dtype=torch.float64)
+            assert (table[0, :, j].double() - expected).abs().max() <= 6.1e-8 * scale  # half a unit in the last place of 1
+
+
+def test_vision_tables_are_correctly_rounded():
+    coordinates = torch.tensor([[0, 3, 799], [5, 4095, 1]], dtype=torch.int32)
+    cos, sin = rotation(coordinates, 16, torch.float32)
+    exact = rotation(coordinates, 16, torch.float64)
+    for table, expected in zip((cos, sin), exact, strict=True):
+        assert table.dtype == torch.float32 and torch.equal(table, expected.float())
+    for patch, (row, column) in enumerate(coordinates.T.tolist()):
+        angles = [position * 10_000.0 ** (-2 * j / 8) for position in (row, column) for j in range(4)]
+        assert exact[0][0, patch].tolist() == pytest.approx([math.cos(x) for x in angles], abs=1e-12)
+
+
+def test_a_device_without_float64_gets_tables_from_the_cpu():
+    assert float64_device(torch.device("mps")) == torch.device("cpu")
+    assert float64_device(torch.device("cuda:1")) == torch.device("cuda:1")

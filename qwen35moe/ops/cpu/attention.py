@@ -19,6 +19,11 @@ def sdpa_attention(
     cu_seqlens: Tensor | None = None, dropout: float = 0.0,
 ) -> Tensor:
     """One call of SDPA per packed document, else one call; for one new token without a mask and without repeated keys."""
+    if cu_seqlens is not None and torch.compiler.is_compiling():  # a graph does not know how many documents there are
+        mask = causal_mask(query.shape[1], key.shape[1], query.device, 0, cu_seqlens)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        gqa = query.shape[2] != key.shape[2]
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=gqa).transpose(1, 2)
     if cu_seqlens is not None:
         documents = [
             sdpa_attention(query[:, start:end], key[:, start:end], value[:, start:end], scale=scale, dropout=dropout)
@@ -33,7 +38,9 @@ def sdpa_attention(
         q = q.reshape(q.shape[0], key.shape[2], -1, q.shape[-1])
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
         return out.reshape(q.shape[0], 1, heads, -1)
-    square = isinstance(starts, int) and starts == 0 and positions == tokens
+    square = False
+    if isinstance(starts, int) and starts == 0 and positions == tokens:
+        square = True  # with symbolic lengths (torch.compile) a branch is a bool, the condition itself is not
     mask = None if square else causal_mask(tokens, positions, query.device, starts)
     options = {"attn_mask": mask, "is_causal": square, "scale": scale, "enable_gqa": heads != key.shape[2]}
     if dropout:

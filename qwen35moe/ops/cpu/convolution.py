@@ -131,8 +131,8 @@ class _Sums:
         dtype = wide_dtype(x, weight)
         self.past, self.step = weight.shape[-1] - 1, max(1, min(x.shape[1], _BLOCK_BYTES // (4 * channels * batch)))
         self.columns = weight.to(dtype).T.contiguous()
-        self.inputs = torch.empty(batch, self.past + self.step, channels, dtype=dtype)
-        self.total = torch.empty(batch, self.step, channels, dtype=dtype)
+        self.inputs = x.new_empty(batch, self.past + self.step, channels, dtype=dtype)
+        self.total = x.new_empty(batch, self.step, channels, dtype=dtype)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         return ((start, min(start + self.step, self.tokens)) for start in range(0, self.tokens, self.step))

@@ -117,11 +117,11 @@ def plan(key: Tensor, value: Tensor, cu_seqlens: Tensor | None, chunk_size: int)
     counts = (lengths + chunk_size - 1) // chunk_size
     starts = (counts.cumsum(0) - counts) * chunk_size  # of each document, among the positions
     of_token, of_chunk = torch.repeat_interleave(lengths), torch.repeat_interleave(counts)
-    position = torch.arange(tokens) - bounds[:-1][of_token] + starts[of_token]
+    position = torch.arange(tokens, device="cpu") - bounds[:-1][of_token] + starts[of_token]
     of_position = of_chunk.repeat_interleave(chunk_size)
-    source = torch.arange(of_position.shape[0]) - starts[of_position] + bounds[:-1][of_position]
+    source = torch.arange(of_position.shape[0], device="cpu") - starts[of_position] + bounds[:-1][of_position]
     source = source.minimum(bounds[1:][of_position] - 1)
-    valid = torch.zeros(source.shape[0]).index_fill_(0, position, 1)
+    valid = torch.zeros(source.shape[0], dtype=torch.float32, device="cpu").index_fill_(0, position, 1)
     source, position, valid = (x.to(value.device) for x in (source, position, valid))
     return Plan(source.shape[0], chunk_size, block_size, of_chunk.tolist(), source, position, valid)
 
