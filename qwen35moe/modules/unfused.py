@@ -149,7 +149,9 @@ class UnfusedExperts(nn.ModuleList):
 
     def _one_tensor(self, name: str) -> Tensor | None:
         """The tensor of which all weights of `name` are the views, or None: a Linear or its weight was replaced."""
-        weights = [(getattr(linear, "weight", None), view) for linear, of, view in self._views() if of == name]
+        weights: list[tuple[Any, Any]] = [
+            (getattr(linear, "weight", None), view) for linear, of, view in self._views() if of == name
+        ]
         plain = all(type(weight) is nn.Parameter and not weight.is_meta for weight, _ in weights)
         if not plain:
             return None
