@@ -229,7 +229,8 @@ class Config(TextFields, Fixed):
     def to_transformers(self) -> Any:
         """The same configuration as an object of transformers: Qwen3_5MoeConfig, or Qwen3_5MoeTextConfig for a text-only
         model; Qwen3_5Config and Qwen3_5TextConfig for dense ones. `Config.of` reads them back."""
-        return to_transformers(self.model_type, self.to_dict())
+        config = self.text_only() if self.vision_config is None else self  # theirs would add a vision tower of its own
+        return to_transformers(config.model_type, config.to_dict())
 
     def text_only(self) -> Config:
         """The decoder alone, in the flat form, with text_config's tie_word_embeddings, as in transformers."""
