@@ -94,7 +94,7 @@ def _buffers(model: nn.Module) -> Iterator[Problem]:
             yield Problem("buffer", names.unwrapped(name), detail)
 
 
-def _parameters_from(state_dict: Mapping[str, Tensor], model: nn.Module) -> list[ModelParameter]:
+def _parameters_from(state_dict: Mapping[str, Tensor], model: Any) -> list[ModelParameter]:
     """The tensors of a state_dict, with the owners and the tying of the model's parameters."""
     if any(isinstance(module, UnfusedExperts) for module in model.modules()):
         raise CheckpointError("state_dict= needs grouped experts: call model.fuse_experts() before its state_dict()")
