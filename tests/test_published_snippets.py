@@ -165,7 +165,7 @@ text = tokenizer.decode(generated[0][input_tensor.shape[1]:], skip_special_token
 
 SNIPPETS = {
     "model documentation": MODEL_DOCUMENTATION, "docstring": DOCSTRING, "deployment": DEPLOYMENT, "batch": BATCH,
-    "processor": PROCESSOR, "pipeline": PIPELINE, "model card": MODEL_CARD,
+    "processor": PROCESSOR, "loop": LOOP, "pipeline": PIPELINE, "model card": MODEL_CARD,
 }  # fmt: skip
 
 

@@ -400,7 +400,7 @@ class Cache:
 
     @staticmethod
     def load(
-        path: str | os.PathLike[str], config: TextConfig, *, device: torch.device | str = "cpu",
+        path: str | os.PathLike[str], config: Any, *, device: torch.device | str = "cpu",
         devices: Sequence[torch.device] | None = None,
     ) -> Cache:
         """Reads a file written by `save`, for a model of this configuration; devices: one per layer, as for a new cache."""
