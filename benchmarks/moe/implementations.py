@@ -173,7 +173,7 @@ def _imported(text: str) -> Form:
     if not module or not function:
         raise ValueError(f"--impl {text!r}: write [NAME=]package.module:function")
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Any = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # a module that yours imports

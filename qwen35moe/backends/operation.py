@@ -96,7 +96,7 @@ class Implementation:
             return reason
         if self.missing:
             return self.missing
-        if ACTIVE_TAPS and self.skips and (reason := self._tapped(kwargs, caller)):
+        if self.skips and (ACTIVE_TAPS or kwargs.get("tap") is not None) and (reason := self._tapped(kwargs, caller)):
             return reason
         if self.transforms is not TRANSFORMS and not torch.compiler.is_compiling() and (
             interpreter() is not None or forward_ad._current_level >= 0  # as `transforming`, in fewer calls

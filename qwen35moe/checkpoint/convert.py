@@ -29,7 +29,7 @@ from .assemble import checked_patterns
 from .block_fp8 import dequantise
 from .blocks import BLOCK, FP8, SCALE, scale_shape
 from .dtypes import FLOATS, TORCH_DTYPES, checked_dtype, name_of
-from .folder import CONFIG, config_file
+from .folder import CONFIG, config_of
 from .headers import INDEX, Header, StoredTensor, locate, read_headers
 from .ownership import folder_to_write
 from .problems import CheckpointError, Problem, check_choice
@@ -86,7 +86,7 @@ def convert(
     header = read_headers(source, problems, wanted)
     for name in [name for name in header.tensors if names.ignored_by(patterns, name) is not None]:
         del header.tensors[name]
-    config = Config.from_pretrained(config_file(header))
+    config = config_of(header)
     _check_method(config, header)
     old = _Source(header, config, problems)
     _check_layouts(old, layout, mtp_layout)

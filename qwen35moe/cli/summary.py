@@ -65,16 +65,15 @@ def summarize(
 ) -> dict[str, Any]:
     """The data that `inspect --json` prints. context, batch: tokens and sequences for the estimate of memory; check: read
     every weight; ignore: patterns of names that are left out."""
-    from ..checkpoint.folder import config_file
+    from ..checkpoint.folder import config_of
     from ..checkpoint.headers import read_headers
     from ..checkpoint.names import ignored_by
-    from ..config import Config
     from ..loading import find
 
     if context < 0 or batch < 1:
         raise ValueError(f"{context=} must be at least 0 and {batch=} at least 1")
     header = read_headers(find(folder))
-    config = Config.from_pretrained(config_file(header))
+    config = config_of(header)
     text = config.text_config
     ignored = Counter(pattern for name in header.tensors if (pattern := ignored_by(ignore, name)) is not None)
     listed = [tensor for name, tensor in header.tensors.items() if ignored_by(ignore, name) is None]

@@ -26,7 +26,7 @@ from qwen35moe.ops.delta_rule import decay_and_beta
 from qwen35moe.taps import patched, tap, tapped
 
 # The methods that a fused decode step replaces.
-_FUSED = ("_heads", "_gates", "delta_rule")
+_FUSED = ("_heads", "gates", "_gates", "delta_rule")
 
 
 class ShortConvolution(Initialised):
@@ -157,7 +157,7 @@ class GatedDeltaNet(FP32Parameters):
     ) -> tuple[Tensor, Tensor]:
         """The output [B, T, H, V] and the state after the last token [B, H, K, V]: `ops.gated_delta_rule`.
 
-        A subclass may compute another rule here, with gates of other shapes from its `_gates`: every form of the layer then
+        A subclass may compute another rule here, with gates of other shapes from its `gates`: every form of the layer then
         runs it. Its tokens cannot be rolled back, and it has no attention map.
         """
         return ops.gated_delta_rule(
@@ -181,9 +181,14 @@ class GatedDeltaNet(FP32Parameters):
         key = tap(self, "key", key.unflatten(-1, (self.groups, self.key_width)))
         return query, key, tap(self, "value", value.unflatten(-1, (self.heads, self.value_width)))
 
+    def gates(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """decay and beta [B, T, H] from the projections a and b: `ops.delta_rule.decay_and_beta`. A subclass may compute
+        others, of other shapes where its `delta_rule` takes them; the layer handles padding."""
+        return decay_and_beta(a, b, self.A_log, self.dt_bias)
+
     def _gates(self, a: Tensor, b: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """decay and beta [B, T, H]; zero at padding, which keeps the state and writes nothing."""
-        decay, beta = decay_and_beta(a, b, self.A_log, self.dt_bias)
+        """decay and beta; zero at padding, which keeps the state and writes nothing."""
+        decay, beta = self.gates(a, b)
         if layout.lengths is not None:
             decay, beta = _without_padding(decay, layout), _without_padding(beta, layout)
         return tap(self, "decay", decay), tap(self, "beta", beta)

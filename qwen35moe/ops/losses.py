@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,8 +17,9 @@ def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     each packed document."""
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     if cu_seqlens is not None:
-        ends = cu_seqlens[1:].to(labels.device) - 1
-        shifted = shifted.index_fill(1, ends[ends >= 0], IGNORE)
+        starts = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
+        starts = starts.index_fill(0, cu_seqlens[1:].to(labels.device, torch.long), True)  # of the next document
+        shifted = shifted.masked_fill(starts[1:], IGNORE)
     return shifted
 
 

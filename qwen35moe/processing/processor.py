@@ -258,6 +258,8 @@ class Processor:
         self, rows: list[Pieces], images: list[Media] | None, videos: list[Media] | None, settings: MediaSettings,
         layout: Mapping[str, Any], progress: bool,
     ) -> BatchEncoding:
+        if layout.get("add_special_tokens") and self.tokenizer.backend_tokenizer.num_special_tokens_to_add(False):
+            raise ValueError("add_special_tokens=True is not supported: the template writes every token of the prompt")
         self._check_counts(rows, self._image, "images", images)
         self._check_counts(rows, self._video, "videos", videos)
         kind = tensor_kind("pt" if layout.get("return_tensors", "auto") == "auto" else layout["return_tensors"])

@@ -344,10 +344,9 @@ class Tokenizer(Vocabulary):
         ids = read_keywords("decode", TOKENIZER, keywords, ("ids",)).get("ids", ids)
         if isinstance(ids, Mapping):
             ids = ids["input_ids"]
-        if isinstance(ids, Tensor) or hasattr(ids, "__array_interface__"):
-            ids = ids.tolist()
+        ids = _lists(ids)
         row: list[Any] = list(ids) if isinstance(ids, Iterable) else [ids]
-        if row and isinstance(row[0], (list, tuple, Tensor)):
+        if row and isinstance(row[0], (list, tuple)):
             return [self.decode(item, skip_special_tokens) for item in row]
         try:
             row = [int(number) for number in row]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +16,8 @@ from torch import Tensor, nn
 from qwen35moe import backends
 from qwen35moe.backends.operation import CHOICES, TABLE
 from tests.backends.rms_norms import doubled, not_on_cuda, odd_width, plain, run
+
+choice_module: Any = importlib.import_module("qwen35moe.backends.choice")
 
 
 @pytest.mark.usefixtures("own_table")
@@ -146,3 +153,75 @@ class TestForcedChoice:
             "gated_delta_rule": "torch",
             "short_convolution": "auto",
         }
+
+
+@pytest.mark.usefixtures("own_table")
+class TestOverlappingBlocks:
+    """Every block takes back its own choice alone, in whatever order blocks end."""
+
+    @pytest.fixture(autouse=True)
+    def forms(self, own_table: None) -> None:
+        for name in ("a", "b", "c"):
+            backends.register("rms_norm", name, doubled)
+
+    def test_blocks_that_end_in_the_order_in_which_they_began(self) -> None:
+        first, second = backends.use(rms_norm="a"), backends.use(rms_norm="b")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert backends.choice_of("rms_norm") == "b"
+        second.__exit__(None, None, None)
+        assert backends.choice_of("rms_norm") is None and CHOICES == {}
+
+    def test_generators(self) -> None:
+        def scoped(name: str) -> Iterator[str | None]:
+            with backends.use(rms_norm=name, experts="loop"):
+                yield backends.choice_of("rms_norm")
+                yield backends.choice_of("rms_norm")
+
+        backends.use(rms_norm="c")
+        first, second = scoped("a"), scoped("b")
+        assert (next(first), next(second), next(first)) == ("a", "b", "b")
+        first.close()
+        assert (next(second), backends.choice_of("experts")) == ("b", "loop")
+        second.close()
+        assert CHOICES == {"rms_norm": "c"}
+
+    def test_tasks(self) -> None:
+        async def task(name: str, steps: int) -> None:
+            with backends.use(rms_norm=name):
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+
+        async def together() -> None:
+            await asyncio.gather(task("a", 1), task("b", 4), task("c", 2))
+
+        asyncio.run(together())
+        assert CHOICES == {}
+
+    def test_threads(self) -> None:
+        def work(name: str) -> None:
+            for _ in range(100):
+                with backends.use(rms_norm=name):
+                    time.sleep(0)
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b", "c")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert CHOICES == {}
+
+    def test_an_error_in_the_outer_block_and_a_choice_that_was_unregistered(self) -> None:
+        outer = backends.use(rms_norm="a")
+        with pytest.raises(RuntimeError), outer, backends.use(rms_norm="b"):
+            backends.unregister("rms_norm", "b")
+            assert CHOICES == {}
+            raise RuntimeError
+        assert CHOICES == {}
+
+    def test_many_statements_do_not_pile_up(self) -> None:
+        for _ in range(50):
+            backends.use(rms_norm="a")
+            backends.use(rms_norm="b")
+        assert len(choice_module._stacks["rms_norm"]) <= 2 and CHOICES == {"rms_norm": "b"}

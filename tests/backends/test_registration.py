@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import subprocess
@@ -41,6 +42,35 @@ class TestRegister:
             backends.register("rms_norm", "mine", None)
         with pytest.raises(ValueError, match="no implementation 'cuda'; known: 'torch'"):
             backends.register("rms_norm", "mine", doubled, before="cuda")
+
+    def test_a_signature_that_a_call_cannot_reach_is_an_error(self) -> None:
+        def named_otherwise(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
+            return x
+
+        def more(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+            return x
+
+        for fn, message in (
+            (named_otherwise, r"\(x, weight, epsilon\), the operation is called with \(x, weight, eps\): it must take eps="),
+            (lambda x: x, "the first 2 arguments are passed by position"),
+            (more, "bias is never passed and has no default"),
+            (3, "is int, not a function"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                backends.register("rms_norm", "mine", fn)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="unsupported of the implementation 'mine' of rms_norm takes"):
+            backends.register("rms_norm", "mine", doubled, named_otherwise)  # type: ignore[arg-type]
+        for fn in (lambda *args, **kwargs: args[0], lambda a, b, **rest: a, lambda x, weight, eps, speed=1: x):
+            backends.register("rms_norm", "mine", fn)
+            backends.unregister("rms_norm", "mine")
+
+    def test_unknown_names_in_skips_and_transforms_are_errors(self) -> None:
+        with pytest.raises(ValueError, match="skips='expert_outs' is no tapped value; near it: .*expert_out"):
+            backends.register("experts", "mine", five_arguments, skips=("expert_outs",))
+        with pytest.raises(ValueError, match="sequence of names"):
+            backends.register("experts", "mine", five_arguments, skips="expert_out")
+        with pytest.raises(ValueError, match=r"transforms=\['vamp'\] are unknown; known: grad, jvp, vmap"):
+            backends.register("experts", "mine", five_arguments, transforms=("grad", "vamp"))
 
     def test_unregistering_the_chosen_implementation_resets_the_choice_to_auto(self, arguments: tuple[Tensor, Tensor]) -> None:
         backends.register("rms_norm", "fast", doubled)
@@ -147,6 +177,108 @@ class TestOptionalPackage:
         )
         compiled = torch.compile(lambda x, w: backends.run("rms_norm", x, w, eps=1.0), fullgraph=True, backend="eager")
         assert compiled(*arguments).max() == 8.0 and table.loaded
+
+
+def five_arguments(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    return ops.experts.definition(hidden, gate_up, down, indices, weights)
+
+
+EXPERTS = (torch.randn(5, 6), torch.randn(3, 8, 6), torch.randn(3, 6, 4), torch.tensor([[0, 2]] * 5), torch.rand(5, 2))
+
+
+@pytest.mark.usefixtures("own_table")
+class TestLeftOutParameters:
+    """An implementation may leave out a parameter with a default: calls with another value go to others."""
+
+    def test_experts_without_a_tap(self) -> None:
+        backends.register("experts", "mine", five_arguments, before="loop")
+        with backends.use(experts="mine"), backends.ran() as ran:
+            assert torch.equal(ops.experts(*EXPERTS, tap=None), ops.experts.definition(*EXPERTS))
+            with pytest.raises(ValueError, match="backend='mine' cannot run experts: it does not take tap="):
+                ops.experts(*EXPERTS, tap=lambda name, value: value)
+        assert ran.counts["experts", "mine"] == 1
+        seen: list[str] = []
+        ops.experts(*EXPERTS, tap=lambda name, value: seen.append(name) or value)  # "auto" goes on to one that takes it
+        assert seen == ["expert_in", "expert_act", "expert_out"]
+        report = backends.verify("mine")
+        assert report.ok and [row.reason for row in report.rows if row.reason] == ["it does not take tap="]
+
+    def test_one_that_takes_the_tap_and_does_not_call_it_fails(self) -> None:
+        backends.register("experts", "deaf", lambda *args, tap=None: five_arguments(*args))
+        report = backends.verify("deaf")
+        assert not report.ok and sum(not row.ok for row in report.ran) == 1
+
+    def test_one_that_skips_tapped_values_is_passed_over_while_they_are_tapped(self) -> None:
+        fn = lambda *args, tap=None: five_arguments(*args)  # noqa: E731
+        backends.register("experts", "mine", fn, before="loop", skips=("expert_out",))
+        with backends.use(experts="mine"), pytest.raises(ValueError, match="a tap reads expert_out, which"):
+            ops.experts(*EXPERTS, tap=lambda name, value: value)
+
+    def test_attention_without_dropout(self) -> None:
+        def mine(query: Tensor, key: Tensor, value: Tensor, *, scale: float, starts: Any = 0, cu_seqlens: Any = None) -> Tensor:
+            return query
+
+        backends.register("attention", "mine", mine)
+        qkv = [torch.ones(1, 2, 1, 4)] * 3
+        with backends.use(attention="mine"):
+            assert ops.attention(*qkv, scale=1.0, dropout=0.0) is qkv[0]
+            with pytest.raises(ValueError, match="it does not take dropout="):
+                ops.attention(*qkv, scale=1.0, dropout=0.1)
+
+
+@pytest.mark.usefixtures("own_table")
+class TestFusedForms:
+    """A fused form steps aside where others have registered one of the operations that it replaces."""
+
+    @staticmethod
+    def rule(query: Tensor, key: Tensor, value: Tensor, *, beta: Tensor, **options: Any) -> Any:
+        return ops.gated_delta_rule.definition(query, key, value, beta=2 * beta, **options)
+
+    @staticmethod
+    def step() -> tuple[tuple, dict]:
+        return next(iter(backends.cases("delta_net_step")[1](torch.float32, "cpu", torch.Generator().manual_seed(0))))
+
+    def test_registered_in_front(self) -> None:
+        args, options = self.step()
+        with torch.no_grad():
+            assert ops.delta_net_step.fused(*args, **options) is not None
+            assert backends.is_builtin("gated_delta_rule", "short_convolution", "gated_rms_norm")
+            backends.register("gated_delta_rule", "mine", self.rule, before="chunked_cpu")
+            assert ops.delta_net_step.fused(*args, **options) is None
+            entry, refused = ops.delta_net_step.choose(args, options, None)
+            reasons = {other.name: reason for other, reason, _ in refused}
+            assert entry.name == "torch" and reasons["fused_cpu"] == (
+                "it does not call the implementation that was registered for gated_delta_rule"
+            )
+            assert not backends.is_builtin("short_convolution", "delta_rule") and backends.is_builtin("short_convolution")
+            backends.unregister("gated_delta_rule", "mine")
+            assert ops.delta_net_step.fused(*args, **options) is not None
+
+    def test_registered_behind_all_it_replaces_nothing_unless_chosen(self) -> None:
+        args, options = self.step()
+        backends.register("gated_delta_rule", "mine", self.rule)
+        with torch.no_grad():
+            assert backends.is_builtin("gated_delta_rule") and ops.delta_net_step.fused(*args, **options) is not None
+            with backends.use(gated_delta_rule="mine"):
+                assert not backends.is_builtin("gated_delta_rule") and ops.delta_net_step.fused(*args, **options) is None
+            caller = torch.nn.Identity()
+            caller.__dict__["backend_choices"] = {"gated_delta_rule": "mine"}
+            assert not backends.is_builtin("gated_delta_rule", caller=caller)
+
+    def test_a_wrapper_of_a_builtin_is_not_builtin(self) -> None:
+        @functools.wraps(ops.gated_delta_rule.definition)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return self.rule(*args, **kwargs)
+
+        backends.register("gated_delta_rule", "wrapped", wrapped, before="chunked_cpu")
+        assert not backends.is_builtin("gated_delta_rule")
+
+    def test_their_own_fused_form_runs(self) -> None:
+        args, options = self.step()
+        backends.register("gated_delta_rule", "mine", self.rule, before="chunked_cpu")
+        backends.register("delta_net_step", "mine", lambda *args, **kwargs: args, before="fused_cpu")
+        with torch.no_grad():
+            assert ops.delta_net_step.fused(*args, **options) == args
 
 
 def test_importing_backends_and_taps_does_not_import_kernels_or_the_compiler() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from qwen35moe.checkpoint.convert import convert
 from qwen35moe.checkpoint.published import QWEN35
 from qwen35moe.checkpoint.tiny import tiny_config, write_tiny
 from qwen35moe.cli import main
+from qwen35moe.cli.summary import summarize
+from qwen35moe.config import Config
 from qwen35moe.models.text import Qwen3_5MoeForCausalLM
 from tests.checkpoint.test_write import drawn, same
 
@@ -289,3 +294,50 @@ def test_ordinary_weights_raise_no_warning(gates: str, folder: Path, tmp_path: P
     for path in (tmp_path, folder):
         assert "warning" not in str(MODEL.from_pretrained(path).loading_report)
     assert "warning" not in str(qwen35moe.load("tiny")[0].loading_report) and "looks as if" not in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------ untrusted files
+
+
+@pytest.mark.parametrize("kind", ["link out of the folder", "pipe", "folder"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+def test_every_door_refuses_files_that_are_not_in_the_folder(name: str, kind: str, folder: Path, tmp_path: Path) -> None:
+    """None of them waits for a pipe."""
+    path, outside = tmp_path / "edited", tmp_path / "outside"
+    shutil.copytree(folder, path)
+    (path / name).rename(outside)
+    if kind == "pipe":
+        os.mkfifo(path / name)
+    elif kind == "folder":
+        (path / name).mkdir()
+    else:
+        (path / name).symlink_to(outside)
+    doors: list[Callable[[], Any]] = [lambda: MODEL.from_pretrained(path), lambda: qwen35moe.load(path)]
+    if name != "generation_config.json":
+        doors += [lambda: convert(path, tmp_path / "new"), lambda: summarize(str(path))]
+    if name == "config.json":
+        doors += [lambda: Config.from_pretrained(path)]
+    for door in doors:
+        with pytest.raises(ValueError, match="outside the folder|not a file|not a regular file"):
+            door()
+    assert not (tmp_path / "new").exists()
+
+
+def test_layouts_without_effect_are_refused(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    write_tiny(tmp_path / "dense", tiny_config(layers=1, dense=True))
+    for source, options, message in (
+        (tmp_path / "dense", ["--layout", "per_expert"], "is dense and has no experts"),
+        (tmp_path / "dense", ["--mtp-layout", "grouped"], "is dense and has no experts"),
+        (folder, ["--mtp-layout", "grouped"], "has no MTP head"),
+    ):
+        assert main(["convert", str(source), str(tmp_path / "new"), *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert main(["convert", str(folder), str(tmp_path / "new"), "--layout", "grouped"]) == 0  # the layout that it has
+
+
+def test_a_folder_is_loaded_by_several_threads(folder: Path) -> None:
+    expected = MODEL.from_pretrained(folder)
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda how: MODEL.from_pretrained(folder, weights=how), ["map", "copy"] * 4))
+    assert all(same(model, expected) for model in models)

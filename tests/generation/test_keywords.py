@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import UserDict
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -119,6 +120,21 @@ def test_all_that_a_tokenizer_returns_may_be_the_first_argument() -> None:
     assert expected[0, 6:].tolist() == answer()
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_ids_and_masks_of_any_integers(dtype: str) -> None:
+    """As numpy, Arrow and memory-mapped corpora give them."""
+    ids, mask = numpy.array([[0, *PROMPT], [9, 2, 6, 5, 3, 5]]), numpy.array([[0] + [1] * 5, [1] * 6])
+    expected = generate(FakeModel(), torch.tensor(ids), torch.tensor(mask), **WORDS)
+    kinds = (ids.astype(dtype), torch.tensor(ids).to(getattr(torch, dtype)))
+    masks = (mask.astype(dtype), torch.tensor(mask).to(getattr(torch, dtype)), mask.astype(bool), mask.astype("float32"))
+    for kind in kinds:
+        for one in masks:
+            assert torch.equal(generate(FakeModel(), kind, one, **WORDS), expected)
+    for wrong in (ids.astype(float), numpy.array(["a"]), numpy.array([None])):
+        with pytest.raises(ValueError, match="input_ids must"):
+            generate(FakeModel(), wrong, **WORDS)
+
+
 # ---------------------------------------------------------------------------------------------- generation_config
 
 
@@ -131,6 +147,10 @@ def test_generation_config_comes_between_the_arguments_and_the_checkpoint(kind: 
     assert generate(model, PROMPT, generation_config=kind(max_length=8)).shape == (1, 8)
     sampled = generate(model, PROMPT, generation_config=kind(do_sample=True, top_k=3, max_new_tokens=6), seed=3)
     assert sampled[0, 5:].tolist() == answer(do_sample=True, top_k=3, seed=3, repetition_penalty=3.0)
+    if kind is not dict:  # its place in transformers
+        assert generate(model, PROMPT, given).shape == (1, 9)
+        with pytest.raises(ValueError, match="the second argument and given by name"):
+            generate(model, PROMPT, given, generation_config=given)
     greedy = generate(model, PROMPT, generation_config=kind(do_sample=True, top_k=3), do_sample=False)
     assert greedy[0, 5:].tolist()[:6] == answer(repetition_penalty=3.0)
     ended = generate(model, PROMPT, generation_config=kind(eos_token_id=list(range(41)), pad_token_id=2))
@@ -250,6 +270,15 @@ def test_the_output_object_is_transformers(pair: tuple[Any, Any, Any], do_sample
     assert "sequences=[2, " in repr(actual) and len(repr(actual)) < 400
     leaves = torch.utils._pytree.tree_map(lambda leaf: leaf, actual)
     assert type(leaves) is GenerateOutput and torch.equal(leaves.logits[0], actual.logits[0])
+    for normalize in (False, True):
+        ours_table = model.compute_transition_scores(actual.sequences, actual.scores, normalize_logits=normalize)
+        table = peer.compute_transition_scores(actual.sequences, actual.scores, normalize_logits=normalize)
+        torch.testing.assert_close(ours_table, table, rtol=1e-5, atol=1e-6)
+        assert table.shape == (2, options["max_new_tokens"])
+    padded = torch.cat([actual.sequences[:, :-1], torch.full((2, 1), -100)], 1)
+    assert bool(model.compute_transition_scores(padded, actual.scores)[:, -1].isneginf().all())
+    with pytest.raises(ValueError, match="no beam search"):
+        model.compute_transition_scores(actual.sequences, actual.scores, torch.zeros(2, 4))
     with pytest.raises(AttributeError, match="no 'sequence': it has sequences"):
         _ = actual.sequence
 

@@ -204,7 +204,7 @@ def test_a_subclass_of_the_mixer(model, plain, kind):
     assert_seen(model, plain)
 
 
-@pytest.mark.parametrize("method", ["_gates", "_heads", "delta_rule"])
+@pytest.mark.parametrize("method", ["gates", "_gates", "_heads", "delta_rule"])
 def test_a_method_of_the_instance(model, plain, method):
     mixer = module(model, "layers.0.linear_attn")
     original = getattr(mixer, method)

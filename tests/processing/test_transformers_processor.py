@@ -165,7 +165,8 @@ def test_attributes_that_scripts_read(ours: Processor, theirs: Any) -> None:
 
 
 REFUSED: dict[str, Any] = {
-    "audio": [1.0], "audio_kwargs": {"a": 1}, "load_audio_from_video": True, "common_kwargs": {"return_tensors": "pt"},
+    "video_metadata": [{"fps": 2}], "audio": [1.0], "audio_kwargs": {"a": 1}, "load_audio_from_video": True,
+    "common_kwargs": {"return_tensors": "pt"},
     "do_convert_rgb": False, "do_center_crop": True, "crop_size": {"height": 3}, "do_pad": True,
     "data_format": "channels_last", "input_data_format": "channels_last", "device": "cuda",
     "return_offsets_mapping": True, "stride": 3,
