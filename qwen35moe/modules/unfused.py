@@ -43,7 +43,7 @@ class UnfusedExperts(nn.ModuleList):
         self.__dict__["alive"] |= {name: weakref.ref(getattr(experts, name)) for name in _GROUPED}
         self.__dict__["empty"] = _without_weights(experts)  # not a submodule: the Linears have its parameters
         with torch.device("meta"):
-            self.extend(MLP(width, inner) for _ in range(count))
+            self.extend(MLP(width, inner, experts.initializer_range) for _ in range(count))
         for linear, name, view in self._views():
             linear.weight = nn.Parameter(view(getattr(experts, name).detach()), getattr(experts, name).requires_grad)
             grad = getattr(experts, name).grad
@@ -149,7 +149,9 @@ class UnfusedExperts(nn.ModuleList):
 
     def _one_tensor(self, name: str) -> Tensor | None:
         """The tensor of which all weights of `name` are the views, or None: a Linear or its weight was replaced."""
-        weights = [(getattr(linear, "weight", None), view) for linear, of, view in self._views() if of == name]
+        weights: list[tuple[Any, Any]] = [
+            (getattr(linear, "weight", None), view) for linear, of, view in self._views() if of == name
+        ]
         plain = all(type(weight) is nn.Parameter and not weight.is_meta for weight, _ in weights)
         if not plain:
             return None
