@@ -42,6 +42,11 @@ def document_starts(position_ids: Tensor, mask: Tensor | None) -> Tensor:
     before = _before(positions, mask)
     if positions.dim() == 2:
         starts = positions <= before
+        if position_ids.dim() == 3:
+            # Row 0 may be a copy of the time axis, which stands still inside an image while another axis rises.
+            axes = position_ids[1:].long()
+            inside = (positions == axes[0]) & (positions == before) & (axes > _before(axes, mask)).any(0)
+            starts = starts & ~inside
     else:
         starts = (positions <= before).all(0) & (positions[0] == positions[1]) & (positions[0] == positions[2])
     return starts & (before if before.dim() == 2 else before[0]).ne(LOWEST) & (True if mask is None else mask)

@@ -117,7 +117,8 @@ def test_a_row_that_is_one_document_is_not_packed(model: Any) -> None:
         assert torch.equal(model(ids, position_ids=torch.arange(6)[None]).logits, model(ids).logits)
         assert torch.equal(model(ids, position_ids=gaps.expand(4, 1, -1)).logits, model(ids, position_ids=gaps).logits)
     image = torch.tensor([[0, 1, 2, 2, 2, 2, 4], [0, 1, 2, 2, 3, 3, 4], [0, 1, 2, 3, 2, 3, 4]])[:, None]
-    assert not document_starts(image, None).any()  # rows of an image begin where one axis rises
+    for axes in (image, torch.cat([torch.arange(7)[None, None], image]), torch.cat([image[:1], image])):
+        assert not document_starts(axes, None).any()  # rows of an image begin where one axis rises
     assert document_starts(torch.cat([image, image], 2), None).nonzero().tolist() == [[0, 7]]
 
 
