@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
+from qwen35moe.cache.states import check_sizes
 from qwen35moe.models.packing import (
     bound_starts,
     checked_bounds,
@@ -122,6 +123,8 @@ def _check_head(inputs: CausalLMInputs, batch: int, tokens: int, vocabulary: int
             if wrong.numel():
                 raise ValueError(f"label {int(wrong[0])} is neither {IGNORE} nor in the vocabulary 0 ... {vocabulary - 1}")
     if not isinstance(keep, Tensor):
+        if isinstance(keep, bool) or not hasattr(keep, "__index__"):
+            raise ValueError(f"logits_to_keep is a number or integers [positions], got a {type(keep).__name__}")
         if keep < 0:
             raise ValueError(f"logits_to_keep={keep} must be a number of positions >= 0")
         return
@@ -139,8 +142,9 @@ def _check_cache(cache: Cache, batch: int, model: Qwen3_5MoeTextModel) -> None:
             f"the cache is a {type(cache).__name__}, this model needs its own: pass use_cache=True and take "
             f"output.past_key_values, or pass model.new_cache({batch})"
         )
-    if len(cache.layers) != len(model.layers):
+    if len(cache) != len(model.layers):
         raise ValueError(f"the cache holds {len(cache)} layers, the model has {len(model.layers)}: use model.new_cache")
+    check_sizes(cache.config, model.config.text_config)
     dtype = model.dtype
     if cache.dtype != dtype:
         raise ValueError(f"the cache holds {cache.dtype}, the model is {dtype}: make one with model.new_cache")

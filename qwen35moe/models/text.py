@@ -177,7 +177,7 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
             kept = hidden[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]  # 0: all
             results["logits"] = logits_of(self.lm_head, kept)
         if targets is not None:
-            results["loss"] = self._loss(inputs, results.get("logits"), hidden, targets)
+            results["loss"] = self._loss(inputs, results.get("logits"), hidden, targets, layout)
         if balance is not None:
             results["aux_loss"] = balance
             if targets is not None:
@@ -185,10 +185,20 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
                 results["loss"] = results["loss"] + weighted.to(results["loss"].device)
         return ModelOutput(results) if inputs.output_logits else LossOutput(results)
 
-    def _loss(self, inputs: CausalLMInputs, logits: Tensor | None, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy from the logits if all of them were computed, else from the hidden states in blocks of tokens."""
+    def _loss(
+        self, inputs: CausalLMInputs, logits: Tensor | None, hidden: Tensor, targets: Tensor, layout: TokenLayout
+    ) -> Tensor:
+        """Cross-entropy from the logits if all of them were computed, else from the hidden states in blocks of tokens; or the
+        loss_function that was assigned."""
         keep, num_items = inputs.logits_to_keep, inputs.num_items_in_batch
-        if logits is not None and isinstance(keep, int) and keep == 0:
+        whole = logits is not None and isinstance(keep, int) and keep == 0
+        if "_loss_function" in self.__dict__:
+            logits = logits if whole else logits_of(self.lm_head, hidden)
+            given: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
+            if layout.cu_seqlens is not None or layout.source is not None:
+                given["shift_labels"] = targets  # without labels across documents and padding
+            return self.loss_function(logits, inputs.labels, self.config.text_config.vocab_size, **given)
+        if logits is not None and whole:
             return cross_entropy(logits.flatten(0, 1), targets.flatten(), num_items=num_items)
         return linear_loss(self.lm_head, hidden.flatten(0, 1), targets.flatten(), num_items=num_items, caller=self)
 

@@ -76,6 +76,9 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
                        ["-1000000000", "ones", "zeros"]),
     "mask, nan": ({"attention_mask": torch.full((B, T), float("nan"))}, ["nan", "ones"]),
     # positions
+    "a list of positions to keep": ({"logits_to_keep": [1, 2]}, ["logits_to_keep", "list"]),
+    "a slice to keep": ({"logits_to_keep": slice(1)}, ["logits_to_keep", "slice"]),
+    "labels, bool": ({"labels": ids() > 3}, ["labels", "torch.bool"]),
     "positions, too short": ({"position_ids": ones(B, T - 1)}, [f"[{B}, {T - 1}]", f"[{B}, {T}]"]),
     "positions, other rows": ({"position_ids": ones(B + 1, T)}, [f"[{B + 1}, {T}]", f"[{B}, {T}]"]),
     "positions, two axes": ({"position_ids": ones(2, B, T)}, [f"[2, {B}, {T}]", f"[3, {B}, {T}]"]),

@@ -196,7 +196,7 @@ def test_hooks_run_in_every_form_of_a_call() -> None:
     ):
         seen: list[str] = []
         for name in names:
-            model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+            model.get_submodule(name).register_forward_hook(lambda *_, name=name, seen=seen: seen.append(name))
         ids = inputs["input_ids"]
         cache = model.new_cache(len(ids))
         with torch.no_grad():
@@ -234,3 +234,22 @@ def test_a_hook_changes_the_arguments_and_the_output_of_the_model_inside() -> No
         assert not model(IDS).logits.any() and model(IDS, labels=IDS, output_logits=False).loss.item() > 4
         model.model.register_forward_hook(lambda module, args, output: (output[0] + 1,))
         assert model(IDS).logits.any()
+
+
+def test_an_assigned_loss_function_is_called() -> None:
+    """As in transformers, with logits, labels and vocab_size; of packed documents also with the labels shifted within them."""
+    model, seen = build(), {}
+
+    def doubled(logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
+        seen.update(options, labels=labels)
+        targets = options.get("shift_labels", F.pad(labels[:, 1:], (0, 1), value=-100))
+        return 2 * F.cross_entropy(logits.view(-1, vocab_size), targets.view(-1))
+
+    with torch.no_grad():
+        expected = model(IDS, labels=IDS).loss
+        packed = model(IDS[:1], labels=IDS[:1], cu_seqlens=torch.tensor([0, 5, 17])).loss
+        model.loss_function = doubled
+        for options in ({}, {"output_logits": False}, {"logits_to_keep": 3}):
+            assert_close(model(IDS, labels=IDS, num_items_in_batch=7, **options).loss, 2 * expected, 1e-6)
+        assert seen["num_items_in_batch"] == 7 and torch.equal(seen["labels"], IDS) and "shift_labels" not in seen
+        assert_close(model(IDS[:1], labels=IDS[:1], cu_seqlens=torch.tensor([0, 5, 17])).loss, 2 * packed, 1e-6)

@@ -133,6 +133,6 @@ def test_the_balancing_loss_by_layer_shows_a_layer_that_the_pooled_one_hides(pad
         crossed = model(ids, attention_mask=mask, labels=ids, output_router_logits=False).loss
     assert pooled.aux_loss.item() == pytest.approx(2) and single.aux_loss.item() == pytest.approx(4)
     assert torch.allclose(pooled.loss, crossed + 0.5 * 2) and torch.allclose(single.loss, crossed + 0.5 * 4)
-    assert pooled.load_imbalance.tolist() == single.load_imbalance.tolist() == [2, 2]  # E/k: half of the experts do all the work
+    assert pooled.load_imbalance.tolist() == single.load_imbalance.tolist() == [2, 2]  # E/k
     assert by_layer.config.to_dict()["router_aux_loss_per_layer"] is True
     assert "router_aux_loss_per_layer" not in model.config.to_dict()
