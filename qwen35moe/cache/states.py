@@ -230,6 +230,25 @@ def empty_state(
     return DeltaNetState(conv_state, recurrent_state, static=static)
 
 
+SIZES = (
+    "layer_types", "num_key_value_heads", "head_dim", "linear_conv_kernel_dim", "linear_num_key_heads",
+    "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+)  # fmt: skip
+
+
+def check_sizes(cached: TextConfig, model: TextConfig) -> None:
+    """ValueError where a cache was made for a model with layers of other kinds or sizes."""
+    if cached is model:
+        return
+    for name in SIZES:
+        before, now = getattr(cached, name), getattr(model, name)
+        if before != now:
+            if name == "layer_types":
+                layer = next(i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b)
+                name, before, now = f"layer_types[{layer}]", before[layer], now[layer]
+            raise ValueError(f"the cache was made for a model with {name}={before}, this model has {now}: use model.new_cache")
+
+
 def check_shape(name: str, shape: tuple[int, ...], new: Tensor) -> None:
     """ValueError with both shapes where a new value has another one."""
     if tuple(new.shape) != shape:

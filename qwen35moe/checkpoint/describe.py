@@ -33,6 +33,7 @@ _ORIGINS = {
     ".modules_to_save.": "an adapter: merge it (merge_and_unload) or save it by itself",
     "_flat_param": "FSDP, which has flattened the weights: gather them and pass state_dict=",
     ".weight_g": "weight_norm: torch.nn.utils.remove_weight_norm first",
+    ".weight_orig": "pruning: torch.nn.utils.prune.remove first",
     ".weight_v": "weight_norm: torch.nn.utils.remove_weight_norm first",
 }
 
@@ -88,10 +89,12 @@ def _buffers(model: nn.Module) -> Iterator[Problem]:
             if buffer is None or leaf in module._non_persistent_buffers_set or name.endswith(names.COMPUTED):
                 continue
             detail = "it is a buffer, which no checkpoint of this architecture has: register it with persistent=False"
+            if leaf.endswith("_mask"):
+                detail = "it is a mask of pruning: torch.nn.utils.prune.remove first"
             yield Problem("buffer", names.unwrapped(name), detail)
 
 
-def _parameters_from(state_dict: Mapping[str, Tensor], model: nn.Module) -> list[ModelParameter]:
+def _parameters_from(state_dict: Mapping[str, Tensor], model: Any) -> list[ModelParameter]:
     """The tensors of a state_dict, with the owners and the tying of the model's parameters."""
     if any(isinstance(module, UnfusedExperts) for module in model.modules()):
         raise CheckpointError("state_dict= needs grouped experts: call model.fuse_experts() before its state_dict()")

@@ -1,4 +1,4 @@
-"""The command line: `qwen35moe generate | chat | inspect | routing | convert | tiny | backends | demo`.
+"""The command line: `qwen35moe generate | chat | inspect | routing | convert | adapter | tiny | backends | demo`.
 
 Each command is a file of this package with HELP, add_arguments(parser) and run(options). Errors are one line on standard error
 and exit status 2; --debug shows the traceback. torch is imported by the commands, not for --help.
@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from .. import __version__
-from . import backends, chat, convert, demo, generate, inspect, routing, streams, tiny
+from . import adapter, backends, chat, convert, demo, generate, inspect, routing, streams, tiny
 
 COMMANDS = {
     "generate": generate,
@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": inspect,
     "routing": routing,
     "convert": convert,
+    "adapter": adapter,
     "tiny": tiny,
     "backends": backends,
     "demo": demo,
@@ -42,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if "stdout" in closed and options.command not in WRITES_FILES:
             raise ValueError(f"standard output is closed: {options.command} writes its result there")
-        options.run(options)
+        status = options.run(options)
         streams.flush()
-        return 0
+        return status or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does

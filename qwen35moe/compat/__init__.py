@@ -1,5 +1,6 @@
 """The table of transformers' keywords, one tuple per method. docs/guide/from_transformers.md is generated from it."""
 
+from .attributes import ATTRIBUTES, Attribute
 from .forward import FORWARD
 from .generate import GENERATE
 from .keyword import Keyword, read_keywords, short, unknown_keyword
@@ -17,4 +18,4 @@ TABLE: dict[str, tuple[Keyword, ...]] = {
     "processor": PROCESSOR,
 }
 
-__all__ = ["TABLE", "Keyword", "read_keywords", "short", "unknown_keyword"]
+__all__ = ["ATTRIBUTES", "TABLE", "Attribute", "Keyword", "read_keywords", "short", "unknown_keyword"]

@@ -157,6 +157,7 @@ RUNTIME: dict[str, Check] = {
     "use_cache": flag,
     "output_router_logits": flag,
     "router_aux_loss_coef": number(),
+    "router_aux_loss_per_layer": flag,
     "vocab_size": whole(),
     "dtype": optional(dtype_name),
     "initializer_range": number(),

@@ -65,6 +65,7 @@ class TextFields:
     shared_expert_intermediate_size = OfText[int]()
     intermediate_size = OfText["int | None"]()
     router_aux_loss_coef = AssignedText[float]()
+    router_aux_loss_per_layer = AssignedText[bool]()
     output_router_logits = AssignedText[bool]()
 
     mtp_num_hidden_layers = OfText[int]()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
+from qwen35moe.cache.states import check_sizes
 from qwen35moe.models.packing import (
     bound_starts,
     checked_bounds,
@@ -141,8 +142,9 @@ def _check_cache(cache: Cache, batch: int, model: Qwen3_5MoeTextModel) -> None:
             f"the cache is a {type(cache).__name__}, this model needs its own: pass use_cache=True and take "
             f"output.past_key_values, or pass model.new_cache({batch})"
         )
-    if len(cache.layers) != len(model.layers):
+    if len(cache) != len(model.layers):
         raise ValueError(f"the cache holds {len(cache)} layers, the model has {len(model.layers)}: use model.new_cache")
+    check_sizes(cache.config, model.config.text_config)
     dtype = model.dtype
     if cache.dtype != dtype:
         raise ValueError(f"the cache holds {cache.dtype}, the model is {dtype}: make one with model.new_cache")

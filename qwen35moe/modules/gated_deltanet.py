@@ -182,8 +182,8 @@ class GatedDeltaNet(FP32Parameters):
         return query, key, tap(self, "value", value.unflatten(-1, (self.heads, self.value_width)))
 
     def gates(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """decay and beta [B, T, H] from the projections a and b: `ops.delta_rule.decay_and_beta`. A subclass may compute others,
-        of other shapes where its `delta_rule` takes them; the layer handles padding."""
+        """decay and beta [B, T, H] from the projections a and b: `ops.delta_rule.decay_and_beta`. A subclass may compute
+        others, of other shapes where its `delta_rule` takes them; the layer handles padding."""
         return decay_and_beta(a, b, self.A_log, self.dt_bias)
 
     def _gates(self, a: Tensor, b: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:

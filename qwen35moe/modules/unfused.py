@@ -43,7 +43,7 @@ class UnfusedExperts(nn.ModuleList):
         self.__dict__["alive"] |= {name: weakref.ref(getattr(experts, name)) for name in _GROUPED}
         self.__dict__["empty"] = _without_weights(experts)  # not a submodule: the Linears have its parameters
         with torch.device("meta"):
-            self.extend(MLP(width, inner) for _ in range(count))
+            self.extend(MLP(width, inner, experts.initializer_range) for _ in range(count))
         for linear, name, view in self._views():
             linear.weight = nn.Parameter(view(getattr(experts, name).detach()), getattr(experts, name).requires_grad)
             grad = getattr(experts, name).grad
@@ -128,20 +128,30 @@ class UnfusedExperts(nn.ModuleList):
         return None if reference is None else reference()
 
     def _values(self, name: str) -> Tensor:
-        """The grouped values: the tensor of which the Linears' weights are views, or a new one with copies of them."""
+        """The grouped values: the tensor of which the Linears' weights are views, or a new one with copies of them. ValueError
+        where a Linear has another shape than its experts'."""
         whole = self._one_tensor(name)
         if whole is not None:
             return whole
-        first = next(linear.weight for linear, of, _ in self._views() if of == name)
-        whole = torch.empty(self.__dict__["shapes"][name], dtype=first.dtype, device=first.device)
+        first, shape = next(linear.weight for linear, of, _ in self._views() if of == name), self.__dict__["shapes"][name]
+        whole = torch.empty(shape, dtype=first.dtype, device=first.device)
         for linear, of, view in self._views():
-            if of == name:
-                view(whole).copy_(linear.weight.detach())
+            if of != name:
+                continue
+            part, weight = view(whole), linear.weight.detach()
+            if weight.shape != part.shape:
+                raise ValueError(
+                    f"an expert's weight is {list(weight.shape)}, {name} {list(shape)} takes {list(part.shape)}: give every "
+                    "expert's Linear its shape back"
+                )
+            part.copy_(weight)
         return whole
 
     def _one_tensor(self, name: str) -> Tensor | None:
         """The tensor of which all weights of `name` are the views, or None: a Linear or its weight was replaced."""
-        weights = [(getattr(linear, "weight", None), view) for linear, of, view in self._views() if of == name]
+        weights: list[tuple[Any, Any]] = [
+            (getattr(linear, "weight", None), view) for linear, of, view in self._views() if of == name
+        ]
         plain = all(type(weight) is nn.Parameter and not weight.is_meta for weight, _ in weights)
         if not plain:
             return None

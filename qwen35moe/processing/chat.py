@@ -41,6 +41,13 @@ class ChatOptions:
     continue_final_message: bool | str = False
     variables: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.tools is not None:
+            listed = isinstance(self.tools, Iterable) and not isinstance(self.tools, (str, Mapping))
+            tools = list(self.tools) if listed else self.tools
+            check_tools(tools)
+            object.__setattr__(self, "tools", tools)
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -123,7 +130,6 @@ def pieces(
     if special:
         text = render(template, messages, options, named)
         return Marks.absent_from(text).split(text, tokens)
-    check_tools(options.tools)
     values: Any = plain_data({"messages": list(messages), "tools": options.tools, "documents": options.documents,
                               "variables": dict(options.variables)})  # fmt: skip
     marks = Marks.absent_from(json.dumps(values, ensure_ascii=False), template.source)

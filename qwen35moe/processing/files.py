@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,3 +93,25 @@ def shown_path(item: Any) -> str:
     if isinstance(text, bytes):
         return short(text)
     return text if len(text) <= 200 and not text.startswith("data:") else text[:24] + " ..."
+
+
+def template_source(folder: Path) -> str | None:
+    """The text of the checkpoint's chat template: a file of its own, or a key of a JSON file in older checkpoints."""
+    file = folder / "chat_template.jinja"
+    if find_file(file):
+        return read_text(file, MAX_JSON)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        source = read_json(folder / name).get("chat_template")
+        if isinstance(source, list):  # several named templates
+            source = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}.get("default")
+        if isinstance(source, str):
+            return source
+    return None
+
+
+def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """eos_token, pad_token, image_token, ... of tokenizer_config.json; templates may read them."""
+    extra = settings.get("extra_special_tokens")
+    values = {**settings, **(extra if isinstance(extra, dict) else {})}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}

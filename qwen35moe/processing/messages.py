@@ -57,13 +57,16 @@ def _read_message(message: Mapping[str, Any], source: str, media: list[Media]) -
     for name in kept:
         if name not in _MESSAGE_KEYS | _INERT_MESSAGE_KEYS and not _read_by(source, name):
             raise ValueError(_unread(name, _MESSAGE_KEYS, "the chat template"))
+    if not isinstance(kept.get("role"), str):
+        raise ValueError(f"a message needs a role, such as 'user', got {short(kept.get('role'))}")
     content = kept.pop("content", None)
     calls = kept.pop("tool_calls", None)
     out = {name: plain_data(value) for name, value in kept.items()}
     if isinstance(content, (list, tuple)):
         out["content"] = [_read_block(block, source, media) for block in content]
-    elif isinstance(content, Mapping):
-        raise ValueError("content must be a str or a list of blocks, got a mapping: put it into a list")
+    elif content is not None and not isinstance(content, str):
+        hint = ": put it into a list" if isinstance(content, Mapping) else ""
+        raise ValueError(f"content must be a str or a list of blocks, got {type(content).__name__}{hint}")
     elif content is not None:
         out["content"] = plain_data(content)
     if calls is not None:
@@ -149,6 +152,8 @@ def _source(kind: str, name: str, value: Any) -> Any:
         value = {key: entry for key, entry in value.items() if entry is not None}
         if name == "source" and value.get("type") == "base64" and isinstance(value.get("data"), str):
             return f"data:{value.get('media_type', 'image/png')};base64,{value['data']}"
+        if kind == "image" and set(value) <= {"bytes", "path"} and value:  # a row of Hugging Face's datasets
+            return value.get("bytes", value.get("path"))
         if not isinstance(value.get("url"), str) or set(value) - {"url", "detail", "type", "format", "mime_type"}:
             raise ValueError(f"{name} is a mapping with the key 'url', got the keys {short(sorted(map(str, value)))}")
         _check_detail(value.get("detail"))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
+
+from ..compat import short
 
 log = logging.getLogger(__name__)
 
@@ -56,3 +60,29 @@ def pad_rows(rows: Sequence[Sequence[int]], width: int, fill: int, side: str) ->
     """The rows as lists of `width` values."""
     padding = [[fill] * (width - len(row)) for row in rows]
     return [[*pad, *row] if side == "left" else [*row, *pad] for row, pad in zip(rows, padding, strict=True)]
+
+
+def columns_of(rows: Any) -> dict[str, list[Any]]:
+    """Rows of ids, a mapping of rows or a list of mappings, as lists by name."""
+    if isinstance(rows, (list, tuple)) and rows and isinstance(rows[0], Mapping):
+        missing = next((name for name in rows[0] for features in rows if name not in features), None)
+        if missing is not None:
+            raise ValueError(f"pad takes features with the same names: {short(missing)} is not in all of them")
+        rows = {name: [features[name] for features in rows] for name in rows[0]}
+    if not isinstance(rows, Mapping):
+        rows = {"input_ids": rows}
+    if "input_ids" not in rows:
+        raise ValueError(f"pad needs input_ids, got {short(list(rows))}")
+    columns = {name: as_lists(values) for name, values in rows.items()}
+    if not columns["input_ids"]:
+        raise ValueError("no rows to pad")
+    if not isinstance(columns["input_ids"][0], list):
+        raise ValueError("pad takes a list of rows of ids, got one row: pass [row]")
+    return columns
+
+
+def as_lists(values: Any) -> Any:
+    """Tensors and arrays, also in lists, as lists; anything else as it is."""
+    if isinstance(values, Tensor) or hasattr(values, "__array_interface__"):
+        return values.tolist()
+    return [as_lists(value) for value in values] if isinstance(values, (list, tuple)) else values

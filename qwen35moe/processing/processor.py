@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -24,7 +25,7 @@ from .chat import ChatOptions, Conversation, check_text_only, conversations, own
 from .files import read_json
 from .images import ImageProcessor, flatten
 from .media import Media
-from .padding import truncation_limit
+from .padding import as_lists, truncation_limit
 from .pixels import PixelSettings, read_settings
 from .reply import MARKUP, THINK_END, THINK_START, Reply, parse_pieces
 from .settings import SETTINGS, MediaSettings, media_settings
@@ -374,7 +375,13 @@ class Processor:
         if isinstance(reply, str):
             ends = [names[number] for number in self.tokenizer.eos_token_ids if number in names]
             return [piece for piece in Marks.absent_from(reply).split(reply, [*MARKUP, *ends]) if piece[1] not in ends]
-        ids = reply.tolist() if isinstance(reply, Tensor) else list(reply)
+        ids: Any = as_lists(reply)
+        try:
+            ids = [operator.index(number) for number in ids]
+        except TypeError:
+            raise ValueError(
+                f"a reply or prompt is text or one row of ids, got {short(ids)}: pass ids[0] of a batch of one"
+            ) from None
         pieces: Pieces = []
         for control, group in groupby(ids, key=lambda number: number in names):
             if control:

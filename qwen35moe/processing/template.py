@@ -142,6 +142,20 @@ def check_tools(tools: Any) -> None:
                 "a tool is a JSON schema: {'type': 'function', 'function': {'name': ..., 'parameters': ...}}, got "
                 f"{short(tool)}{hint}"
             )
+        _check_json(tool)
+
+
+def _check_json(value: Any) -> None:
+    """ValueError for an object in a schema that JSON has no form for: a prompt would show the name of its type."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            stack += value.values()
+        elif isinstance(value, (list, tuple)):
+            stack += value
+        elif value is not None and not isinstance(value, (str, int, float)) and not dataclasses.is_dataclass(value):
+            raise ValueError(f"a tool is a JSON schema, which cannot hold {short(value)} ({type(value).__name__})")
 
 
 def _meta() -> Any:

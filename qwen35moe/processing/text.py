@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +22,9 @@ from torch import Tensor
 from ..compat import TOKENIZER, read_keywords, short
 from ..files import parse_json
 from .batch import BatchEncoding, as_tensor, tensor_kind
-from .files import MAX_JSON, MAX_TOKENIZER_VALUES, find_file, read_json, read_text
+from .files import MAX_TOKENIZER_VALUES, find_file, named_tokens, read_json, read_text, template_source
 from .optional import require
-from .padding import LARGE, pad_rows, padding_width, truncation_limit
+from .padding import LARGE, as_lists, columns_of, pad_rows, padding_width, truncation_limit
 from .vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -227,8 +228,8 @@ class Tokenizer(Vocabulary):
             with self._lock:
                 self._tokenizer.encode_special_tokens = not special
                 ids = self._tokenizer.encode(text, add_special_tokens=add).ids
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the text is not valid Unicode: {error}") from None
+        except (UnicodeEncodeError, TypeError) as error:  # half of a surrogate pair
+            raise ValueError(f"the text is not valid Unicode: {str(error)[:200]}") from None
         if not special and not add and not self._added.isdisjoint(ids):
             control = sorted(self._added.intersection(ids))
             raise ValueError(f"plain text was encoded as the control tokens {control}: this tokenizer cannot keep them as text")
@@ -313,7 +314,7 @@ class Tokenizer(Vocabulary):
             raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}")
         padding = self.defaults.padding if padding is None else padding
         fill = 0 if self.pad_token_id is None else self.pad_token_id  # masked: any id will do
-        columns = _columns(rows)
+        columns = columns_of(rows)
         lengths = [len(row) for row in columns["input_ids"]]
         width = padding_width(lengths, padding, max_length, pad_to_multiple_of, self.model_max_length)
         if width is None and kind is not None and len(set(lengths)) > 1:
@@ -344,12 +345,12 @@ class Tokenizer(Vocabulary):
         ids = read_keywords("decode", TOKENIZER, keywords, ("ids",)).get("ids", ids)
         if isinstance(ids, Mapping):
             ids = ids["input_ids"]
-        ids = _lists(ids)
+        ids = as_lists(ids)
         row: list[Any] = list(ids) if isinstance(ids, Iterable) else [ids]
-        if row and isinstance(row[0], (list, tuple)):
+        if row and (isinstance(row[0], (list, tuple)) or getattr(row[0], "ndim", 0)):
             return [self.decode(item, skip_special_tokens) for item in row]
         try:
-            row = [int(number) for number in row]
+            row = [operator.index(number) for number in row]
         except (TypeError, ValueError):
             raise ValueError(f"decode takes ids, a row or several rows of them, got {short(row[0])}") from None
         if row and min(row) < 0:
@@ -390,50 +391,3 @@ class Tokenizer(Vocabulary):
 
 def _is_auto(value: Any) -> bool:
     return isinstance(value, str) and value == "auto"
-
-
-def _columns(rows: Any) -> dict[str, list[Any]]:
-    """Rows of ids, a mapping of rows or a list of mappings, as lists by name."""
-    if isinstance(rows, (list, tuple)) and rows and isinstance(rows[0], Mapping):
-        rows = {name: [features[name] for features in rows] for name in rows[0]}
-    if not isinstance(rows, Mapping):
-        rows = {"input_ids": rows}
-    if "input_ids" not in rows:
-        raise ValueError(f"pad needs input_ids, got {short(list(rows))}")
-    columns = {name: _lists(values) for name, values in rows.items()}
-    if not columns["input_ids"]:
-        raise ValueError("no rows to pad")
-    if not isinstance(columns["input_ids"][0], list):
-        raise ValueError("pad takes a list of rows of ids, got one row: pass [row]")
-    return columns
-
-
-def _lists(values: Any) -> Any:
-    if isinstance(values, Tensor) or hasattr(values, "__array_interface__"):
-        return values.tolist()
-    return [_lists(value) for value in values] if isinstance(values, (list, tuple)) else values
-
-
-# ----------------------------------------------------------------------------------------------------- files of a folder
-
-
-def template_source(folder: Path) -> str | None:
-    """The text of the checkpoint's chat template: a file of its own, or a key of a JSON file in older checkpoints."""
-    file = folder / "chat_template.jinja"
-    if find_file(file):
-        return read_text(file, MAX_JSON)
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        source = read_json(folder / name).get("chat_template")
-        if isinstance(source, list):  # several named templates
-            source = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}.get("default")
-        if isinstance(source, str):
-            return source
-    return None
-
-
-def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """eos_token, pad_token, image_token, ... of tokenizer_config.json; templates may read them."""
-    extra = settings.get("extra_special_tokens")
-    values = {**settings, **(extra if isinstance(extra, dict) else {})}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch import Tensor
 from qwen35moe import taps
 from qwen35moe.cache import Cache
 from tests.cache.common import CACHES, CASE, contents, filled, next_logits, same, tokens
-from tests.support.peer import assert_close
+from tests.support import peer
+from tests.support.peer import FULL, LINEAR, assert_close
 
 EXACT = 1e-12  # of float64: the same operations in another order of tokens
 
@@ -311,6 +313,19 @@ def test_values_that_are_no_tensors_and_names_of_the_other_kind(model):
     with pytest.raises(IndexError):
         cache[3]
     assert cache[-1].state is cache[2].state
+
+
+def test_a_cache_of_another_model_is_refused(model):
+    """The same number of layers, of other kinds or sizes; the same sizes are enough."""
+    cache = filled(model)
+    for change, words in (({"layer_types": [LINEAR, LINEAR, FULL]}, r"layer_types\[1\]=full_attention.*linear_attention"),
+                          ({"head_dim": 36}, r"head_dim=.*36"), ({"linear_value_head_dim": 31}, "linear_value_head_dim=.*31")):
+        other = peer.ours(replace(CASE, text=CASE.text | change))
+        with pytest.raises(ValueError, match=words + ".*new_cache"):
+            other(tokens(2, 1), cache=cache)
+    twin = peer.ours(CASE)
+    with torch.no_grad():
+        assert torch.isfinite(twin(tokens(2, 1), cache=cache).logits).all()
 
 
 def test_a_static_cache_refuses_a_gradient(model):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from qwen35moe.checkpoint import CheckpointError, save_model
 from qwen35moe.models.text import Qwen3_5MoeTextModel
@@ -96,6 +96,9 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "lora": (with_lora, "base_layer.weight: it is of an adapter: merge it"),
     "parametrization": (lambda m: parametrize.register_parametrization(m.model.norm, "weight", Twice()),
                         "norm.parametrizations.weight.original: it is of a parametrization"),
+    "pruned": (lambda m: prune.l1_unstructured(m.lm_head, "weight", 0.5), "lm_head.weight_mask: it is a mask of pruning"),
+    "layers swapped": (lambda m: m.model.layers.insert(0, m.model.layers.pop(1)), "unexpected: layers.0.self_attn.q_proj"),
+    "another norm": (lambda m: setattr(m.model, "norm", nn.LayerNorm(30).bfloat16()), "unexpected: norm.bias"),
     "weight_norm": (weight_norm, "it is of (weight_norm|a parametrization)"),
     "offloaded": (offloaded, "no values: model.norm.weight: it is on the meta device"),
     "sparse": (sparse, "wrong dtype: model.layers.0.mlp.gate.weight: torch.sparse_coo"),

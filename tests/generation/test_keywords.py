@@ -104,8 +104,15 @@ def test_translated_keywords() -> None:
     with pytest.raises(ValueError, match="num_return_sequences=2 and n=3, which mean the same: give n"):
         generate(model, ids, num_return_sequences=2, n=3, do_sample=True)
     with pytest.raises(ValueError, match="inputs=.* and input_ids=.* mean the same"):
+<<<<<<< HEAD
         generate(model, inputs=ids, input_ids=ids.flip(1))
+=======
+        generate(model, inputs=ids, input_ids=ids + 1)
+>>>>>>> main
     assert answer(cache_implementation="dynamic") == answer(cache_implementation="static") == answer()
+    for new, room in ((6, 10), (1, 5), (0, 5)):  # the last token is not stored
+        out = generate(FakeModel(), ids, cache="static", max_new_tokens=new, eos_token_id=[], return_dict_in_generate=True)
+        assert out.past_key_values.max_length == room and out.sequences.shape == (1, 5 + new)
     with pytest.raises(ValueError, match="stop=.*pass tokenizer="):
         generate(model, ids, stop_strings=["x"])
 
@@ -159,6 +166,16 @@ def test_generation_config_comes_between_the_arguments_and_the_checkpoint(kind: 
     assert several.shape[0] == 4
     result = generate(model, PROMPT, generation_config=kind(return_dict_in_generate=True, output_scores=True))
     assert len(result.scores) == 9 and result.logits is None
+
+
+def test_a_setting_of_the_checkpoint_that_the_call_replaces_is_not_refused() -> None:
+    model = FakeModel(generation_config={"num_beams": 4, "typical_p": 0.5})
+    with pytest.raises(ValueError, match="asks for num_beams=4"):
+        generate(model, PROMPT)
+    with pytest.raises(ValueError, match="asks for typical_p=0.5"):
+        generate(model, PROMPT, generation_config={"num_beams": 1})
+    given = {"num_beams": 1, "typical_p": 1.0}
+    assert generate(model, PROMPT, generation_config=given, **WORDS)[0, 5:].tolist() == answer()
 
 
 def test_a_misspelt_setting_of_a_dict_is_refused() -> None:

@@ -59,3 +59,10 @@ def next_token_sum(logits: Tensor, labels: Tensor) -> Tensor:
 def targets(labels: Tensor) -> int:
     """How many labels a position predicts: those other than -100 without the first of each row."""
     return int((labels[:, 1:] != -100).sum())
+
+
+@torch.no_grad()
+def cached_logits(model: Any, cache: Any) -> Tensor:
+    """The logits of tokens() with a cache: four tokens, then one at a time."""
+    parts = [model(tokens()[:, :4], cache=cache).logits]
+    return torch.cat([*parts, *(model(tokens()[:, t : t + 1], cache=cache).logits for t in range(4, 9))], 1)

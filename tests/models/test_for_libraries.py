@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from qwen35moe.compat import ATTRIBUTES
 from qwen35moe.config import Config, ConfigError
 from qwen35moe.models.device_map import DeviceMap
 from qwen35moe.models.vision_language import Qwen3_5MoeForConditionalGeneration
 from tests.integrations.common import KINDS, SIZES, VOCABULARY, tiny, tokens, twin
 from tests.support.configs import TINY, nested
 from tests.support.peer import relative_error
+
+ROOT = Path(__file__).parents[2]
 
 
 def multimodal(**top: Any) -> Any:
@@ -209,3 +214,15 @@ def test_constants() -> None:
     assert model.model_tags == ["a", "b"] and tiny().model_tags is None
     model.warnings_issued["estimate_tokens"] = True
     assert tiny().warnings_issued == {}
+
+
+def test_every_row_of_the_table_names_an_attribute_and_a_test_that_exist() -> None:
+    model = tiny()
+    for row in ATTRIBUTES:
+        file, _, test = row.tested_by.partition("::")
+        assert f"def {test}(" in (ROOT / file).read_text(), row.tested_by
+        names = re.sub(r"\([^)]*\)", "", row.name).removesuffix(" assigned").split(", ")
+        for name in names:
+            if "..." not in name and name != "hf_device_map":  # which only a model on several devices has
+                owner = model.config if name.startswith("config.") else model
+                assert hasattr(owner, name.removeprefix("config.")), name

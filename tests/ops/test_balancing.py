@@ -366,3 +366,38 @@ def test_the_imbalance_of_a_layer_leaves_masked_tokens_out():
     assert balancing.load_imbalance(indices, 6, mask=mask).tolist() == [6 * 3 / 6, 1]
     assert balancing.load_imbalance(indices[:1], 5).tolist() == [5 * 3 / 8]
     assert balancing.load_imbalance(indices, 6, mask=mask * 0).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_of_masked_tokens_reach_neither_a_loss_nor_a_gradient(value):
+    logits = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    indices, mask = logits.topk(2).indices, torch.tensor([1, 1, 0, 1, 0, 1])
+    dirty = logits.clone()
+    dirty[:, mask == 0] = value
+    sequences = sequence_numbers((2, 3))
+
+    def share(x):
+        balance = LoadBalance(5)
+        balance.count(indices, mask)
+        return balance.share(x, mask)
+
+    for loss in (
+        lambda x: load_balancing_loss(x, indices, mask=mask),
+        lambda x: load_balancing_loss(x, indices, mask=mask.bool(), per_layer=True).sum(),
+        lambda x: load_balancing_loss(x, indices, mask=mask, scope="sequence", sequences=sequences),
+        lambda x: router_z_loss(x, mask=mask),
+        share,
+    ):
+        clean, soiled = logits.clone().requires_grad_(), dirty.clone().requires_grad_()
+        expected, actual = loss(clean), loss(soiled)
+        assert torch.equal(actual, expected)
+        (wanted,), (gradient,) = torch.autograd.grad(expected, clean), torch.autograd.grad(actual, soiled)
+        assert torch.equal(gradient, wanted) and not gradient[:, mask == 0].any() and gradient.any()
+
+
+def test_all_tokens_masked():
+    logits = torch.full((2, 6, 5), float("nan")).requires_grad_()
+    indices, mask = torch.zeros(2, 6, 2, dtype=torch.long), torch.zeros(6)
+    for loss in (load_balancing_loss(logits, indices, mask=mask), router_z_loss(logits, mask=mask)):
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.item() == 0 and not gradient.any()

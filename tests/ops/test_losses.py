@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen35moe import ops
 from qwen35moe.ops.cpu import losses
 from qwen35moe.ops.cpu.losses import chunked_linear_cross_entropy
-from qwen35moe.ops.losses import shift_labels
+from qwen35moe.ops.losses import cross_entropy, shift_labels
 from tests.support.peer import assert_close, generator
 
 FORMS = {"direct": ops.linear_cross_entropy.definition, "chunked": chunked_linear_cross_entropy}
@@ -90,3 +90,43 @@ def test_labels_are_shifted_within_documents():
     expected = [-100, 12, 13, 14, -100, 16, 17, 18, 19, 20, 21, -100]
     assert shift_labels(labels, bounds)[0].tolist() == expected
     assert labels[0].tolist() == list(range(10, 22))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_stands_at_an_ignored_label_reaches_neither_the_loss_nor_a_gradient(form, value):
+    hidden, weight, labels = draw(9)
+    dirty = hidden.clone()
+    dirty[labels == -100] = value
+    results = []
+    for x in (hidden, dirty):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = form(*leaves, labels, num_items=5)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(results[1][1][labels == -100], torch.zeros_like(hidden[labels == -100]))
+    logits = (dirty @ weight.T).requires_grad_()
+    (gradient,) = torch.autograd.grad(cross_entropy(logits, labels), logits)
+    assert torch.equal(gradient[labels == -100], torch.zeros(int((labels == -100).sum()), VOCABULARY).double())
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_no_label_counts_and_labels_of_other_integers(form):
+    hidden, weight, labels = draw(9)
+    nothing = torch.full_like(labels, -100)
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = form(*leaves, nothing, num_items=3)
+    assert loss.item() == 0 and all(not g.any() for g in torch.autograd.grad(loss, leaves))
+    assert form(hidden, weight, nothing).isnan()  # the mean over nothing, as in torch
+    assert torch.equal(form(hidden, weight, labels.int()), form(hidden, weight, labels))
+
+
+def test_the_chunked_gradient_in_float32_has_the_bits_of_the_definition_block_by_block():
+    hidden, weight, labels = draw(11, torch.float32)
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    definition, rows = ops.linear_cross_entropy.definition, [slice(n, n + 4) for n in (0, 4, 8)]
+    blocks = [definition(leaves[0][n], leaves[1], labels[n], num_items=1) for n in rows]
+    expected = torch.autograd.grad((blocks[0] + blocks[1] + blocks[2]) / 5, leaves)
+    actual = torch.autograd.grad(chunked_linear_cross_entropy(*leaves, labels, num_items=5), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

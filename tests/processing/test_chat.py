@@ -256,6 +256,9 @@ def test_replies_that_stop_early_or_are_malformed(processor: Processor) -> None:
                    "<tool_call>\n<function=f>\nstray\n</function>\n</tool_call>"):  # fmt: skip
         parsed = processor.parse(f"a {broken}")
         assert parsed.tool_calls == () and parsed.content == f"a {broken}"
+    for odd in (None, torch.tensor([[1, 2]]), 3, [1.5]):
+        with pytest.raises(ValueError, match="a reply or prompt is text or one row of ids"):
+            processor.parse(odd)  # type: ignore[arg-type]
     ids = processor.tokenizer.encode("say </think> and <tool_call>")  # as text, not as control tokens
     assert processor.parse(ids).content == "say </think> and <tool_call>"
 

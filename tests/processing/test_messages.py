@@ -140,7 +140,11 @@ def test_null_keys_are_dropped(processor: Processor) -> None:
         (user({"type": "image", "image": PICTURE, "url": "x"}), "'image' and 'url' both name the image"),
         (user({"type": "image", "max_pixels": 4096}), "without a image"),
         (user(3), "a block of content is a mapping with a type, got 3"),
-        ([{"role": "user", "content": TEXT}], "content must be a str or a list of blocks, got a mapping"),
+        ([{"role": "user", "content": TEXT}], "content must be a str or a list of blocks, got dict: put it into a list"),
+        ([{"role": "user", "content": 3}], "content must be a str or a list of blocks, got int"),
+        ([{"content": "x"}], "message 0: a message needs a role, such as 'user', got None"),
+        ([{"role": 3, "content": "x"}], "a message needs a role"),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
         ([{"role": "user", "contents": "x"}], "does not read the key 'contents': did you mean 'content'"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "tool_call": []}], "message 1 .*did you mean 'tool_calls'"),
         ("hi", "messages is a list of messages or of conversations, got str"),
@@ -157,6 +161,17 @@ def test_keys_that_the_template_reads_pass(processor: Processor) -> None:
     source = "{{ messages[0].mood }}{{ messages[0].content[0].cache }}{{ messages[0].content[1].card.suit }}"
     message = {"role": "user", "mood": 1, "content": [TEXT | {"cache": 2}, {"type": "card", "card": {"suit": 3}}]}
     assert Processor(processor.tokenizer, ChatTemplate(source)).render([message]) == "123"
+
+
+def test_tools_are_json(processor: Processor) -> None:
+    schemas = [{"name": "f", "parameters": {"type": "object"}}]
+    expected = processor.render(user(TEXT), tools=schemas)
+    for tools in (tuple(schemas), iter(schemas), (schema for schema in schemas)):
+        assert processor.render(user(TEXT), tools=tools) == expected
+    for tools, words in (([{"name": {1, 2}}], "cannot hold {1, 2} .set."), ("f", "got str"), ({"name": "f"}, "got dict"),
+                         ([len], "built-in function len>; transformers.utils.get_json_schema"), (3, "got int")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            processor.apply_chat_template(user(TEXT), tools=tools)
 
 
 def test_cyclic_and_deep_messages_raise(processor: Processor) -> None:
@@ -182,6 +197,8 @@ def test_forms_of_images(processor: Processor, tmp_path: Path) -> None:
         {"type": "image_url", "image_url": {"url": address, "detail": "auto"}},
         {"type": "image_url", "image_url": address}, {"type": "input_image", "image_url": address},
         {"type": "image", "image": address}, {"type": "image", "url": str(tmp_path / "a.png")},
+        {"type": "image", "image": {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}},
+        {"type": "image", "image": {"bytes": None, "path": str(tmp_path / "a.png")}},
         {"type": "image", "path": tmp_path / "a.png"}, {"type": "image", "base64": encoded()}, {"image": PICTURE},
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": encoded()}},
         {"type": "image", "image": f"data:image/png;base64,{encoded()[:40]}\n{encoded()[40:]}"},

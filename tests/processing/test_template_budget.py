@@ -143,7 +143,7 @@ def test_ordinary_expressions_are_what_jinja_makes_of_them() -> None:
         "{% macro f(a, b=2) %}{{ a }}{{ b }}{{ caller() if caller }}{% endmacro %}{{ f(1) }}{% call f(3, b=4) %}c{% endcall %}",
         "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{{ loop.depth }}{% endfor %}",
         "{% set q %}a{{ n }}{% endset %}{{ q }}{% filter upper %}b{{ q }}{% endfilter %}{% with z = n %}{{ z }}{% endwith %}",
-        "{{ xs | batch(2, 0) | list }}{{ xs | slice(2) | list }}{{ xs | first }}{{ xs | reverse | list }}{{ no | default('d') }}",
+        "{{ xs | batch(2, 0) | list }}{{ xs | slice(2) | list }}{{ xs | first }}{{ xs | reverse | list }}{{ o | d('d') }}",
         "{{ [d, d] | map(attribute='b') | list }}{{ [d] | selectattr('b') | list }}{{ xs | unique | list }}",
         "{{ '5' | int + 1 }}{{ '2.5' | float }}{{ 2.567 | round(1) }}{{ -3 | abs }}{{ cycler(1, 2).next() }}{{ range(3) }}",
     ):  # fmt: skip

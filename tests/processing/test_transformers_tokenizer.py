@@ -96,8 +96,11 @@ def test_decoding_equals_transformers(ours: Tokenizer, theirs: Any) -> None:
     assert ours.decode(token_ids=rows[0]) == theirs.decode(token_ids=rows[0])
     assert ours.batch_decode(sequences=rows) == theirs.batch_decode(sequences=rows) and ours.batch_decode([]) == []
     assert ours.decode([3, 1 << 40]) == ours.decode([3])
+    assert ours.batch_decode(row for row in rows) == theirs.batch_decode(rows)
     with pytest.raises(ValueError, match="got -100: replace the -100 of labels"):
         ours.decode([1, -100])
+    with pytest.raises(ValueError, match="decode takes ids, a row or several rows of them, got 1.5"):
+        ours.decode(torch.tensor([1.5]))
 
 
 def test_control_tokens(folder: Path, ours: Tokenizer, theirs: Any) -> None:
@@ -157,6 +160,8 @@ def test_padding_of_features_equals_transformers(ours: Tokenizer, theirs: Any) -
             same(ours.pad(value, **{"padding": True, **options}), theirs.pad(value, **{"padding": True, **options}))
     labelled = [{"input_ids": [1, 2], "label": 0}, {"input_ids": [3], "label": 2}]
     assert ours.pad(labelled, padding=True, return_tensors="pt")["label"].tolist() == [0, 2]
+    with pytest.raises(ValueError, match="features with the same names: 'input_ids' is not in all"):
+        ours.pad([{"input_ids": [1]}, {"ids": [1]}])
     with pytest.raises(ValueError, match="labels: rows of 1 to 2 tokens do not form a tensor"):
         ours.pad([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3], "labels": [3]}], True, return_tensors="pt")
 

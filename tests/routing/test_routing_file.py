@@ -80,8 +80,8 @@ def test_what_the_reader_refuses_is_not_written(tmp_path: Path) -> None:
         ({"weights": weights.log() / 0}, "weights has numbers that are not finite"),
         ({"logits": torch.full((2, 3, 5), -torch.inf)}, "logits has numbers that are not finite"),
         ({"weights": weights.long()}, "weights is stored as torch.int64"),
-        ({"mask": torch.ones(3)}, "mask is stored as torch.float32"),
-        ({"logits": torch.zeros(2, 3, 7)}, "7. of 5 experts"),
+        ({"mask": torch.ones(3)}, "mask is .*torch.float32"),
+        ({"logits": torch.zeros(2, 3, 7)}, "7. .*of 5 experts"),
         ({"num_experts": 4}, "expert 4, the experts are 0 ... 3"),
         ({"num_experts": 2**31}, "not numbers of layers, experts"),
         ({"num_experts": 2**20}, r"experts\^2 is at most"),
@@ -90,9 +90,8 @@ def test_what_the_reader_refuses_is_not_written(tmp_path: Path) -> None:
         ({"indices": ROWS - 1}, "expert -2"),
     ]
     for changes, message in cases:
-        routing = Routing(**{"indices": ROWS, **good, **changes})
-        with pytest.raises(ValueError, match=message):
-            routing.save(tmp_path / "r")
+        with pytest.raises(ValueError, match=message):  # some are refused by the value itself
+            Routing(**{"indices": ROWS, **good, **changes}).save(tmp_path / "r")
     routing = Routing(ROWS, **good)
     strings: list[tuple[Any, str]] = [
         (3, "metadata are strings"), ("x" * 2**24, "at most 16777216 are read"), ("{" * 30_000, "more than 20000 objects"),

@@ -18,13 +18,9 @@ def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, starts: int | Tensor = 0,
     cu_seqlens: Tensor | None = None, dropout: float = 0.0,
 ) -> Tensor:
-    """One call of SDPA per packed document, else one call; for one new token without a mask and without repeated keys."""
-    if cu_seqlens is not None and torch.compiler.is_compiling():  # a graph does not know how many documents there are
-        mask = causal_mask(query.shape[1], key.shape[1], query.device, 0, cu_seqlens)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        gqa = query.shape[2] != key.shape[2]
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=gqa).transpose(1, 2)
-    if cu_seqlens is not None:
+    """One call of SDPA per packed document (under torch.compile, where their bounds are not known, one with a mask), else one
+    call; for one new token without a mask and without repeated keys."""
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
         documents = [
             sdpa_attention(query[:, start:end], key[:, start:end], value[:, start:end], scale=scale, dropout=dropout)
             for start, end in pairwise(cu_seqlens.tolist())
@@ -33,15 +29,15 @@ def sdpa_attention(
         return torch.cat(documents, dim=1) if documents else query.new_zeros(*query.shape[:3], value.shape[-1])
     tokens, positions, heads = query.shape[1], key.shape[1], query.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if tokens == 1 and not isinstance(starts, Tensor) and positions == starts + 1:
+    if tokens == 1 and cu_seqlens is None and not isinstance(starts, Tensor) and positions == starts + 1:
         # One new token attends to every key: the query heads of a key head become its query positions.
         q = q.reshape(q.shape[0], key.shape[2], -1, q.shape[-1])
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
         return out.reshape(q.shape[0], 1, heads, -1)
     square = False
-    if isinstance(starts, int) and starts == 0 and positions == tokens:
+    if cu_seqlens is None and isinstance(starts, int) and starts == 0 and positions == tokens:
         square = True  # with symbolic lengths (torch.compile) a branch is a bool, the condition itself is not
-    mask = None if square else causal_mask(tokens, positions, query.device, starts)
+    mask = None if square else causal_mask(tokens, positions, query.device, starts, cu_seqlens)
     options = {"attn_mask": mask, "is_causal": square, "scale": scale, "enable_gqa": heads != key.shape[2]}
     if dropout:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options).transpose(1, 2)
