@@ -104,11 +104,7 @@ def test_translated_keywords() -> None:
     with pytest.raises(ValueError, match="num_return_sequences=2 and n=3, which mean the same: give n"):
         generate(model, ids, num_return_sequences=2, n=3, do_sample=True)
     with pytest.raises(ValueError, match="inputs=.* and input_ids=.* mean the same"):
-<<<<<<< HEAD
-        generate(model, inputs=ids, input_ids=ids.flip(1))
-=======
         generate(model, inputs=ids, input_ids=ids + 1)
->>>>>>> main
     assert answer(cache_implementation="dynamic") == answer(cache_implementation="static") == answer()
     for new, room in ((6, 10), (1, 5), (0, 5)):  # the last token is not stored
         out = generate(FakeModel(), ids, cache="static", max_new_tokens=new, eos_token_id=[], return_dict_in_generate=True)
