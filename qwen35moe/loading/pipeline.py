@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from qwen35moe.compat import short
 
 from .auto import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TASKS = ("text-generation", "image-text-to-text")
 MAX_NEW_TOKENS = 256  # as in transformers' pipelines, where neither the call nor the checkpoint has a number
@@ -130,6 +131,8 @@ class Pipeline:
     def _run(self, prompts: Sequence[Any], options: _Options) -> list[list[dict[str, Any]]]:
         inputs = [self._inputs(prompt, options) for prompt in prompts]
         batch = inputs[0] if len(inputs) == 1 else self._together(inputs)
+        from torch import Tensor
+
         batch = {name: value.to(self.device) for name, value in batch.items() if isinstance(value, Tensor)}
         out = self.model.generate(**batch, **options.generate)
         sequences = out if isinstance(out, Tensor) else out.sequences
@@ -156,6 +159,8 @@ class Pipeline:
 
     def _together(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Rows of text padded on the left."""
+        import torch  # not above: `qwen35moe inspect` imports this package and runs without torch
+
         if any(set(row) - {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"} for row in inputs):
             raise ValueError("batch_size above 1 with images or videos is not supported: leave batch_size out")
         rows = [row["input_ids"][0] for row in inputs]
