@@ -2,6 +2,8 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= auto
+# The whole suite: make test SELECT=
+SELECT  ?= -m 'not slow'
 MINUTES ?= 30
 BIN     := $(VENV)/bin
 # A stamp per set of extras, renewed when what it was installed from changes.
@@ -23,7 +25,7 @@ demo: $(VENV)/demo.stamp
 	@$(BIN)/python -m qwen35moe demo $(ARGS)
 
 test: $(VENV)/test.stamp
-	@$(BIN)/python -m pytest -q -rs -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -q -rs -n $(WORKERS) $(SELECT) $(ARGS)
 
 test-matrix:
 	@VENV='$(VENV)' PYTHON='$(PYTHON)' WORKERS='$(WORKERS)' ARGS='$(ARGS)' LOGS='$(LOGS)' .ci/matrix $(LEGS)

@@ -36,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in (*suites(), *TOOLS):
         print(f"no benchmark {name!r}; there are {', '.join([*suites(), *TOOLS])}", file=sys.stderr)
         return 2
-    return load(name).main(rest) or 0
+    try:
+        return load(name).main(rest) or 0
+    except (ValueError, OSError, ImportError) as error:  # a file that is missing or no report, a wrong --impl
+        print(f"python -m benchmarks {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

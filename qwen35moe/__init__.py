@@ -1,3 +1,4 @@
+# pyright: strict
 """qwen35moe: the Qwen3.5-MoE architecture in PyTorch; every operation is tested against a short definition.
 
     import qwen35moe

@@ -10,6 +10,7 @@ unfinished `NAME.*.partial` beside it). A directory, a pipe or a device is never
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -260,6 +261,8 @@ def file_to_write(path: str | os.PathLike[str]) -> Path:
         kind = stat.S_IFMT(target.stat().st_mode)
     except FileNotFoundError:
         kind = stat.S_IFREG  # nothing is there, or a link to nothing
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder; make it first", str(target.parent)) from None
     if kind != stat.S_IFREG:
         raise UnwritableFile(f"{text} is {_KINDS.get(kind, 'no regular file')}: give the name of a regular file, or a new name")
     if text.endswith(separators):
@@ -276,7 +279,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     new file of this process.
     """
     target = file_to_write(path)
-    partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}.partial")
+    start = target.name if len(os.fsencode(target.name)) < 200 else "long-name"  # names have at most 255 bytes
+    partial = target.with_name(f"{start}.{secrets.token_hex(8)}.partial")
     # The name is unpredictable and O_EXCL refuses a name that exists: nobody can place a link there.
     descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     mode = mode_of(target)

@@ -1,3 +1,4 @@
+# pyright: strict
 """What to use for a name that this library does not have: misspelt names, and names of transformers."""
 
 from __future__ import annotations

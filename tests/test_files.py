@@ -287,6 +287,16 @@ def test_paths_that_name_no_file(path: Any, message: str, tmp_path: Path, monkey
     assert os.listdir(tmp_path) == []
 
 
+def test_a_missing_folder_is_named_and_a_long_name_is_a_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no such folder; make it first: .*gone'"):
+        with replacing(tmp_path / "gone" / "file"):
+            pytest.fail("the block ran")
+    for name in ("x" * 255, "é" * 127):
+        with replacing(tmp_path / name) as partial:
+            partial.write_text("new")
+        assert (tmp_path / name).read_text() == "new"
+
+
 def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with replacing("~/file") as partial:

@@ -12,7 +12,7 @@ from benchmarks.delta import peers
 from benchmarks.delta.scenarios import DTYPES, FULL_SIZE, Answer, Comparison, Implementation, Scenario, Sizes
 from qwen35moe import Config, backends
 from qwen35moe.cache import DeltaNetState, DeltaNetUpdate
-from qwen35moe.models.inputs import plan_layout
+from qwen35moe.models.plan import plan_layout
 from qwen35moe.models.text import Qwen3_5MoeTextModel
 from qwen35moe.modules.context import LayerContext
 

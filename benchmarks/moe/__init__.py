@@ -29,7 +29,7 @@ from benchmarks.moe.cases import BUNDLED, DTYPES, SKEWS, TOKENS, Case, shapes
 from benchmarks.moe.implementations import AUTO, implementations
 from benchmarks.moe.measure import measure
 from benchmarks.tools import limits
-from benchmarks.tools.common import SCHEMA, arguments
+from benchmarks.tools.common import SCHEMA, arguments, output_path, warn_if_busy
 from benchmarks.tools.machine import environment, header
 
 OUTPUTS = ("--json", "--plot", "--markdown", "--append")  # paths of the results, which a rerun does not repeat
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = {"schema": SCHEMA, "benchmark": "moe", "environment": environment(), "arguments": repeatable(words)}
     print(header(head["environment"]))
     report = {**head, **run(cases, options)}
+    warn_if_busy(report["cases"])
     if options.append and options.json and options.json.exists():
         report = merged(json.loads(options.json.read_text(encoding="utf-8")), report)
     if options.targets:
@@ -75,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=10.0, help="approximate limit of a case's rounds (3 at least)")
     parser.add_argument("--memory-limit", type=float, default=0.6, help="share of free memory for a case's weights")
     parser.add_argument("--targets", action="store_true", help="the cases of the table of targets, and the table")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--markdown", type=output_path, help="write the tables here")
     parser.add_argument("--append", action="store_true", help="keep the other cases of the --json file")
     return parser
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.moe.implementations import AUTO
-from benchmarks.tools.common import matplotlib_figure
+from benchmarks.tools.common import matplotlib_figure, noise
 from benchmarks.tools.machine import header
 
 
@@ -22,6 +22,7 @@ def table(row: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"  {name:<26} min {one['min_s'] * 1e3:9.3f} ms  median {one['median_s'] * 1e3:9.3f} of {one['runs']}"
             f"  {one['tflops']:7.3f} TFLOP/s  {one['gbps']:7.1f} GB/s  {one['of_roofline']:4.0%} of roofline{memory}{error}"
+            f"{noise(one)}"
         )
     for name, one in rows.items():
         if reason := one.get("wrong") or one.get("skipped"):
@@ -49,14 +50,24 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Throughput against tokens, a panel per preset and direction, the roofline above; needs matplotlib (extra `plot`)."""
-    groups: dict[tuple[str, bool, str], list[Mapping[str, Any]]] = {}
+def panels(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The cases by panel: those of one line differ in nothing but the number of tokens."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["cases"]:
         case = row["case"]
-        groups.setdefault((case["preset"], case["train"], case["dtype"]), []).append(row)
+        how = f"trace {Path(case['trace']).stem}, layer {case['layer']}" if case.get("trace") else case["skew"]
+        direction = "forward + backward" if case["train"] else "forward"
+        seed = f", seed {case['seed']}" if case.get("seed") else ""
+        title = f"{case['preset']}, {case['dtype']}, {direction}, {how}{'' if case['cold'] else ', warm'}{seed}"
+        groups.setdefault(title, []).append(row)
+    return groups
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Throughput against tokens, a panel per kind of case, the roofline above; needs matplotlib (extra `plot`)."""
+    groups = panels(report)
     figure = matplotlib_figure(figsize=(5.2 * max(len(groups), 1), 4.2))
-    for place, ((preset, train, dtype), rows) in enumerate(groups.items()):
+    for place, (title, rows) in enumerate(groups.items()):
         axes = figure.add_subplot(1, len(groups), place + 1)
         rows = sorted(rows, key=lambda row: row["case"]["tokens"])
         tokens = [row["case"]["tokens"] for row in rows]
@@ -70,7 +81,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("tokens")
         axes.set_ylabel("TFLOP/s")
-        axes.set_title(f"{preset}, {dtype}, {'forward + backward' if train else 'forward'}", fontsize=9)
+        axes.set_title(title, fontsize=9)
         axes.legend(fontsize=6)
     figure.suptitle(str(report["environment"].get("gpu", report["environment"]["processor"])), fontsize=8)
     figure.savefig(path, dpi=110)

@@ -31,6 +31,7 @@ from benchmarks.tools.machine import environment, header
 
 SCHEMA = 2  # of the JSON file; a change of meaning or of a key raises it, a new key does not
 PAGE = 4096
+NOISY = 1.5  # median over minimum; 1.02 to 1.2 on a quiet machine
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 
 
@@ -42,10 +43,26 @@ def arguments(description: str | None, *, rounds: int = 9) -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=rounds, help="runs of each implementation")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--plot", type=Path, help="draw the ratios here (PNG; needs matplotlib)")
+    parser.add_argument("--rounds", type=at_least_one, default=rounds, help="runs of each implementation")
+    parser.add_argument("--json", type=output_path, help="write the report here")
+    parser.add_argument("--plot", type=output_path, help="draw the ratios here (PNG; needs matplotlib)")
     return parser
+
+
+def at_least_one(text: str) -> int:
+    """An argument's number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def output_path(text: str) -> Path:
+    """An argument's path, refused before hours of measuring if it cannot be written."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        reason = "is a folder" if path.is_dir() else f"cannot be written: no {path.parent}"
+        raise argparse.ArgumentTypeError(f"{text} {reason}")
+    return path
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -264,7 +281,7 @@ class Case:
             ratio = "" if row["ratio"] is None else f"  {row['ratio']:6.3f}x"
             times = f"min {_readable(row['min_s'])}  median {_readable(row['median_s'])} of {row['runs']}"
             figures = "".join(f"  {key} {value:.4g}" for key, value in self.figures.get(name, {}).items())
-            yield f"  {name:<24} {times}{ratio}{error}{figures}"
+            yield f"  {name:<24} {times}{ratio}{error}{figures}{noise(row)}"
         for name, reason in self.refused.items():
             yield f"  {name:<24} not run: {reason}"
 
@@ -272,6 +289,27 @@ class Case:
 def _readable(seconds: float) -> str:
     scale, unit = (1.0, "s ") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
     return f"{seconds * scale:8.2f} {unit}"
+
+
+def noise(row: Mapping[str, Any]) -> str:
+    """A remark for an implementation whose runs differ more than those of a quiet machine, else ""."""
+    if row.get("runs", 0) < 2 or not row.get("min_s") or row["median_s"] <= NOISY * row["min_s"]:
+        return ""
+    return f"  NOISY: median {row['median_s'] / row['min_s']:.1f} times the minimum"
+
+
+def warn_if_busy(cases: Iterable[Mapping[str, Any]]) -> bool:
+    """Warns on standard error where some times are not to be relied on; True if there are any."""
+    rows = [row for case in cases for row in case["implementations"].values()]
+    noisy = sum(bool(noise(row)) for row in rows)
+    if noisy:
+        timed = sum(bool(row.get("min_s")) for row in rows)
+        print(
+            f"warning: {noisy} of {timed} times have a median of more than {NOISY} times the minimum: the machine was busy. "
+            "Measure again on a quiet one, or with more --rounds",
+            file=sys.stderr,
+        )
+    return bool(noisy)
 
 
 class Report:
@@ -299,6 +337,7 @@ class Report:
 
     def finish(self, options: argparse.Namespace) -> int:
         """Write the files that the options name; 1 if an implementation was wrong."""
+        warn_if_busy(self.as_dict()["cases"])
         if options.json:
             options.json.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
         if options.plot:

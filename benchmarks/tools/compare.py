@@ -3,8 +3,9 @@
     python -m benchmarks compare A.json B.json [--tolerance 0.02] [--relative] [--only NAME]
 
 For each case and implementation in both files: the median of B over the median of A, and the 95 % interval of that ratio
-over resampled runs (bootstrap). Slower means that the whole interval lies above 1 + tolerance. An implementation that is
-wrong in B and was timed in A counts as slower. --relative divides by an implementation of the same file, to compare two
+over resampled runs (bootstrap). Slower means that the whole interval lies above 1 + tolerance, the same that all of it lies
+within the tolerance of 1; anything else is undecided: measure with more rounds, or on a quiet machine. An implementation
+that is wrong in B and was timed in A counts as slower. --relative divides by an implementation of the same file, to compare two
 machines.
 """
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if first.get(key) != second.get(key):
             parser.error(f"the files' {key} differ: {first.get(key)!r} and {second.get(key)!r}")
     chosen = options.only.split(",") if options.only else None
-    slower, compared = 0, 0
+    slower, compared, undecided = 0, 0, 0
     for id, name, a, b in matched(first, second, options.relative):
         if chosen is not None and name not in chosen:
             continue
@@ -45,18 +46,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{id}  {name:<26} not timed in {options.files[1].name}: {b}")
             continue
         ratio, low, high = interval(a, b)
-        verdict = "SLOWER" if low > 1 + options.tolerance else "faster" if high < 1 - options.tolerance else "same"
-        slower += verdict == "SLOWER"
-        print(f"{id}  {name:<26} {ratio:6.3f}x  [{low:.3f}, {high:.3f}]  {verdict}")
-    print(f"{compared} compared, {slower} slower")
+        found = verdict(low, high, options.tolerance)
+        slower += found == "SLOWER"
+        undecided += found == "undecided"
+        single = "  (one number each)" if len(a) == len(b) == 1 else ""
+        print(f"{id}  {name:<26} {ratio:6.3f}x  [{low:.3f}, {high:.3f}]  {found}{single}")
+    print(f"{compared} compared, {slower} slower" + (f", {undecided} undecided" if undecided else ""))
     if not compared:
         print("the files have no case and implementation in common")
     return int(bool(slower) or not compared)
 
 
+def verdict(low: float, high: float, tolerance: float) -> str:
+    """Of the interval of a ratio of times."""
+    if low > 1 + tolerance:
+        return "SLOWER"
+    if high < 1 - tolerance:
+        return "faster"
+    return "same" if 1 - tolerance <= low and high <= 1 + tolerance else "undecided"
+
+
 def read(file: Path) -> dict[str, Any]:
     """A report; raises ValueError if the file holds none."""
-    report = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as a report of a benchmark: {error}") from None
     if not isinstance(report, dict) or not isinstance(report.get("cases"), list):
         raise ValueError(f"{file} is no report of a benchmark: it has no list of cases")
     return report

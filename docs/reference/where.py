@@ -38,7 +38,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("h = embed(tokens)", "Qwen3_5MoeTextModel.embed", "self.embed_tokens("),
         Line("h' = h + mixer(rms_norm(h))", "DecoderLayer.forward", "run(self._mixer_of_norm"),
         Line("h = h' + mlp(rms_norm(h'))", "DecoderLayer.forward", "run(self.mlp, normed, router)"),
-        Line("logits = W_head rms_norm(h)", "Qwen3_5MoeForCausalLM.predict", "self.lm_head("),
+        Line("logits = W_head rms_norm(h)", "Qwen3_5MoeForCausalLM.predict", "logits_of(self.lm_head"),
         Line("dense mlp: W_down (silu(W_gate x) · W_up x)", "MLP.forward", "F.silu(project(self.gate_proj, x))"),
     ),
     "Norms": (

@@ -94,9 +94,9 @@ class RollbackLog:
         recorded = self.recorded
         valid = recorded.valid if keep is None else self._first(keep)
         decay, beta = (torch.where(valid[..., None], gate, 0) for gate in (recorded.decay, recorded.beta))
-        _, recurrent_state = ops.gated_delta_rule(
-            recorded.key, recorded.key, recorded.value, decay=decay, beta=beta, state=self.recurrent_state
-        )
+        # Zeros, because tokens that were rolled back may be nan, and 0 * nan is nan.
+        key, value = (torch.where(valid[..., None, None], x, 0) for x in (recorded.key, recorded.value))
+        _, recurrent_state = ops.gated_delta_rule(key, key, value, decay=decay, beta=beta, state=self.recurrent_state)
         past = self.conv_state.shape[-1]
         inputs = torch.cat([self.conv_state.mT.to(recorded.qkv.dtype), recorded.qkv], dim=1)
         valid = torch.cat([valid.new_ones(valid.shape[0], past), valid], dim=1)

@@ -25,8 +25,9 @@ STATIC_GRADIENT = "a static cache is written in place and carries no gradient: u
 class KVCache:
     """Keys and values of every token: `key` and `value` [B, length, G, K].
 
-    They are the first `length` positions of the buffers; the positions behind them are zeros, room to grow. A static
-    state is written in place and never reallocated.
+    They are the first `length` positions of the buffers; the positions behind them are room to grow. A static state is
+    written in place and never reallocated. behind: whether positions behind the tokens of a row may hold values of tokens
+    that were rolled back, which a mask hides only where they are finite.
     """
 
     names: ClassVar[tuple[str, str]] = ("key", "value")
@@ -35,6 +36,7 @@ class KVCache:
     value_buffer: Tensor
     length: int = 0
     static: bool = False
+    behind: bool = False
 
     @property
     def key(self) -> Tensor:
@@ -84,10 +86,13 @@ class KVCache:
             else:
                 keys[:, new], values[:, new] = key, value
         else:
+            if self.behind:
+                keys, values = (_zero_behind(x, layout.starts, functional) for x in (keys, values))
             row, position, index = token_positions(layout, key.device)
             put = torch.Tensor.index_put if functional else torch.Tensor.index_put_
             keys, values = put(keys, (row, position), key[index]), put(values, (row, position), value[index])
-        return KVCache(keys, values, length, self.static)
+            return KVCache(keys, values, length, self.static)
+        return KVCache(keys, values, length, self.static, self.behind)
 
     def _buffers_for(self, length: int, functional: bool) -> tuple[Tensor, Tensor]:
         """Both buffers, larger ones where these are too short: at least twice as long, so that growth is rare."""
@@ -103,9 +108,13 @@ class KVCache:
         """`key` and `value`."""
         return self.key_buffer[:, : self.length], self.value_buffer[:, : self.length]
 
+    def place(self, name: str) -> str:
+        """The attribute that holds `name`: its whole buffer."""
+        return f"{name}_buffer"
+
     def stored(self, name: str) -> Tensor:
-        """The tensor that holds `name`: the whole buffer."""
-        return self.key_buffer if name == "key" else self.value_buffer
+        """The tensor that holds `name`."""
+        return self.__dict__[f"{name}_buffer"]
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the state holds."""
@@ -122,6 +131,13 @@ class KVCache:
     def __repr__(self) -> str:
         room = f"room for {self.key_buffer.shape[1]} tokens"
         return f"KVCache({described(self.key, 'key')}, {described(self.value, 'value')}, {room})"
+
+
+def _zero_behind(buffer: Tensor, starts: int | Tensor, functional: bool) -> Tensor:
+    """A buffer [B, positions, G, K] with zeros from each row's position `starts` [B] on."""
+    first = starts.to(buffer.device)[:, None] if isinstance(starts, Tensor) else starts
+    hidden = (torch.arange(buffer.shape[1], device=buffer.device) >= first).expand(buffer.shape[:2])[..., None, None]
+    return buffer.masked_fill(hidden, 0) if functional else buffer.masked_fill_(hidden, 0)
 
 
 @dataclass(repr=False)
@@ -151,6 +167,10 @@ class DeltaNetState:
     def read(self) -> tuple[Tensor, Tensor]:
         """`conv_state` and `recurrent_state`."""
         return self.conv_state, self.recurrent_state
+
+    def place(self, name: str) -> str:
+        """The attribute that holds `name`."""
+        return name
 
     def stored(self, name: str) -> Tensor:
         """The tensor that holds `name`."""

@@ -102,17 +102,21 @@ class Cache:
             device = layout.position_ids.device
             raise ValueError(f"the cache is on {self.lengths.device}, the input on {device}: make one with model.new_cache")
         self._prepare()
-        if self.max_length is None:
-            return
+        if self.max_length is not None:
+            self._check_length(layout, self.max_length)
+        for snapshot in self._live_snapshots():  # a forward writes before it commits
+            snapshot.stale = snapshot.stale or (snapshot.rewound and not snapshot.apart)
+
+    def _check_length(self, layout: TokenLayout, room: int) -> None:
         if layout.lengths is None:
             longest = layout.tokens + (self._longest if self._common_length is None else self._common_length)
-            if longest > self.max_length and self._common_length is None:
+            if longest > room and self._common_length is None:
                 longest = int(self.lengths.max()) + layout.tokens
         else:
             longest = int((self.lengths + layout.lengths).max())
-        if longest > self.max_length:
+        if longest > room:
             raise ValueError(
-                f"the longest row would hold {longest} tokens, the cache has room for {self.max_length}: "
+                f"the longest row would hold {longest} tokens, the cache has room for {room}: "
                 f"make one with new_cache({self.batch_size}, max_length={longest}) or more"
             )
 
@@ -125,8 +129,6 @@ class Cache:
                     raise ValueError(STATIC_GRADIENT)
         if self._read.copies:
             self._settle()
-        for snapshot in self._live_snapshots():
-            snapshot.stale = snapshot.stale or (snapshot.rewound and not snapshot.apart)
         self._inference = self._inference or in_inference_mode()
         if layout.lengths is None:
             self.lengths = self.lengths + layout.tokens
@@ -268,6 +270,8 @@ class Cache:
                 old.length = new.length
             else:
                 self.replace_state(index, new.snapshot())
+            if isinstance(state := self._layers[index], KVCache):
+                state.behind = True
         for other in self._live_snapshots():
             other.apart = other.apart and not share_tensors(other, snapshot)
         self.lengths, self._ids, self.seen, self._longest = snapshot.lengths, snapshot.ids, snapshot.seen, snapshot.longest
@@ -314,7 +318,7 @@ class Cache:
         self._longest = int(self.lengths.max())
         for layer in self._layers:
             if isinstance(layer, KVCache):
-                layer.length = self._longest
+                layer.length, layer.behind = self._longest, True
         self._inference = self._inference or in_inference_mode()
         self._mark_rewound()
         self._refresh()
@@ -396,7 +400,7 @@ class Cache:
 
     @staticmethod
     def load(
-        path: str | os.PathLike[str], config: TextConfig, *, device: torch.device | str = "cpu",
+        path: str | os.PathLike[str], config: Any, *, device: torch.device | str = "cpu",
         devices: Sequence[torch.device] | None = None,
     ) -> Cache:
         """Reads a file written by `save`, for a model of this configuration; devices: one per layer, as for a new cache."""

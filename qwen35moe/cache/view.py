@@ -75,8 +75,10 @@ class LayerView:
     def _read_tensor(self, name: str) -> Tensor:
         """A tensor for the cache's user, who may edit it: snapshots get copies, and so does the check of the log."""
         cache, layer, state = self._cache, self._layer, self.state
-        if isinstance(state, DeltaNetState) and state.stored(name).is_inference():
-            state.__dict__[name] = copied(state.stored(name))
+        tensor = state.stored(name)
+        # An inference tensor cannot be written outside of inference_mode, and one on the graph may be needed by a backward.
+        if tensor.is_inference() or (tensor.requires_grad and (layer, name) not in cache._read.current):
+            state.__dict__[state.place(name)] = copied(tensor)
         cache.unshare(layer)
         recorded = isinstance(state, DeltaNetState) and state.log is not None and (layer, name) not in cache._read.copies
         cache._read.note(layer, name, state.stored(name).detach().clone() if recorded else None)

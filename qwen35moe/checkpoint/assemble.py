@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,14 +172,10 @@ def match(
     return Match(plans, dict(left_out), copies)
 
 
-def ignored_by(patterns: Sequence[str], name: str) -> str | None:
-    """The first of the patterns ("score.*") that a stored name fits; None if it fits none."""
-    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
-
-
 def checked_patterns(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
     """The patterns of ignore=; ValueError for anything but strings."""
-    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore or ())
+    listed: Any = () if ignore is None else ignore
+    patterns = tuple(listed) if isinstance(listed, Iterable) and not isinstance(listed, str) else (listed,)
     if not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise ValueError(f"ignore={patterns!r} must be patterns of tensor names, such as ['score.*']")
     return patterns
@@ -241,11 +237,11 @@ def _sort(
         if (placed := stored if name is None else selection.place(name)) is not None:
             disk.unreadable.add(placed)
     for stored in header.unread:
-        left_out[ignored_by(ignore, stored) or _kind(names.canonical(stored))] += 1
+        left_out[names.ignored_by(ignore, stored) or _kind(names.canonical(stored))] += 1
     unknown: list[StoredTensor] = []
     for tensor in header.tensors.values():
         name = names.canonical(tensor.name)
-        if (pattern := ignored_by(ignore, tensor.name)) is not None:
+        if (pattern := names.ignored_by(ignore, tensor.name)) is not None:
             left_out[pattern] += 1
             if (placed := None if name is None else selection.place(name)) is not None:
                 disk.ignored.add(placed)

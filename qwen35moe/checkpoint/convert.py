@@ -25,10 +25,11 @@ from qwen35moe.config.parameters import FP32_PARAMETERS
 from qwen35moe.files import UnreadableFile, read_limited
 
 from . import names
+from .assemble import checked_patterns
 from .block_fp8 import dequantise
 from .blocks import BLOCK, FP8, SCALE, scale_shape
 from .dtypes import FLOATS, TORCH_DTYPES, checked_dtype, name_of
-from .folder import CONFIG, config_file
+from .folder import CONFIG, config_of
 from .headers import INDEX, Header, StoredTensor, locate, read_headers
 from .ownership import folder_to_write
 from .problems import CheckpointError, Problem, check_choice
@@ -60,6 +61,7 @@ def convert(
     dtype: str | torch.dtype | None = None,
     layers: Iterable[int] | None = None,
     max_shard_size: int | str = "5GB",
+    ignore: str | Iterable[str] = (),
     progress: Progress | None = None,
 ) -> Config:
     """Write the checkpoint in the folder `source` to the folder `target` in another form; returns its configuration.
@@ -69,6 +71,7 @@ def convert(
     dtype: float64, float32, bfloat16 or float16; None keeps the dtype of every tensor, block-FP8 included. A_log, dt_bias
         and the delta rule's norm are only ever widened: with a narrower dtype they stay as stored.
     layers: the decoder layers to keep; they are renumbered in this order, and layer_types in config.json follows.
+    ignore: patterns of stored names that are not written, such as "score.*".
 
     The target changes in one step after everything is written (folder.py); it may be the source. Tokenizer and other
     files beside the weights are copied. CheckpointError lists everything that does not fit.
@@ -78,10 +81,15 @@ def convert(
     for name, choice in (("layout", layout), ("mtp_layout", mtp_layout)):
         check_choice(name, choice, (None, *LAYOUTS))
     problems: list[Problem] = []
-    header = read_headers(source, problems)
-    config = Config.from_pretrained(config_file(header))
+    patterns = checked_patterns(ignore)
+    wanted = (lambda name: names.ignored_by(patterns, name) is None) if patterns else None
+    header = read_headers(source, problems, wanted)
+    for name in [name for name in header.tensors if names.ignored_by(patterns, name) is not None]:
+        del header.tensors[name]
+    config = config_of(header)
     _check_method(config, header)
     old = _Source(header, config, problems)
+    _check_layouts(old, layout, mtp_layout)
     kept = _checked_layers(layers, config.text_config.num_hidden_layers)
     new = _new_config(config, kept, new_dtype)
     layouts = (layout or old.layout_of("text"), mtp_layout or layout or old.layout_of("mtp"))
@@ -104,6 +112,14 @@ def _check_method(config: Config, header: Header) -> None:
             f"{header.folder} is quantised by {method!r}; supported are block-FP8 ('fp8') and weights stored as "
             f"{', '.join(FLOATS)}"
         )
+
+
+def _check_layouts(old: _Source, layout: str | None, mtp_layout: str | None) -> None:
+    """ValueError for a layout of experts that the checkpoint does not have."""
+    if not old.config.text_config.is_moe and (layout or mtp_layout):
+        raise ValueError(f"{old.header.folder} is dense and has no experts: omit the layout")
+    if mtp_layout and not old.has("mtp"):
+        raise ValueError(f"{old.header.folder} has no MTP head: omit mtp_layout={mtp_layout!r}")
 
 
 def _checked_layers(layers: Iterable[int] | None, count: int) -> list[int]:

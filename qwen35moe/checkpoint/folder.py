@@ -33,11 +33,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen35moe.config import Config
 from qwen35moe.files import mode_of, sync_folder, write_new
 
-from .headers import INDEX, SINGLE, Header
+from .headers import INDEX, SINGLE, Header, locate
 from .ownership import CONFIG, SAVING, Identity, Journal, Present, delete, folder_to_write, identity_of
-from .problems import CheckpointError
+from .problems import CheckpointError, Problem
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,15 @@ def config_file(header: Header) -> Path:
             log.warning("%s: a save was interrupted; reading its configuration from %s", header.folder, pending.name)
             return pending
     return header.folder / CONFIG
+
+
+def config_of(header: Header) -> Config:
+    """The configuration of a checkpoint; CheckpointError if its file is missing or outside the folder."""
+    problems: list[Problem] = []
+    file = locate(header.folder, config_file(header).name, problems)
+    if file is None:
+        raise CheckpointError(f"{header.folder} has no readable configuration; add it or pass config=...:", problems)
+    return Config.from_pretrained(file)
 
 
 class Replacement:

@@ -20,6 +20,8 @@ issue 45357). torch.compile, checkpointing and FSDP add their component to every
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|module)\.)+")
 _ADDED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
@@ -69,6 +71,11 @@ def wrapper_of(name: str) -> str | None:
     if match := _ADDED.search(name):
         return match[0]
     return "module." if name.startswith("module.") else None
+
+
+def ignored_by(patterns: Sequence[str], name: str) -> str | None:
+    """The first of the patterns ("score.*") that a stored name fits; None if it fits none."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
 def part_of(canonical_name: str) -> str:

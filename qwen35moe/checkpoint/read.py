@@ -27,12 +27,12 @@ from qwen35moe.config import Config
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 
 from . import names
-from .assemble import Match, ModelParameter, Plan, checked_patterns, ignored_by, match, parameters_of, parts_in
+from .assemble import Match, ModelParameter, Plan, checked_patterns, match, parameters_of, parts_in
 from .dtypes import FLOATS, checked_dtype, name_of
 from .fill import fill
 from .finite import not_finite
-from .folder import CONFIG, GENERATION_CONFIG, MAX_SETTINGS_BYTES, config_file
-from .headers import INDEX, SINGLE, Header, StoredTensor, locate, read_headers, read_object
+from .folder import CONFIG, GENERATION_CONFIG, MAX_SETTINGS_BYTES, config_of
+from .headers import INDEX, SINGLE, Header, StoredTensor, read_headers, read_object
 from .hub import folder_of
 from .plausible import implausible
 from .problems import CheckpointError, Problem, check_choice
@@ -147,7 +147,7 @@ def _wanted(selection: Selection, ignore: Sequence[str]) -> Callable[[str], bool
     """Whether a stored tensor may be needed; None if all are."""
     if selection.is_everything and not ignore:
         return None
-    return lambda name: ignored_by(ignore, name) is None and selection.needs(name)
+    return lambda name: names.ignored_by(ignore, name) is None and selection.needs(name)
 
 
 def _check_unchanged(path: Path, before: list[tuple[int, ...] | None]) -> None:
@@ -166,7 +166,7 @@ def _open(
     header = read_headers(path, problems, wanted)
     if problems and not header.tensors:
         raise CheckpointError(f"{path} cannot be read:", problems)
-    config = config or _config(header)
+    config = config or config_of(header)
     refuse_unsupported(config, header)
     return header, config
 
@@ -228,14 +228,6 @@ def _stamp(folder: Path) -> list[tuple[int, ...] | None]:
         except OSError:
             stamps.append(None)
     return stamps
-
-
-def _config(header: Header) -> Config:
-    problems: list[Problem] = []
-    file = locate(header.folder, config_file(header).name, problems)
-    if file is None:
-        raise CheckpointError(f"{header.folder} has no readable configuration; add it or pass config=...:", problems)
-    return Config.from_pretrained(file)
 
 
 def _generation_config(folder: Path, problems: list[Problem]) -> dict[str, Any] | None:

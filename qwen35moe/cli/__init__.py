@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from .. import __version__
-from . import backends, chat, convert, demo, generate, inspect, routing, tiny
+from . import backends, chat, convert, demo, generate, inspect, routing, streams, tiny
 
 COMMANDS = {
     "generate": generate,
@@ -28,22 +28,28 @@ COMMANDS = {
     "demo": demo,
 }
 
+WRITES_FILES = ("convert", "tiny")  # commands that also run with a closed standard output
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
-    options = _parser().parse_args(arguments)
+    closed = streams.open_missing()
+    options = _options(arguments)
     # torch warns while it is imported without NumPy. Only plots need NumPy, and their extra installs it.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     # Warnings of the library (parts that are not loaded, implementations that cannot run) as plain lines.
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(message)s")
     try:
+        if "stdout" in closed and options.command not in WRITES_FILES:
+            raise ValueError(f"standard output is closed: {options.command} writes its result there")
         options.run(options)
-        sys.stdout.flush()
+        streams.flush()
         return 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard(sys.stdout)
+        streams.discard(sys.stderr)
         return 0
     except Exception as error:
         if options.debug:
@@ -51,8 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split()) or "no message"
         if not isinstance(error, (ValueError, OSError, ImportError)):
             text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
-        print(f"qwen35moe: {text}", file=sys.stderr)
+        streams.say(f"qwen35moe: {text}")
+        with suppress(OSError):
+            streams.flush()  # a full disk: Python would try again when the process ends
         return 2
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line. --help, --version and wrong options end the process, also where nobody reads their output."""
+    try:
+        return _parser().parse_args(arguments)
+    except SystemExit:
+        with suppress(OSError):
+            streams.flush()
+        raise
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,5 +87,5 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks and the library's log")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=name)
     return parser

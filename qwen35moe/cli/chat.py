@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .options import add_device, add_images, add_max_new_tokens, add_sampling, sampling
+from .streams import checked_text, is_closed, read_line
 from .terminal import TokenTimer, printable
 from .visual import visual_inputs
 
@@ -122,12 +123,12 @@ class Conversation:
 
 def run(options: argparse.Namespace) -> None:
     """Read messages until the input ends; replies go to standard output, everything else to standard error."""
+    settings = sampling(options, not options.greedy, "leave --greedy out")
+    settings |= {"max_new_tokens": options.max_new_tokens}
+    system = None if options.system is None else checked_text(options.system, "--system")
+    interactive(sys.stdin)  # raises early where there is no standard input
     from ..loading import load, load_processor
 
-    settings, sampled = sampling(options)
-    if options.greedy and sampled:
-        raise ValueError("--greedy cannot be combined with --temperature, --top-k, --top-p, --min-p or --seed")
-    settings |= {"do_sample": not options.greedy, "max_new_tokens": options.max_new_tokens}
     processor = load_processor(options.folder)
     if processor.template is None:
         raise ValueError(f"{options.folder} has no chat template (chat_template.jinja): use `qwen35moe generate`")
@@ -135,20 +136,20 @@ def run(options: argparse.Namespace) -> None:
     variables: dict[str, Any] = {} if options.thinking is None else {"enable_thinking": options.thinking}
 
     def new_conversation() -> Conversation:
-        return Conversation(model, processor, system=options.system, variables=variables, **settings)
+        return Conversation(model, processor, system=system, variables=variables, **settings)
 
     _loop(new_conversation, [("image", path) for path in options.image] + [("video", path) for path in options.video])
 
 
 def _loop(new_conversation: Callable[[], Conversation], media: Media) -> None:
     """Read lines and answer them. media: attached to the first message."""
-    conversation, interactive = new_conversation(), sys.stdin.isatty()
-    if interactive:
+    conversation, terminal = new_conversation(), interactive(sys.stdin)
+    if terminal:
         print(COMMANDS, file=sys.stderr)
     while True:
-        if interactive:
+        if terminal:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = read_line()
         if not line or line.strip() == "/exit":
             return
         command, _, rest = line.strip().partition(" ")
@@ -159,20 +160,27 @@ def _loop(new_conversation: Callable[[], Conversation], media: Media) -> None:
         elif command == "/help":
             print(COMMANDS, file=sys.stderr)
         elif command.startswith("/") and "/" not in command[1:]:
-            _report(f"unknown command {command}. {COMMANDS}", interactive)
+            _report(f"unknown command {command[:40]}. {COMMANDS}", terminal)
         elif line.strip():
             try:
                 _write(conversation.send(line.strip(), media))
-                if interactive:
+                if terminal:
                     print(f"({conversation.timer.summary(conversation.prompt_tokens)})", file=sys.stderr)
             except ValueError as error:
-                _report(str(error), interactive)
+                _report(str(error), terminal)
             media = []
 
 
-def _report(text: str, interactive: bool) -> None:
+def interactive(stdin: Any) -> bool:
+    """Whether somebody types; ValueError without a standard input."""
+    if is_closed(stdin):
+        raise ValueError("standard input is closed: chat reads its messages there, one line each")
+    return stdin.isatty()
+
+
+def _report(text: str, terminal: bool) -> None:
     """Print an error and go on in a terminal; raise it in a pipe."""
-    if not interactive:
+    if not terminal:
         raise ValueError(text)
     print(f"qwen35moe: {' '.join(text.split())}", file=sys.stderr)
 

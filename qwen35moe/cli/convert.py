@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from .options import add_layouts, add_max_shard_size
+from .options import add_ignore, add_layouts, add_max_shard_size
 from .terminal import format_bytes
 
 HELP = "Write a checkpoint in another layout, dtype or number of layers."
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="bfloat16, float16, float32 or float64; dequantises FP8 (default: as stored)")
     parser.add_argument("--layers", type=_layers, metavar="LIST", help="keep only these layers, renumbered: 0-3 or 0,4,8-11")
     add_max_shard_size(parser)
+    add_ignore(parser)
 
 
 def _layers(text: str) -> list[int]:
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
             dtype=options.dtype,
             layers=options.layers,
             max_shard_size=options.max_shard_size,
+            ignore=options.ignore,
             progress=progress,
         )
     new = read_headers(options.target)

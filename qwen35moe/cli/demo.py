@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import CHECKPOINT, add_device, add_max_new_tokens
+from .streams import checked_text
 from .terminal import can_print, printable, write_stream
 
 HELP = "Generate a text, describe an image, show the implementations that ran and the expert load."
@@ -31,15 +32,16 @@ def run(options: argparse.Namespace) -> None:
     from ..loading import find
     from ..loading.load import load_with_tokenizer
 
+    prompt = checked_text(options.prompt, "--prompt")
     model, tokenizer = load_with_tokenizer(options.folder, dtype=options.dtype, device=options.device)
     config = model.config.text_config
     summary = f"{model.num_parameters():,} parameters, {config.num_hidden_layers} layers"
     if config.is_moe:
         summary += f", {config.num_experts} experts ({config.num_experts_per_tok} per token)"
-    print(f"{options.folder}: {summary}, {str(model.dtype).removeprefix('torch.')}")
+    print(printable(f"{options.folder}: {summary}, {str(model.dtype).removeprefix('torch.')}"))
 
-    ids = tokenizer.encode(options.prompt)
-    print(f"\n{printable(options.prompt)}", end="", flush=True)
+    ids = tokenizer.encode(prompt)
+    print(f"\n{printable(prompt)}", end="", flush=True)
     sampling: dict[str, Any] = dict(do_sample=True, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=options.seed)
     with backends.ran() as ran:
         timer = write_stream(model, tokenizer, ids, max_new_tokens=options.max_new_tokens, **sampling)

@@ -8,10 +8,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .options import add_ignore
 from .summary import summarize
 from .terminal import format_bytes
 
-HELP = "Show the parts, sizes, dtypes, memory and problems of a checkpoint; reads headers only."
+HELP = "Show the parts, sizes, dtypes, memory and problems of a checkpoint; reads headers only (all of it with --check)."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,12 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a folder with config.json and safetensors files, or tiny")
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="estimate memory for N tokens (default: 4096)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="and for B sequences at once (default: 1)")
+    parser.add_argument("--check", action="store_true",
+                        help="read every weight; report NaN, infinity and unlikely meanings")  # fmt: skip
+    add_ignore(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the summary, as text or as JSON."""
-    summary = _without_collector(lambda: summarize(options.folder, context=options.context, batch=options.batch))
+    summary = _without_collector(
+        lambda: summarize(
+            options.folder, context=options.context, batch=options.batch, check=options.check, ignore=options.ignore
+        )
+    )
     print(json.dumps(summary, indent=2) if options.json else report(summary))
 
 
@@ -110,6 +118,12 @@ def _problems(summary: dict[str, Any]) -> list[str]:
     lines += _listed("tensors are not described by config.json", summary["unexpected_tensors"])
     lines += _listed("tensors have a shape other than config.json describes", summary["misshapen_tensors"], fold=False)
     lines += _listed("tensors belong to no part of this architecture", summary["unknown_tensors"])
+    lines += [f"{count} tensors are ignored: {pattern}" for pattern, count in summary["ignored_tensors"].items()]
+    if summary["not_finite"] is not None:
+        lines += _listed("tensors contain NaN or infinity", summary["not_finite"], fold=False)
+        lines += [f"warning: {sentence}" for sentence in summary["implausible"]]
+        if not summary["not_finite"]:
+            lines.append("every weight is finite")
     return lines
 
 

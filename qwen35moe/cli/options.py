@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 CHECKPOINT = "a checkpoint folder, a Hub name, or tiny (the bundled checkpoint)"
 LAYOUTS = ("grouped", "per_expert")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -44,16 +45,33 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
 
 
-def sampling(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """(the values of the sampling options, as keywords of `generate`; whether any was set)."""
-    values = {name: getattr(options, name) for name in _SAMPLING}
-    return values, any(value is not None for value in values.values())
+def sampling(options: argparse.Namespace, do_sample: bool, way_out: str) -> dict[str, Any]:
+    """do_sample and the sampling options as keywords of `generate`. ValueError for options without effect, as there; way_out:
+    what to do about it."""
+    values = {name: getattr(options, name) for name in SAMPLING}
+    unused = [f"--{name.replace('_', '-')}" for name, value in values.items() if value is not None]
+    if unused and not do_sample:
+        raise ValueError(f"{', '.join(unused)} has an effect only when sampling: {way_out}")
+    return values | {"do_sample": do_sample}
 
 
 def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
     """--max-shard-size, for commands that write a checkpoint."""
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
                         help="largest size of a file: 500MB, 2GiB (default: 5GB)")  # fmt: skip
+
+
+def add_ignore(parser: argparse.ArgumentParser) -> None:
+    """--ignore, for commands that read a checkpoint."""
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
+                        help="leave out the tensors of these names, such as 'score.*'; may be repeated")  # fmt: skip
+
+
+def refuse_without_effect(options: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """ValueError if one of these options (None when absent) was given, because it would have no effect."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: no effect, because {reason}: omit {'it' if len(given) == 1 else 'them'}")
 
 
 def add_layouts(parser: argparse.ArgumentParser, default: str, mtp_default: str) -> None:

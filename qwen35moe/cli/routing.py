@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .options import CHECKPOINT, add_device
+from .streams import read_file
+from .terminal import printable
 
 HELP = "Show the routers' choices on a text: load, margins, co-activation."
 
@@ -29,16 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the statistics, and write the trace and the plot if requested."""
-    from ..loading.load import load_with_tokenizer
-    from ..routing.plots import draw, new_figure
-
     if options.window < 1:
         raise ValueError(f"--window must be at least 1, got {options.window}")
     if options.logits and not options.out:
         raise ValueError("--logits are written to the trace: add --out TRACE")
+    text = read_file(options.text)
+    from ..loading.load import load_with_tokenizer
+    from ..routing.plots import draw, new_figure
+
     if options.plot:
         new_figure(1, 1)  # raises early if matplotlib is missing
-    text = sys.stdin.read() if options.text == "-" else Path(options.text).read_text(encoding="utf-8")
     model, tokenizer = load_with_tokenizer(options.folder, dtype=options.dtype, device=options.device)
     ids = tokenizer.encode(text)
     if not ids:
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         routing.save(options.out, about | {"tokens": str(len(ids)), "dtype": stats["dtype"]})
     if options.plot:
         draw(routing, options.plot, margin=margin, title=f"{Path(options.folder).name}: {len(ids):,} tokens")
-    print(json.dumps(stats, indent=2) if options.json else report(stats))
+    print(json.dumps(stats, indent=2) if options.json else printable(report(stats)))
 
 
 def trace(model: Any, ids: list[int], window: int, *, keep_logits: bool = False) -> tuple[Any, Any]:

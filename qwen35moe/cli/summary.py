@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -60,19 +60,24 @@ class Part:
         return self.parameters - self.routed + (self.routed * top_k // experts if experts else 0)
 
 
-def summarize(folder: str, *, context: int = 4096, batch: int = 1) -> dict[str, Any]:
-    """The data that `inspect --json` prints. context, batch: tokens and sequences for the estimate of memory."""
-    from ..checkpoint.folder import config_file
+def summarize(
+    folder: str, *, context: int = 4096, batch: int = 1, check: bool = False, ignore: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The data that `inspect --json` prints. context, batch: tokens and sequences for the estimate of memory; check: read
+    every weight; ignore: patterns of names that are left out."""
+    from ..checkpoint.folder import config_of
     from ..checkpoint.headers import read_headers
-    from ..config import Config
+    from ..checkpoint.names import ignored_by
     from ..loading import find
 
     if context < 0 or batch < 1:
         raise ValueError(f"{context=} must be at least 0 and {batch=} at least 1")
     header = read_headers(find(folder))
-    config = Config.from_pretrained(config_file(header))
+    config = config_of(header)
     text = config.text_config
-    stored, unknown = _by_name(header.tensors.values())
+    ignored = Counter(pattern for name in header.tensors if (pattern := ignored_by(ignore, name)) is not None)
+    listed = [tensor for name, tensor in header.tensors.items() if ignored_by(ignore, name) is None]
+    stored, unknown = _by_name(listed)
     model_parts, without_part = _parts(stored)
     parts = [_entry(part, text.num_experts_per_tok, text.num_experts) for part in model_parts]
     names = {part.name for part in model_parts}
@@ -106,6 +111,23 @@ def summarize(folder: str, *, context: int = 4096, batch: int = 1) -> dict[str, 
         "unexpected_tensors": unexpected,
         "misshapen_tensors": misshapen,
         "unknown_tensors": unknown + without_part,
+        "ignored_tensors": dict(ignored),
+        **(_checks(listed, stored) if check else {"not_finite": None, "implausible": []}),
+    }
+
+
+def _checks(tensors: Iterable[Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """What reading the weights tells, in sentences."""
+    from ..checkpoint.dtypes import FLOATS
+    from ..checkpoint.finite import not_finite
+    from ..checkpoint.plausible import implausible
+    from ..checkpoint.transfer import read_scales
+
+    scales = [tensor for name, tensor in stored.items() if name.endswith("_scale_inv") and tensor.dtype in FLOATS][:64]
+    read = read_scales([(scale.file, scale.offset, FLOATS[scale.dtype], scale.shape) for scale in scales])
+    return {
+        "not_finite": [f"{problem.subject}: {problem.detail}" for problem in not_finite(tensors)],
+        "implausible": implausible(stored, read),
     }
 
 

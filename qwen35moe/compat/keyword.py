@@ -17,10 +17,11 @@ SHOWN = 60  # characters of a value from outside in a message
 
 @dataclass(frozen=True)
 class Keyword:
-    """One keyword that transformers has and the method here does not.
+    """One keyword of transformers.
 
     becomes: our keyword with the same meaning; `convert` turns the value into ours.
     neutral: values without effect here, or a function that tells them; None is always one. They are accepted.
+    does: what the method itself does with it, where it is one of the method's own keywords.
     instead: the way out that the error names for every other value, and the note in docs/guide/from_transformers.md.
     tested_by: "tests/models/test_compat.py::test_name", a test that exists.
     """
@@ -30,6 +31,7 @@ class Keyword:
     convert: Callable[[Any], Any] | None = None
     neutral: tuple[Any, ...] | Callable[[Any], bool] = ()
     instead: str = ""
+    does: str = ""
     tested_by: str = ""
 
     def is_neutral(self, value: object) -> bool:
@@ -71,18 +73,24 @@ def read_keywords(
     return read
 
 
-def _same(first: object, second: object) -> bool:
-    """Whether two values are one; two tensors are only if they are the same object."""
-    return first is second or (not hasattr(first, "shape") and not hasattr(second, "shape") and first == second)
-
-
 def unknown_keyword(method: str, name: str, names: Collection[str]) -> str:
     """The message for a keyword that nobody knows, with the nearest name if there is one."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"{method}() has no keyword {short(name)}" + (f": did you mean {near[0]!r}?" if near else "")
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of one keyword agree; tensors (of any library) by shape and values."""
+    if one is other:
+        return True
+    if hasattr(one, "shape") and hasattr(other, "shape"):
+        return tuple(one.shape) == tuple(other.shape) and bool((one == other).all())
+    return not hasattr(one, "shape") and not hasattr(other, "shape") and bool(one == other)
+
+
 def short(value: object) -> str:
-    """repr of a value from outside, shortened for a message."""
+    """repr of a value from outside, shortened for a message; of a tensor or array its shape and dtype."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} {list(value.shape)} {value.dtype}"  # pyright: ignore[reportAttributeAccessIssue]
     text = repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 4] + " ..."

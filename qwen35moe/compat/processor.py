@@ -20,6 +20,8 @@ PROCESSOR: tuple[Keyword, ...] = (
     Keyword("audio", instead="the model takes no audio", tested_by=_REFUSED),
     Keyword("audio_kwargs", neutral=({},), instead="the model takes no audio", tested_by=_REFUSED),
     Keyword("load_audio_from_video", neutral=(False,), instead="the model takes no audio", tested_by=_REFUSED),
+    Keyword("video_metadata", instead="give the frames with their rate: Video(frames, fps=..., indices=...)",
+            tested_by=_REFUSED),
     Keyword("common_kwargs", neutral=({},), instead="give its entries as keywords of the call", tested_by=_REFUSED),
     Keyword("return_mm_token_type_ids", neutral=(True,), instead="mm_token_type_ids is always returned: drop it",
             tested_by=_NEUTRAL),

@@ -220,7 +220,7 @@ class Fixed:
 
     # Results that transformers' Trainer leaves out of predictions; it adds a list to this list.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "past_key_values", "cache", "last_hidden_state", "aux_loss", "router_logits", "routing",
+        "past_key_values", "cache", "last_hidden_state", "aux_loss", "router_logits", "routing", "load_imbalance",
     ]  # fmt: skip
     is_encoder_decoder: ClassVar[bool] = False
     _name_or_path = ""

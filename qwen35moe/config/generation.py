@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35moe.compat import short
-from qwen35moe.files import UnreadableFile, read_limited, replacing
+from qwen35moe.files import UnreadableFile, checked_path, file_in, read_object, replacing
 
 FILE = "generation_config.json"
 _MAX_BYTES = 2**20  # published ones have 202 bytes
@@ -175,19 +175,21 @@ class GenerationConfig(dict[str, Any]):
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], config_file_name: str = FILE) -> GenerationConfig:
         """Of a folder's generation_config.json, or of such a file. ValueError if it cannot be read."""
-        file = Path(path)
-        file = file / config_file_name if file.is_dir() else file
+        file = Path(checked_path(path)).expanduser()
         try:
-            settings = json.loads(read_limited(file, _MAX_BYTES))
-        except (UnreadableFile, ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not a readable generation_config.json: {error}") from None
-        if not isinstance(settings, dict):
-            raise ValueError(f"{file} is not a JSON object")
+            if file.is_dir():
+                file = file_in(file, config_file_name)
+            settings = read_object(file, _MAX_BYTES)
+        except UnreadableFile as error:
+            why = str(error) or error.kind
+            if error.kind == "not a JSON object":
+                raise ValueError(f"{file} is not a JSON object") from None
+            raise ValueError(f"{file} is not a readable generation_config.json: {why}") from None
         return cls(settings)
 
     def save_pretrained(self, path: str | os.PathLike[str], config_file_name: str = FILE) -> None:
         """Writes generation_config.json into a folder, which is made if need be."""
-        folder = Path(path)
+        folder = Path(checked_path(path)).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / config_file_name) as partial:
             partial.write_text(self.to_json_string(), encoding="utf-8")

@@ -182,10 +182,16 @@ class Config(TextFields, Fixed):
         return self.text_config.to_dict() | own
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
-        """Writes config.json into the folder `path`, which is made if it does not exist."""
+        """Writes config.json into the folder `path`, which is made if it does not exist. A config.json that describes no model
+        of this family stays: ConfigError."""
         if not os.fspath(path):  # Path("") is the current folder
             raise ConfigError("the path of the folder is empty: name a folder for config.json")
         folder = Path(path).expanduser()
+        if os.path.lexists(folder / "config.json"):
+            try:
+                family(read_json(folder / "config.json").get("model_type"))
+            except ConfigError as error:
+                raise ConfigError(f"{folder / 'config.json'} is not replaced: {error}") from None
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "config.json") as new:
             new.write_text(self.to_json_string(), encoding="utf-8")
@@ -223,7 +229,8 @@ class Config(TextFields, Fixed):
     def to_transformers(self) -> Any:
         """The same configuration as an object of transformers: Qwen3_5MoeConfig, or Qwen3_5MoeTextConfig for a text-only
         model; Qwen3_5Config and Qwen3_5TextConfig for dense ones. `Config.of` reads them back."""
-        return to_transformers(self.model_type, self.to_dict())
+        config = self.text_only() if self.vision_config is None else self  # theirs would add a vision tower of its own
+        return to_transformers(config.model_type, config.to_dict())
 
     def text_only(self) -> Config:
         """The decoder alone, in the flat form, with text_config's tie_word_embeddings, as in transformers."""

@@ -89,6 +89,7 @@ class TextConfig(Fixed):
     shared_expert_intermediate_size: int = checked(_by_family("shared_expert_intermediate_size"), whole(low=0))
     intermediate_size: int = checked(_by_family("intermediate_size"), optional(whole()))  # None in a MoE model
     router_aux_loss_coef: float = checked(0.001, number())
+    router_aux_loss_per_layer: bool = checked(False, flag)  # the mean of each layer's loss, not the loss of pooled layers
     output_router_logits: bool = checked(False, flag)
 
     mtp_num_hidden_layers: int = checked(0, whole(low=0, high=MAX_LAYERS))
@@ -209,6 +210,8 @@ class TextConfig(Fixed):
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self)}
         values |= {"layer_types": list(self.layer_types), "rope_parameters": self._rope.to_dict()}
         dropped = {name for name in ("intermediate_size", "full_attention_interval", "dtype") if values[name] is None}
+        if not self.router_aux_loss_per_layer:
+            dropped.add("router_aux_loss_per_layer")  # no key of transformers
         if not self.is_moe:
             unread = {"router_aux_loss_coef": 0.001, "output_router_logits": False}
             dropped |= {*ONLY_MOE} | {name for name, default in unread.items() if values[name] == default}

@@ -165,7 +165,8 @@ class _Run:
         if copies > 1 and cache.max_length is not None:
             raise ValueError(f"n={n}: a cache of fixed length keeps its {rows} rows; make one with new_cache({rows * n}, ...)")
         cached = tuple(int(length) for length in cache.lengths.tolist())
-        for row, (held, length) in enumerate(zip(cached, prompt.repeated(n // copies).lengths, strict=True)):
+        rows_of_cache = prompt.repeated(n // copies)
+        for row, (held, length) in enumerate(zip(cached, rows_of_cache.lengths, strict=True)):
             if held >= length:
                 raise ValueError(
                     f"row {row}: the cache already holds {held} tokens and input_ids has {length}; input_ids is the "
@@ -177,6 +178,7 @@ class _Run:
                 f"the prompt of {longest} tokens {what} the cache's max_length={cache.max_length}: "
                 "make a longer one, or pass new_cache(batch_size) without max_length"
             )
+        cache.check_prompt(rows_of_cache.ids, rows_of_cache.mask)  # ValueError where it holds another text
         return cache, cached, copies
 
     # --------------------------------------------------------------------------------------------------------- steps

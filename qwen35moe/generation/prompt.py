@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..compat import short
 
-_INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+_SIGNED = {torch.int64, torch.int32, torch.int16, torch.int8}
+_INTEGERS = _SIGNED | {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tupl
         raise ValueError("there is no prompt: give input_ids")
     if isinstance(ids, str):
         raise ValueError("input_ids is a string: encode it first, generate(**tokenizer(text))")
+    if not isinstance(ids, Tensor) and hasattr(ids, "__array__"):  # numpy, a memory-mapped corpus
+        ids = _array(ids)
     if not isinstance(ids, Tensor):
         ids, lengths = _from_lists(ids, pad)
         if lengths is not None:
@@ -85,9 +88,17 @@ def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tupl
     return ids.to(device, torch.int64), None if mask is None else mask.to(device)
 
 
+def _array(ids: Any) -> Tensor:
+    try:
+        return torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"input_ids must be a tensor or a list of token ids, got {short(ids)}") from None
+
+
 def _mask(mask: Any) -> Tensor:
     try:
-        return torch.as_tensor(mask)
+        mask = torch.as_tensor(mask)
+        return mask if mask.is_floating_point() or mask.is_complex() else mask.to(torch.int64)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"attention_mask must be a tensor of ones and zeros, got {short(mask)}") from None
 

@@ -5,6 +5,7 @@ A token of a byte-level vocabulary may end in the middle of a character, and a s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -26,8 +27,8 @@ class TextStream:
             print(text.put(token), end="")
         print(text.end())
 
-    The pieces joined are tokenizer.decode(all tokens). An unfinished character is held back until its last byte or the
-    end of the text: decoders show it as exactly one replacement character.
+    The pieces joined are tokenizer.decode(all tokens), for decoders that do not change earlier text. An unfinished character
+    is held back until its last byte or the end of the text: decoders show it as exactly one replacement character.
     """
 
     def __init__(self, tokenizer: Decoder, skip_special_tokens: bool = True) -> None:
@@ -53,10 +54,12 @@ class TextStream:
         return piece
 
     def _take(self, text: str) -> str:
-        if not text.startswith(self._returned):
+        if self._returned.startswith(text):  # nothing new
             return ""
-        piece, self._returned = text[len(self._returned) :], text
-        return piece
+        # Some decoders change text once the next token is known ("a ." to "a."). What was returned stays; the rest is new.
+        common = len(os.path.commonprefix([text, self._returned]))
+        self._returned = text
+        return text[common:]
 
     def _decode(self) -> str:
         return self.tokenizer.decode(self._window, skip_special_tokens=self.skip_special_tokens)

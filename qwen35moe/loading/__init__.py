@@ -1,3 +1,4 @@
+# pyright: strict
 """From a name to a model, its tokenizer and its processor.
 
 load.py       load() and load_processor(): the class that fits the checkpoint

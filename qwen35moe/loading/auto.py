@@ -1,3 +1,4 @@
+# pyright: strict
 """transformers' Auto classes: the class of a checkpoint, chosen by its config.json by the same rules.
 
     AutoModelForCausalLM            the text model, also of a multimodal checkpoint
@@ -58,7 +59,7 @@ class AutoConfig(_Auto):
         config = _config_of(pretrained_model_name_or_path, keywords)
         _, fields = read_loading("from_pretrained", {}, keywords)
         config = config.replace(**fields)
-        config._name_or_path = os.fspath(pretrained_model_name_or_path)
+        config._name_or_path = os.fspath(pretrained_model_name_or_path)  # pyright: ignore[reportPrivateUsage]
         return config
 
     @classmethod

@@ -1,3 +1,4 @@
+# pyright: strict
 """load(): from a name to a model and its tokenizer, with the class that fits the checkpoint."""
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ def find(
     options: HubOptions = DEFAULTS, subfolder: str | os.PathLike[str] | None = None,
 ) -> Path:
     """The folder of a checkpoint. ValueError if there is none. wanted: of a Hub name only these tensors."""
-    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
+    given_name: Any = name
+    if not isinstance(given_name, str | os.PathLike) or not os.fspath(name):
         raise ValueError(f"name={short(name)}: give a folder with config.json, a Hub name (owner/name), or {TINY!r}")
     if name == TINY and not Path(TINY).is_dir():
         return BUNDLED

@@ -196,7 +196,8 @@ class _Options:
         self.skip_special_tokens = take("skip_special_tokens", None) is not False
         self.continue_final_message = take("continue_final_message", None)
         self.prefix = take("prefix", None) or ""
-        self.batch_size = take("batch_size", None) or 1
+        size = take("batch_size", None)
+        self.batch_size = 1 if size is None else size
         if type(self.batch_size) is not int or self.batch_size < 1:
             raise ValueError(f"batch_size={short(self.batch_size)}: give a whole number, 1 or more")
         for name, neutral in (("clean_up_tokenization_spaces", (None, True, False)), ("handle_long_generation", (None,)),

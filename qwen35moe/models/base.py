@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +56,19 @@ class PretrainedModel(FromPretrained, Initialised):
         from qwen35moe.generation import stream
 
         return stream(self, **keywords(inputs))
+
+    def compute_transition_scores(
+        self, sequences: Tensor, scores: Sequence[Tensor], beam_indices: None = None, normalize_logits: bool = False
+    ) -> Tensor:
+        """The scores [B, new] of the new tokens, from the `sequences` and `scores` of a GenerateOutput; with
+        normalize_logits=True their log-probabilities. -inf for an id outside the vocabulary, which padding may have."""
+        if beam_indices is not None:
+            raise ValueError("beam_indices: there is no beam search here; leave it out")
+        table = torch.stack(tuple(scores), 1)
+        table = table.log_softmax(-1) if normalize_logits else table
+        new = sequences[:, sequences.shape[1] - table.shape[1] :].to(table.device)
+        exists = (new >= 0) & (new < table.shape[-1])
+        return table.gather(-1, new.where(exists, 0)[..., None])[..., 0].masked_fill(~exists, -torch.inf)
 
     # ------------------------------------------------------------------------------------------------- state
 

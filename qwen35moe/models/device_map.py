@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qwen35moe.compat import short
+
 Devices = str | torch.device | Sequence[str | torch.device] | Mapping[str, str | int | torch.device]
 
 
@@ -69,14 +71,23 @@ def chosen_devices(devices: Devices) -> list[torch.device]:
     if isinstance(devices, str) and devices == "auto":
         count = torch.cuda.device_count()
         return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
-    names = [devices] if isinstance(devices, str | torch.device) else list(devices)
+    names = list(devices) if isinstance(devices, list | tuple) else [devices]
     if isinstance(devices, Mapping):
         raise ValueError("a dict of devices names modules of a model: give it to from_pretrained or place")
     if not names:
         raise ValueError("device=[]: name at least one device")
-    chosen = [torch.device(name) for name in names]
+    chosen = [_device(name) for name in names]
     current = torch.cuda.current_device() if any(d.type == "cuda" and d.index is None for d in chosen) else 0
     return [torch.device("cuda", current) if d.type == "cuda" and d.index is None else d for d in chosen]
+
+
+def _device(name: object) -> torch.device:
+    if name == "disk":
+        raise ValueError('device "disk" is not supported: on "cpu", weights="map" reads weights as they are needed')
+    try:
+        return torch.device(name)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError):
+        raise ValueError(f'{short(name)} is no device: give "cpu", "cuda", "cuda:1", "auto" or a list of such names') from None
 
 
 def plan_device_map(model: nn.Module, devices: Devices, itemsize: int | None = None) -> DeviceMap:
@@ -111,8 +122,6 @@ def _as_named(model: nn.Module, devices: Mapping[str, str | int | torch.device])
 
     ValueError where it leaves out a parameter, or does not keep whole layers together with what runs beside them.
     """
-    if "disk" in devices.values():
-        raise ValueError('device_map with "disk" is not supported: on "cpu", weights="map" reads weights as they are needed')
     names = {name: f"cuda:{device}" if isinstance(device, int) else device for name, device in devices.items()}
     named = {name: chosen_devices([device])[0] for name, device in names.items()}
     wanted: dict[str, torch.device] = {}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qwen35moe.modules.decoder import DecoderLayer
 from qwen35moe.modules.moe import SparseMoeBlock
 from qwen35moe.taps import Recording
+from qwen35moe.taps.active import Tap
 
 _VALUES = ("indices", "weights", "expert_in", "expert_out")
 
@@ -83,7 +84,13 @@ class ExpertActivationRecorder(Sequence[ExpertActivations]):
 
     def _end(self, layer: Any, args: tuple, output: object) -> None:
         """After a layer, outside of what gradient checkpointing recomputes. args[1] is its LayerContext."""
-        for activations in _split(int(layer.mlp.layer), self._recording.values.pop(layer.mlp), args[1].layout.valid):
+        values = self._recording.values.pop(layer.mlp, {})
+        if missing := [name for name in _VALUES if name not in values]:
+            raise ValueError(
+                f"expert_activations: the experts of layer {layer.mlp.layer} have run without computing {', '.join(missing)}: "
+                "an operation or module of your own must pass its values to the argument tap"
+            )
+        for activations in _split(int(layer.mlp.layer), values, args[1].layout.valid):
             self._function(activations)
 
     def _keep(self, activations: ExpertActivations) -> None:
@@ -106,6 +113,9 @@ class _LastValues(Recording):
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__(model, names)
         self.values: dict[nn.Module, dict[str, Tensor]] = {}
+
+    def __exit__(self, *exc: object) -> None:
+        Tap.__exit__(self, *exc)  # values that were not computed are reported when their layer ends
 
     def read(self, module: nn.Module, name: str, value: Tensor) -> None:
         """Stores a named value of the forward in progress."""

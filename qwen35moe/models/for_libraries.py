@@ -221,23 +221,27 @@ class ForLibraries(nn.Module):
         rows += -rows % (pad_to_multiple_of or 1)
         head, tied = self.get_output_embeddings(), bool(self.all_tied_weights_keys)
         for module, kind in ((embedding, nn.Embedding), (head, nn.Linear)):
-            if module is not None and type(module) is not kind:
+            if module is not None and not _has_a_plain_weight(module, kind):
                 raise ValueError(
-                    f"resize_token_embeddings: {type(module).__name__} is not a plain {kind.__name__}: resize before adapters "
-                    "are added, or merge and remove them first"
+                    f"resize_token_embeddings: this {type(module).__name__} has no plain weight of a {kind.__name__}: resize "
+                    "before adapters, parametrizations or quantisation, or merge and remove them first"
                 )
-        if rows == embedding.weight.shape[0] and (head is None or rows == head.weight.shape[0]):
-            self._vocabulary_is(rows)
-            return embedding
         std = None if mean_resizing else self.config.text_config.initializer_range
-        self.set_input_embeddings(_resized_embedding(embedding, rows, std))
-        if head is not None and not tied:
-            new = nn.Linear(head.in_features, rows, bias=head.bias is not None, device="meta")
-            new.weight = _resized(head.weight, rows, std)
-            if head.bias is not None:
-                new.bias = _resized(head.bias, rows, None if std is None else 0.0)
-            self.set_output_embeddings(new.train(head.training))
-        return self.get_input_embeddings()
+        if rows != embedding.weight.shape[0]:
+            embedding.weight = _resized(embedding.weight, rows, std)
+            embedding.num_embeddings = rows
+            if embedding.padding_idx is not None and embedding.padding_idx >= rows:
+                embedding.padding_idx = None
+        if head is not None and tied:
+            head.weight = embedding.weight
+        elif head is not None and rows != head.weight.shape[0]:
+            head.weight = _resized(head.weight, rows, std)
+        if head is not None:
+            if head.bias is not None and rows != len(head.bias):
+                head.bias = _resized(head.bias, rows, std)
+            head.out_features = rows
+        self._vocabulary_is(rows)
+        return embedding
 
     def _vocabulary_is(self, rows: int) -> None:
         if self.config.text_config.vocab_size != rows:
@@ -355,11 +359,11 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     raise ValueError(f"{type(model).__name__} does not own its {type(old).__name__}: replace it in the model that does")
 
 
-def _resized_embedding(old: nn.Embedding, rows: int, std: float | None) -> nn.Embedding:
-    pad = old.padding_idx if old.padding_idx is not None and old.padding_idx < rows else None
-    new = nn.Embedding(rows, old.embedding_dim, padding_idx=pad, device="meta")
-    new.weight = _resized(old.weight, rows, std)
-    return new.train(old.training)
+def _has_a_plain_weight(module: nn.Module, kind: type[nn.Module]) -> bool:
+    if not isinstance(module, kind) or hasattr(module, "parametrizations"):
+        return False
+    weight: Any = module.weight
+    return type(weight.data) is Tensor and weight.is_floating_point()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ transformers' other names and keywords are in `qwen35moe.compat.generate`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -108,7 +108,12 @@ Inputs = TypeVar("Inputs", bound=StreamInputs)
 
 
 def expand(inputs: Inputs) -> Inputs:
-    """The arguments, with those of a tokenizer's or processor's output that was passed as input_ids."""
+    """The arguments, with those of a tokenizer's or processor's output that was passed as input_ids, and with a
+    generation_config that was passed second, its place in transformers."""
+    if callable(getattr(inputs.attention_mask, "to_diff_dict", None)):
+        if inputs.generation_config is not None:
+            raise ValueError("generation_config is the second argument and given by name: give it once")
+        inputs = replace(inputs, attention_mask=None, generation_config=inputs.attention_mask)
     if not isinstance(inputs.input_ids, Mapping):
         return inputs
     values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}

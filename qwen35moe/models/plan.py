@@ -23,10 +23,11 @@ def plan_layout(
     mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None,
     cache: Cache | None = None,
 ) -> TokenLayout:
     """The layout of [B, T] tokens. mask [B, T] bool, False at padding (None: no padding); position_ids [B, T] or
-    [3, B, T]; cu_seqlens int64. Without cu_seqlens and without a cache, position_ids that start again separate documents."""
+    [3, B, T]; cu_seqlens int64; starts [B, T] bool, without cu_seqlens: where documents begin after the first of a row."""
     shape = (batch, tokens)
     if cu_seqlens is not None and cache is None:
         if position_ids is None:
@@ -34,10 +35,8 @@ def plan_layout(
         return TokenLayout(shape, 1, tokens, _arranged(position_ids, None, 1), 0, None, cu_seqlens)
     if cu_seqlens is not None and cache is not None:
         return _continued_documents(shape, position_ids, cu_seqlens, cache)
-    if position_ids is not None and position_ids.dim() == 2 and cache is None:
-        starts = document_starts(position_ids, mask)
-        if starts is not None:
-            return _packed_documents(shape, starts, mask, position_ids)
+    if starts is not None:
+        return _packed_documents(shape, starts, mask, position_ids)
     if cache is not None and cache.batch_size != batch:
         raise ValueError(f"the cache holds {cache.batch_size} rows, the input has {batch}: make one with new_cache({batch})")
     lengths = source = None
@@ -51,26 +50,6 @@ def plan_layout(
 def with_positions(layout: TokenLayout, position_ids: Tensor) -> TokenLayout:
     """The layout with other positions, [B, T] or [3, B, T] in the caller's order."""
     return replace(layout, position_ids=_arranged(position_ids, layout.source, layout.rows))
-
-
-def document_starts(position_ids: Tensor, mask: Tensor | None) -> Tensor | None:
-    """[B, T] True where a document begins after the first one of its row; None when every row is one document.
-
-    A document begins where the position does not rise. Padding is skipped: it neither hides a beginning nor makes one.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    position_ids = position_ids.long()
-    if mask is None:
-        starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
-    else:
-        lowest = torch.iinfo(torch.int64).min
-        of_tokens = torch.where(mask, position_ids, lowest)
-        index = torch.where(mask, torch.arange(position_ids.shape[1], device=mask.device), -1).cummax(1).values
-        before = F.pad(index[:, :-1], (1, 0), value=-1)  # the column of the last token before each one
-        last = torch.where(before >= 0, of_tokens.gather(1, before.clamp(min=0)), lowest)
-        starts = mask & (position_ids <= last) & (before >= 0)
-    return starts if bool(starts.any()) else None
 
 
 def _rows(
@@ -90,7 +69,9 @@ def _rows(
     return TokenLayout(shape, rows, tokens, positions, starts, lengths, None, source)
 
 
-def _packed_documents(shape: tuple[int, int], starts: Tensor, mask: Tensor | None, position_ids: Tensor) -> TokenLayout:
+def _packed_documents(
+    shape: tuple[int, int], starts: Tensor, mask: Tensor | None, position_ids: Tensor | None
+) -> TokenLayout:
     """All documents of all rows end to end in one row, without the padding."""
     present = torch.ones_like(starts) if mask is None else mask
     first = present & (present.cumsum(1) == 1)
@@ -98,7 +79,11 @@ def _packed_documents(shape: tuple[int, int], starts: Tensor, mask: Tensor | Non
     begins = (starts | first).flatten()[source].nonzero()[:, 0]
     cu_seqlens = F.pad(begins, (0, 1), value=source.shape[0])
     source = source[None]
-    return TokenLayout(shape, 1, source.shape[1], _arranged(position_ids, source, 1), 0, None, cu_seqlens, source)
+    if position_ids is None:
+        positions = _within_documents(cu_seqlens, source.shape[1]).expand(3, 1, -1)
+    else:
+        positions = _arranged(position_ids, source, 1)
+    return TokenLayout(shape, 1, source.shape[1], positions, 0, None, cu_seqlens, source)
 
 
 def _continued_documents(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -77,7 +76,6 @@ class FromPretrained(ForLibraries):
             read["config"] = whole.replace(**fields) if fields else whole
         read["device"] = "cpu" if read["device"] is None else read["device"]
         ours = {name: value for name, value in read.items() if name in given and name not in ("path", "revision")}
-        ours = {name: value for name, value in ours.items() if name not in ("ignore", "check") or value}
         with torch.inference_mode(False):  # parameters made under inference_mode could not be trained
             model = load_model(cls, folder, **ours)
         model.name_or_path = model.config._name_or_path = os.fspath(read["path"])
@@ -132,8 +130,11 @@ class FromPretrained(ForLibraries):
         checked_path("save_pretrained", read["path"])
         if not read["is_main_process"]:
             return
-        model = self if read["state_dict"] is None else with_values(self, read["state_dict"])
-        save_model(model, read["path"], layout=read["layout"], max_shard_size=read["max_shard_size"])
+        if read["state_dict"] is not None:
+            check_values(self, read["state_dict"])
+        save_model(
+            self, read["path"], layout=read["layout"], max_shard_size=read["max_shard_size"], state_dict=read["state_dict"]
+        )
 
 
 def read_loading(method: str, given: dict[str, Any], keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -191,8 +192,8 @@ def _loading_info(model: Any) -> dict[str, Any]:
     return {"missing_keys": set(), "unexpected_keys": left_out, "mismatched_keys": set(), "error_msgs": []}
 
 
-def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """The model with other values in its parameters, and everything else of it; ValueError where names or shapes differ."""
+def check_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """ValueError where the names or shapes of a state_dict differ from the model's."""
     named = dict(model.named_parameters(remove_duplicate=False))
     shared = {id(parameter) for name, parameter in named.items() if name in values}
     missing = [name for name, parameter in named.items() if id(parameter) not in shared]
@@ -203,11 +204,3 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
         told = "; ".join(f"{what} {', '.join(map(short, part[:3]))}" + (f" and {len(part) - 3} more" if len(part) > 3 else "")
                          for what, part in parts.items() if part)  # fmt: skip
         raise ValueError(f"save_pretrained(state_dict=...) {told}: give all of model.state_dict() by its names")
-    memo: dict[int, Any] = {}
-    for name, parameter in named.items():
-        if name in values and id(parameter) not in memo:
-            memo[id(parameter)] = nn.Parameter(values[name].detach(), requires_grad=False)
-    for attribute in ("loading_report", "_hf_hook"):
-        if (kept := model.__dict__.get(attribute)) is not None:
-            memo[id(kept)] = kept
-    return copy.deepcopy(model, memo)

@@ -7,26 +7,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from qwen35moe import ops
 from qwen35moe.cache.layout import TokenLayout
+from qwen35moe.compat.forward import FORWARD
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
 from qwen35moe.models.for_libraries import HeadForLibraries
-from qwen35moe.models.inputs import CausalLMInputs, TextInputs, check, forced_routing
-from qwen35moe.models.outputs import DecoderOutput, LossOutput, ModelOutput
+from qwen35moe.models.head import dtype_of, linear_loss, logits_of
+from qwen35moe.models.inputs import CausalLMInputs, TextInputs, body_arguments, forced_routing, prepared
+from qwen35moe.models.outputs import DecoderOutput, LossOutput, ModelOutput, returned
 from qwen35moe.modules.context import LayerContext, LayerOutput
 from qwen35moe.modules.decoder import DecoderLayer
 from qwen35moe.modules.embedding import Embedding
 from qwen35moe.modules.initialise import initialise, leave_inference_mode
 from qwen35moe.modules.norm import RMSNorm
-from qwen35moe.ops.balancing import load_balancing_loss
 from qwen35moe.ops.losses import IGNORE, cross_entropy, shift_labels
 from qwen35moe.ops.mrope import rotary_tables
 from qwen35moe.ops.precision import wide_dtype
 from qwen35moe.ops.rope import inverse_frequencies
-from qwen35moe.taps import tap
+from qwen35moe.taps import note_rows, tap
 
 
 class Qwen3_5MoeTextModel(PretrainedModel):
@@ -52,22 +53,29 @@ class Qwen3_5MoeTextModel(PretrainedModel):
         """The token embedding."""
         return self.embed_tokens
 
-    @takes(TextInputs)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the layers; the embedding, the norms, the routers and the head may have a wider one."""
+        layer: Any = self.layers[0]
+        projection = layer.linear_attn.in_proj_qkv if layer.kind == "linear_attention" else layer.self_attn.q_proj
+        return dtype_of(projection) or self.embed_tokens.weight.dtype
+
+    @takes(TextInputs, FORWARD)
     def forward(self, inputs: TextInputs) -> ModelOutput:
         """Hidden states [B, T, D] of a batch of token rows."""
-        return self.run(inputs).results(inputs, self)
-
-    def run(self, inputs: TextInputs) -> DecoderOutput:
-        """Checks a call, embeds its tokens and runs the layers."""
-        return self.run_layers(inputs, check(inputs, self), self.embed(inputs))
+        inputs, layout = prepared(inputs, self)
+        return returned(self.run_layers(inputs, layout, self.embed(inputs)).results(inputs, self), inputs)
 
     def embed(self, inputs: TextInputs) -> Tensor:
-        """Embeddings [B, T, D]."""
-        return self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
+        """Embeddings [B, T, D] in the dtype of the layers."""
+        if inputs.inputs_embeds is not None:
+            return inputs.inputs_embeds
+        return self.embed_tokens(inputs.input_ids).to(self.dtype)
 
     def run_layers(self, inputs: TextInputs, layout: TokenLayout, embeds: Tensor) -> DecoderOutput:
         """Layers and final norm of a checked call, from embeddings [B, T, D]; updates the cache."""
         cache, device_map = inputs.cache, self.device_map
+        note_rows((layout.rows, layout.tokens), layout.lengths)
         hidden = tap(self, "embed", layout.arrange(embeds))
         rotation = self.rotation(layout.position_ids, hidden)
         forced = None if inputs.routing is None else forced_routing(inputs.routing, layout, self)
@@ -101,6 +109,7 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
     """The decoder with its head, and the training loss."""
 
     text_model: type[Qwen3_5MoeTextModel] = Qwen3_5MoeTextModel
+    body_inputs: type[TextInputs] = TextInputs  # the arguments that `model` takes
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -133,52 +142,55 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
         """The token embedding."""
         return self.decoder.embed_tokens
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.dtype
+
     def get_output_embeddings(self) -> nn.Linear:
         """The head."""
         return self.lm_head
 
-    @takes(CausalLMInputs)
+    @takes(CausalLMInputs, FORWARD)
     def forward(self, inputs: CausalLMInputs) -> ModelOutput:
         """Logits [B, T, vocabulary]; with labels also the loss, to which router_aux_loss_coef times the load-balancing
         loss is added when router logits are returned."""
-        return self.predict(inputs, self.model.run(inputs))
+        return self.run(inputs)
 
-    def predict(self, inputs: CausalLMInputs, decoded: DecoderOutput) -> ModelOutput:
-        """Logits and losses from the decoder's hidden states."""
-        output = decoded.results(inputs, self.decoder)
-        hidden, targets = output.last_hidden_state, None
-        assert hidden is not None
+    def run(self, inputs: CausalLMInputs) -> ModelOutput:
+        """Checks a call once, calls the model without its head, and computes logits and losses."""
+        inputs, layout = prepared(inputs, self.decoder)
+        return returned(self.predict(inputs, layout, self.model(**body_arguments(self.body_inputs, inputs, layout))), inputs)
+
+    def predict(self, inputs: CausalLMInputs, layout: TokenLayout, body: ModelOutput) -> ModelOutput:
+        """Logits and losses from the output of the model without its head, to which hooks may have done something."""
+        results: dict[str, Any] = dict(body) if isinstance(body, dict) else {"last_hidden_state": body[0]}
+        hidden, balance = results.pop("last_hidden_state"), results.pop("balancing_loss", None)
+        targets = None
         if inputs.labels is not None:
-            targets = next_tokens(inputs.labels.to(hidden.device), decoded.layout)
+            layout = layout if self.device_map is None else layout.to(hidden.device)
+            targets = next_tokens(inputs.labels.to(hidden.device), layout)
         if self.device_map is not None:
             hidden = hidden.to(self.device_map.head)
             targets = None if targets is None else targets.to(self.device_map.head)
-        keep = inputs.logits_to_keep
         if inputs.output_logits:
-            output.logits = self.lm_head(hidden[:, keep if isinstance(keep, Tensor) else slice(-keep, None)])  # 0: all
-        else:
-            output = LossOutput(**vars(output))
+            keep = inputs.logits_to_keep
+            kept = hidden[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]  # 0: all
+            results["logits"] = logits_of(self.lm_head, kept)
         if targets is not None:
-            output.loss = self._loss(inputs, output, hidden, targets)
-        if output.router_logits is not None:
-            valid = decoded.layout.valid
-            mask = None if valid is None else valid.flatten()
-            logits, indices = ([getattr(c, name) for c in decoded.choices] for name in ("logits", "indices"))
-            output.aux_loss = load_balancing_loss(logits, indices, mask=mask)
-            if output.loss is not None:
-                balance = self.config.text_config.router_aux_loss_coef * output.aux_loss
-                output.loss = output.loss + balance.to(output.loss.device)
-        return output
+            results["loss"] = self._loss(inputs, results.get("logits"), hidden, targets)
+        if balance is not None:
+            results["aux_loss"] = balance
+            if targets is not None:
+                weighted = self.config.text_config.router_aux_loss_coef * balance
+                results["loss"] = results["loss"] + weighted.to(results["loss"].device)
+        return ModelOutput(results) if inputs.output_logits else LossOutput(results)
 
-    def _loss(self, inputs: CausalLMInputs, output: ModelOutput, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy from the logits if all of them were computed, else from the hidden states in chunks."""
-        keep = inputs.logits_to_keep
-        if inputs.output_logits and isinstance(keep, int) and keep == 0 and output.logits is not None:
-            return cross_entropy(output.logits.flatten(0, 1), targets.flatten(), num_items=inputs.num_items_in_batch)
-        return ops.linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-            num_items=inputs.num_items_in_batch, caller=self,
-        )
+    def _loss(self, inputs: CausalLMInputs, logits: Tensor | None, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy from the logits if all of them were computed, else from the hidden states in blocks of tokens."""
+        keep, num_items = inputs.logits_to_keep, inputs.num_items_in_batch
+        if logits is not None and isinstance(keep, int) and keep == 0:
+            return cross_entropy(logits.flatten(0, 1), targets.flatten(), num_items=num_items)
+        return linear_loss(self.lm_head, hidden.flatten(0, 1), targets.flatten(), num_items=num_items, caller=self)
 
 
 def next_tokens(labels: Tensor, layout: TokenLayout) -> Tensor:

@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen35moe.cache.layout import TokenLayout
+from qwen35moe.compat.forward import FORWARD
 from qwen35moe.compat.generate import GENERATE
 from qwen35moe.config import ConfigError
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.base import PretrainedModel
 from qwen35moe.models.generation_inputs import MultimodalGenerateInputs, MultimodalStreamInputs, StreamInputs, keywords
-from qwen35moe.models.inputs import check
-from qwen35moe.models.outputs import DecoderOutput, ModelOutput
+from qwen35moe.models.inputs import TextInputs, body_arguments, prepared
+from qwen35moe.models.outputs import ModelOutput, returned
 from qwen35moe.models.plan import with_positions
 from qwen35moe.models.text import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextModel, Qwen3_5TextModel
 from qwen35moe.models.vision_inputs import (
@@ -55,45 +57,60 @@ class Qwen3_5MoeModel(PretrainedModel):
         """The token embedding."""
         return self.language_model.embed_tokens
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.dtype
+
     def get_decoder(self) -> Qwen3_5MoeTextModel:
         """The decoder."""
         return self.language_model
 
-    @takes(MultimodalInputs)
+    @takes(MultimodalInputs, FORWARD)
     def forward(self, inputs: MultimodalInputs) -> ModelOutput:
         """Hidden states [B, T, D] of a batch of token rows."""
-        return self.run(inputs).results(inputs, self.language_model)
+        decoder = self.language_model
+        inputs, layout = prepared(inputs, decoder)
+        embeds, layout, position_ids, following = self.embed(inputs, layout)
+        names = TextInputs.__dataclass_fields__.keys() & vars(inputs)
+        text = TextInputs(**{name: getattr(inputs, name) for name in names - {"input_ids", "mm_token_type_ids"}})
+        text = replace(text, inputs_embeds=embeds, position_ids=position_ids, planned=None)
+        output = decoder(**body_arguments(TextInputs, text, layout))
+        if inputs.cache is not None and following is not None:
+            inputs.cache.set_next_positions(following)
+        return returned(output, inputs)
 
-    def run(self, inputs: MultimodalInputs) -> DecoderOutput:
-        """Checks a call, embeds its tokens, images and videos, and runs the decoder's layers."""
-        decoder, cache = self.language_model, inputs.cache
-        layout = check(inputs, decoder)
-        embeds, layout, following = self.embed(inputs, layout)
-        decoded = decoder.run_layers(inputs, layout, embeds)
-        if cache is not None and following is not None:
-            cache.set_next_positions(following)
-        return decoded
-
-    def embed(self, inputs: MultimodalInputs, layout: TokenLayout) -> tuple[Tensor, TokenLayout, Tensor | None]:
-        """(embeddings [B, T, D] with the features in them; the layout with three-axis positions; the position after the
-        last token of each row [B], None where it is the number of tokens)."""
-        embeds, cache = self.language_model.embed(inputs), inputs.cache
+    def embed(
+        self, inputs: MultimodalInputs, layout: TokenLayout
+    ) -> tuple[Tensor, TokenLayout, Tensor | None, Tensor | None]:
+        """(embeddings [B, T, D] with the features in them; the layout and the position_ids, with three axes; the position
+        after the last token of each row [B], None where it is the number of tokens)."""
+        embeds, cache, position_ids = self.language_model.embed(inputs), inputs.cache, inputs.position_ids
         visual = inputs.any_visual
-        three_axes = inputs.position_ids is not None and inputs.position_ids.dim() == 3
+        three_axes = position_ids is not None and position_ids.dim() == 3
         # A prompt with placeholders needs images or videos. A single token is one that was just generated: a word.
         is_prompt = inputs.input_ids is not None and embeds.shape[1] > 1 and not torch.compiler.is_compiling()
         if visual or is_prompt:
             mask = None if inputs.attention_mask is None else inputs.attention_mask[:, -embeds.shape[1] :].bool()
             types = self._types(inputs, embeds, mask)
             embeds = self._with_features(inputs, embeds, types)
-            if visual and inputs.position_ids is None:
-                bounds = None if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
-                before = None if cache is None else cache.next_positions.tolist()
-                placed, following = positions(types, inputs, self._merge, mask=mask, before=before, bounds=bounds)
-                return embeds, with_positions(layout, placed), following
+            if visual and position_ids is None:
+                return embeds, *self._placed(inputs, types, mask, layout)
         if cache is None or not (visual or three_axes):
-            return embeds, layout, None
-        return embeds, layout, next_positions(layout, cache.next_positions)
+            return embeds, layout, position_ids, None
+        return embeds, layout, position_ids, next_positions(layout, cache.next_positions)
+
+    def _placed(
+        self, inputs: MultimodalInputs, types: Tensor, mask: Tensor | None, layout: TokenLayout
+    ) -> tuple[TokenLayout, Tensor, Tensor]:
+        """The layout with the positions that the images and videos give, these [3, B, T], and the next ones of each row."""
+        before = None if inputs.cache is None else inputs.cache.next_positions.tolist()
+        if inputs.cu_seqlens is None and layout.cu_seqlens is not None:  # packed documents in rows of their own
+            bounds = layout.cu_seqlens.tolist()
+            placed, following = positions(layout.arrange(types), inputs, self._merge, bounds=bounds)
+            return replace(layout, position_ids=placed), torch.stack([layout.restore(axis) for axis in placed]), following
+        bounds = None if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
+        placed, following = positions(types, inputs, self._merge, mask=mask, before=before, bounds=bounds)
+        return with_positions(layout, placed), placed, following
 
     @property
     def _merge(self) -> int:
@@ -144,6 +161,7 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
     """The tower, the decoder and its head. Arguments are named as Hugging Face's processors name what they return."""
 
     body: type[Qwen3_5MoeModel] = Qwen3_5MoeModel
+    body_inputs = MultimodalInputs
     input_modalities = ("text", "image", "video")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _no_split_modules = ["DecoderLayer", "VisionBlock"]
@@ -178,10 +196,10 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
         """The tower's features of videos, to pass as mm_encoder_outputs={"video": ...}."""
         return self.visual(pixel_values_videos.to(self.visual.device), video_grid_thw)
 
-    @takes(ConditionalGenerationInputs)
+    @takes(ConditionalGenerationInputs, FORWARD)
     def forward(self, inputs: ConditionalGenerationInputs) -> ModelOutput:
         """As `Qwen3_5MoeForCausalLM.forward`, with images and videos."""
-        return self.predict(inputs, self.model.run(inputs))
+        return self.run(inputs)
 
     @takes(MultimodalGenerateInputs, GENERATE)
     def generate(self, inputs: MultimodalGenerateInputs) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

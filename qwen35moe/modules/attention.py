@@ -5,6 +5,7 @@ project -> normalise query and key -> rotate -> attend -> gate -> project
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from qwen35moe import ops
@@ -52,6 +53,9 @@ class GatedAttention(Initialised):
         if state is not None:
             state = state.append(key, value, context.layout)
             key, value = state.read()
+        if not query.dtype is key.dtype is value.dtype:  # a projection in another dtype, or a cache that keeps its own
+            dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         core, weights = self._attend(query, key, value, context)
         out = project(self.o_proj, (core * gate.sigmoid()).flatten(2))
         return tap(self, "output", out), state, weights

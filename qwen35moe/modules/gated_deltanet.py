@@ -26,7 +26,7 @@ from qwen35moe.ops.delta_rule import decay_and_beta
 from qwen35moe.taps import patched, tap, tapped
 
 # The methods that a fused decode step replaces.
-_FUSED = ("_heads", "_gates", "delta_rule")
+_FUSED = ("_heads", "gates", "_gates", "delta_rule")
 
 
 class ShortConvolution(Initialised):
@@ -109,7 +109,7 @@ class GatedDeltaNet(FP32Parameters):
             if layout.lengths is not None and not keeps(self, GatedDeltaNet, ("_gates",)):
                 decay, beta = _without_padding(decay, layout), _without_padding(beta, layout)
             core, recurrent_state = self.delta_rule(query, key, value, decay, beta, recurrent_state, layout.cu_seqlens)
-            recurrent_state = tap(self, "state", recurrent_state)
+            recurrent_state = self._tapped_state(recurrent_state)
             if context.attentions or tapped(self, ("scores",)):
                 core, weights = self._attention_map(core, query, key, value, decay, beta, layout)
             normed = self.norm(tap(self, "core", core), gate)
@@ -149,7 +149,7 @@ class GatedDeltaNet(FP32Parameters):
         if result is None:
             return None
         normed, conv_state, recurrent_state = result
-        return normed[:, None], DeltaNetUpdate(conv_state, tap(self, "state", recurrent_state))
+        return normed[:, None], DeltaNetUpdate(conv_state, self._tapped_state(recurrent_state))
 
     def delta_rule(
         self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None,
@@ -157,12 +157,16 @@ class GatedDeltaNet(FP32Parameters):
     ) -> tuple[Tensor, Tensor]:
         """The output [B, T, H, V] and the state after the last token [B, H, K, V]: `ops.gated_delta_rule`.
 
-        A subclass may compute another rule here, with gates of other shapes from its `_gates`: every form of the layer then
+        A subclass may compute another rule here, with gates of other shapes from its `gates`: every form of the layer then
         runs it. Its tokens cannot be rolled back, and it has no attention map.
         """
         return ops.gated_delta_rule(
             query, key, value, decay=decay, beta=beta, state=state, cu_seqlens=cu_seqlens, caller=self
         )
+
+    def _tapped_state(self, state: Tensor) -> Tensor:
+        """The state after the tap `state`; a copy of a patched one, which the cache is to own."""
+        return tap(self, "state", state).clone() if patched(self, "state") else tap(self, "state", state)
 
     def _is_recordable(self, decay: Tensor) -> bool:
         """Whether a rollback can run these tokens again: it knows the built-in convolution and rule, and no patched state."""
@@ -177,9 +181,14 @@ class GatedDeltaNet(FP32Parameters):
         key = tap(self, "key", key.unflatten(-1, (self.groups, self.key_width)))
         return query, key, tap(self, "value", value.unflatten(-1, (self.heads, self.value_width)))
 
+    def gates(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """decay and beta [B, T, H] from the projections a and b: `ops.delta_rule.decay_and_beta`. A subclass may compute
+        others, of other shapes where its `delta_rule` takes them; the layer handles padding."""
+        return decay_and_beta(a, b, self.A_log, self.dt_bias)
+
     def _gates(self, a: Tensor, b: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """decay and beta [B, T, H]; zero at padding, which keeps the state and writes nothing."""
-        decay, beta = decay_and_beta(a, b, self.A_log, self.dt_bias)
+        """decay and beta; zero at padding, which keeps the state and writes nothing."""
+        decay, beta = self.gates(a, b)
         if layout.lengths is not None:
             decay, beta = _without_padding(decay, layout), _without_padding(beta, layout)
         return tap(self, "decay", decay), tap(self, "beta", beta)

@@ -88,6 +88,18 @@ def router_z_loss(
     return layers if per_layer else layers.mean()
 
 
+@torch.no_grad()
+def load_imbalance(indices: Sequence[Tensor] | Tensor, num_experts: int, *, mask: Tensor | None = None) -> Tensor:
+    """[L]: the highest load of an expert divided by the mean load, E max_e f_e / sum_e f_e. 1 when the load of a layer is even,
+    E/k at most; 0 in a layer without assignments. indices [N, k] per layer; mask [N]: 0 for tokens to leave out, else 1."""
+    layers = []
+    for chosen in indices:
+        weights = _token_weights(chosen.float(), mask)
+        layers.append(_counts(_counting(chosen, mask).long(), weights, num_experts))
+    counts = torch.stack(layers)
+    return num_experts * counts.amax(1) / counts.sum(1).clamp(min=1)
+
+
 def sequence_numbers(shape: tuple[int, int], cu_seqlens: Tensor | None = None) -> Tensor:
     """[N]: the number of each token's sequence. Sequences are the rows of a batch of shape (B, T), or the packed documents of
     one row."""
@@ -138,7 +150,7 @@ class LoadBalance:
             raise ValueError(f"this part has {indices.shape[-1]} experts per token, the parts before it have {self.top_k}")
         token_weights = torch.ones(indices.shape[1], device=indices.device) if mask is None else mask.to(indices.device)
         token_weights = token_weights.double()
-        part = torch.stack([_counts(layer.long(), token_weights, self.num_experts) for layer in indices])
+        part = torch.stack([_counts(_counting(layer, mask).long(), token_weights, self.num_experts) for layer in indices])
         self.counts = part if self.counts is None else self.counts + part.to(self.counts.device)
         self.tokens = self.tokens.to(part.device) + token_weights.sum()
         self.top_k = indices.shape[-1]
@@ -201,7 +213,7 @@ def _sums(
     """Of one layer and each group: assignments [groups, E], sums of probabilities [groups, E], tokens [groups]."""
     token_weights, (tokens, experts) = _token_weights(logits, mask), logits.shape
     group = torch.zeros(tokens, dtype=torch.long, device=logits.device) if sequences is None else sequences.to(logits.device)
-    counts = _counts(group[:, None] * experts + indices, token_weights, groups * experts).view(groups, experts)
+    counts = _counts(group[:, None] * experts + _counting(indices, mask), token_weights, groups * experts).view(groups, experts)
     weighted = _weighted(_counting(logits, mask), token_weights)
     if sequences is None:
         return counts, weighted.sum(0, keepdim=True), token_weights.sum()[None]
@@ -225,9 +237,10 @@ def _probabilities(logits: Tensor, mask: Tensor | None) -> Tensor:
     return _weighted(_counting(logits, mask), _token_weights(logits, mask)).sum(0)
 
 
-def _counting(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """logits [N, E] with zeros for masked tokens: what stands there, NaN too, reaches neither the loss nor a gradient."""
-    return logits if mask is None else logits.masked_fill((mask == 0).to(logits.device)[:, None], 0)
+def _counting(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits [N, E] or indices [N, k] with zeros for masked tokens: what stands there, NaN too, reaches neither the loss nor a
+    gradient."""
+    return values if mask is None else values.masked_fill((mask == 0).to(values.device)[:, None], 0)
 
 
 def _token_weights(logits: Tensor, mask: Tensor | None) -> Tensor:

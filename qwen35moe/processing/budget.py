@@ -12,7 +12,7 @@ from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextvars import ContextVar
 from typing import Any
 
-BASE = 4_000_000  # units for any input
+BASE = 2_000_000  # units for any input
 PER_ITEM, PER_CHARACTER = 4_096, 8  # further units for each value and each character of the messages, tools, ...
 CHARACTERS = 16  # a unit
 MAX_BITS = 4_096  # of an integer
@@ -143,7 +143,8 @@ def check_operator(operator: str, left: Any, right: Any) -> None:
 
 def check_percent(text: Any, values: Any) -> None:
     """Charge for `text % values`. BudgetError for a wide field."""
-    if isinstance(text, bytes) or re.search(r"%[^a-zA-Z%]*\*", text) or _wide(re.findall(r"%[^a-zA-Z%]*", text)):
+    fields = re.findall(r"%(?:\([^()]*\))?[^a-zA-Z%(]*\(?", "" if isinstance(text, bytes) else text)
+    if isinstance(text, bytes) or _wide(fields) or any("*" in form or form.endswith("(") for form in fields):
         raise BudgetError(f"a format string with fields wider than {MAX_WIDTH} or with a width from a variable")
     current().text(len(text))
     for _ in range(text.count("%")):

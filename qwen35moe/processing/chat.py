@@ -160,6 +160,13 @@ def read_options(
     return read, {name: value for name, value in keywords.items() if name not in known and name not in own}
 
 
+def check_text_only(given: Mapping[str, Any]) -> None:
+    """ValueError for keywords about ids, images or videos in a call with tokenize=False, which gives text."""
+    for name, value in given.items():
+        if name not in ("return_tensors", "return_attention_mask", "add_special_tokens") and value not in (None, False, "left"):
+            raise ValueError(f"{name}={short(value)} has no effect with tokenize=False, which gives text: leave it out")
+
+
 def tokenizer_chat(tokenizer: Tokenizer, messages: Any, tools: Any, keywords: dict[str, Any]) -> Any:
     """`Tokenizer.apply_chat_template`."""
     from .text import RenderedPrompt
@@ -174,6 +181,8 @@ def tokenizer_chat(tokenizer: Tokenizer, messages: Any, tools: Any, keywords: di
     named = {**tokenizer.named_tokens, **tokenizer.special_tokens_map}
     rows = [pieces(tokenizer, template, chat.messages, options, named, bool(special)) for chat in chats]
     if not tokenize:
+        read.pop("return_dict", None)
+        check_text_only(read)
         texts = [RenderedPrompt(render(template, chat.messages, options, named), row)
                  for chat, row in zip(chats, rows, strict=True)]  # fmt: skip
         return texts if batched else texts[0]

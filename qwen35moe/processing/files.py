@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from ..compat import short
-from ..files import UnreadableFile, read_limited
+from ..files import UnreadableFile, file_in, parse_json, read_limited
 
 MAX_TEXT = 1 << 28  # bytes of a tokenizer.json; the published ones have 20 million
 MAX_JSON = 1 << 24  # bytes of another JSON file
+MAX_TOKENIZER_VALUES = 500_000  # see `parse_json`; the published tokenizer.json has 250,000 merges, each a list
+
+
+def find_file(file: Path) -> Path | None:
+    """The file, if its folder has one of this name. ValueError, which names it, for a link that leads out of the folder or for
+    something else than a regular file."""
+    if not os.path.lexists(file):
+        return None
+    try:
+        return file_in(file.parent, file.name)
+    except UnreadableFile as error:
+        raise ValueError(f"{file}: {error.kind}{f': {error}' if str(error) else ''}") from None
 
 
 def read_text(file: Path, limit: int = MAX_TEXT) -> str:
     """The text of a file of at most `limit` bytes. ValueError, which names the file, if it cannot be read."""
+    found = find_file(file)
+    if found is None:
+        raise ValueError(f"{file}: no such file")
     try:
-        return read_limited(file, limit).decode("utf-8")
+        return read_limited(found, limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not valid UTF-8: {error}") from error
     except UnreadableFile as error:
@@ -28,12 +42,12 @@ def read_text(file: Path, limit: int = MAX_TEXT) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file, {} if there is no such file. ValueError if the file holds anything else."""
-    if not file.is_file():
+    found = find_file(file)
+    if found is None:
         return {}
-    text = read_text(file, MAX_JSON)
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(read_limited(found, MAX_JSON))
+    except UnreadableFile as error:
         raise ValueError(f"{file} is not valid JSON: {str(error)[:300]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold an object, got {type(values).__name__}")

@@ -192,15 +192,17 @@ def _decode(open_image: Any) -> Any:
         width, height = image.size
         if width < 1 or height < 1 or width * height > MAX_PIXELS:
             raise ValueError(f"{height} x {width} pixels; 1 to {MAX_PIXELS:,} pixels are supported")
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image), image.format)
 
 
-def _to_rgb(image: Any) -> Any:
+def _to_rgb(image: Any, form: str | None = None) -> Any:
+    """form: the format of the file, None for an image made in memory."""
     library = pillow()
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
-        # 16-bit files have a mode of their own. Pillow makes mode I of 8-bit images too: values up to 255 are such ones.
-        eight = image.mode == "I" and bool(((values >= 0) & (values <= 255)).all())
+        # Files of 16 bits are white at 65,535. Pillow makes these modes of 8-bit images too, with their values, up to 255.
+        eight = form in (None, "TIFF") and bool(((values >= 0) & (values <= 255)).all())
+        eight = eight and not (form and image.mode != "I")
         values = values.view(image.height, image.width)
         return _from_tensor(values.to(torch.uint8)) if eight else _from_tensor(values, bits=16)
     if image.mode == "F":

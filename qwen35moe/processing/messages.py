@@ -64,7 +64,7 @@ def _read_message(message: Mapping[str, Any], source: str, media: list[Media]) -
         out["content"] = [_read_block(block, source, media) for block in content]
     elif isinstance(content, Mapping):
         raise ValueError("content must be a str or a list of blocks, got a mapping: put it into a list")
-    elif content is not None or "content" in message:
+    elif content is not None:
         out["content"] = plain_data(content)
     if calls is not None:
         if not isinstance(calls, (list, tuple)):
@@ -232,8 +232,9 @@ def plain_objects(value: Any) -> Any:
 
 
 def _read_by(source: str, name: str) -> bool:
-    """Whether a template mentions a key."""
-    return re.search(rf"(?<!\w){re.escape(str(name))}(?!\w)", source) is not None
+    """Whether a template mentions a key: .name, 'name' or "name"."""
+    key = re.escape(str(name))
+    return re.search(rf"\.\s*{key}(?!\w)|'{key}'|\"{key}\"", source) is not None
 
 
 def _unread(name: Any, known: Any, reader: str) -> str:

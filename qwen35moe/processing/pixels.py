@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..compat import short
-from .files import read_json, read_text
+from .files import find_file, read_json, read_text
 
 MAX_ASPECT = 200  # larger ratios of the sides are refused, as in transformers
 MAX_PIXELS = 1 << 27  # of one image (134 million): larger files are treated as decompression bombs
@@ -141,7 +141,7 @@ class SettingsAttributes:
     def read_file(self, folder: Path, kind: str) -> None:
         """Keeps the text of the kind's own file, so that unchanged settings are saved as they were."""
         file = folder / _own_file(kind)
-        if file.is_file():
+        if find_file(file):
             self._file = read_text(file), self.settings
 
     def __getattr__(self, name: str) -> Any:
@@ -180,7 +180,7 @@ def read_settings(folder: Path, kind: str) -> PixelSettings | None:
         if not isinstance(section, dict):
             raise ValueError(f"{joint}: {kind}_processor must hold an object, got {type(section).__name__}")
         return defaults.with_values(section, str(joint))
-    return defaults.with_values(read_json(own), str(own)) if own.is_file() else None
+    return defaults.with_values(read_json(own), str(own)) if find_file(own) else None
 
 
 def _own_file(kind: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..compat import PROCESSOR, read_keywords, short
 from .batch import BatchEncoding, tensor_kind
-from .chat import ChatOptions, Conversation, conversations, own_template, pieces, read_options, render
+from .chat import ChatOptions, Conversation, check_text_only, conversations, own_template, pieces, read_options, render
 from .files import read_json
 from .images import ImageProcessor, flatten
 from .media import Media
@@ -233,6 +233,7 @@ class Processor:
         named = self._named()
         rows = [pieces(self.tokenizer, template, chat.messages, options, named, bool(special)) for chat in chats]
         if not tokenize:
+            check_text_only({**keywords, **settings.images, **settings.videos})
             texts = [RenderedPrompt(render(template, chat.messages, options, named), row)
                      for chat, row in zip(chats, rows, strict=True)]  # fmt: skip
             return texts if batched else texts[0]
@@ -257,6 +258,8 @@ class Processor:
         self, rows: list[Pieces], images: list[Media] | None, videos: list[Media] | None, settings: MediaSettings,
         layout: Mapping[str, Any], progress: bool,
     ) -> BatchEncoding:
+        if layout.get("add_special_tokens") and self.tokenizer.backend_tokenizer.num_special_tokens_to_add(False):
+            raise ValueError("add_special_tokens=True is not supported: the template writes every token of the prompt")
         self._check_counts(rows, self._image, "images", images)
         self._check_counts(rows, self._video, "videos", videos)
         kind = tensor_kind("pt" if layout.get("return_tensors", "auto") == "auto" else layout["return_tensors"])

@@ -1,21 +1,22 @@
 """A model's reply, parsed: reasoning, answer and tool calls.
 
     reasoning </think> answer <tool_call><function=NAME><parameter=KEY> value </parameter></function></tool_call>
+    reasoning </think> answer <tool_call>{"name": NAME, "arguments": {KEY: value}}</tool_call>
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .arguments import schemas_of, typed_arguments, typed_value
+
 THINK_START, THINK_END, CALL_START, CALL_END = "<think>", "</think>", "<tool_call>", "</tool_call>"
 MARKUP = (THINK_START, THINK_END, CALL_START, CALL_END)
 
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
-_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_FUNCTION, _FUNCTION_END, _PARAMETER, _PARAMETER_END = "<function=", "</function>", "<parameter=", "</parameter>"
 
 
 @dataclass(frozen=True)
@@ -52,57 +53,84 @@ class Reply:
 def parse_pieces(
     pieces: Sequence[tuple[bool, str]], *, thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
 ) -> Reply:
-    """A Reply from (is a control token, text) in order. thinking: the prompt ended inside <think>."""
-    reasoning, content, calls = "", "", []
-    functions = (tool.get("function", tool) for tool in tools or ())
-    schemas = {function["name"]: function for function in functions if function.get("name")}
-    call_text: str | None = None  # the text of an open call so far
+    """A Reply from (is a control token, text) in order, in time linear in the text. thinking: the prompt ended inside
+    <think>."""
+    reasoning: list[str] = []
+    content: list[str] = []
+    calls: list[ToolCall] = []
+    schemas = schemas_of(tools)
+    call: list[str] | None = None  # the text of an open call so far
+    blank = True  # the content has no other characters than blanks
     for control, text in pieces:
         token = text if control else None
         if token == THINK_END and thinking:
             thinking = False
-        elif token == THINK_START and not thinking and not content.strip() and not calls and call_text is None:
+        elif token == THINK_START and not thinking and blank and not calls and call is None:
             thinking = True
         elif thinking:
-            reasoning += text
+            reasoning.append(text)
         elif token == CALL_START:
-            content += "" if call_text is None else CALL_START + call_text
-            call_text = ""
-        elif token == CALL_END and call_text is not None:
-            call = _parse_call(call_text, schemas)
-            if call is None:
-                content += CALL_START + call_text + CALL_END
+            if call is not None:
+                content += [CALL_START, *call]
+                blank = False
+            call = []
+        elif token == CALL_END and call is not None:
+            parsed = parse_call("".join(call), schemas)
+            if parsed is None:
+                content += [CALL_START, *call, CALL_END]
+                blank = False
             else:
-                calls.append(call)
-            call_text = None
-        elif call_text is not None:
-            call_text += text
+                calls.append(parsed)
+            call = None
+        elif call is not None:
+            call.append(text)
         else:
-            content += text
-    content += "" if call_text is None else CALL_START + call_text
-    return Reply(reasoning.strip("\n"), content.strip("\n"), tuple(calls), thinking)
+            content.append(text)
+            blank = blank and not text.strip()
+    if call is not None:
+        content += [CALL_START, *call]
+    return Reply("".join(reasoning).strip("\n"), "".join(content).strip("\n"), tuple(calls), thinking)
 
 
-def _parse_call(text: str, schemas: Mapping[str, Any]) -> ToolCall | None:
-    """The tool call written in the text, or None if it is malformed."""
-    function = _FUNCTION.fullmatch(text)
-    if function is None:
+def parse_call(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> ToolCall | None:
+    """The tool call written in the text, or None if it is malformed. schemas: of the arguments, by the function's name.
+
+    Qwen3.5's form is <function=NAME><parameter=KEY>VALUE</parameter></function>, older models' is JSON: {"name": ...,
+    "arguments": {...}}. Each character is looked at a fixed number of times.
+    """
+    text = text.strip()
+    if text.startswith("{"):
+        return _parse_json_call(text, schemas)
+    start = text.find(">")
+    if not text.startswith(_FUNCTION) or start < 0 or not text.endswith(_FUNCTION_END):
         return None
-    name, body = function[1].strip(), function[2]
-    if _PARAMETER.sub("", body).strip():
+    name, at, end = text[len(_FUNCTION) : start], start + 1, len(text) - len(_FUNCTION_END)
+    if not name or "\n" in name or at > end:
         return None
-    types = (schemas.get(name, {}).get("parameters") or {}).get("properties") or {}
-    parameters = ((match[1].strip(), match[2]) for match in _PARAMETER.finditer(body))
-    return ToolCall(name, {key: _value(text, types.get(key)) for key, text in parameters})
+    name, arguments = name.strip(), {}
+    schema = schemas.get(name, {})
+    while True:
+        while at < end and text[at].isspace():
+            at += 1
+        if at == end:
+            return ToolCall(name, arguments)
+        start, stop = text.find(">", at, end), text.find(_PARAMETER_END, at, end)
+        key = text[at + len(_PARAMETER) : start] if start >= 0 else ""
+        if not text.startswith(_PARAMETER, at) or not key or "\n" in key or stop < start:
+            return None
+        value = text[start + 1 : stop].removeprefix("\n").removesuffix("\n")
+        arguments[key.strip()] = typed_value(value, key.strip(), schema)
+        at = stop + len(_PARAMETER_END)
 
 
-def _value(text: str, schema: Any) -> Any:
-    """The text itself, or its JSON value if the schema does not allow a string."""
-    types = schema.get("type") if isinstance(schema, Mapping) else None
-    types = [types] if isinstance(types, str) else types or ["string"]
-    if "string" in types:
-        return text
+def _parse_json_call(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> ToolCall | None:
     try:
-        return json.loads(text)
+        call = json.loads(text)
+        arguments = call.get("arguments", call.get("parameters", {}))
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
-        return text
+        return None
+    name = call.get("name")
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    return ToolCall(name, typed_arguments(arguments, schemas.get(name, {})))

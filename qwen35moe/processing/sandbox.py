@@ -27,11 +27,10 @@ from .optional import require
 OPERATORS = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 # No chat template needs these, and their cost is hard to bound.
 _LEFT_OUT = ("urlize", "wordwrap", "xmlattr", "pprint", "striptags")
-# Filters that print, compare or sort what they are given; the others go over it once.
-_DEEP = {"string", "tojson", "join", "sort", "unique", "groupby", "min", "max", "dictsort", "sum", "escape", "e",
-         "forceescape", "format", "urlencode"}  # fmt: skip
-_TEXT = {"trim", "upper", "lower", "title", "capitalize", "replace", "indent", "center", "truncate", "wordcount", "length",
-         "count", "default", "d", "safe", "int", "float", "first", "last"} | _DEEP  # fmt: skip
+# Filters that go once over what they are given; the others may print or compare everything inside it.
+_SHALLOW = {"list", "first", "last", "length", "count", "default", "d", "items", "map", "select", "reject", "selectattr",
+            "rejectattr", "batch", "slice", "reverse", "attr", "random"}  # fmt: skip
+_SORTING = {"sort", "unique", "groupby", "dictsort", "min", "max"}
 _DEEP_TESTS = {"in", "eq", "equalto", "==", "ne", "!=", "lt", "lessthan", "<", "gt", "greaterthan", ">", "le", "<=", "ge", ">="}
 
 
@@ -69,6 +68,11 @@ def _sandbox_class(jinja2: Any) -> Any:
 
         def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
             return transformer.visit(super()._parse(source, name, filename))
+
+        def getitem(self, obj: Any, argument: Any) -> Any:
+            if not isinstance(argument, (str, int)):
+                current().deep(argument)  # the message about a missing key prints it
+            return super().getitem(obj, argument)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             check_operator(operator, left, right)
@@ -219,16 +223,14 @@ def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         value = given[0] if given else None
         if isinstance(value, Iterator):
             value = given[0] = counted(value)
-        for other in given if name in _DEEP else given[1:]:
+        for other in given if name not in _SHALLOW else given[1:]:
             budget.deep(other)
         budget.deep(kwargs)
-        if name in ("sort", "unique", "groupby", "dictsort", "min", "max"):
+        if name in _SORTING:
             for _ in range(size(value).bit_length()):
                 budget.deep(value)
-        if name in _TEXT:
-            budget.shallow(value)
-        else:
-            budget.charge(1 + size(value))
+        if name in _SHALLOW or name in _SORTING:
+            budget.charge(1 + size(value))  # a list of characters has as many elements
         given = _guarded(name, given, kwargs)
         result = function(*args[:skipped], *given, **kwargs)
         if isinstance(result, Iterator):
@@ -251,7 +253,9 @@ def _guarded(name: str, given: list[Any], kwargs: dict[str, Any]) -> list[Any]:
         value = argument(index, key, default)
         return max(0, value) if isinstance(value, int) else 0
 
-    if name == "center":
+    if name in ("title", "wordcount") and given:
+        budget.charge(size(given[0]))  # a list of words
+    elif name == "center":
         budget.text(number(1, "width", 80))
     elif name in ("batch", "slice"):
         budget.charge(number(1, "linecount" if name == "batch" else "slices", 1))

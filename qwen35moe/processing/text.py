@@ -19,8 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from ..compat import TOKENIZER, read_keywords, short
+from ..files import parse_json
 from .batch import BatchEncoding, as_tensor, tensor_kind
-from .files import read_json, read_text
+from .files import MAX_JSON, MAX_TOKENIZER_VALUES, find_file, read_json, read_text
 from .optional import require
 from .padding import LARGE, pad_rows, padding_width, truncation_limit
 from .vocabulary import Vocabulary
@@ -107,7 +108,7 @@ class Tokenizer(Vocabulary):
         """Everything that follows from the definition."""
         library = _library()
         try:
-            fields = json.loads(self.definition)
+            fields = parse_json(self.definition.encode("utf-8"), most=MAX_TOKENIZER_VALUES)
             added = fields.get("added_tokens") or []
             self._special = frozenset(int(token["id"]) for token in added if token.get("special"))
             self._added = frozenset(int(token["id"]) for token in added)
@@ -159,17 +160,17 @@ class Tokenizer(Vocabulary):
         settable = ("pad_token", "eos_token", "chat_template", "model_max_length", "truncation_side")
         keywords = read_keywords("from_pretrained", TOKENIZER, keywords, settable)
         folder = Path(path)
-        if not (folder / "tokenizer.json").is_file():
+        if find_file(folder / "tokenizer.json") is None:
             raise ValueError(f"{folder} has no tokenizer.json")
         _library()  # a missing package is reported before a bad file
         settings = [read_json(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
-        definition = read_text(folder / "tokenizer.json")
+        definition, template = read_text(folder / "tokenizer.json"), template_source(folder)
         try:
             tokenizer = cls(definition, settings=settings[-1], padding_side=padding_side, defaults=defaults,
-                            chat_template=template_source(folder), name_or_path=str(path))  # fmt: skip
+                            chat_template=template, name_or_path=str(path))  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{folder / 'tokenizer.json'}: {error}") from error
-        if (folder / "tokenizer_config.json").is_file():
+        if find_file(folder / "tokenizer_config.json"):
             tokenizer.settings_text = read_text(folder / "tokenizer_config.json")
         tokenizer.eos_token_ids = tokenizer._token_ids("eos", settings)
         tokenizer.pad_token_id = next(iter(tokenizer._token_ids("pad", settings)), None)
@@ -343,10 +344,9 @@ class Tokenizer(Vocabulary):
         ids = read_keywords("decode", TOKENIZER, keywords, ("ids",)).get("ids", ids)
         if isinstance(ids, Mapping):
             ids = ids["input_ids"]
-        if isinstance(ids, Tensor) or hasattr(ids, "__array_interface__"):
-            ids = ids.tolist()
+        ids = _lists(ids)
         row: list[Any] = list(ids) if isinstance(ids, Iterable) else [ids]
-        if row and isinstance(row[0], (list, tuple, Tensor)):
+        if row and isinstance(row[0], (list, tuple)):
             return [self.decode(item, skip_special_tokens) for item in row]
         try:
             row = [int(number) for number in row]
@@ -420,8 +420,8 @@ def _lists(values: Any) -> Any:
 def template_source(folder: Path) -> str | None:
     """The text of the checkpoint's chat template: a file of its own, or a key of a JSON file in older checkpoints."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return read_text(file)
+    if find_file(file):
+        return read_text(file, MAX_JSON)
     for name in ("chat_template.json", "tokenizer_config.json"):
         source = read_json(folder / name).get("chat_template")
         if isinstance(source, list):  # several named templates

@@ -24,7 +24,6 @@ from .images import as_rgb, pixel_values, to_tensor
 from .media import Media
 from .optional import require
 from .pixels import (
-    MAX_PIXELS,
     VIDEO_DEFAULTS,
     PixelSettings,
     SettingsAttributes,
@@ -36,6 +35,7 @@ from .pixels import (
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg"
 MAX_FRAMES = 1 << 20  # of a file (four days at 3 fps, ten hours at 30 fps)
+MAX_FRAME_PIXELS = 1 << 25  # of a frame of a file; 8K has 33,177,600
 # Pixels that are decoded: a second of work for any file, and 20 times as many for each byte as low-rate screen recordings have.
 MAX_DECODED, DECODED_PER_BYTE = 1 << 30, 20_000
 
@@ -209,7 +209,7 @@ def _decode(path: str | os.PathLike[str], settings: PixelSettings, item: dict[st
     av = pyav()
     check_local_file(path)
     with decoder_errors(), Path(path).open("rb") as file:  # an open file: names inside it cannot be resolved
-        options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "", "max_pixels": str(MAX_PIXELS)}
+        options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "", "max_pixels": str(MAX_FRAME_PIXELS)}
         work = MAX_DECODED + DECODED_PER_BYTE * os.fstat(file.fileno()).st_size
         with av.open(file, options=options) as container:
             return _decode_container(container, settings, item, work)
@@ -227,6 +227,8 @@ def _decode_container(container: Any, settings: PixelSettings, item: dict[str, A
     if not 0 < fps < float("inf"):
         raise ValueError("no frame rate")
     area = max(1, stream.width * stream.height)
+    if area > MAX_FRAME_PIXELS:
+        raise ValueError(f"frames of {stream.height} x {stream.width} pixels; at most {MAX_FRAME_PIXELS:,} are supported")
     total = stream.frames
     for attempt in range(2):
         if attempt or not 0 < total <= MAX_FRAMES:
@@ -270,8 +272,8 @@ def _limited(frames: Iterator[Any], work: int) -> Iterator[Any]:
 
 def _rgb(frame: Any) -> Tensor:
     """[H, W, 3] uint8 of a decoded frame, upright."""
-    if not 0 < frame.width * frame.height <= MAX_PIXELS:
-        raise ValueError(f"frames of {frame.height} x {frame.width} pixels; 1 to {MAX_PIXELS:,} pixels are supported")
+    if not 0 < frame.width * frame.height <= MAX_FRAME_PIXELS:
+        raise ValueError(f"frames of {frame.height} x {frame.width} pixels; 1 to {MAX_FRAME_PIXELS:,} pixels are supported")
     plane = frame.reformat(format="rgb24").planes[0]
     rows = torch.frombuffer(bytearray(plane), dtype=torch.uint8).view(-1, plane.line_size)  # lines are padded
     pixels = rows[: frame.height, : 3 * frame.width].reshape(frame.height, frame.width, 3)

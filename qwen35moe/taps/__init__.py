@@ -14,19 +14,21 @@ Users name a value by the path of its module relative to the text model and the 
     with taps.patch(model, {"layers.3.mlp.routed": torch.zeros_like}):
         model(ids)
 
+A tap that no forward of its block has reached is reported in a warning when the block ends.
+
 A tap belongs to the modules of one model, which are looked up when it is made. Patches apply in the order in which they
 were opened; recordings read the patched value. `checkpoint_contexts` keeps activation checkpointing exact.
 """
 
 from __future__ import annotations
 
-from .active import patched, tap, tapped
+from .active import note_rows, patched, tap, tapped
 from .catalogue import Entry, catalogue
 from .checkpointing import checkpoint_contexts
 from .patching import Patch, patch
 from .recording import Positions, Recording, record
 
 __all__ = [
-    "Entry", "Patch", "Positions", "Recording", "catalogue", "checkpoint_contexts", "patch", "patched", "record",
+    "Entry", "Patch", "Positions", "Recording", "catalogue", "checkpoint_contexts", "note_rows", "patch", "patched", "record",
     "tap", "tapped",
 ]

@@ -20,13 +20,18 @@ class Tap:
     replaces = False  # whether `replace` may return another value
 
     def __enter__(self: _T) -> _T:
+        if not ACTIVE:
+            rows.shape = rows.lengths = None  # of an earlier forward
         with _lock:
             ACTIVE.append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
         with _lock:
-            ACTIVE[:] = [other for other in ACTIVE if other is not self]
+            for index in reversed(range(len(ACTIVE))):  # the last entry: a tap may be entered repeatedly
+                if ACTIVE[index] is self:
+                    del ACTIVE[index]
+                    break
 
     def replace(self, module: nn.Module, name: str, value: Tensor) -> Tensor:
         """The value that the model continues with."""
@@ -50,6 +55,24 @@ class Recomputations(threading.local):
 
 
 recomputations = Recomputations()
+
+
+class Rows(threading.local):
+    """The rows of this thread's forward: shape (rows, tokens) of its values, and the number of tokens of each row, a tensor
+    [rows]; None without padding."""
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, int] | None = None
+        self.lengths: Tensor | None = None
+
+
+rows = Rows()
+
+
+def note_rows(shape: tuple[int, int], lengths: Tensor | None) -> None:
+    """A model calls this at the start of a forward, for taps that select tokens."""
+    if ACTIVE:
+        rows.shape, rows.lengths = shape, lengths
 
 
 def tap(module: nn.Module, name: str, value: Tensor) -> Tensor:

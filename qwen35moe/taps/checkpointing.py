@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from .active import ACTIVE, Tap, current_taps, recomputations
+from .active import ACTIVE, Tap, current_taps, recomputations, rows
 
 
 class _Recomputation(Tap):
@@ -20,9 +20,11 @@ class _Recomputation(Tap):
 
     def __init__(self, taps: Sequence[Tap]) -> None:
         self.taps = tuple(taps)
+        self.rows = rows.shape, rows.lengths  # of the forward, which runs on another thread
 
     def __enter__(self) -> _Recomputation:
         recomputations.taps.append(self.taps)
+        rows.shape, rows.lengths = self.rows
         return super().__enter__() if self.taps else self
 
     def __exit__(self, *exc: object) -> None:

@@ -25,20 +25,58 @@ def matching_places(model: nn.Module, patterns: Sequence[str]) -> Places:
     names = [name for name, _ in places.values()]
     result: Places = {}
     for pattern in patterns:
-        glob = re.sub(r"(?<=\.)N(?=\.)", "*", without_prefix(pattern))
-        matches = {place: named for place, named in places.items() if fnmatch.fnmatchcase(named[0], glob)}
-        if not matches:
+        glob = glob_of(pattern)
+        matched = {place: named for place, named in places.items() if matches(named[0], glob)}
+        if not matched:
             closest = difflib.get_close_matches(glob, dict.fromkeys(names), n=5, cutoff=0.3)
             hint = f"closest: {', '.join(closest)}" if closest else "taps.catalogue() lists all names"
-            raise ValueError(f"{pattern!r} matches no named value of this {type(model).__name__}; {hint}")
-        result.update(matches)
+            if reason := _other_kind(model, glob):
+                hint = f"{reason}; {hint}"
+            raise ValueError(f"{pattern!r:.100} matches no named value of this {type(model).__name__}; {hint}")
+        result.update(matched)
     return result
+
+
+def glob_of(pattern: str) -> str:
+    """The pattern relative to the text model, with * for the letter N of a layer number."""
+    if not isinstance(pattern, str):
+        raise ValueError(f"a name or pattern is a string, not {type(pattern).__name__}")
+    return re.sub(r"(?<=\.)N(?=\.)", "*", without_prefix(pattern))
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob matches a name."""
+    return fnmatch.fnmatchcase(name, glob)
+
+
+def _other_kind(model: nn.Module, glob: str) -> str | None:
+    """The reason why a layer of the model does not have a value that the catalogue lists, or None."""
+    number = re.match(r"layers\.(\d+)\.(.*)", glob)
+    if number is None:
+        return None
+    paths = {path for _, path in _modules_with_paths(model)}
+    layers = sorted({int(match[1]) for path in paths if (match := re.match(r"layers\.(\d+)(?:\.|$)", path))})
+    layer = int(number[1])
+    if layer not in layers:
+        return f"the model has the layers {layers[:40]}" if layers else None
+    mixers = {"linear_attn": "linear_attention", "self_attn": "full_attention"}
+    for other, kind in mixers.items():
+        if number[2].split(".")[0] in mixers.keys() - {other} and f"layers.{layer}.{other}" in paths:
+            return f"layer {layer} is a {kind} layer, its mixer is {other}"
+    if number[2].startswith("mlp.") and f"layers.{layer}.mlp.experts" not in paths and f"layers.{layer}.mlp" in paths:
+        return f"the feed-forward of layer {layer} is dense: its only value is mlp.output"
+    return None
+
+
+def _modules_with_paths(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every module with its path relative to the text model, with the checkpoint's layer numbers."""
+    layers = next((m.__dict__["source_layers"] for m in model.modules() if "source_layers" in m.__dict__), ())
+    return [(module, _with_source_layer(_relative(path), layers)) for path, module in model.named_modules()]
 
 
 def named_places(model: nn.Module) -> Places:
     """Every place of this model that has a name."""
-    layers = next((m.__dict__["source_layers"] for m in model.modules() if "source_layers" in m.__dict__), ())
-    modules = [(module, _with_source_layer(_relative(path), layers)) for path, module in model.named_modules()]
+    modules = _modules_with_paths(model)
     roots = _roots({_catalogue_path(path) for _, path in modules})
     places: Places = {}
     for module, path in modules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import delta
+from benchmarks.delta import plot as delta_plot
 from benchmarks.delta import targets
 from benchmarks.delta.scenarios import GATES, Scenario, Sizes, draw_gates
 from benchmarks.tools import numerics
@@ -141,6 +143,9 @@ def test_a_report_its_schema_and_its_plot(
     report = json.loads(path.read_text())
     assert report["schema"] == 2 and report["targets"] == []
     assert [case["facts"]["tokens"] for case in report["cases"]] == [16, 32]
+    kinds = [Scenario("rule", 8), Scenario("rule", 8, "ordinary", "train"), Scenario("rule", 8, batch=2),
+             Scenario("rule", 8, dtype="fp32"), Scenario("rule", 8, layers=3), Scenario("layer", 8)]  # fmt: skip
+    assert len({delta_plot.title(asdict(kind)) for kind in kinds}) == len(kinds)
     assert report["cases"][0]["implementations"]["ours torch"]["ratio"] > 0
     try:
         import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]

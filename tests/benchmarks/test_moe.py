@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from benchmarks.moe import make_parser, merged, repeatable, targets
 from benchmarks.moe.cases import Case, rotation, scores, shapes
 from benchmarks.moe.implementations import ADAPTERS, PRODUCTS, implementations, reasons
 from benchmarks.moe.measure import AnswerCheck, measure, peak
-from benchmarks.moe.report import markdown, plot
+from benchmarks.moe.report import markdown, panels, plot, table
 from benchmarks.moe.roofline import limit, work
-from benchmarks.tools import common, limits
+from benchmarks.tools import common, compare, limits
 from qwen35moe import ops
 
 loop_experts = ops.experts.definition
@@ -86,6 +87,80 @@ def test_a_slower_one_gives_exit_status_1(tmp_path: Path, kernels: Any, capsys: 
     wrong = report(tmp_path, "c.json", *cases, "--impl", "mine=somebodys:wrong")
     assert wrong[0] == 1 and main(["compare", files[0], str(tmp_path / "c.json")]) == 1
     assert "not timed in c.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("low,high,expected", [
+    (1.03, 2.0, "SLOWER"), (0.5, 0.97, "faster"), (0.99, 1.01, "same"), (0.98, 1.02, "same"), (0.086, 22.9, "undecided"),
+    (0.99, 1.03, "undecided"), (0.97, 1.01, "undecided"), (1.01, 1.5, "undecided"),
+])  # fmt: skip
+def test_a_wide_interval_decides_nothing(low: float, high: float, expected: str) -> None:
+    assert compare.verdict(low, high, 0.02) == expected
+
+
+def test_comparing_measurements_that_decide_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def written(name: str, seconds: list[float]) -> str:
+        one = {"min_s": min(seconds), "median_s": sorted(seconds)[len(seconds) // 2], "runs": len(seconds), "seconds": seconds}
+        cases = [{"id": "moe/x", "implementations": {"mine": one}}]
+        (tmp_path / name).write_text(json.dumps({"schema": 2, "benchmark": "moe", "cases": cases}))
+        return str(tmp_path / name)
+
+    quiet, busy = written("a.json", [1.0, 1.001, 1.002]), written("b.json", [0.1, 1.0, 20.0])
+    assert main(["compare", quiet, busy]) == 0
+    assert "undecided" in (out := capsys.readouterr().out) and "1 compared, 0 slower, 1 undecided" in out
+    assert main(["compare", quiet, quiet]) == 0
+    assert "same" in (out := capsys.readouterr().out) and "undecided" not in out
+    single = written("c.json", [1.0])
+    assert main(["compare", single, single]) == 0 and "same  (one number each)" in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path, kernels: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("{")
+    kernels.number = 3
+    missing, text = str(tmp_path / "missing.json"), str(tmp_path / "text")
+    wrong = {
+        "cannot be read as a report": [["compare", missing, missing], ["rerun", missing], ["compare", text, text]],
+        "there is no module 'no.such'": [["moe", *QUICK, "--impl", "no.such:f"]],
+        "has no 'absent'": [["moe", *QUICK, "--impl", "somebodys:absent"]],
+        "'number' is a int, not a function": [["moe", *QUICK, "--impl", "somebodys:number"]],
+        "write [NAME=]package.module:function": [["moe", *QUICK, "--impl", "somebodys"]],
+        "missing.json": [["moe", *QUICK, "--tokens", "1", "--trace", missing]],
+    }
+    for words, commands in wrong.items():
+        for command in commands:
+            assert main(command) == 2, command
+            err = capsys.readouterr().err
+            assert words in err and err.count("\n") == 1 and err.startswith(f"python -m benchmarks {command[0]}: "), err
+    for option in ("--json", "--plot", "--markdown"):  # before anything is measured
+        with pytest.raises(SystemExit):
+            main(["moe", *QUICK, option, str(tmp_path / "no" / "file")])
+        assert "cannot be written: no" in capsys.readouterr().err
+
+
+def test_a_figure_has_a_panel_for_every_kind_of_case() -> None:
+    """A line joins cases that differ in the number of tokens only."""
+    first = Case("tiny", 1)
+    kinds = [first, replace(first, skew="zipf"), replace(first, dtype="fp32"), replace(first, train=True),
+             replace(first, cold=False), replace(first, preset="35b-a3b"), replace(first, seed=3),
+             replace(first, trace="a/x.safetensors"), replace(first, trace="a/x.safetensors", layer=2)]  # fmt: skip
+    report = {"cases": [{"case": vars(replace(kind, tokens=n))} for n in (1, 8) for kind in kinds]}
+    groups = panels(report)
+    assert len(groups) == len(kinds) and all([row["case"]["tokens"] for row in rows] == [1, 8] for rows in groups.values())
+    assert "tiny, bf16, forward, zipf" in groups and "tiny, bf16, forward, trace x, layer 2" in groups
+
+
+def test_times_of_a_busy_machine_carry_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet, busy = ({"min_s": 0.022, "median_s": median, "runs": 9} for median in (0.024, 0.111))
+    assert common.noise(quiet) == "" == common.noise({"error": None}) == common.noise(busy | {"runs": 1})
+    assert common.noise(busy) == "  NOISY: median 5.0 times the minimum"
+    assert not common.warn_if_busy([{"implementations": {"a": quiet, "b": {"wrong": "x"}}}])
+    assert capsys.readouterr().err == ""
+    assert common.warn_if_busy([{"implementations": {"a": quiet, "b": busy}}])
+    assert "warning: 1 of 2 times have a median of more than 1.5 times the minimum" in capsys.readouterr().err
+    row = dict(id="x", distinct_experts=1, bytes=1, flops=1)
+    speed = dict(tflops=1.0, gbps=1.0, of_roofline=0.5)
+    assert "NOISY" in "".join(table({**row, "implementations": {"a": busy | speed}}))
+    case = common.Case("x", timings={"a": common.Timing((0.022, 0.111, 0.2))}, baseline="a")
+    assert "NOISY: median 5.0" in "".join(case.table())
 
 
 def test_rerun_repeats_the_cases(tmp_path: Path, kernels: Any, capsys: pytest.CaptureFixture[str]) -> None:

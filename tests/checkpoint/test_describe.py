@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qwen35moe.checkpoint import CheckpointError
+from qwen35moe.checkpoint import CheckpointError, save_model
 from qwen35moe.models.text import Qwen3_5MoeTextModel
 from tests.checkpoint.test_write import drawn, loaded, same
 
@@ -224,13 +224,13 @@ def test_gathered_weights_are_saved_in_place_of_the_models(tied: bool, tmp_path:
         model.save_pretrained(tmp_path)
     for number, prefix in enumerate(("", "_orig_mod.", "module.")):
         path = tmp_path / str(number)
-        model.save_pretrained(path, state_dict={prefix + name: value for name, value in weights.items()})
+        save_model(model, path, state_dict={prefix + name: value for name, value in weights.items()})
         again = loaded(path)
         assert again.config.text_config.tie_word_embeddings == tied
         assert all(torch.equal(value, weights[name]) for name, value in again.state_dict().items())
         assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
     one_name = {name: value for name, value in weights.items() if name != "lm_head.weight" or not tied}
-    model.save_pretrained(tmp_path / "one", state_dict=one_name)
+    save_model(model, tmp_path / "one", state_dict=one_name)
     assert torch.equal(loaded(tmp_path / "one").lm_head.weight, weights["lm_head.weight"])
     for wrong, message in (
         ({**weights, "model.norm.weight": torch.ones(3)}, "wrong shape: norm.weight"),
@@ -240,7 +240,7 @@ def test_gathered_weights_are_saved_in_place_of_the_models(tied: bool, tmp_path:
         ({**weights, "module.model.norm.weight": weights["model.norm.weight"]}, "twice"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            model.save_pretrained(tmp_path / "wrong", state_dict=wrong)
+            save_model(model, tmp_path / "wrong", state_dict=wrong)
     assert not (tmp_path / "wrong").exists()
 
 

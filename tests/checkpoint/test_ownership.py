@@ -115,6 +115,14 @@ def test_files_of_no_checkpoint_are_refused_before_anything_is_written(
     assert contents(tmp_path) == {name: content}
 
 
+def test_the_same_settings_in_another_form_are_replaced(tmp_path: Path) -> None:
+    model = drawn(1)
+    model.generation_config = {"eos_token_id": 1, "top_k": 5}
+    (tmp_path / "generation_config.json").write_text('{"top_k":5,"eos_token_id":1}')
+    model.save_pretrained(tmp_path)
+    assert same(loaded(tmp_path), model)
+
+
 def test_a_model_of_another_family_is_not_replaced(model: Any, tmp_path: Path) -> None:
     """Its tensor names may be those of this architecture; its config.json tells."""
     save_file({"model.embed_tokens.weight": torch.ones(3, 2)}, tmp_path / "model.safetensors")

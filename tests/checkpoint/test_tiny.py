@@ -202,7 +202,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert config.tie_word_embeddings and text.tie_word_embeddings and config.quantization_config["quant_method"] == "fp8"
     expected = {(t.name, t.dtype) for t in tensors(config, QWEN36.quantised())}
     assert {(t.name, t.dtype) for t in read_headers(tmp_path / "a").tensors.values()} == expected
-    assert main(["tiny", str(tmp_path / "b"), "--dense", "--layout", "per_expert"]) == 0
+    assert main(["tiny", str(tmp_path / "b"), "--dense"]) == 0
     assert Config.from_pretrained(tmp_path / "b").model_type == "qwen3_5_text"
     assert main(["tiny", str(tmp_path / "c"), "--mtp", "--layout", "per_expert", "--mtp-layout", "grouped"]) == 0
     actual = {t.name for t in read_headers(tmp_path / "c").tensors.values()}
@@ -214,6 +214,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--top-k", "9"], "num_experts_per_tok = 9 is more than num_experts = 8"),
         (["--set", "hiden_size=3"], "hiden_size"),
         (["--layers", "0"], "num_hidden_layers = 0"),
+        (["--dense", "--layout", "per_expert"], "--layout: no effect, because a dense model (--dense) has no experts: omit it"),
+        (["--dense", "--experts", "4", "--top-k", "3"], "--experts, --top-k: no effect"),
+        (["--dense", "--mtp", "--mtp-layout", "grouped"], "--mtp-layout: no effect"),
+        (["--mtp-layout", "grouped"], "there is no MTP head without --mtp"),
+        (["--set", "num_experts=4", "--experts", "5"], "--set num_experts and --experts set the same"),
+        (["--set", "num_hidden_layers=4", "--layers", "5"], "--set num_hidden_layers and --layers set the same"),
+        (["--set", "tie_word_embeddings=false", "--tied"], "--set tie_word_embeddings and --tied set the same"),
+        (["--set", "hidden_size=48", "--set", "hidden_size=64"], "--set hidden_size is given twice"),
+        (["--set", 'layer_types=["full_attention"]', "--fp32-stored-as", "F32"], "no layer is a Gated DeltaNet"),
         (["--max-shard-size", "x"], "max_shard_size"),
     ):
         assert main(["tiny", str(tmp_path / "d"), *wrong]) == 2

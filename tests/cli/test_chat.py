@@ -179,7 +179,7 @@ def test_missing_vision_tower_and_chat_template_are_reported(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text_model = ours(odd_shape(3, vocab_size=320))
-    monkeypatch.setattr(loading, "load", lambda *_, **__: (text_model, None))
+    monkeypatch.setattr(sys.modules["qwen35moe.loading.load"], "load_with_tokenizer", lambda *_, **__: (text_model, None))
     assert main(["generate", str(folder), "--prompt", "what", "--image", str(folder / "a.png")]) == 2
     assert "has no vision tower" in capsys.readouterr().err
     plain = shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns("chat_template.jinja"))

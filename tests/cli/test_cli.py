@@ -157,7 +157,7 @@ def test_generate_samples_by_seed(folder: Path, capsys: pytest.CaptureFixture[st
         assert main(command) == 0
         return capsys.readouterr().out
 
-    hot = ["--temperature", "2.0", "--top-k", "200", "--top-p", "0.99", "--min-p", "0.001"]
+    hot = ["--sample", "--temperature", "2.0", "--top-k", "200", "--top-p", "0.99", "--min-p", "0.001"]
     first = text(*hot, "--seed", "1")
     assert first == text(*hot, "--seed", "1") != text(*hot, "--seed", "2")
     assert text("--stop", text()[:1]) == "\n"
@@ -175,8 +175,12 @@ def test_prompt_from_standard_input(folder: Path, capsys: pytest.CaptureFixture[
     "arguments, words",
     [
         (["--prompt", ""], "prompt is empty"),
-        (["--prompt", "a", "--temperature", "0"], "temperature must be greater than 0"),
-        (["--prompt", "a", "--top-p", "1.5"], "top_p must lie in"),
+        (["--prompt", "a", "--sample", "--temperature", "0"], "temperature must be greater than 0"),
+        (["--prompt", "a", "--sample", "--top-p", "1.5"], "top_p must lie in"),
+        (["--prompt", "a", "--seed", "7"], "--seed has an effect only when sampling: add --sample"),
+        (["--prompt", "a", "--top-k", "7", "--min-p", "0.1"], "--top-k, --min-p has an effect only when sampling"),
+        (["--prompt", "a\udcff"], "--prompt is no UTF-8 text: byte 0xff after 1 characters"),
+        (["--prompt", "a", "--stop", "\udcc3("], "--stop is no UTF-8 text: byte 0xc3 after 0 characters"),
         (["--prompt", "a", "--max-new-tokens", "-2"], "got -2"),
         (["--prompt", "a", "--dtype", "int3"], "dtype='int3'"),
         (["--prompt", "a", "--device", "cuda:99"], ""),

@@ -38,6 +38,14 @@ def test_to_transformers_and_back_is_the_same(kind: str) -> None:
         assert Config(text_config=theirs.text_config, vision_config=theirs.vision_config) == config
 
 
+def test_a_nested_configuration_without_vision_gets_no_tower_from_transformers() -> None:
+    for sizes in (TINY, TINY_DENSE):
+        config = Config.from_dict(nested(sizes)).replace(vision_config=None)
+        assert not config.is_flat and config.vision_config is None
+        theirs = config.to_transformers()
+        assert not hasattr(theirs, "vision_config") and Config.of(theirs) == config.text_only()
+
+
 @pytest.mark.parametrize("name", Config.presets())
 def test_every_published_size_is_the_same_in_transformers(name: str) -> None:
     config = Config.preset(name)

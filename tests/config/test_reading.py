@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen35moe.config import Config, ConfigError, RopeParameters, TextConfig
+from qwen35moe.config import Config, ConfigError, GenerationConfig, RopeParameters, TextConfig
 from qwen35moe.config.keys import FIXED_TEXT, INERT, INERT_TOP, INERT_VISION
 from tests.support.configs import (
     TINY,
@@ -253,3 +254,37 @@ def test_supported_spellings_are_accepted() -> None:
     assert Config.from_dict(TINY | values) == Config.from_dict(TINY)
     refused(TINY | {"decoder_sparse_step": True}, "decoder_sparse_step", "True")  # true is not 1
     refused(TINY | {"norm_topk_prob": 1}, "norm_topk_prob", "1")
+
+
+def test_a_config_json_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    """Of another program, another family, a pipe; a link out of the folder is not read either."""
+    config = Config.preset("35b-a3b")
+    for content in ('{"port": 80}', '{"model_type": "bert"}', "not JSON", "[1]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ConfigError, match="config.json is not replaced"):
+            config.save_pretrained(tmp_path)
+        assert (tmp_path / "config.json").read_text() == content
+    (tmp_path / "config.json").unlink()
+    config.save_pretrained(tmp_path)
+    config.replace(num_experts=32).save_pretrained(tmp_path)
+    assert Config.from_pretrained(tmp_path).text_config.num_experts == 32
+    (tmp_path / "config.json").rename(tmp_path / "outside")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").symlink_to(tmp_path / "outside")
+    with pytest.raises(ConfigError, match="outside the folder: it is a link to"):
+        Config.from_pretrained(tmp_path / "folder")
+    assert Config.from_pretrained(tmp_path / "folder" / "config.json").text_config.num_experts == 32  # named by the user
+
+
+@pytest.mark.parametrize("text", ['{"temperature": NaN}', '{"top_k": 1, "top_k": 2}', "[1]", "[" * 900, '{"top_p": 1e999}'])
+def test_generation_settings_are_read_by_the_same_rule(text: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"generation_config.json is not a (readable|JSON)"):
+        GenerationConfig.from_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match="is not a readable generation_config.json: it is a link to"):
+        GenerationConfig.from_pretrained(tmp_path)
+    for path in ("", None):
+        with pytest.raises(ValueError, match="path"):
+            GenerationConfig().save_pretrained(path)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import UserDict
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -119,6 +120,21 @@ def test_all_that_a_tokenizer_returns_may_be_the_first_argument() -> None:
     assert expected[0, 6:].tolist() == answer()
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_ids_and_masks_of_any_integers(dtype: str) -> None:
+    """As numpy, Arrow and memory-mapped corpora give them."""
+    ids, mask = numpy.array([[0, *PROMPT], [9, 2, 6, 5, 3, 5]]), numpy.array([[0] + [1] * 5, [1] * 6])
+    expected = generate(FakeModel(), torch.tensor(ids), torch.tensor(mask), **WORDS)
+    kinds = (ids.astype(dtype), torch.tensor(ids).to(getattr(torch, dtype)))
+    masks = (mask.astype(dtype), torch.tensor(mask).to(getattr(torch, dtype)), mask.astype(bool), mask.astype("float32"))
+    for kind in kinds:
+        for one in masks:
+            assert torch.equal(generate(FakeModel(), kind, one, **WORDS), expected)
+    for wrong in (ids.astype(float), numpy.array(["a"]), numpy.array([None])):
+        with pytest.raises(ValueError, match="input_ids must"):
+            generate(FakeModel(), wrong, **WORDS)
+
+
 # ---------------------------------------------------------------------------------------------- generation_config
 
 
@@ -131,6 +147,10 @@ def test_generation_config_comes_between_the_arguments_and_the_checkpoint(kind: 
     assert generate(model, PROMPT, generation_config=kind(max_length=8)).shape == (1, 8)
     sampled = generate(model, PROMPT, generation_config=kind(do_sample=True, top_k=3, max_new_tokens=6), seed=3)
     assert sampled[0, 5:].tolist() == answer(do_sample=True, top_k=3, seed=3, repetition_penalty=3.0)
+    if kind is not dict:  # its place in transformers
+        assert generate(model, PROMPT, given).shape == (1, 9)
+        with pytest.raises(ValueError, match="the second argument and given by name"):
+            generate(model, PROMPT, given, generation_config=given)
     greedy = generate(model, PROMPT, generation_config=kind(do_sample=True, top_k=3), do_sample=False)
     assert greedy[0, 5:].tolist()[:6] == answer(repetition_penalty=3.0)
     ended = generate(model, PROMPT, generation_config=kind(eos_token_id=list(range(41)), pad_token_id=2))
@@ -250,6 +270,15 @@ def test_the_output_object_is_transformers(pair: tuple[Any, Any, Any], do_sample
     assert "sequences=[2, " in repr(actual) and len(repr(actual)) < 400
     leaves = torch.utils._pytree.tree_map(lambda leaf: leaf, actual)
     assert type(leaves) is GenerateOutput and torch.equal(leaves.logits[0], actual.logits[0])
+    for normalize in (False, True):
+        ours_table = model.compute_transition_scores(actual.sequences, actual.scores, normalize_logits=normalize)
+        table = peer.compute_transition_scores(actual.sequences, actual.scores, normalize_logits=normalize)
+        torch.testing.assert_close(ours_table, table, rtol=1e-5, atol=1e-6)
+        assert table.shape == (2, options["max_new_tokens"])
+    padded = torch.cat([actual.sequences[:, :-1], torch.full((2, 1), -100)], 1)
+    assert bool(model.compute_transition_scores(padded, actual.scores)[:, -1].isneginf().all())
+    with pytest.raises(ValueError, match="no beam search"):
+        model.compute_transition_scores(actual.sequences, actual.scores, torch.zeros(2, 4))
     with pytest.raises(AttributeError, match="no 'sequence': it has sequences"):
         _ = actual.sequence
 
@@ -276,3 +305,53 @@ def test_several_answers_on_the_real_model(pair: tuple[Any, Any, Any]) -> None:
     for row in range(4):
         alone = model.generate(prompts[row // 2], seed=row_seed(5, row), **options)[0, len(prompts[row // 2]) :]
         assert torch.equal(out[row, 7 : 7 + len(alone)], alone)
+
+
+def test_a_cache_of_another_text_is_refused(pair: tuple[Any, Any, Any]) -> None:
+    """Nothing is computed and the cache stays as it was; the right continuation goes on from it."""
+    case, model, _ = pair
+    first, other = case.ids(2, 6), case.ids(2, 6, salt=1)
+    rest = case.ids(2, 3, salt=2)
+    assert not torch.equal(first[1], other[1])
+    options: dict[str, Any] = dict(max_new_tokens=4, eos_token_id=[])
+    expected = model.generate(torch.cat([first, rest], 1), **options)
+    for max_length in (None, 20):
+        cache = model.new_cache(2, max_length=max_length)
+        with torch.no_grad():
+            model(first, cache=cache)
+        for wrong, words in (
+            (torch.cat([other, rest], 1), "row 0: token 0 of the prompt is .*belongs to another text"),
+            (torch.cat([torch.stack([first[0], other[1]]), rest], 1), "row 1: token"),
+            (torch.cat([first[:, :5], rest], 1), r"row \d: token 5 of the prompt"),
+            (first, "row 0: the cache already holds 6 tokens and input_ids has 6.*at least one token more"),
+            (first[:, :4], "already holds 6 tokens and input_ids has 4"),
+            (torch.cat([first, rest], 1)[:1], "cache is for 2 rows, the prompt has 1"),
+        ):
+            for call in (model.generate, model.stream):
+                with pytest.raises(ValueError, match=words):
+                    call(wrong, cache=cache, **options)
+            assert cache.lengths.tolist() == [6, 6]
+        padded = torch.cat([torch.full((2, 2), 1), first, rest], 1)
+        mask = torch.cat([torch.zeros(2, 2), torch.ones(2, 9)], 1).long()
+        with pytest.raises(ValueError, match="row 0: token 0 of the prompt is 1"):
+            model.generate(padded, cache=cache, **options)  # without its mask the padding is text
+        out = model.generate(padded, mask, cache=cache, **options)
+        assert torch.equal(out[:, 2:], expected)
+
+
+def test_a_cache_that_was_rolled_back_or_reordered_has_the_text_of_its_rows(pair: tuple[Any, Any, Any]) -> None:
+    case, model, _ = pair
+    ids = case.ids(2, 7)
+    options: dict[str, Any] = dict(max_new_tokens=3, eos_token_id=[])
+    cache = model.new_cache(2, record=4)
+    out = model.generate(ids, cache=cache, **options)
+    cache.rollback(3)
+    changed = torch.cat([ids[:, :6], case.ids(2, 2, salt=5)], 1)
+    assert torch.equal(model.generate(changed, cache=cache, **options), model.generate(changed, **options))
+    cache = model.new_cache(2)
+    model.generate(ids, cache=cache, **options)
+    cache.reorder([1, 0])
+    longer = torch.cat([out, case.ids(2, 2, salt=6)], 1)
+    with pytest.raises(ValueError, match="belongs to another text"):
+        model.generate(longer, cache=cache, **options)
+    assert torch.equal(model.generate(longer.flip(0), cache=cache, **options), model.generate(longer.flip(0), **options))

@@ -58,6 +58,20 @@ def test_resizing_to_multiples_and_with_random_rows() -> None:
             model.resize_token_embeddings(**wrong)
 
 
+def test_only_plain_weights_are_resized() -> None:
+    class Twice(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    wrapped, parametrized = tiny(), tiny()
+    wrapped.lm_head = nn.Sequential(wrapped.lm_head)
+    nn.utils.parametrize.register_parametrization(parametrized.model.embed_tokens, "weight", Twice())
+    for model in (wrapped, parametrized):
+        with pytest.raises(ValueError, match="no plain weight.*merge"):
+            model.resize_token_embeddings(70)
+        assert model.config.vocab_size == VOCABULARY and model.model.embed_tokens.weight.shape[0] == VOCABULARY
+
+
 def test_a_multimodal_model_is_resized(tmp_path: Any) -> None:
     for tied in (False, True):
         model = multimodal(tie_word_embeddings=tied)

@@ -112,14 +112,27 @@ def test_the_whole_model_compiles_into_one_graph():
     assert torch.equal(compiled(ids).logits, model(ids).logits)
 
 
-def test_the_output_is_a_mapping_of_its_results():
-    model = Qwen3_5MoeForCausalLM(small()).init_weights()
-    ids = torch.arange(8)[None]
-    out = model(ids, labels=ids)
-    assert set(out.keys()) == {"logits", "loss", "last_hidden_state"} and out["loss"] is out.loss
-    alone = model(ids, labels=ids, output_logits=False)
-    assert "logits" not in alone and torch.allclose(alone.loss, out.loss)
-    with pytest.raises(AttributeError, match="output_logits=False"):
-        _ = alone.logits
-    with pytest.raises(ValueError, match="labels"):
-        model(ids, output_logits=False)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_balancing_loss_by_layer_shows_a_layer_that_the_pooled_one_hides(padded):
+    """Two layers with opposite loads: pooled they are even, E sum f p = k, while each layer is as far from even as can be."""
+    config = small(num_experts=4, router_aux_loss_coef=0.5, output_router_logits=True)
+    model = Qwen3_5MoeForCausalLM(config).init_weights()
+    by_layer = Qwen3_5MoeForCausalLM(config.replace(router_aux_loss_per_layer=True))
+    by_layer.load_state_dict(model.state_dict())
+    for m in (model, by_layer):
+        for layer, chosen in zip(m.model.layers, ((0, 1), (2, 3)), strict=True):
+            def only(module, inputs, output, chosen=chosen):
+                logits, weights, indices = output
+                wanted = torch.tensor(chosen).expand(len(logits), 2)
+                return torch.full_like(logits, -40.0).scatter(1, wanted, 0.0), weights, wanted
+            layer.mlp.gate.register_forward_hook(only)
+    ids = torch.randint(0, 59, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * 3 * padded + [1] * (7 - 3 * padded), [1] * 7])
+    with torch.no_grad():
+        pooled, single = (m(ids, attention_mask=mask, labels=ids) for m in (model, by_layer))
+        crossed = model(ids, attention_mask=mask, labels=ids, output_router_logits=False).loss
+    assert pooled.aux_loss.item() == pytest.approx(2) and single.aux_loss.item() == pytest.approx(4)
+    assert torch.allclose(pooled.loss, crossed + 0.5 * 2) and torch.allclose(single.loss, crossed + 0.5 * 4)
+    assert pooled.load_imbalance.tolist() == single.load_imbalance.tolist() == [2, 2]  # E/k: half of the experts do all the work
+    assert by_layer.config.to_dict()["router_aux_loss_per_layer"] is True
+    assert "router_aux_loss_per_layer" not in model.config.to_dict()

@@ -248,7 +248,7 @@ def test_three_axis_positions_set_the_offset_of_the_cache():
     places, after = positions(types, visual, 2)
     with torch.no_grad():
         call = MultimodalInputs(**inputs)
-        embeds, _, _ = model().model.embed(call, check(call, model().language_model))
+        embeds, *_ = model().model.embed(call, check(call, model().language_model))
         caches = [model().new_cache(1) for _ in range(4)]
         first = model()(**inputs, cache=caches[0]).logits
         grids = {name: value for name, value in inputs.items() if "grid" in name}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen35moe.ops import balancing
 from qwen35moe.ops.balancing import LoadBalance, load_balancing_loss, router_z_loss, sequence_numbers
 from tests.support import peer
 from tests.support.peer import FULL, LINEAR, assert_all_close, assert_close, generator, odd_shape
@@ -392,3 +393,11 @@ def test_all_tokens_masked():
     for loss in (load_balancing_loss(logits, indices, mask=mask), router_z_loss(logits, mask=mask)):
         (gradient,) = torch.autograd.grad(loss, logits)
         assert loss.item() == 0 and not gradient.any()
+
+
+def test_the_imbalance_of_a_layer_leaves_masked_tokens_out():
+    indices = torch.tensor([[[0, 1], [0, 2], [0, 1], [3, 4]], [[0, 1], [2, 3], [4, 5], [-1, 7]]])
+    mask = torch.tensor([1, 1, 1, 0])
+    assert balancing.load_imbalance(indices, 6, mask=mask).tolist() == [6 * 3 / 6, 1]
+    assert balancing.load_imbalance(indices[:1], 5).tolist() == [5 * 3 / 8]
+    assert balancing.load_imbalance(indices, 6, mask=mask * 0).tolist() == [0, 0]

@@ -32,8 +32,8 @@ def ours(folder: Path) -> Processor:
     return Processor.from_pretrained(folder, defaults=TRANSFORMERS)
 
 
-@pytest.fixture(scope="module")
-def theirs(folder: Path) -> Any:
+def processor_of_transformers(folder: Path | str) -> Any:
+    """transformers' processor of a folder for text and images; its AutoProcessor also needs torchvision, for videos."""
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -44,8 +44,14 @@ def theirs(folder: Path) -> Any:
 
     return Unchecked(
         Qwen2VLImageProcessorPil.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder),
-        SimpleNamespace(merge_size=2, temporal_patch_size=2), chat_template=(folder / "chat_template.jinja").read_text(),
+        SimpleNamespace(merge_size=2, temporal_patch_size=2),
+        chat_template=(Path(folder) / "chat_template.jinja").read_text(),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return processor_of_transformers(folder)
 
 
 def same(mine: Any, expected: Any) -> None:
@@ -87,7 +93,8 @@ def grid(ours: Processor, chat: Any = CHAT, **options: Any) -> list[int]:
     "options",
     [
         {"max_pixels": 2048}, {"size": {"shortest_edge": 1024, "longest_edge": 2048}},
-        {"processor_kwargs": {"max_pixels": 2048}}, {"images_kwargs": {"max_pixels": 2048}}, {"processor_kwargs": {"images_kwargs": {"max_pixels": 2048}}},
+        {"processor_kwargs": {"max_pixels": 2048}}, {"images_kwargs": {"max_pixels": 2048}},
+        {"processor_kwargs": {"images_kwargs": {"max_pixels": 2048}}},
     ],
 )  # fmt: skip
 def test_sizes_of_a_call(ours: Processor, folder: Path, options: dict[str, Any]) -> None:
@@ -158,9 +165,11 @@ def test_attributes_that_scripts_read(ours: Processor, theirs: Any) -> None:
 
 
 REFUSED: dict[str, Any] = {
-    "audio": [1.0], "audio_kwargs": {"a": 1}, "load_audio_from_video": True, "common_kwargs": {"return_tensors": "pt"},
+    "video_metadata": [{"fps": 2}], "audio": [1.0], "audio_kwargs": {"a": 1}, "load_audio_from_video": True,
+    "common_kwargs": {"return_tensors": "pt"},
     "do_convert_rgb": False, "do_center_crop": True, "crop_size": {"height": 3}, "do_pad": True,
-    "data_format": "channels_last", "input_data_format": "channels_last", "device": "cuda", "return_offsets_mapping": True, "stride": 3,
+    "data_format": "channels_last", "input_data_format": "channels_last", "device": "cuda",
+    "return_offsets_mapping": True, "stride": 3,
 }  # fmt: skip
 
 
@@ -179,7 +188,8 @@ def test_keywords_are_refused_with_the_way_out(ours: Processor) -> None:
         "two values for max_pixels": lambda: ours("x", max_pixels=2048, processor_kwargs={"max_pixels": 4096}),
         "fps is a setting of videos": lambda: ours("x", images_kwargs={"fps": 3}),
         "must be a mapping of keywords": lambda: ours("x", images_kwargs=3),
-        "truncation to 9 of .* tokens would cut an image": lambda: ours.apply_chat_template(CHAT, truncation=True, max_length=9),
+        "truncation to 9 of .* tokens would cut an image":
+            lambda: ours.apply_chat_template(CHAT, truncation=True, max_length=9),
         "the messages hold images and images= is given": lambda: ours.apply_chat_template(CHAT, images=[PICTURE]),
     }.items():  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=words):

@@ -51,14 +51,18 @@ def one_shot(row: tuple[int, ...]) -> Tensor:
 
 @dataclass
 class Rows:
-    """What the rows of a cache hold, and how many of the last tokens of each must be rollable."""
+    """What the rows of a cache hold, and how many of the last tokens of each must be rollable.
+
+    fed: the ids that the forwards got: after a direct edit the states are those of another text.
+    """
 
     texts: list[list[int]]
+    fed: list[list[int]]
     rollable: list[int]
     rewinds: int = 0  # rollbacks and restores so far: they may make older snapshots stale
 
     def copy(self) -> Rows:
-        return Rows([list(text) for text in self.texts], list(self.rollable), self.rewinds)
+        return Rows([list(text) for text in self.texts], [list(ids) for ids in self.fed], list(self.rollable), self.rewinds)
 
 
 @dataclass
@@ -78,7 +82,7 @@ class Machine(RuleBasedStateMachine):
     def start(self, dtype: torch.dtype, batch: int, static: bool, record: int) -> None:
         self.model, self.bound, self.record = model_of(dtype), BOUNDS[dtype], record
         cache = self.model.new_cache(batch, LONGEST if static else None, record=record)
-        self.now = Held(cache, Rows([[] for _ in range(batch)], [0] * batch))
+        self.now = Held(cache, Rows([[] for _ in range(batch)], [[] for _ in range(batch)], [0] * batch))
         self.others: list[Held] = []
         tried("cache sequences")
 
@@ -107,6 +111,7 @@ class Machine(RuleBasedStateMachine):
         assert out.cache is cache
         for r, tokens in enumerate(new):
             rows.texts[r] += tokens
+            rows.fed[r] += tokens
             rows.rollable[r] = min(self.record, rows.rollable[r] + len(tokens))
             if tokens:
                 expected = one_shot(tuple(rows.texts[r]))[-len(tokens) :]
@@ -139,6 +144,11 @@ class Machine(RuleBasedStateMachine):
             return
         texts, cache = self.now.rows.texts, self.now.cache
         prompt = [text + [data.draw(TOKEN)] for text in texts]
+        if texts != self.now.rows.fed:
+            with pytest.raises(ValueError, match="belongs to another text"):
+                self.model.generate(prompt, cache=cache, max_new_tokens=2, eos_token_id=[], pad_token_id=0)
+            tried("prompts of other texts refused")
+            return
         ids = self.model.generate(prompt, cache=cache, max_new_tokens=2, eos_token_id=[], pad_token_id=0)
         for text, row in zip(prompt, ids.tolist(), strict=True):
             row = row[len(row) - len(text) - 2 :]
@@ -150,7 +160,7 @@ class Machine(RuleBasedStateMachine):
             text[:] = row
         for r, text in enumerate(prompt):
             added = len(text) - 1 - len(texts[r])
-            self.now.rows.texts[r] = text[:-1]
+            self.now.rows.texts[r], self.now.rows.fed[r] = text[:-1], text[:-1]
             self.now.rows.rollable[r] = min(self.record, self.now.rows.rollable[r] + added)
         tried("generations from a cache")
 
@@ -190,6 +200,7 @@ class Machine(RuleBasedStateMachine):
         for r, count in enumerate(counts):
             assert count <= len(rows.texts[r])
             rows.texts[r] = rows.texts[r][: len(rows.texts[r]) - count]
+            rows.fed[r] = rows.fed[r][: len(rows.texts[r])]
             rows.rollable[r] = max(0, rows.rollable[r] - count)
         rows.rewinds += 1
         tried("rollbacks")
@@ -232,7 +243,8 @@ class Machine(RuleBasedStateMachine):
         size = batch if self.now.cache.max_length is not None else data.draw(st.integers(1, 3))
         order = data.draw(st.lists(st.integers(0, batch - 1), min_size=size, max_size=size))
         self.now.cache.reorder(order)
-        self.now.rows = Rows([list(rows.texts[r]) for r in order], [rows.rollable[r] for r in order], rows.rewinds + 1)
+        texts, fed = [list(rows.texts[r]) for r in order], [list(rows.fed[r]) for r in order]
+        self.now.rows = Rows(texts, fed, [rows.rollable[r] for r in order], rows.rewinds + 1)
         self.now.snapshots.clear()
         tried("reorderings")
 

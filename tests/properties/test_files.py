@@ -19,7 +19,7 @@ from qwen35moe.routing import Routing
 from qwen35moe.routing.statistics import expert_load
 from tests.properties.tried import tried
 from tests.support import peer
-from tests.support.peer import FULL, LINEAR, odd_shape
+from tests.support.peer import FULL, LINEAR, odd_shape, relative_error
 
 CASE = odd_shape(
     31, layer_types=[LINEAR, FULL, LINEAR], num_hidden_layers=3, num_experts=4, num_experts_per_tok=2,
@@ -48,11 +48,11 @@ def fewer_layers(model: Any) -> None:
 
 
 def layer_used_twice(model: Any) -> None:
-    model.model.layers[2] = model.model.layers[0]
+    model.model.layers[-1] = model.model.layers[0]
 
 
 def shared_weight(model: Any) -> None:
-    model.model.layers[2].mlp.experts.down_proj = model.model.layers[0].mlp.experts.down_proj
+    model.model.layers[-1].mlp.experts.down_proj = model.model.layers[0].mlp.experts.down_proj
 
 
 def tied_by_hand(model: Any) -> None:
@@ -146,7 +146,8 @@ def test_an_edited_model_comes_back_equal_or_is_refused_before_anything_is_writt
             return
         loaded = type(edited).from_pretrained(folder)
         with torch.no_grad():
-            assert torch.equal(loaded(IDS).logits, edited.eval()(IDS).logits.to(loaded.dtype)), edits
+            # Weights in a file have other alignments than in memory: a BLAS may round differently.
+            assert relative_error(loaded(IDS).logits, edited.eval()(IDS).logits) <= 1e-5, edits
         tried("edited models saved and loaded")
 
 

@@ -108,7 +108,8 @@ def test_what_the_reader_refuses_is_not_written(tmp_path: Path) -> None:
     {}, {"num_experts": 0}, {"num_experts": 128}, {"num_experts": 129}, {"open_ended": True}, {"shape": None},
     {"layers": (7, 2**31 - 1)}, {"mask": torch.tensor([True, False, True])},
     {"weights": torch.rand(2, 3, 2).bfloat16().requires_grad_()}, {"logits": torch.zeros(2, 3, 5).double()},
-    {"indices": ROWS[:, :0], "shape": (4, 0)}, {"indices": torch.full((2, 3, 2), -1)}, {"indices": ROWS.int().mT},
+    {"indices": ROWS[:, :0], "shape": (4, 0)}, {"indices": torch.full((2, 3, 2), -1)},
+    {"indices": ROWS.int().mT.contiguous().mT},
 ])  # fmt: skip
 def test_what_is_written_is_read_again(changes: dict[str, Any], tmp_path: Path) -> None:
     routing = Routing(**{"indices": ROWS, "layers": (0, 1), "num_experts": 5, "shape": (1, 3), **changes})

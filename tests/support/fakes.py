@@ -27,6 +27,12 @@ class FakeCache:
     def lengths(self) -> Tensor:
         return torch.tensor([len(row) for row in self.rows])
 
+    def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        for row, (ids, real, held) in enumerate(zip(input_ids, mask, self.rows, strict=True)):
+            if ids[real.bool()][: len(held)].tolist() != held:
+                raise ValueError(f"row {row}: the cache belongs to another text")
+
     def reorder(self, rows: Any) -> None:
         self.rows = [list(self.rows[row]) for row in rows.tolist()]
         self.batch_size = len(self.rows)
