@@ -19,18 +19,18 @@ def inverse_frequencies(
     rope: RopeParameters, rotary_dim: int, max_position_embeddings: int, *, dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, float]:
-    """The angle per position of each frequency pair [R/2], and the scale of cos and sin.
+    """The angle per position of each frequency pair [R/2], computed in `dtype`, and the scale of cos and sin.
 
-    Computed in float64 and rounded to `dtype`: at position 262,144 a rounding to float32 is an error of up to 0.01 rad.
+    In float64, because at position 262,144 a float32 frequency is an error of up to 0.01 rad.
     default: theta^(-2j/R) for j < R/2, and 1. yarn: see `_yarn`.
     """
-    device = float64_device(torch.device(device))
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
+    if dtype == torch.float64:
+        device = float64_device(torch.device(device))
+    exponent = torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim
     plain = 1.0 / (rope.rope_theta**exponent)
     if rope.rope_type == "default":
-        return plain.to(dtype), 1.0
-    frequencies, scale = _yarn(plain, rope, rotary_dim, max_position_embeddings)
-    return frequencies.to(dtype), scale
+        return plain, 1.0
+    return _yarn(plain, rope, rotary_dim, max_position_embeddings)
 
 
 def _yarn(plain: Tensor, rope: RopeParameters, rotary_dim: int, max_positions: int) -> tuple[Tensor, float]:
