@@ -195,7 +195,7 @@ class ForLibraries(nn.Module):
         _check_rows(value, self.config.text_config.hidden_size, "the embedding")
         _replace(self, old, value)
         rows: Any = value.weight
-        self._vocabulary_is(len(rows))
+        self._set_vocab_size(len(rows))
         self.tie_weights()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -241,10 +241,10 @@ class ForLibraries(nn.Module):
             if head.bias is not None and rows != len(head.bias):
                 head.bias = _resized(head.bias, rows, std)
             head.out_features = rows
-        self._vocabulary_is(rows)
+        self._set_vocab_size(rows)
         return embedding
 
-    def _vocabulary_is(self, rows: int) -> None:
+    def _set_vocab_size(self, rows: int) -> None:
         if self.config.text_config.vocab_size != rows:
             self.config.text_config.vocab_size = rows
 
