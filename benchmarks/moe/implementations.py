@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -182,4 +182,4 @@ def _imported(text: str) -> Form:
         raise ValueError(f"--impl {text!r}: the module {module!r} has no {function!r}") from None
     if not callable(found):
         raise ValueError(f"--impl {text!r}: {function!r} is a {type(found).__name__}, not a function")
-    return found
+    return cast(Form, found)

@@ -19,8 +19,8 @@ The table, the choices and the open recordings are process-wide. Under `torch.co
 traced, without a log or a record.
 
 operation.py has the decorator and the table, registry.py the doors by name, signature.py and transforms.py what an
-implementation takes and supports, choice.py `use` and activation checkpointing, record.py and report.py the record of calls
-and `describe`, verification.py `verify`, cases.py its arguments.
+implementation takes and supports, choice.py `use` and activation checkpointing, values.py whether a check may read values,
+record.py and report.py the record of calls and `describe`, verification.py `verify`, cases.py its arguments.
 """
 
 from __future__ import annotations

@@ -15,6 +15,11 @@ from typing import Any
 SHOWN = 60  # characters of a value from outside in a message
 
 
+def anything(value: object) -> bool:
+    """`neutral` of a keyword without effect here, whatever its value."""
+    return True
+
+
 @dataclass(frozen=True)
 class Keyword:
     """One keyword of transformers.

@@ -180,10 +180,10 @@ def kept(values: Any) -> Any:
 
 
 def _dtype(value: Any) -> torch.dtype:
-    found = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={short(value)} is no dtype of weights: give torch.bfloat16, float32, float16 or float64")
-    return found
+    return dtype
 
 
 def _loading_info(model: Any) -> dict[str, Any]:
