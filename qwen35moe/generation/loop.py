@@ -342,7 +342,7 @@ class _Run:
     # -------------------------------------------------------------------------------------------------------- helpers
 
     def output(self) -> GenerateOutput:
-        """Everything that the call asked for."""
+        """The results by name; scores and logits if they were kept."""
         scores, logits = (None if values is None else tuple(values) for values in (self.scores, self.logits))
         return GenerateOutput(sequences=self.sequences(), scores=scores, logits=logits, past_key_values=self.cache)
 
