@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qwen35moe import ops
 from qwen35moe.config import TextConfig
-from qwen35moe.modules.hooks import in_dtype_of, project
+from qwen35moe.modules.hooks import GLOBAL_PRE_HOOKS, in_dtype_of, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise
 from qwen35moe.ops.experts import Tap, router_choice
 from qwen35moe.routing import ForcedRouting, RouterOutput
@@ -119,14 +119,21 @@ class RouteLater:
 _LATER: ContextVar[RouteLater | None] = ContextVar("later", default=None)
 
 
+def chooses_inside(mlp: nn.Module) -> bool:
+    """Whether a block, or what stands in its place, is to be called with the hidden states alone: see `routed_inside`."""
+    if not isinstance(mlp, SparseMoeBlock) or mlp._forward_pre_hooks or GLOBAL_PRE_HOOKS:
+        return True
+    return "forward" in mlp.__dict__ and "router" not in inspect.signature(mlp.forward).parameters
+
+
 def routed_inside(
     mlp: nn.Module, hidden: Tensor, forced: ForcedRouting | None, run: Callable[..., Tensor]
 ) -> tuple[Tensor, RouterOutput | None]:
     """mlp(hidden) and what its router chose, for a block that chooses when it is called: one with hooks on its input, which the
-    router reads too, or one inside another module (an adapter, a wrapper). Without a router run(mlp, hidden) and None;
-    ValueError if `forced` was to replace its choice."""
+    router reads too, with a forward of the instance that takes no `router`, or inside another module (an adapter, a wrapper).
+    Without a router run(mlp, hidden) and None; ValueError if `forced` was to replace its choice."""
     later = RouteLater(forced)
-    if isinstance(mlp, SparseMoeBlock):
+    if isinstance(mlp, SparseMoeBlock) and "forward" not in mlp.__dict__:
         return mlp(hidden, router=later), later.result  # by keyword: a hook returns the positional arguments
     if any(isinstance(part, SparseMoeBlock) for part in mlp.modules()):
         token = _LATER.set(later)

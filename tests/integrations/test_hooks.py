@@ -56,7 +56,7 @@ def test_a_hook_that_replaces_a_value_reaches_the_logits() -> None:
         assert torch.equal(model(tokens()).logits, plain)
 
 
-@pytest.mark.parametrize("returns", ["one tensor", "all arguments"])
+@pytest.mark.parametrize("returns", ["one tensor", "all arguments", "a new forward"])
 @torch.no_grad()
 def test_a_hook_on_the_input_of_the_feed_forward_reaches_its_router(returns: str) -> None:
     """As in transformers, where the router is called inside; forced routing still holds, in every form."""
@@ -69,7 +69,11 @@ def test_a_hook_on_the_input_of_the_feed_forward_reaches_its_router(returns: str
 
     for one in (model, theirs):
         for layer in one.model.layers:
-            layer.mlp.register_forward_pre_hook(shifted)
+            if returns == "a new forward":
+                written = layer.mlp.forward
+                layer.mlp.forward = lambda hidden, written=written: written(hidden * 1.3 + 0.2)
+            else:
+                layer.mlp.register_forward_pre_hook(shifted)
     found, expected = model(tokens()), theirs(tokens(), output_router_logits=True)
     assert relative_error(found.logits, expected.logits) < 2e-5
     assert relative_error(found.logits, tiny("router loss")(tokens()).logits) > 1e-2
