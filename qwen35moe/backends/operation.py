@@ -124,8 +124,6 @@ class Implementation:
 
 
 PassedOver: TypeAlias = "tuple[tuple[Implementation, str, bool], ...]"  # (entry, reason, supported)
-
-
 TABLE: dict[str, Operation[..., Any]] = {}
 
 

@@ -21,7 +21,6 @@ from .sandbox import environment, jinja
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field of a message
 MAX_SOURCE = 1 << 19  # characters of a template; the published ones have 8,000
-_PROVIDED = {"messages", "tools", "documents", "add_generation_prompt"}
 _INPUTS = ("tools", "documents", "enable_thinking", "preserve_thinking", "add_vision_id")  # suggested for misspelt names
 
 
