@@ -23,11 +23,6 @@ interpreter: Callable[[], object] = _functorch.peek_interpreter_stack
 _is_batched: Callable[[Tensor], bool] = _functorch.is_legacy_batchedtensor
 
 
-def transforming() -> bool:
-    """Whether a transform of torch.func or a level of forward-mode AD is active."""
-    return interpreter() is not None or forward_ad._current_level >= 0
-
-
 def active_transforms() -> tuple[str, ...]:
     """Those of `TRANSFORMS` that are active."""
     stack = _functorch.get_interpreter_stack() or ()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 _TRAINER = "tests/integrations/test_trainer.py::"
 _PEFT = "tests/integrations/test_peft.py::"
 _ACCELERATE = "tests/integrations/test_accelerate.py::"
-_LM_EVAL = "tests/integrations/test_lm_eval.py::"
 _MODELS = "tests/models/test_for_libraries.py::"
 
 

@@ -402,10 +402,6 @@ def _required(processor: Any, file: str, kind: str) -> Any:
     return processor
 
 
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
-
-
 def given_media(kind: str, items: Any) -> list[Media] | None:
     """images= or videos= of a call as a flat list; None for none. A list of frames is no video: its rate is missing."""
     if items is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compat import SAVING, read_keywords
-from ..files import replacing
+from ..files import write_text
 from .pixels import IMAGE_DEFAULTS, VIDEO_DEFAULTS, PixelSettings
 
 if TYPE_CHECKING:
@@ -96,7 +96,6 @@ def _write(path: str | os.PathLike[str], files: Mapping[str, str], keywords: Map
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, text in files.items():
-        with replacing(folder / name) as partial:
-            partial.write_bytes(text.encode("utf-8"))
+        write_text(folder / name, text)
         written.append(str(folder / name))
     return tuple(written)

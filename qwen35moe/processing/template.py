@@ -21,7 +21,6 @@ from .sandbox import environment, jinja
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 MAX_SOURCE = 1 << 19  # characters of a template; the published ones have 8,000
-_PROVIDED = {"messages", "tools", "documents", "add_generation_prompt"}
 _INPUTS = ("tools", "documents", "enable_thinking", "preserve_thinking", "add_vision_id")  # suggested for misspelt names
 
 

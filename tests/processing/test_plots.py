@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen35moe.figures import new_figure
 from qwen35moe.models.vision_inputs import IMAGE, TEXT, VIDEO, VisualInputs
 from qwen35moe.models.vision_positions import positions
 from qwen35moe.processing import ImageProcessor, Video, VideoProcessor, plots
 from qwen35moe.processing.pixels import VIDEO_DEFAULTS, PixelSettings
-from qwen35moe.routing.plots import new_figure
 from tests.support.floors import ROOT
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
@@ -52,9 +52,7 @@ def batch() -> tuple[dict[str, Tensor], list[Tensor]]:
 
 def drawn(inputs: dict[str, Any], **options: Any) -> Any:
     """The figure that draw_vision writes."""
-    from matplotlib.figure import Figure
-
-    with mock.patch.object(Figure, "savefig", autospec=True) as saved:
+    with mock.patch.object(plots, "save_figure") as saved:
         plots.draw_vision(inputs, "page.png", **options)
     assert saved.call_count == 1
     return saved.call_args.args[0]
