@@ -79,7 +79,7 @@ def read_keywords(
 
 
 def unknown_keyword(method: str, name: str, names: Collection[str]) -> str:
-    """The message for a keyword that nobody knows, with the nearest name if there is one."""
+    """The message for an unknown keyword, with the nearest name if there is one."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"{method}() has no keyword {short(name)}" + (f": did you mean {near[0]!r}?" if near else "")
 

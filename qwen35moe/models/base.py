@@ -41,7 +41,7 @@ class PretrainedModel(FromPretrained, Initialised):
             )
         self.config = config
 
-    # ---------------------------------------------------------------------------------- doors to the upper floors
+    # --------------------------------------------------------------------------------------------- generation
 
     @takes(GenerateInputs, GENERATE)
     def generate(self, inputs: GenerateInputs) -> Any:
