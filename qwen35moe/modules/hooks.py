@@ -16,8 +16,9 @@ from torch.nn.modules import module as _module
 
 _ORDINARY = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 # Hooks of every module of the process. The dicts are never rebound, so that this is one look at each.
+GLOBAL_PRE_HOOKS = _module._global_forward_pre_hooks
 _GLOBAL_HOOKS = (
-    _module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
+    _module._global_forward_hooks, GLOBAL_PRE_HOOKS, _module._global_backward_hooks,
     _module._global_backward_pre_hooks,
 )
 

@@ -14,8 +14,8 @@ from qwen35moe.backends.values import unbatched, values_known
 from qwen35moe.compat import short
 
 UNFORCED = -1  # an index that leaves the choice for a token to the router
-_TENSORS = ("indices", "weights", "logits", "mask")
-_FACTS = ("layers", "num_experts", "shape", "open_ended")
+TENSORS = ("indices", "weights", "logits", "mask")  # the fields of a Routing that are tensors
+FACTS = ("layers", "num_experts", "shape", "open_ended")  # the others
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,15 +69,15 @@ class Routing:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Routing):
             return NotImplemented
-        own, others = (tuple(getattr(r, name) for name in _FACTS) for r in (self, other))
-        return own == others and all(same_values(getattr(self, name), getattr(other, name)) for name in _TENSORS)
+        own, others = (tuple(getattr(r, name) for name in FACTS) for r in (self, other))
+        return own == others and all(same_values(getattr(self, name), getattr(other, name)) for name in TENSORS)
 
     def __hash__(self) -> int:
-        return hash((*(getattr(self, name) for name in _FACTS), tuple(self.indices.shape)))
+        return hash((*(getattr(self, name) for name in FACTS), tuple(self.indices.shape)))
 
     def __repr__(self) -> str:
         """In one screen, whatever its size."""
-        parts = [f"{name} {_described(getattr(self, name))}" for name in _TENSORS if getattr(self, name) is not None]
+        parts = [f"{name} {_described(getattr(self, name))}" for name in TENSORS if getattr(self, name) is not None]
         layers = f"layers {short(list(self.layers))}"
         batch = "" if self.shape is None else f", batch {list(self.shape)}"
         padding = "" if self.mask is None else f", {int((~self.mask).sum())} of them padding"
@@ -92,11 +92,11 @@ class Routing:
         return html_table(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
-        return replace(self, **{name: _copied(getattr(self, name)) for name in _TENSORS})
+        return replace(self, **{name: _copied(getattr(self, name)) for name in TENSORS})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parts = {name: value.detach() for name in _TENSORS if (value := getattr(self, name)) is not None}
-        return (_rebuilt, (parts | {name: getattr(self, name) for name in _FACTS},))
+        parts = {name: value.detach() for name in TENSORS if (value := getattr(self, name)) is not None}
+        return (_rebuilt, (parts | {name: getattr(self, name) for name in FACTS},))
 
     @property
     def tokens(self) -> int:
