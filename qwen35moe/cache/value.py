@@ -67,6 +67,10 @@ class Cache:
     def batch_size(self) -> int:
         return self.lengths.shape[0]
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """`seen`, for decoding loops and libraries that call transformers' method: columns so far, padding included."""
+        return self.seen
+
     def __len__(self) -> int:
         return len(self._layers)
 

@@ -116,7 +116,8 @@ def _report_unexpected(unexpected: list[tuple[StoredTensor, str]], problems: lis
     """Each with the closest missing name, which is probably the one that was meant, or with the way to leave it out."""
     missing = [problem.subject for problem in problems if problem.kind == "missing"]
     closest = nearest((tensor.name for tensor, _ in unexpected), missing)
-    prefix = _common_prefix([tensor.name for tensor, _ in unexpected])
+    # Names of layers that this model lacks are whole already.
+    prefix = _common_prefix([tensor.name for tensor, _ in unexpected if names.canonical(tensor.name) is None])
     if prefix is not None:
         count = sum(tensor.name.startswith(prefix) for tensor, _ in unexpected)
         detail = f"{count} tensor names begin with it, and without it they are names of this architecture: rename them"

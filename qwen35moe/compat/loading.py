@@ -80,6 +80,8 @@ LOADING: tuple[Keyword, ...] = (
             'taken; model.use_backends(experts="loop") chooses one', tested_by=_REFUSED),
     Keyword("use_flash_attention_2", neutral=(False,), instead='give attn_implementation="flash_attention_2"',
             tested_by=_REFUSED),
+    Keyword("output_hidden_states", neutral=(False,), instead="pass it to the forward call", tested_by=_REFUSED),
+    Keyword("output_attentions", neutral=(False,), instead="pass it to the forward call", tested_by=_REFUSED),
     Keyword("use_kernels", neutral=(False,), instead="own kernels are used where they can run: backends.describe()",
             tested_by=_REFUSED),
     Keyword("kernel_config", instead="choose by model.use_backends(...)", tested_by=_REFUSED),
