@@ -37,6 +37,20 @@ def active_transforms() -> tuple[str, ...]:
     return tuple(name for name in TRANSFORMS if name in names)
 
 
+def batched(x: Tensor) -> bool:
+    """Whether torch.vmap hides an axis of x, so that its values cannot be looked at."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
+def known(x: Tensor) -> bool:
+    """Whether the values of x can be looked at without waiting: on the CPU, outside of torch.compile and torch.vmap."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and (interpreter() is None or not batched(x))
+
+
 def with_second_derivative(
     name: str, composable: Callable[..., Any] | None, fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], cut: bool
 ) -> Any:

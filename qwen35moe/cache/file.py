@@ -81,8 +81,8 @@ def _cache_of(
         config, len(lengths), max_length=numbers["max_length"], record=numbers["record"], dtype=dtype, device=device,
         devices=devices,
     )
-    cache.lengths, cache.seen, cache._common_length = tensors["lengths"], numbers["seen"], numbers["common_length"]
-    cache.rope_delta, cache._rope_delta_since = tensors.get("rope_delta"), tensors.get("rope_delta_since")
+    cache._lengths, cache.seen, cache._common_length = tensors["lengths"], numbers["seen"], numbers["common_length"]
+    cache._rope_delta, cache._rope_delta_since = tensors.get("rope_delta"), tensors.get("rope_delta_since")
     cache._longest = max(lengths)
     cache._ids = with_ids(cache._ids, tensors["ids"])
     for index, layer in enumerate(cache._layers):

@@ -208,7 +208,7 @@ class _Run:
             tokens, mask = tokens.masked_fill(~new, 0), torch.cat([self._past(), new], 1).long()
         logits = self._forward(tokens, mask, **self._visual_arguments())
         if self.copies > 1:
-            rows = torch.arange(logits.shape[0]).repeat_interleave(self.copies)
+            rows = torch.arange(logits.shape[0], device="cpu").repeat_interleave(self.copies)
             self.cache.reorder(rows)
             logits = logits.index_select(0, rows.to(logits.device))
         return logits

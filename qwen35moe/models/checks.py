@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qwen35moe.backends.transforms import active_transforms, batched, interpreter, known
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.cache.states import check_sizes
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 def check(inputs: TextInputs, model: Qwen3_5MoeTextModel) -> TokenLayout:
     """The layout of a call's tokens. ValueError where its arguments contradict the model or each other."""
     batch, tokens = check_tokens(inputs, model)
+    if not torch.compiler.is_compiling() and interpreter() is not None and "vmap" in active_transforms():
+        _check_batched(inputs)
     if model.dense:
         _check_dense(inputs)
     if hasattr(inputs, "labels"):
@@ -93,11 +96,20 @@ def check_tokens(inputs: TextInputs, model: Qwen3_5MoeTextModel) -> tuple[int, i
         shape = input_ids.shape
     if shape[0] < 1 or shape[1] < 1:
         raise ValueError(f"the input {list(shape)} holds no token: a prompt needs at least one")
-    if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if input_ids is not None and known(input_ids):
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= text.vocab_size:
             raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary 0 ... {text.vocab_size - 1}")
     return int(shape[0]), int(shape[1])
+
+
+def _check_batched(inputs: TextInputs) -> None:
+    """ValueError for an argument whose values decide what is computed, under torch.vmap."""
+    if inputs.cache is not None:
+        raise ValueError("a cache is written in place and does not support torch.vmap: give the cache a row for each instead")
+    for name in ("attention_mask", "position_ids", "cu_seqlens", "seq_idx"):
+        if (x := getattr(inputs, name)) is not None and batched(x):
+            raise ValueError(f"torch.vmap hides the values of {name}, which decide what is computed: pass it with in_dims=None")
 
 
 def _check_dense(inputs: TextInputs) -> None:
@@ -118,7 +130,7 @@ def _check_head(inputs: CausalLMInputs, batch: int, tokens: int, vocabulary: int
     if labels is not None:
         if labels.shape != (batch, tokens) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"labels {list(labels.shape)} {labels.dtype} must be integers {[batch, tokens]}")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if known(labels):
             wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= vocabulary))]
             if wrong.numel():
                 raise ValueError(f"label {int(wrong[0])} is neither {IGNORE} nor in the vocabulary 0 ... {vocabulary - 1}")
@@ -130,7 +142,7 @@ def _check_head(inputs: CausalLMInputs, batch: int, tokens: int, vocabulary: int
         return
     if keep.dim() != 1 or keep.is_floating_point() or keep.dtype == torch.bool:
         raise ValueError(f"logits_to_keep is a number or integers [positions], got {list(keep.shape)} {keep.dtype}")
-    if keep.device.type == "cpu" and not torch.compiler.is_compiling():
+    if known(keep):
         outside = keep[(keep < -tokens) | (keep >= tokens)]
         if outside.numel():
             raise ValueError(f"logits_to_keep names position {int(outside[0])}, the input has {tokens}")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen35moe.backends.transforms import known
 from qwen35moe.compat import short
 from qwen35moe.config import Config
 from qwen35moe.models.trainer import save_whole_checkpoints
@@ -314,7 +315,7 @@ def causal_lm_loss(
     if vocab_size not in (None, size):
         raise ValueError(f"vocab_size={short(vocab_size)}, and the logits have {size} columns")
     targets = shift_labels.to(logits.device).long().flatten()
-    if targets.is_cpu and not torch.compiler.is_compiling():  # elsewhere the check would wait for the device
+    if known(targets):  # elsewhere the check would wait for the device
         wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= size))]
         if len(wrong):
             raise ValueError(f"label {int(wrong[0])} is not one of {size} tokens, nor ignore_index={ignore_index}")
