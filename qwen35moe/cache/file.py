@@ -18,7 +18,7 @@ from qwen35moe.cache.ids import UNKNOWN, with_ids
 from qwen35moe.cache.states import KVCache
 from qwen35moe.cache.value import Cache
 from qwen35moe.config import TextConfig
-from qwen35moe.files import UnreadableFile, available_memory, open_tensors, parse_json, write_tensors
+from qwen35moe.files import UnreadableFile, available_memory, check_own, open_tensors, parse_json, write_tensors
 
 _FORMAT = "qwen35moe.cache.3"
 _WHAT = "a saved cache"
@@ -51,6 +51,7 @@ def save_cache(cache: Cache, path: str | os.PathLike[str]) -> None:
     _check_numbers(where, numbers, cache.config)
     _check_forms(where, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, numbers, cache.config)
     _check_values(where, tensors, numbers)
+    check_own(path)
     write_tensors(path, tensors, {"format": _FORMAT, "numbers": json.dumps(numbers)})
 
 

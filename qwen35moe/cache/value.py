@@ -21,6 +21,7 @@ from qwen35moe.cache.rollback import RollbackLog, checked_count
 from qwen35moe.cache.snapshot import Snapshot, rows, share_tensors
 from qwen35moe.cache.states import STATIC_GRADIENT, DeltaNetState, DeltaNetUpdate, KVCache, LayerState, empty_state
 from qwen35moe.cache.view import LayerView, ReadTensors
+from qwen35moe.compat import short
 from qwen35moe.config import TextConfig
 
 if TYPE_CHECKING:
@@ -43,8 +44,12 @@ class Cache:
         devices: Sequence[torch.device] | None = None,
     ) -> None:
         config = TextConfig.of(config)
-        if batch_size < 1 or record < 0 or (max_length is not None and max_length < 1):
-            raise ValueError(f"a cache needs {batch_size=} >= 1, {max_length=} >= 1 or None, and {record=} >= 0")
+        whole = all(hasattr(n, "__index__") and not isinstance(n, bool) for n in (batch_size, record, max_length or 1))
+        if not whole or batch_size < 1 or record < 0 or (max_length is not None and max_length < 1):
+            raise ValueError(
+                f"a cache needs batch_size={short(batch_size)} >= 1, max_length={short(max_length)} >= 1 or None, and "
+                f"record={short(record)} >= 0, whole numbers"
+            )
         self.config, self.max_length, self.record, self.dtype = config, max_length, record, dtype
         self.seen = 0  # columns of the caller's attention_mask so far, padding included
         self._rope_delta: Tensor | None = None
@@ -248,8 +253,8 @@ class Cache:
 
     def set_next_positions(self, positions: Tensor) -> None:
         """Sets the rotary position [B] of each row's next token: an image takes fewer positions than tokens."""
-        if positions.shape != self._lengths.shape or positions.is_floating_point() or positions.dtype == torch.bool:
-            raise ValueError(f"positions are integers [{self.batch_size}], got {list(positions.shape)} {positions.dtype}")
+        if not isinstance(positions, Tensor) or positions.shape != self._lengths.shape or positions.dtype.is_floating_point:
+            raise ValueError(f"positions are a tensor of integers [{self.batch_size}], got {short(positions)}")
         new = positions.to(self._lengths.device) - self._lengths
         old = torch.zeros_like(new) if self._rope_delta is None else self._rope_delta
         since = torch.zeros_like(new) if self._rope_delta_since is None else self._rope_delta_since
@@ -321,6 +326,8 @@ class Cache:
         count = checked_count(self, tokens)
         if not bool(count.any()):
             return
+        if not isinstance(tokens, int) and torch.as_tensor(tokens).dim() == 0:  # of every row, as an int
+            tokens = int(tokens)
         for index, layer in enumerate(self._layers):
             if isinstance(layer, DeltaNetState) and layer.log is not None:
                 log = layer.log
@@ -384,9 +391,15 @@ class Cache:
 
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
         """Row r becomes a copy of the old row rows[r]: for beam search. A growing cache may also drop or repeat rows."""
-        index = torch.as_tensor(rows, dtype=torch.long, device=self._lengths.device)
-        if index.dim() != 1 or bool(((index < 0) | (index >= self.batch_size)).any()):
-            raise ValueError(f"rows {index.tolist()} are not a list of rows 0 ... {self.batch_size - 1}")
+        try:
+            index = torch.as_tensor(rows, device=self._lengths.device)
+        except (TypeError, ValueError, RuntimeError):
+            index = None
+        if index is None or index.dim() != 1 or bool(((index < 0) | (index >= self.batch_size)).any()) or (
+            index.numel() and (index.is_floating_point() or index.dtype == torch.bool)
+        ):
+            raise ValueError(f"rows {short(rows)} are not a list of rows 0 ... {self.batch_size - 1}")
+        index = index.long()
         if self.max_length is not None and index.shape[0] != self.batch_size:
             raise ValueError(f"a static cache keeps its {self.batch_size} rows, cannot hold {index.shape[0]}")
         self._prepare()

@@ -95,6 +95,8 @@ class LayerView:
         if not isinstance(value, Tensor):
             raise ValueError(f"cache[{layer}].{name} is a tensor, the new value is a {type(value).__name__}")
         check_shape(name, tuple(getattr(state, name).shape), value)
+        if not value.is_floating_point():
+            raise ValueError(f"cache[{layer}].{name} holds floating-point numbers, the new value is {value.dtype}")
         if state.static:
             if torch.is_grad_enabled() and value.requires_grad:
                 raise ValueError(STATIC_GRADIENT)

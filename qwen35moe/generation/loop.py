@@ -44,7 +44,10 @@ def generate(model: Any, inputs: GenerateInputs) -> Any:
     """
     inputs = expand(inputs)
     flags = _output_flags(model, inputs)
-    run, streamer = _Run(model, inputs), inputs.streamer
+    streamer = inputs.streamer
+    if streamer is not None and not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
+        raise ValueError(f"the streamer {short(streamer)} has no methods put and end")
+    run = _Run(model, inputs)
     run.scores = [] if flags["output_scores"] else None
     run.logits = [] if flags["output_logits"] else None
     try:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -382,8 +383,8 @@ def test_lengths_and_the_rotary_offset_have_one_source(double, max_length):
     for state, logits in ((moved, expected), (snapshot, whole), (moved, expected)):
         cache.restore(state)
         assert_close(double(rest, cache=cache).logits, logits, EXACT)
-    for wrong in (torch.tensor([2, 2, 2]), torch.tensor([[2], [2]]), torch.tensor([0.5, 2])):
-        with pytest.raises(ValueError, match=r"positions are integers \[2\]"):
+    for wrong in (torch.tensor([2, 2, 2]), torch.tensor([[2], [2]]), torch.tensor([0.5, 2]), 3):
+        with pytest.raises(ValueError, match=r"positions are a tensor of integers \[2\]"):
             cache.set_next_positions(wrong)
 
 
@@ -404,3 +405,38 @@ def test_a_buffer_of_keys_is_read_with_the_same_precautions(double, max_length):
     for name, value in (("length", 3), ("key_buffer", cache[1].key_buffer), ("static", False)):
         with pytest.raises(ValueError, match=f"{name} cannot be assigned, only key and value"):
             setattr(cache[1], name, value)
+
+
+WRONG: dict[str, tuple[Callable[[Any, Cache], object], str]] = {
+    "rows between rows": (lambda model, cache: cache.reorder([0.5, 1.0]), "not a list of rows 0 ... 1"),  # type: ignore[list-item]
+    "rows as a mask": (lambda model, cache: cache.reorder(torch.tensor([True, False])), "not a list of rows"),
+    "rows as text": (lambda model, cache: cache.reorder("ab"), "not a list of rows"),  # type: ignore[arg-type]
+    "a complex state": (lambda model, cache: setattr(cache[0], "recurrent_state", cache[0].recurrent_state + 1j), "complex"),
+    "a state of integers": (lambda model, cache: setattr(cache[1], "key", cache[1].key.long()), "torch.int64"),
+    "rows of a cache": (lambda model, cache: model.new_cache(2.0), "batch_size=2.0"),
+    "one row as a truth value": (lambda model, cache: model.new_cache(True), "batch_size=True"),
+    "a fraction of recorded tokens": (lambda model, cache: model.new_cache(2, record=1.5), "record=1.5"),
+    "a fraction of a length": (lambda model, cache: model.new_cache(2, max_length=9.5), "max_length=9.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_values_that_would_be_converted_silently_are_refused(name: str, model: Any) -> None:
+    call, message = WRONG[name]
+    cache = filled(model)
+    before = contents(cache)
+    with pytest.raises(ValueError, match=message):
+        call(model, cache)
+    assert all(torch.equal(a, b) for a, b in zip(before, contents(cache), strict=True))
+
+
+@pytest.mark.parametrize("count", [numpy.int64(3), torch.tensor(3)], ids=["numpy", "tensor"])
+@torch.no_grad()
+def test_one_number_of_any_kind_rolls_back_every_row(count: Any, double: Any) -> None:
+    prefix, rest = tokens(2, 9), tokens(2, 4, salt=3)
+    cache = double.new_cache(2, record=4)
+    double(prefix, cache=cache)
+    cache.rollback(count)
+    assert cache.seen == 6 and cache.start() == 6
+    logits = double(rest, cache=cache, attention_mask=torch.ones(2, 10)).logits
+    assert_close(logits, double(torch.cat([prefix[:, :6], rest], 1)).logits[:, 6:], EXACT)
