@@ -4,8 +4,8 @@ Reading: `file_in` finds a file of a folder and refuses links that lead out of i
 takes memory and never waits for a pipe, `parse_json` limits the number of values before it parses. `open_tensors` opens a
 safetensors file in the same way. Everything that these refuse is an `UnreadableFile`, a ValueError.
 
-Writing: `replacing` and `write_tensors` write beside the old file, which stays whole if the process is killed (and its
-unfinished `NAME.*.partial` beside it). A directory, a pipe or a device is never replaced.
+Writing: `replacing`, `write_text` and `write_tensors` write beside the old file, which stays whole if the process is killed
+(and its unfinished `NAME.*.partial` beside it). A directory, a pipe or a device is never replaced.
 """
 
 from __future__ import annotations
@@ -312,6 +312,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.remove(partial)
         raise
     sync_folder(target.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a UTF-8 text with `replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(text.encode("utf-8"))
 
 
 def mode_of(file: Path) -> int | None:

@@ -190,6 +190,22 @@ def test_accuracy_on_rows_of_digits_in_conversations(
     assert recipe.right(tiny[0], processor, [digits[start : start + 3] for start in range(0, 60, 3)]) >= 0.75
 
 
+def test_parts_without_a_type_are_text_and_others_are_named(recipe: ModuleType, processor: Processor) -> None:
+    """A string, a text without a type, and what the template cannot read: the error says what that is."""
+    assert recipe.CHAT_TEMPLATE == (TINY / "chat_template.jinja").read_text()
+
+    def text(*parts: Any) -> str:
+        return processor.apply_chat_template([{"role": "user", "content": list(parts)}], tokenize=False)
+
+    written = text({"type": "text", "text": "Read this."})
+    assert "Read this." in written and text("Read this.") == written == text({"text": "Read this."})
+    with pytest.raises(ValueError, match="this checkpoint reads text and images, not video"):
+        text({"type": "video", "video": "a.mp4"})
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(TINY)
+    with pytest.raises(Exception, match="this checkpoint reads text and images, not a part without a type"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"words": "Read this."}]}], tokenize=False)
+
+
 def test_a_conversation_on_the_command_line(
     recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tools.common import matplotlib_figure
+from qwen35moe.figures import new_figure, save_figure
 
 
 def title(facts: Mapping[str, Any]) -> str:
@@ -26,7 +26,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         for name, row in case["implementations"].items():
             if row["min_s"] is not None:
                 panel.setdefault(name, []).append((facts["tokens"], 1e3 * row["min_s"]))
-    figure = matplotlib_figure(figsize=(5 * max(1, len(panels)), 4))
+    figure = new_figure(5 * max(1, len(panels)), 4)
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     for axes, (words, panel) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels.items(), strict=False):
         for name, points in panel.items():
@@ -36,4 +36,4 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.legend(fontsize=8)
     figure.suptitle(str(report["environment"].get("gpu") or report["environment"]["processor"]), fontsize=9)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -31,6 +31,7 @@ from benchmarks.moe.measure import measure
 from benchmarks.tools import limits
 from benchmarks.tools.common import SCHEMA, arguments, output_path, warn_if_busy
 from benchmarks.tools.machine import environment, header
+from qwen35moe.files import write_text
 
 OUTPUTS = ("--json", "--plot", "--markdown", "--append")  # paths of the results, which a rerun does not repeat
 
@@ -49,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.targets:
         print("\n" + targets.table(report))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(report, indent=1) + "\n")
     if options.markdown:
-        options.markdown.write_text(pages.markdown(report), encoding="utf-8")
+        write_text(options.markdown, pages.markdown(report))
     if options.plot:
         pages.plot(report, options.plot)
     return int(any(one.get("wrong") for row in report["cases"] for one in row["implementations"].values()))

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.moe.implementations import AUTO
-from benchmarks.tools.common import matplotlib_figure, noise
+from benchmarks.tools.common import noise
 from benchmarks.tools.machine import header
+from qwen35moe.figures import new_figure, save_figure
 
 
 def table(row: Mapping[str, Any]) -> Iterator[str]:
@@ -66,7 +67,7 @@ def panels(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Throughput against tokens, a panel per kind of case, the roofline above; needs matplotlib (extra `plot`)."""
     groups = panels(report)
-    figure = matplotlib_figure(figsize=(5.2 * max(len(groups), 1), 4.2))
+    figure = new_figure(5.2 * max(len(groups), 1), 4.2)
     for place, (title, rows) in enumerate(groups.items()):
         axes = figure.add_subplot(1, len(groups), place + 1)
         rows = sorted(rows, key=lambda row: row["case"]["tokens"])
@@ -84,4 +85,4 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         axes.set_title(title, fontsize=9)
         axes.legend(fontsize=6)
     figure.suptitle(str(report["environment"].get("gpu", report["environment"]["processor"])), fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.tools.machine import environment, header
+from qwen35moe.figures import new_figure, save_figure
+from qwen35moe.files import file_to_write, write_text
 
 SCHEMA = 2  # of the JSON file; a change of meaning or of a key raises it, a new key does not
 PAGE = 4096
@@ -58,11 +60,10 @@ def at_least_one(text: str) -> int:
 
 def output_path(text: str) -> Path:
     """An argument's path, refused before hours of measuring if it cannot be written."""
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        reason = "is a folder" if path.is_dir() else f"cannot be written: no {path.parent}"
-        raise argparse.ArgumentTypeError(f"{text} {reason}")
-    return path
+    try:
+        return file_to_write(text)
+    except (ValueError, OSError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error}") from None
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -339,7 +340,7 @@ class Report:
         """Write the files that the options name; 1 if an implementation was wrong."""
         warn_if_busy(self.as_dict()["cases"])
         if options.json:
-            options.json.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+            write_text(options.json, json.dumps(self.as_dict(), indent=1) + "\n")
         if options.plot:
             plot(self.as_dict(), options.plot)
         return int(any(case.wrong for case in self.cases))
@@ -349,7 +350,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     """Bars of each implementation's time over the baseline's, a group per case; needs matplotlib (extra `plot`)."""
     names = list(dict.fromkeys(name for case in report["cases"] for name in case["implementations"]))
     height = 0.8 / max(len(names), 1)
-    figure = matplotlib_figure(figsize=(8, 1 + 0.3 * len(names) * max(len(report["cases"]), 1)))
+    figure = new_figure(8, 1 + 0.3 * len(names) * max(len(report["cases"]), 1))
     axes = figure.add_subplot()
     for place, name in enumerate(names):
         ratios = [case["implementations"].get(name, {}).get("ratio") or 0.0 for case in report["cases"]]
@@ -361,15 +362,4 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("time / time of the baseline (minima; below 1 is faster)")
     axes.set_title(f"{report['benchmark']} on {report['environment']['processor']}", fontsize=9)
     axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-def matplotlib_figure(**options: Any) -> Any:
-    """An empty figure without a window; raises ValueError with the extra to install if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise ValueError("a plot needs matplotlib: pip install 'qwen35moe[plot]'") from None
-    return Figure(layout="constrained", **options)
+    save_figure(figure, path, dpi=150)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.delta import peers
 from benchmarks.delta.scenarios import Answer, Implementation, draw_gates
-from benchmarks.tools.common import relative_error
+from benchmarks.tools.common import output_path, relative_error
 from benchmarks.tools.machine import environment
 from qwen35moe import backends, ops
+from qwen35moe.files import write_text
 
 recurrent_gated_delta_rule = ops.gated_delta_rule.definition
 
@@ -57,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(LENGTHS))
-    parser.add_argument("--write", type=Path, help="write the page here")
+    parser.add_argument("--write", type=output_path, help="write the page here")
     options = parser.parse_args(argv)
     text = "\n".join(page(options.tokens, options.device))
     if options.write:
-        options.write.write_text(text + "\n", encoding="utf-8")
+        write_text(options.write, text + "\n")
     print(text)
     return 0
 

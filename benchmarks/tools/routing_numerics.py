@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 import qwen35moe
-from benchmarks.tools.common import ROOT, logit_errors
+from benchmarks.tools.common import ROOT, logit_errors, output_path
 from benchmarks.tools.machine import environment, header
 from qwen35moe import backends
+from qwen35moe.files import write_text
 from qwen35moe.routing import Routing, agreement, flips, margins
 
 BEGIN, END = "<!-- routing_numerics: begin -->", "<!-- routing_numerics: end -->"
@@ -43,21 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, default=ROOT / "docs" / "figures" / "passages.txt", help="a text, UTF-8")
     parser.add_argument("--tokens", type=int, default=1024, help="at most so many tokens of it")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--markdown", type=Path, help="write the tables into this page, between its marks")
+    parser.add_argument("--json", type=output_path, help="write the figures here")
+    parser.add_argument("--markdown", type=output_path, help="write the tables into this page, between its marks")
     options = parser.parse_args(argv)
     report = measure(options.model, options.text.read_text(encoding="utf-8"), options.tokens, options.device)
     text = tables(report)
     print(f"{header(report['environment'])}\n\n{text}")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(report, indent=1) + "\n")
     if options.markdown:
         page = options.markdown.read_text(encoding="utf-8")
         if BEGIN not in page or END not in page:
             raise SystemExit(f"{options.markdown} lacks the marks {BEGIN} and {END}")
         before, after = page.split(BEGIN)[0], page.split(END)[1]
         section = f"{BEGIN}\n{header(report['environment'])}\n\n{text}\n{END}"
-        options.markdown.write_text(before + section + after, encoding="utf-8")
+        write_text(options.markdown, before + section + after)
     return int(not all(row["replay_bit_for_bit"] for row in report["dtypes"]))
 
 

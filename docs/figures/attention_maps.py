@@ -14,6 +14,7 @@ from torch import Tensor
 
 import qwen35moe
 from qwen35moe import taps
+from qwen35moe.figures import new_figure, save_figure
 from qwen35moe.ops.attention_map import state_map
 
 TEXT = "Paul, an apostle of Jesus Christ by the will of God, and Timotheus our brother,"
@@ -48,9 +49,7 @@ def _by_row(weights: Tensor) -> Tensor:
 
 def drawn(tokens: list[str], maps: dict[str, Tensor], share: Tensor) -> Any:
     """The figure: three maps, and each token's share of the final recurrent state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = new_figure(13, 4)
     panels = figure.subplots(1, 4, width_ratios=(3, 3, 3, 2))
     places, labels = range(len(tokens)), [token.replace(" ", "\u00b7") for token in tokens]
     for axes, (title, weights) in zip(panels[:3], maps.items(), strict=True):
@@ -71,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("attention_maps.png"))
     figure = drawn(*computed())
-    figure.savefig(parser.parse_args().out, dpi=100, metadata={"Software": None})
+    save_figure(figure, parser.parse_args().out, dpi=100, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
 from qwen35moe.compat import TABLE, Keyword
 from qwen35moe.compat.attributes import ATTRIBUTES
+from qwen35moe.compat.keyword import anything
 
 PAGE = Path(__file__).with_suffix(".md")
 TITLES = {
@@ -58,7 +60,7 @@ attributes and absent as keys.
 
 Packed documents are separated by `cu_seqlens` (`cu_seq_lens_q`), `seq_idx`, `position_ids` that start again ([B, T], [3, B, T],
 or [4, B, T] with the positions of the text in front), a mask `1 1 1 2 2 0`, or a four-dimensional block-causal mask. A compiled
-graph separates documents by `cu_seqlens` only, and raises where the others name more than one document.
+graph and `torch.vmap` separate documents by `cu_seqlens` only, and raise where the others name more than one document.
 """
 
 
@@ -66,17 +68,28 @@ def page() -> str:
     """The page as text."""
     parts = [INTRODUCTION]
     for method, table in TABLE.items():
-        if table:
-            rows = [f"| `{keyword.name}` | {cell(what(keyword))} | {test(keyword.tested_by)} |" for keyword in table]
-            parts.append(f"## {TITLES[method]}\n\n| keyword | here | tested by |\n|---|---|---|\n" + "\n".join(rows) + "\n")
+        shared = [keyword for keyword in table if method == "processor" and keyword in TABLE["tokenizer"]]
+        rows = merged([keyword for keyword in table if keyword not in shared])
+        note = "The keywords of the tokenizer's call, and:\n\n" if shared else ""
+        parts.append(f"## {TITLES[method]}\n\n{note}| keyword | here | tested by |\n|---|---|---|\n" + "\n".join(rows) + "\n")
     rows = [f"| {code(row.name)} | {cell(row.what)} | {cell(row.asked_by)} | {test(row.tested_by)} |" for row in ATTRIBUTES]
     head = "| name | here | asked by | tested by |\n|---|---|---|---|\n"
     parts.append("## Attributes and methods that other libraries ask for\n\n" + head + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
+def merged(table: list[Keyword]) -> list[str]:
+    """The rows of a table; keywords that follow one another with the same cells share a row."""
+    rows = []
+    for cells, keywords in groupby(table, lambda keyword: f"{cell(what(keyword))} | {test(keyword.tested_by)}"):
+        rows.append(f"| {', '.join(code(keyword.name) for keyword in keywords)} | {cells} |")
+    return rows
+
+
 def what(keyword: Keyword) -> str:
     """What a method does with a keyword, in a cell."""
+    if keyword.neutral is anything:
+        return f"accepted: {keyword.instead}" if keyword.instead else "accepted, without effect"
     parts = []
     if keyword.does:
         parts.append(keyword.does)
@@ -87,7 +100,7 @@ def what(keyword: Keyword) -> str:
     elif callable(keyword.neutral):
         parts.append("accepted where it changes nothing")
     if keyword.instead:
-        refused = "" if keyword.becomes or keyword.does else "other values are refused: " if keyword.neutral else "refused: "
+        refused = "" if keyword.becomes or keyword.does else "else refused: " if keyword.neutral else "refused: "
         parts.append(refused + keyword.instead)
     return "; ".join(parts)
 

@@ -74,9 +74,10 @@ CHAT_TEMPLATE = """\
 {%- if message.content is string %}{{ message.content }}
 {%- else %}
 {%- for part in message.content %}
-{%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif part.type == 'text' %}{{ part.text }}
-{%- else %}{{ raise_exception('this checkpoint reads text and images, not ' ~ part.type) }}
+{%- if part is string %}{{ part }}
+{%- elif part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part.type|default('text') == 'text' and 'text' in part %}{{ part.text }}
+{%- else %}{{ raise_exception('this checkpoint reads text and images, not ' ~ (part.type or 'a part without a type')) }}
 {%- endif %}
 {%- endfor %}
 {%- endif %}

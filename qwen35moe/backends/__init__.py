@@ -18,9 +18,9 @@ The choice of a model (`model.use_backends(...)`) comes before `backends.use(...
 The table, the choices and the open recordings are process-wide. Under `torch.compile` the choice is made when the graph is
 traced, without a log or a record.
 
-operation.py has the decorator and the table, registry.py the doors by name, signature.py and transforms.py what an
-implementation takes and supports, choice.py `use` and activation checkpointing, record.py and report.py the record of calls
-and `describe`, verification.py `verify`, cases.py its arguments.
+operation.py has the decorator and the table, registry.py the functions that take a name, signature.py and transforms.py what an
+implementation takes and supports, choice.py `use` and activation checkpointing, values.py whether a check may read values,
+record.py and report.py the record of calls and `describe`, verification.py `verify`, cases.py its arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The doors to operations by their names: run, list, register and unregister implementations."""
+"""Functions that take the name of an operation: run it, and list, register and unregister its implementations."""
 
 from __future__ import annotations
 

@@ -23,11 +23,6 @@ interpreter: Callable[[], object] = _functorch.peek_interpreter_stack
 _is_batched: Callable[[Tensor], bool] = _functorch.is_legacy_batchedtensor
 
 
-def transforming() -> bool:
-    """Whether a transform of torch.func or a level of forward-mode AD is active."""
-    return interpreter() is not None or forward_ad._current_level >= 0
-
-
 def active_transforms() -> tuple[str, ...]:
     """Those of `TRANSFORMS` that are active."""
     stack = _functorch.get_interpreter_stack() or ()
@@ -35,20 +30,6 @@ def active_transforms() -> tuple[str, ...]:
     if forward_ad._current_level >= 0:
         names.add("jvp")
     return tuple(name for name in TRANSFORMS if name in names)
-
-
-def batched(x: Tensor) -> bool:
-    """Whether torch.vmap hides an axis of x, so that its values cannot be looked at."""
-    while _functorch.is_functorch_wrapped_tensor(x):
-        if _functorch.is_batchedtensor(x):
-            return True
-        x = _functorch.get_unwrapped(x)
-    return False
-
-
-def known(x: Tensor) -> bool:
-    """Whether the values of x can be looked at without waiting: on the CPU, outside of torch.compile and torch.vmap."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and (interpreter() is None or not batched(x))
 
 
 def with_second_derivative(

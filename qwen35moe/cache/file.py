@@ -17,6 +17,7 @@ from torch import Tensor
 from qwen35moe.cache.ids import UNKNOWN, with_ids
 from qwen35moe.cache.states import KVCache
 from qwen35moe.cache.value import Cache
+from qwen35moe.compat import short
 from qwen35moe.config import TextConfig
 from qwen35moe.files import UnreadableFile, available_memory, check_own, open_tensors, parse_json, write_tensors
 
@@ -113,13 +114,13 @@ def _check_numbers(source: str, numbers: Mapping[str, Any], config: TextConfig) 
     most = max(MAX_TOKENS, config.max_position_embeddings)
     lengths, common, room = numbers["lengths"], numbers["common_length"], numbers["max_length"]
     if not isinstance(lengths, list) or not lengths or not all(_is_count(length, most) for length in lengths):
-        raise ValueError(f"{source}: lengths {_short(lengths)} are not a list of numbers 0 ... {most}")
+        raise ValueError(f"{source}: lengths {short(lengths)} are not a list of numbers 0 ... {most}")
     for name, low, high in (("seen", 0, MAX_COUNTER), ("record", 0, MAX_COUNTER), ("max_length", 1, most)):
         value = numbers[name]
         if not (_is_count(value, high) and value >= low) and not (name == "max_length" and value is None):
-            raise ValueError(f"{source}: {name} = {_short(value)} is not a number {low} ... {high}")
+            raise ValueError(f"{source}: {name} = {short(value)} is not a number {low} ... {high}")
     if common is not None and (type(common) is not int or set(lengths) != {common}):
-        raise ValueError(f"{source}: common_length = {_short(common)}, the lengths are {_short(lengths)}")
+        raise ValueError(f"{source}: common_length = {short(common)}, the lengths are {short(lengths)}")
     if room is not None and room < max(lengths):
         raise ValueError(f"{source}: max_length = {room}, its longest row has {max(lengths)} tokens")
     if numbers["seen"] < max(lengths):
@@ -148,7 +149,7 @@ def _check_forms(source: str, forms: Mapping[str, Form], numbers: Mapping[str, A
             found, wanted = (f"{list(shape)} {kind or 'of another dtype'}" for kind, shape in (forms[name], form))
             raise ValueError(f"{source}: {name} is {found}, the configuration and the lengths describe {wanted}")
     if extra := sorted(forms.keys() - expected.keys()):
-        raise ValueError(f"{source} holds tensors that this configuration does not have: {_short(extra[:5])}")
+        raise ValueError(f"{source} holds tensors that this configuration does not have: {short(extra[:5])}")
     return dtype
 
 
@@ -182,18 +183,13 @@ def _check_values(source: str, tensors: Mapping[str, Tensor], numbers: Mapping[s
             raise ValueError(f"{source}: {name} has numbers that are not finite")
     lengths = tensors["lengths"]
     if lengths.tolist() != numbers["lengths"]:
-        raise ValueError(f"{source}: lengths {_short(lengths.tolist())}, in the metadata {_short(numbers['lengths'])}")
+        raise ValueError(f"{source}: lengths {short(lengths.tolist())}, in the metadata {short(numbers['lengths'])}")
     if tensors["ids"].numel() and int(tensors["ids"].min()) < UNKNOWN:
         raise ValueError(f"{source}: ids has {int(tensors['ids'].min())}; ids are at least 0, or {UNKNOWN} for unknown")
     if "rope_delta" in tensors:
         since, positions = tensors["rope_delta_since"], lengths + tensors["rope_delta"]
         if bool((since < 0).any() or (since > lengths).any()):
-            found = f"rope_delta_since {_short(since.tolist())} is beyond the lengths {_short(numbers['lengths'])}"
+            found = f"rope_delta_since {short(since.tolist())} is beyond the lengths {short(numbers['lengths'])}"
             raise ValueError(f"{source}: {found}")
         if bool((positions < 0).any() or (positions > MAX_COUNTER).any()):
-            raise ValueError(f"{source}: rope_delta {_short(tensors['rope_delta'].tolist())} leads to a negative position")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:96]} ..."
+            raise ValueError(f"{source}: rope_delta {short(tensors['rope_delta'].tolist())} leads to a negative position")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qwen35moe import ops
-from qwen35moe.cache.states import KVCache
+from qwen35moe.cache.modes import copied
+from qwen35moe.cache.states import DeltaNetState, DeltaNetUpdate, KVCache
 
 if TYPE_CHECKING:
     from qwen35moe.cache.value import Cache
@@ -111,6 +112,20 @@ class RollbackLog:
         """[B, T]: True for the first `keep` [B] recorded tokens of each row."""
         valid = self.recorded.valid
         return valid & (valid.cumsum(1) <= keep[:, None])
+
+
+def extended_log(old: DeltaNetState, new: DeltaNetUpdate, record: int, copy: bool) -> RollbackLog | None:
+    """The log of the old state with the tokens of the new one, of which `record` stay available; a new log begins with the old
+    state itself, with a copy where its tensors may be written."""
+    if new.segment is None:
+        return None
+    log = old.log
+    if log is None:
+        conv_state, recurrent_state = old.conv_state, old.recurrent_state
+        if copy:
+            conv_state, recurrent_state = copied(conv_state), copied(recurrent_state)
+        log = RollbackLog(conv_state, recurrent_state, new.segment.columns(0, 0))
+    return log.append(new.segment, record)
 
 
 def checked_count(cache: Cache, tokens: int | Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen35moe.cache.ids import check_prompt, empty_ids, with_tokens
 from qwen35moe.cache.modes import copied, in_inference_mode, ordinary, ordinary_tensors
-from qwen35moe.cache.rollback import RollbackLog, checked_count
+from qwen35moe.cache.rollback import checked_count, extended_log
 from qwen35moe.cache.snapshot import Snapshot, rows, share_tensors
 from qwen35moe.cache.states import STATIC_GRADIENT, DeltaNetState, DeltaNetUpdate, KVCache, LayerState, empty_state
 from qwen35moe.cache.view import LayerView, ReadTensors
@@ -26,6 +26,7 @@ from qwen35moe.config import TextConfig
 
 if TYPE_CHECKING:
     from qwen35moe.cache.layout import TokenLayout
+
 
 class Cache:
     """The state of every layer for `batch_size` rows. It belongs to the caller of the model; a forward updates it.
@@ -90,6 +91,10 @@ class Cache:
     @property
     def batch_size(self) -> int:
         return self._lengths.shape[0]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """`seen`, for decoding loops and libraries that call transformers' method: columns so far, padding included."""
+        return self.seen
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -174,23 +179,14 @@ class Cache:
             return new
         assert isinstance(old, DeltaNetState)
         conv_state = new.conv_state.to(old.conv_state.dtype)  # autocast computes in another one
-        log = self._log(index, old, new) if self.record else None
+        log = None
+        if self.record:
+            written = old.static or any(layer == index for layer, _ in self._read.current)  # or may be, by the user
+            log = extended_log(old, new, self.record, copy=written)
         if not old.static:
             return DeltaNetState(conv_state, new.recurrent_state.to(old.recurrent_state.dtype), log)
         old.conv_state, old.recurrent_state, old.log = conv_state, new.recurrent_state, log
         return old
-
-    def _log(self, index: int, old: DeltaNetState, new: DeltaNetUpdate) -> RollbackLog | None:
-        """The old state's log with the tokens of the new state; it begins with the old state itself."""
-        if new.segment is None:
-            return None
-        log = old.log
-        if log is None:
-            initial = (old.conv_state, old.recurrent_state)
-            if old.static or any(layer == index for layer, _ in self._read.current):  # it may be overwritten
-                initial = (copied(old.conv_state), copied(old.recurrent_state))
-            log = RollbackLog(*initial, new.segment.columns(0, 0))
-        return log.append(new.segment, self.record)
 
     def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """ValueError where a prompt contradicts the cache. input_ids [B, T] are whole rows, cached tokens included, with
@@ -240,9 +236,8 @@ class Cache:
             self._settle()
         if self._inference and not in_inference_mode():
             self._inference = False
-            self._lengths, self._ids = ordinary(self._lengths), ordinary(self._ids)
-            self._rope_delta = None if self._rope_delta is None else ordinary(self._rope_delta)
-            self._rope_delta_since = None if self._rope_delta_since is None else ordinary(self._rope_delta_since)
+            self._ids = ordinary(self._ids)
+            self._map_counts(ordinary)
             for layer, state in enumerate(self._layers):
                 self.replace_state(layer, state.map(ordinary))
 
@@ -371,12 +366,17 @@ class Cache:
         self._prepare()
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other._lengths, other._ids = function(self._lengths), function(self._ids)
-        other._rope_delta = None if self._rope_delta is None else function(self._rope_delta)
-        other._rope_delta_since = None if self._rope_delta_since is None else function(self._rope_delta_since)
+        other._map_counts(function)
+        other._ids = function(self._ids)
         other._layers = [layer.map(function) for layer in self._layers]
         other._snapshots, other._read = [], ReadTensors()
         return other
+
+    def _map_counts(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Applies a function to the tensors with one number per row."""
+        self._lengths = function(self._lengths)
+        self._rope_delta = None if self._rope_delta is None else function(self._rope_delta)
+        self._rope_delta_since = None if self._rope_delta_since is None else function(self._rope_delta_since)
 
     def __copy__(self) -> Cache:
         return self.clone()  # two caches with the same tensors would overwrite each other's tokens
@@ -411,9 +411,7 @@ class Cache:
             else:
                 for old, new in zip(layer.tensors(), reordered.tensors(), strict=True):
                     old.copy_(new)
-        self._lengths = self._lengths[index]
-        self._rope_delta = None if self._rope_delta is None else self._rope_delta[index]
-        self._rope_delta_since = None if self._rope_delta_since is None else self._rope_delta_since[index]
+        self._map_counts(lambda counts: counts[index])
         self._longest = int(self._lengths.max()) if self.batch_size else 0
         for layer in self._layers:
             if isinstance(layer, KVCache):

@@ -82,8 +82,8 @@ class Experts:
     pairs: {(projection, expert): (A [r, in], B [out, r], scaling)}; projection "" for the whole parameter.
     """
 
-    def __init__(self, prefix: str, target: str, count: int, shape: tuple[int, ...]) -> None:
-        self.prefix, self.target, self.count, self.shape = prefix, target, count, shape
+    def __init__(self, prefix: str, target: str) -> None:
+        self.prefix, self.target = prefix, target
         self.pairs: dict[tuple[str, int], tuple[Tensor, Tensor, float]] = {}
 
     @property
@@ -141,14 +141,13 @@ def _read(adapter: Adapter, landings: Iterable[Landing], order: str) -> tuple[di
         _, b = pair["lora_B"]
         name = landing.tensor.name
         prefix = name[: name.index(target.rpartition(".")[0])]
-        group = experts.setdefault(target, Experts(prefix, target, 0, ()))
+        group = experts.setdefault(target, Experts(prefix, target))
         if expert is not None:
             scaling = scaling_of(adapter.config, f"{target.rpartition('.')[0]}.{expert}.{projection}", landing.rank)
             group.pairs[projection, expert] = (a, b, scaling)
             continue
         scaling = scaling_of(adapter.config, target, landing.rank)
-        group.count = a.shape[0] // landing.rank
-        for number, (own_a, own_b) in enumerate(split(a, b, group.count, order)):
+        for number, (own_a, own_b) in enumerate(split(a, b, a.shape[0] // landing.rank, order)):
             if landing.form == "swapped":  # delta W = (B A)^T
                 own_a, own_b = own_b.T, own_a.T
             group.pairs["", number] = (own_a, own_b, scaling)

@@ -32,7 +32,7 @@ from . import names
 from .headers import StoredTensor, locate, read_contents, read_object
 from .problems import CheckpointError, Problem, nearest, shown
 
-FLOATS = ("F64", "F32", "BF16", "F16")
+FLOATS = ("F64", "F32", "BF16", "F16")  # as in dtypes.py, which imports torch
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 2**22
 _LORA = re.compile(

@@ -11,53 +11,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from qwen35moe.modules.unfused import UnfusedExperts
 
 from . import names
 from .blocks import FP8, SCALE, scale_shape
 from .dtypes import FLOATS
 from .headers import Header, StoredTensor
+from .parameters import ModelParameter, parts_in
 from .problems import Problem, nearest, pattern_of, shown
 from .selection import Selection, runs
 
 _OF_QWEN3_NEXT = ("in_proj_qkvz.weight", "in_proj_ba.weight")
-
-
-def fp32_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of the module's own parameters that stay float32 in a model of any dtype (modules/fp32_parameters.py)."""
-    return getattr(module, "fp32_parameters", ())
-
-
-@dataclass
-class ModelParameter:
-    """One parameter of a model with all its names (tied weights have several)."""
-
-    tensor: Tensor
-    owners: list[tuple[nn.Module, str]]
-    names: list[str]  # canonical
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def is_fp32(self) -> bool:
-        """Whether the parameter stays at least float32 in a model of any dtype."""
-        module, leaf = self.owners[0]
-        return leaf in fp32_parameters(module)
-
-    def dtype_in(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of this parameter in a model of dtype `dtype`."""
-        return torch.promote_types(torch.float32, dtype) if self.is_fp32 else dtype
 
 
 @dataclass(frozen=True)
@@ -110,29 +73,6 @@ class Match:
     copies: list[tuple[StoredTensor, StoredTensor]]
 
 
-def parameters_of(model: nn.Module, every_name: bool = False) -> list[ModelParameter]:
-    """The parameters of a model in the order of its state_dict; tied ones once, with all their names. Unfused experts
-    count as the grouped parameters that they are views of. every_name: also the names of a module that is used twice."""
-    parameters: dict[int, ModelParameter] = {}
-    unfused: tuple[str, ...] = ()
-    for prefix, module in model.named_modules(remove_duplicate=not every_name):
-        if prefix.startswith(unfused):
-            continue
-        if isinstance(module, UnfusedExperts):
-            unfused, module = (*unfused, f"{prefix}."), module.grouped()
-        for leaf, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            parameter = parameters.setdefault(id(tensor), ModelParameter(tensor, [], []))
-            parameter.owners.append((module, leaf))
-            parameter.names.append(names.canonical(name) or name)
-    return list(parameters.values())
-
-
-def parts_in(parameters: Iterable[ModelParameter]) -> set[str]:
-    """The parts that a model has, as `names.part_of` calls them."""
-    return {names.part_of(name) for parameter in parameters for name in parameter.names if names.canonical(name)}
-
-
 def match(
     parameters: Iterable[ModelParameter], header: Header, problems: list[Problem], selection: Selection | None = None,
     ignore: Sequence[str] = (),
@@ -172,20 +112,12 @@ def match(
     return Match(plans, dict(left_out), copies)
 
 
-def checked_patterns(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The patterns of ignore=; ValueError for anything but strings."""
-    listed: Any = () if ignore is None else ignore
-    patterns = tuple(listed) if isinstance(listed, Iterable) and not isinstance(listed, str) else (listed,)
-    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ValueError(f"ignore={patterns!r} must be patterns of tensor names, such as ['score.*']")
-    return patterns
-
-
 def _report_unexpected(unexpected: list[tuple[StoredTensor, str]], problems: list[Problem]) -> None:
     """Each with the closest missing name, which is probably the one that was meant, or with the way to leave it out."""
     missing = [problem.subject for problem in problems if problem.kind == "missing"]
     closest = nearest((tensor.name for tensor, _ in unexpected), missing)
-    prefix = _common_prefix([tensor.name for tensor, _ in unexpected])
+    # Names of layers that this model lacks are whole already.
+    prefix = _common_prefix([tensor.name for tensor, _ in unexpected if names.canonical(tensor.name) is None])
     if prefix is not None:
         count = sum(tensor.name.startswith(prefix) for tensor, _ in unexpected)
         detail = f"{count} tensor names begin with it, and without it they are names of this architecture: rename them"

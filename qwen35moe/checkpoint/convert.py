@@ -25,7 +25,6 @@ from qwen35moe.config.parameters import FP32_PARAMETERS
 from qwen35moe.files import UnreadableFile, read_limited
 
 from . import names
-from .assemble import checked_patterns
 from .block_fp8 import dequantise
 from .blocks import BLOCK, FP8, SCALE, scale_shape
 from .dtypes import FLOATS, TORCH_DTYPES, checked_dtype, name_of
@@ -81,7 +80,7 @@ def convert(
     for name, choice in (("layout", layout), ("mtp_layout", mtp_layout)):
         check_choice(name, choice, (None, *LAYOUTS))
     problems: list[Problem] = []
-    patterns = checked_patterns(ignore)
+    patterns = names.checked_patterns(ignore)
     wanted = (lambda name: names.ignored_by(patterns, name) is None) if patterns else None
     header = read_headers(source, problems, wanted)
     for name in [name for name in header.tensors if names.ignored_by(patterns, name) is not None]:

@@ -17,8 +17,8 @@ from qwen35moe.config import Config
 from qwen35moe.modules.unfused import UnfusedExperts
 
 from . import names
-from .assemble import ModelParameter, parameters_of, parts_in
 from .dtypes import FLOATS
+from .parameters import ModelParameter, parameters_of, parts_in
 from .problems import CheckpointError, Problem, shown
 from .selection import PARTS
 

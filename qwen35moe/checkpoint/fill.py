@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from qwen35moe.files import available_memory
 from qwen35moe.models.device_map import DeviceMap
 
-from .assemble import ModelParameter, Plan, Read
+from .assemble import Plan, Read
 from .dtypes import TORCH_DTYPES
 from .headers import StoredTensor
 from .memory import ReadAhead, map_file, new_memory, view_of
+from .parameters import ModelParameter
 from .report import LoadingReport
 from .stitch import Piece, Stitcher
 from .transfer import Copy, read_into

@@ -9,7 +9,7 @@ The canonical name is the name without the wrappers around the text model:
     lm_head.weight, model.lm_head.weight, ...                                    ->  lm_head.weight
     model.visual.*, visual.*, vision_tower.*                                     ->  visual.*
     mtp.*                                                                        ->  mtp.*
-    _orig_mod.*, module.*                                torch.compile, DDP          ->  *
+    _orig_mod.*, module.*                              torch.compile, DDP    ->  *
 
 Loading maps both sides to canonical names, so no class needs a table of renames. Wrappers are removed in any order and
 number: transformers 5.4 to 5.5.3 wrote `model.language_model.language_model...` and `model.language_model.visual...` (its
@@ -20,8 +20,9 @@ issue 45357). torch.compile, checkpointing and FSDP add their component to every
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|module)\.)+")
 _ADDED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
@@ -76,6 +77,15 @@ def wrapper_of(name: str) -> str | None:
 def ignored_by(patterns: Sequence[str], name: str) -> str | None:
     """The first of the patterns ("score.*") that a stored name fits; None if it fits none."""
     return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def checked_patterns(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The patterns of ignore=; ValueError for anything but strings."""
+    listed: Any = () if ignore is None else ignore
+    patterns = tuple(listed) if isinstance(listed, Iterable) and not isinstance(listed, str) else (listed,)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ValueError(f"ignore={patterns!r} must be patterns of tensor names, such as ['score.*']")
+    return patterns
 
 
 def part_of(canonical_name: str) -> str:

@@ -27,13 +27,14 @@ from qwen35moe.config import Config
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 
 from . import names
-from .assemble import Match, ModelParameter, Plan, checked_patterns, match, parameters_of, parts_in
+from .assemble import Match, Plan, match
 from .dtypes import FLOATS, checked_dtype, name_of
 from .fill import fill
 from .finite import not_finite
 from .folder import CONFIG, GENERATION_CONFIG, MAX_SETTINGS_BYTES, config_of
 from .headers import INDEX, SINGLE, Header, StoredTensor, read_headers, read_object
 from .hub import folder_of
+from .parameters import ModelParameter, parameters_of, parts_in
 from .plausible import implausible
 from .problems import CheckpointError, Problem, check_choice
 from .report import LoadingReport
@@ -100,7 +101,7 @@ def load_model(
     check_choice("dtype_policy", dtype_policy, ("native", "transformers"))
     requested = checked_dtype(dtype, as_stored=("auto",))
     selection = Selection.of(layers, experts, parts)
-    patterns = checked_patterns(ignore)
+    patterns = names.checked_patterns(ignore)
     wanted = _wanted(selection, patterns)
     path = folder_of(path, revision=revision, wanted=wanted)
     before = _stamp(path)

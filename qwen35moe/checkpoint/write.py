@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from qwen35moe.config import Config
 
 from . import names
-from .assemble import ModelParameter, parts_in
 from .blocks import SCALE
 from .describe import check_described, parameters_to_save
 from .dtypes import CODES, name_of
 from .folder import GENERATION_CONFIG, MAX_SETTINGS_BYTES, replacing
 from .headers import MAX_TENSORS, SAVE_ID
 from .ownership import folder_to_write
+from .parameters import ModelParameter, parts_in
 from .problems import CheckpointError, check_choice, shown
 
 log = logging.getLogger(__name__)

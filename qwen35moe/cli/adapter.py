@@ -6,6 +6,7 @@ import argparse
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 HELP = "Check where the tensors of a LoRA adapter belong, or convert its experts between grouped and per expert."
 
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> int | None:
     return None
 
 
-def _config(base: object):
+def _config(base: object) -> Any:
     """The configuration of the model that an adapter is for."""
     from ..config import Config
     from ..loading import find

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..figures import figure_path
+from ..files import file_to_write
 from .options import CHECKPOINT, add_device
 from .streams import read_file
 from .terminal import printable
@@ -36,10 +38,12 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--logits are written to the trace: add --out TRACE")
     text = read_file(options.text)
     from ..loading.load import load_with_tokenizer
-    from ..routing.plots import draw, new_figure
+    from ..routing.plots import draw
 
+    if options.out:
+        file_to_write(options.out)  # raises before the model is loaded
     if options.plot:
-        new_figure(1, 1)  # raises early if matplotlib is missing
+        figure_path(options.plot)
     model, tokenizer = load_with_tokenizer(options.folder, dtype=options.dtype, device=options.device)
     ids = tokenizer.encode(text)
     if not ids:

@@ -117,7 +117,7 @@ def summarize(
 
 
 def _checks(tensors: Iterable[Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """What reading the weights tells, in sentences."""
+    """Problems that only the weights show, in sentences."""
     from ..checkpoint.dtypes import FLOATS
     from ..checkpoint.finite import not_finite
     from ..checkpoint.plausible import implausible

@@ -1,10 +1,10 @@
-"""Keywords of transformers for: generate."""
+"""transformers' keywords of generate."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .keyword import Keyword, short
+from .keyword import Keyword, anything, short
 
 _TEST = "tests/generation/test_keywords.py::"
 _NEUTRAL, _REFUSED = _TEST + "test_neutral_keywords_change_nothing", _TEST + "test_other_values_name_the_way_out"
@@ -59,8 +59,8 @@ GENERATE: tuple[Keyword, ...] = (
     Keyword("token_type_ids", neutral=_all_zero, instead="the model has no token types: leave it out", tested_by=_NEUTRAL),
     Keyword("disable_compile", neutral=(True, False), instead="leave it out", tested_by=_NEUTRAL),
     Keyword("low_memory", neutral=(True, False), instead="leave it out", tested_by=_NEUTRAL),
-    Keyword("bos_token_id", neutral=lambda value: True, instead="a prompt begins with its own tokens", tested_by=_NEUTRAL),
-    Keyword("transformers_version", neutral=lambda value: True, instead="no effect", tested_by=_NEUTRAL),
+    Keyword("bos_token_id", neutral=anything, instead="a prompt begins with its own tokens", tested_by=_NEUTRAL),
+    Keyword("transformers_version", neutral=anything, instead="no effect", tested_by=_NEUTRAL),
     # ------------------------------------------------------- parts of the scores that transformers' processors compute
     Keyword("no_repeat_ngram_size", neutral=(0,), instead=_processor("NoRepeatNGramLogitsProcessor"), tested_by=_REFUSED),
     Keyword("encoder_repetition_penalty", neutral=(1.0, 1), instead=_processor("EncoderRepetitionPenaltyLogitsProcessor"),

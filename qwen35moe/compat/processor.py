@@ -1,4 +1,4 @@
-"""Keywords of transformers for: the processor (call, apply_chat_template, from_pretrained).
+"""transformers' keywords of the processor (call, apply_chat_template, from_pretrained).
 
 Keywords with the same meaning under the same name (text, images, videos, padding, truncation, max_length, return_tensors,
 return_dict, continue_final_message, chat_template, min_pixels, max_pixels, size, fps, num_frames, do_sample_frames, ...) are

@@ -1,4 +1,4 @@
-"""Keywords of transformers for: the tokenizer (call, encode, decode, batch_decode, apply_chat_template, pad, from_pretrained).
+"""transformers' keywords of the tokenizer (call, encode, decode, batch_decode, apply_chat_template, pad, from_pretrained).
 
 Keywords with the same meaning under the same name (padding, truncation, max_length, add_special_tokens, return_tensors,
 return_attention_mask, padding_side, skip_special_tokens, continue_final_message, chat_template, ...) are parameters.
@@ -6,17 +6,11 @@ return_attention_mask, padding_side, skip_special_tokens, continue_final_message
 
 from __future__ import annotations
 
-from typing import Any
-
-from .keyword import Keyword
+from .keyword import Keyword, anything
 
 _TESTS = "tests/processing/test_transformers_tokenizer.py::"
 _REFUSED = _TESTS + "test_keywords_are_refused_with_the_way_out"
 _NEUTRAL = _TESTS + "test_neutral_keywords_change_nothing"
-
-
-def _any(value: Any) -> bool:
-    return True
 
 
 TOKENIZER: tuple[Keyword, ...] = (
@@ -51,10 +45,10 @@ TOKENIZER: tuple[Keyword, ...] = (
             "clean up, and transformers leaves its text alone too", tested_by=_NEUTRAL),
     Keyword("spaces_between_special_tokens", neutral=(False, True), tested_by=_NEUTRAL),
     Keyword("use_source_tokenizer", neutral=(False,), instead="there is one tokenizer", tested_by=_NEUTRAL),
-    Keyword("verbose", neutral=_any, tested_by=_NEUTRAL),
-    Keyword("use_fast", neutral=_any, tested_by=_NEUTRAL),
-    Keyword("legacy", neutral=_any, tested_by=_NEUTRAL),
-    Keyword("trust_remote_code", neutral=_any, tested_by=_NEUTRAL),
+    Keyword("verbose", neutral=anything, tested_by=_NEUTRAL),
+    Keyword("use_fast", neutral=anything, tested_by=_NEUTRAL),
+    Keyword("legacy", neutral=anything, tested_by=_NEUTRAL),
+    Keyword("trust_remote_code", neutral=anything, tested_by=_NEUTRAL),
     Keyword("add_bos_token", neutral=(False,), instead="the published tokenizers have no start token", tested_by=_REFUSED),
     Keyword("add_eos_token", neutral=(False,), instead="append tokenizer.eos_token_id yourself", tested_by=_REFUSED),
 )  # fmt: skip

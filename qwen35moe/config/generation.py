@@ -166,8 +166,8 @@ class GenerationConfig(dict[str, Any]):
         parts = (getattr(config, "text_config", None), config)
         values: dict[str, Any] = {}
         for name in _FROM_CONFIG:
-            found = (getattr(part, name, None) for part in parts)
-            values[name] = next((value for value in found if value is not None), None)
+            present = (value for part in parts if (value := getattr(part, name, None)) is not None)
+            values[name] = next(present, None)
         made = cls(values, _from_model_config=True)
         made._derived = dict(made)
         return made

@@ -1,4 +1,4 @@
-"""What the caller's functions return, checked: scores of a logits processor, verdicts of a stopping criterion."""
+"""Calls the caller's functions and checks their results: a logits processor's scores, a stopping criterion's truth values."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from .callbacks import scores_of, verdicts
 from .defaults import end_tokens, padding_token, settings_of
 from .masks import TokenMasks
 from .output import GenerateOutput
+from .prepare import check_cache, prepared_arguments, replaced_prepare
 from .prompt import Prompt
 from .prompt import read as read_prompt
 from .settings import Settings, resolve
@@ -91,6 +92,8 @@ class _Run:
 
     def __init__(self, model: Any, inputs: StreamInputs) -> None:
         self.model, self.visual_inputs = model, inputs.visual_inputs
+        self.prepare = replaced_prepare(model)
+        self.virtual = 0  # tokens that `prepare` put in front of each row
         self.device = torch.device(model.device)
         self.vocabulary = _vocabulary(model)
         ends = end_tokens(model, inputs.eos_token_id, inputs.generation_config)
@@ -108,6 +111,7 @@ class _Run:
         self.uniforms = Uniforms(self.settings.seed, rows, self.device) if self.settings.do_sample else None
         self.masks = TokenMasks(self.settings, self.rows, self.vocabulary)
         self.cache, self.cached, self.copies = self._cache(inputs.cache, prompt)
+        check_cache(self.prepare, self.cached)
         self.prompt = prompt.repeated(self.settings.n // self.copies)  # the prefill's; its state is copied afterwards
 
         self.ids = self.rows.ids  # grows by doubling
@@ -236,8 +240,15 @@ class _Run:
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, **visual: Any) -> Tensor:
         # Router logits, where the configuration has them on, are for training and not needed here.
-        options = {"cache": self.cache, "logits_to_keep": 1, "output_router_logits": False, **visual}
-        return self.model(input_ids=tokens, attention_mask=mask, **options).logits[:, -1].to(self.device)
+        arguments = {"logits_to_keep": 1, "output_router_logits": False, "input_ids": tokens, "attention_mask": mask, **visual}
+        if self.prepare is None:
+            logits = self.model(cache=self.cache, **arguments).logits
+        else:
+            first = self.cache.seen == 0
+            logits = self.model(**prepared_arguments(self.prepare, arguments, self.cache, self.virtual, first)).logits
+            if first:
+                self.virtual = self.cache.seen - tokens.shape[1]
+        return logits[:, -1].to(self.device)
 
     @torch.no_grad()
     def _pick(self, logits: Tensor, step: int) -> Tensor:
@@ -334,7 +345,7 @@ class _Run:
     # -------------------------------------------------------------------------------------------------------- helpers
 
     def output(self) -> GenerateOutput:
-        """Everything that the call asked for."""
+        """The results by name; scores and logits if they were kept."""
         scores, logits = (None if values is None else tuple(values) for values in (self.scores, self.logits))
         return GenerateOutput(sequences=self.sequences(), scores=scores, logits=logits, past_key_values=self.cache)
 
@@ -347,8 +358,8 @@ class _Run:
         return torch.ones_like(self.rows.ids, dtype=torch.bool) if mask is None else mask != 0
 
     def _past(self) -> Tensor:
-        """The mask [B, positions seen] of the tokens in the cache."""
-        return self._right(self.cache.seen, self.cache.lengths.to(self.device))
+        """The mask [B, positions seen] of the tokens in the cache, without the virtual ones."""
+        return self._right(self.cache.seen - self.virtual, self.cache.lengths.to(self.device) - self.virtual)
 
     def _right(self, width: int, lengths: Tensor) -> Tensor:
         """[B, width] bool, True in the last lengths[r] columns of row r."""

@@ -19,8 +19,7 @@ from ..compat import short
 from ..config import GenerationConfig
 from ..models.generation_inputs import StreamInputs
 from ..ops.sampling import check_range
-from .defaults import settings_of
-from .defaults import token_ids as _token_ids
+from .defaults import settings_of, token_ids
 
 DEFAULT_NEW_TOKENS = 20  # as in transformers, when neither the call nor the checkpoint has a number
 _NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}  # the values without effect
@@ -73,7 +72,7 @@ def resolve(model: Any, inputs: StreamInputs, prompt_length: int, ends: tuple[in
     new = _new_tokens(inputs.max_new_tokens, inputs.max_length, prompt_length, inputs.generation_config, defaults)
     stop = inputs.stop if inputs.stop is not None else defaults.get("stop")
     suppressed, at_first = (
-        _token_ids(name, _either(getattr(inputs, name), defaults.get(name)))
+        token_ids(name, _either(getattr(inputs, name), defaults.get(name)))
         for name in ("suppress_tokens", "begin_suppress_tokens")
     )
     return Settings(
@@ -152,7 +151,7 @@ def _sequences(value: Any, ends: tuple[int, ...]) -> tuple[tuple[int, ...], ...]
     for word in value:
         if isinstance(word, numbers.Integral) or isinstance(word, str):
             raise ValueError(f"bad_words_ids must be a list of lists of token ids, got {short(value)}")
-        words.append(_token_ids("bad_words_ids", word))
+        words.append(token_ids("bad_words_ids", word))
     if () in words:
         raise ValueError("bad_words_ids has an empty sequence: each needs at least one token id")
     return tuple(word for word in words if not (len(word) == 1 and word[0] in ends))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen35moe.config import Config, ConfigError
 
-from .load import class_for, found
+from .load import class_for, locate
 
 if TYPE_CHECKING:
     from qwen35moe.models.base import PretrainedModel
@@ -42,7 +42,7 @@ def _config_of(path: Path, keywords: dict[str, Any]) -> Config:
     if keywords.get("config") is not None:
         return Config.of(keywords["config"])
     read, _ = read_loading("from_pretrained", {"path": path}, dict(keywords))  # the spellings of transformers, checked
-    return Config.from_pretrained(found(path, read.get("revision"), read)[0])
+    return Config.from_pretrained(locate(path, read.get("revision"), read)[0])
 
 
 class AutoConfig(_Auto):
@@ -140,7 +140,7 @@ class AutoTokenizer(_Auto):
         ...) and of `Tokenizer.from_pretrained`."""
         from qwen35moe.processing.text import TRANSFORMERS, Tokenizer
 
-        folder = found(pretrained_model_name_or_path, revision, keywords)[0]
+        folder = locate(pretrained_model_name_or_path, revision, keywords)[0]
         return Tokenizer.from_pretrained(folder, defaults=TRANSFORMERS, **keywords)
 
 
@@ -156,5 +156,5 @@ class AutoProcessor(_Auto):
         from qwen35moe.processing.processor import Processor
         from qwen35moe.processing.text import TRANSFORMERS
 
-        folder = found(pretrained_model_name_or_path, revision, keywords)[0]
+        folder = locate(pretrained_model_name_or_path, revision, keywords)[0]
         return Processor.from_pretrained(folder, defaults=TRANSFORMERS, **keywords)

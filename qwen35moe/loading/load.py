@@ -61,7 +61,7 @@ def load(
     layers, experts = kept(layers), kept(experts)
     selection = Selection.of(layers, experts, parts)
     wanted = None if selection.is_everything else selection.needs
-    folder, hub, subfolder = found(name, revision, keywords, wanted=wanted)
+    folder, hub, subfolder = locate(name, revision, keywords, wanted=wanted)
     tokenizer = None
     if (folder / TOKENIZER_FILE).exists():
         tokenizer = Tokenizer.from_pretrained(folder)  # first, because it is cheap and may fail
@@ -90,7 +90,7 @@ def load_processor(name: str | os.PathLike[str], *, revision: str | None = None,
     and generated tokens into replies. keywords: those of `Processor.from_pretrained`, and of the Hub (token, ...)."""
     from qwen35moe.processing.processor import Processor
 
-    return Processor.from_pretrained(found(name, revision, keywords)[0], **keywords)
+    return Processor.from_pretrained(locate(name, revision, keywords)[0], **keywords)
 
 
 def load_with_tokenizer(name: str | os.PathLike[str], **options: Any) -> tuple[Any, Tokenizer]:
@@ -114,7 +114,7 @@ def has_tower(folder: Path) -> bool:
     return any(part_of(name) == "visual" for name in names if name is not None)
 
 
-def found(
+def locate(
     name: str | os.PathLike[str], revision: str | None, keywords: dict[str, Any], *, wanted: Wanted | None = no_weights
 ) -> tuple[Path, dict[str, Any], Any]:
     """The folder of a name; takes the keywords of the Hub out of `keywords` and returns them too, and the subfolder."""

@@ -41,7 +41,7 @@ class PretrainedModel(FromPretrained, Initialised):
             )
         self.config = config
 
-    # ---------------------------------------------------------------------------------- doors to the upper floors
+    # --------------------------------------------------------------------------------------------- generation
 
     @takes(GenerateInputs, GENERATE)
     def generate(self, inputs: GenerateInputs) -> Any:
@@ -157,7 +157,8 @@ class PretrainedModel(FromPretrained, Initialised):
         self.__dict__["_generation_config"] = GenerationConfig.of(settings) if isinstance(settings, Mapping) else settings
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
-        """The arguments of the next forward, for libraries that call it; our `generate` does not."""
+        """The arguments of the next forward: input_ids and the options, unchanged. `generate` calls this method only where a
+        subclass or a library (peft's prompt tuning) has replaced it."""
         return {"input_ids": input_ids, **options}
 
     # ------------------------------------------------------------------------------------------ initialisation

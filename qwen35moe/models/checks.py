@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qwen35moe.backends.transforms import active_transforms, batched, interpreter, known
+from qwen35moe.backends.values import unbatched, values_known
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.cache.states import check_sizes
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 def check(inputs: TextInputs, model: Qwen3_5MoeTextModel) -> TokenLayout:
     """The layout of a call's tokens. ValueError where its arguments contradict the model or each other."""
     batch, tokens = check_tokens(inputs, model)
-    if not torch.compiler.is_compiling() and interpreter() is not None and "vmap" in active_transforms():
-        _check_batched(inputs)
     if model.dense:
         _check_dense(inputs)
     if hasattr(inputs, "labels"):
@@ -99,20 +97,11 @@ def check_tokens(inputs: TextInputs, model: Qwen3_5MoeTextModel) -> tuple[int, i
         shape = input_ids.shape
     if shape[0] < 1 or shape[1] < 1:
         raise ValueError(f"the input {list(shape)} holds no token: a prompt needs at least one")
-    if input_ids is not None and known(input_ids):
-        low, high = int(input_ids.min()), int(input_ids.max())
+    if input_ids is not None and values_known(ids := unbatched(input_ids)) and ids.is_cpu:
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= text.vocab_size:
             raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary 0 ... {text.vocab_size - 1}")
     return int(shape[0]), int(shape[1])
-
-
-def _check_batched(inputs: TextInputs) -> None:
-    """ValueError for an argument whose values decide what is computed, under torch.vmap."""
-    if inputs.cache is not None:
-        raise ValueError("a cache is written in place and does not support torch.vmap: give the cache a row for each instead")
-    for name in ("attention_mask", "position_ids", "cu_seqlens", "seq_idx"):
-        if (x := getattr(inputs, name)) is not None and batched(x):
-            raise ValueError(f"torch.vmap hides the values of {name}, which decide what is computed: pass it with in_dims=None")
 
 
 def _check_dense(inputs: TextInputs) -> None:
@@ -135,7 +124,7 @@ def _check_head(inputs: CausalLMInputs, batch: int, tokens: int, vocabulary: int
     if labels is not None:
         if labels.shape != (batch, tokens) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"labels {list(labels.shape)} {labels.dtype} must be integers {[batch, tokens]}")
-        if known(labels):
+        if values_known(labels := unbatched(labels)) and labels.is_cpu:
             wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= vocabulary))]
             if wrong.numel():
                 raise ValueError(f"label {int(wrong[0])} is neither {IGNORE} nor in the vocabulary 0 ... {vocabulary - 1}")
@@ -147,7 +136,7 @@ def _check_head(inputs: CausalLMInputs, batch: int, tokens: int, vocabulary: int
         return
     if keep.dim() != 1 or keep.is_floating_point() or keep.dtype == torch.bool:
         raise ValueError(f"logits_to_keep is a number or integers [positions], got {list(keep.shape)} {keep.dtype}")
-    if known(keep):
+    if values_known(keep := unbatched(keep)) and keep.is_cpu:
         outside = keep[(keep < -tokens) | (keep >= tokens)]
         if outside.numel():
             raise ValueError(f"logits_to_keep names position {int(outside[0])}, the input has {tokens}")
@@ -157,7 +146,7 @@ def _check_num_items(number: Any) -> None:
     """num_items_in_batch: one number >= 0. 0, of a batch without labels, gives the NaN of such a mean."""
     if isinstance(number, Tensor):
         right = number.numel() == 1 and not number.is_complex() and number.dtype != torch.bool
-        right = right and (not known(number) or 0 <= float(number) < math.inf)
+        right = right and (not values_known(number) or not number.is_cpu or 0 <= float(number) < math.inf)
     else:
         right = isinstance(number, numbers.Real) and not isinstance(number, bool) and 0 <= float(number) < math.inf
     if not right:
@@ -183,7 +172,7 @@ def _new_mask(
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The mask of the new tokens as booleans, None when none is padding; and where the documents begin that it names."""
     if mask.dim() != 2:
-        starts = None if cache is not None or torch.compiler.is_compiling() else mask_starts(mask, batch, tokens)
+        starts = None if cache is not None or not values_known(mask) else mask_starts(mask, batch, tokens)
         if starts is not None:
             return None, {"attention_mask": starts}
         raise ValueError(
@@ -201,23 +190,22 @@ def _new_mask(
     if mask.dtype != torch.bool:
         mask = mask.long() if mask.dtype in (torch.uint16, torch.uint32, torch.uint64) else mask
         zero_or_one = ((mask == 0) | (mask == 1)).all()
-        if torch.compiler.is_compiling():
+        if not values_known(zero_or_one):
             require(zero_or_one, "attention_mask holds ones for tokens and zeros for padding")
         elif not bool(zero_or_one):
             starts["attention_mask"] = _numbered(mask, cache)
     mask = mask.bool()
     if cache is not None and past:
         before = mask[:, :past].sum(1)
-        if torch.compiler.is_compiling():
+        if not values_known(before):
             require((before == cache.lengths).all(), "attention_mask does not hold as many past tokens as the cache")
         elif mask.device.type == "cpu" and not torch.equal(before, cache.lengths.cpu()):
             raise ValueError(
                 f"attention_mask says the rows hold {before.tolist()} tokens so far, the cache holds {cache.lengths.tolist()}"
             )
     new = mask[:, past:]
-    if torch.compiler.is_compiling():
-        return new, starts
-    return None if bool(new.all()) else new, starts
+    full = unbatched(new)
+    return None if values_known(full) and bool(full.all()) else new, starts
 
 
 def _numbered(mask: Tensor, cache: Cache | None) -> Tensor:
@@ -260,7 +248,7 @@ def _check_cache_position(cache_position: Tensor, tokens: int, cache: Cache | No
     if cache_position.shape != (tokens,) or cache_position.is_floating_point():
         raise ValueError(f"cache_position {list(cache_position.shape)} {cache_position.dtype} must be integers [{tokens}]")
     expected = torch.arange(past, past + tokens, device=cache_position.device)
-    if torch.compiler.is_compiling():
+    if not values_known(cache_position):
         require((cache_position == expected).all(), "cache_position does not continue what the cache has seen")
     elif not torch.equal(cache_position, expected):
         raise ValueError(
@@ -299,7 +287,7 @@ def _check_continuation(
     # Positions of a row rise, so the last one held is at least the number of tokens less one; behind images it is less.
     at_least = torch.minimum(lengths, cache.next_positions.to(first.device))
     again = new & (lengths > 0) & (first < (at_least if positions.dim() == 2 else 1))
-    if torch.compiler.is_compiling():
+    if not values_known(again):
         require(~again.any(), "position_ids start again in a row whose document the cache holds")
     elif bool(again.any()):
         row = int(again.nonzero()[0, 0])

@@ -113,8 +113,8 @@ def plan_device_map(model: nn.Module, devices: Devices, itemsize: int | None = N
                 f"{device} would hold {needed[device] / 1e9:.1f} GB of weights and has {nbytes / 1e9:.1f} GB free; all weights "
                 f"are {sum(sizes) / 1e9:.1f} GB: give more devices, or load fewer layers"
             )
-    tied = any("lm_head" in name for name, _ in model.named_parameters()) is False
-    return DeviceMap(layers, layers[0] if tied else layers[-1])
+    has_head = any("lm_head" in name for name, _ in model.named_parameters())  # a tied one is the embedding
+    return DeviceMap(layers, layers[-1] if has_head else layers[0])
 
 
 def _as_named(model: nn.Module, devices: Mapping[str, str | int | torch.device]) -> DeviceMap:

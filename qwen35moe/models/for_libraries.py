@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen35moe.backends.transforms import known
+from qwen35moe.backends.values import unbatched, values_known
 from qwen35moe.compat import short
 from qwen35moe.config import Config
 from qwen35moe.models.trainer import save_whole_checkpoints
@@ -195,7 +195,7 @@ class ForLibraries(nn.Module):
         _check_rows(value, self.config.text_config.hidden_size, "the embedding")
         _replace(self, old, value)
         rows: Any = value.weight
-        self._vocabulary_is(len(rows))
+        self._set_vocab_size(len(rows))
         self.tie_weights()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -241,10 +241,10 @@ class ForLibraries(nn.Module):
             if head.bias is not None and rows != len(head.bias):
                 head.bias = _resized(head.bias, rows, std)
             head.out_features = rows
-        self._vocabulary_is(rows)
+        self._set_vocab_size(rows)
         return embedding
 
-    def _vocabulary_is(self, rows: int) -> None:
+    def _set_vocab_size(self, rows: int) -> None:
         if self.config.text_config.vocab_size != rows:
             self.config.text_config.vocab_size = rows
 
@@ -315,8 +315,9 @@ def causal_lm_loss(
     if vocab_size not in (None, size):
         raise ValueError(f"vocab_size={short(vocab_size)}, and the logits have {size} columns")
     targets = shift_labels.to(logits.device).long().flatten()
-    if known(targets):  # elsewhere the check would wait for the device
-        wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= size))]
+    known = unbatched(targets)
+    if known.is_cpu and values_known(known):  # elsewhere the check would wait for the device
+        wrong = known[(known != ignore_index) & ((known < 0) | (known >= size))]
         if len(wrong):
             raise ValueError(f"label {int(wrong[0])} is not one of {size} tokens, nor ignore_index={ignore_index}")
     wide = logits.flatten(0, -2).to(wide_dtype(logits))

@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.backends.values import unbatched, values_known
+
 LOWEST = torch.iinfo(torch.int64).min
 
 
 def require(condition: Tensor, message: str) -> None:
-    """ValueError unless the scalar condition holds; in a compiled or exported graph an assertion when the graph runs."""
+    """ValueError unless the scalar condition holds, under torch.vmap in every call; in a compiled or exported graph an
+    assertion when the graph runs. Not checked where there are no values: meta and fake tensors."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
-    elif not bool(condition):
+    elif values_known(condition := unbatched(condition)) and not bool(condition.all()):
         raise ValueError(message)
 
 
@@ -92,7 +95,9 @@ def checked_bounds(cu_seqlens: Tensor, batch: int, tokens: int, max_length: int 
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
         raise ValueError(f"cu_seqlens is a vector of integers 0 ... {tokens}, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
     cu_seqlens = cu_seqlens.long()
-    if torch.compiler.is_compiling():
+    if unbatched(cu_seqlens) is not cu_seqlens:
+        raise ValueError("cu_seqlens differ between the calls of torch.vmap: pass the documents as rows, with attention_mask")
+    if not values_known(cu_seqlens):
         rising = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()
         require(rising, "cu_seqlens must rise from 0 to the number of tokens")
         return cu_seqlens
@@ -107,7 +112,7 @@ def checked_bounds(cu_seqlens: Tensor, batch: int, tokens: int, max_length: int 
 
 def shown_bounds(cu_seqlens: Tensor) -> str:
     """cu_seqlens for a message."""
-    if torch.compiler.is_compiling():
+    if not values_known(cu_seqlens):
         return "cu_seqlens"
     return f"cu_seqlens {cu_seqlens[:8].tolist()}{' ...' if cu_seqlens.shape[0] > 8 else ''}"
 
@@ -118,7 +123,7 @@ def packed_starts(
     """[B, T] where documents begin after the first of each row; None when every row is one document.
 
     named: where they begin by each argument that numbers documents. ValueError where two of them disagree, where position_ids
-    restart inside a document, and in a compiled graph where there is more than one document.
+    restart inside a document, and in a compiled graph or under torch.vmap where there is more than one document.
     """
     starts, source = None, ""
     for name, of_name in named.items():
@@ -131,9 +136,9 @@ def packed_starts(
     starts = restarts if starts is None else starts
     if starts is None:
         return None
-    if torch.compiler.is_compiling():
-        name = source or "position_ids"
-        require(~starts.any(), f"{name} pack documents, which a compiled graph cannot derive: give cu_seqlens")
+    if not values_known(starts):
+        name, graph = source or "position_ids", "a compiled graph" if torch.compiler.is_compiling() else "torch.vmap"
+        require(~starts.any(), f"{name} pack documents, which {graph} cannot derive: give cu_seqlens")
         return None
     return starts if bool(starts.any()) else None
 
@@ -141,7 +146,7 @@ def packed_starts(
 def _check_restarts(starts: Tensor, restarts: Tensor, source: str) -> None:
     """ValueError where positions restart inside a document. Positions may run on over a bound."""
     inside = restarts & ~starts
-    if torch.compiler.is_compiling():
+    if not values_known(inside):
         require(~inside.any(), f"position_ids start again inside a document of {source}")
     elif bool(inside.any()):
         token = inside.nonzero()[0, 1].item()

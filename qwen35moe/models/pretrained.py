@@ -29,7 +29,7 @@ _OWN = (
 
 
 class FromPretrained(ForLibraries):
-    """Base of `PretrainedModel`: the doors to checkpoints."""
+    """Base of `PretrainedModel`: loading and saving checkpoints."""
 
     @classmethod
     def from_pretrained(
@@ -180,10 +180,10 @@ def kept(values: Any) -> Any:
 
 
 def _dtype(value: Any) -> torch.dtype:
-    found = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={short(value)} is no dtype of weights: give torch.bfloat16, float32, float16 or float64")
-    return found
+    return dtype
 
 
 def _loading_info(model: Any) -> dict[str, Any]:
@@ -200,7 +200,8 @@ def check_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     unexpected = [name for name in values if name not in named]
     wrong = [name for name in values if name in named and values[name].shape != named[name].shape]
     if missing or unexpected or wrong:
-        parts = {"lacks": missing, "has unknown": unexpected, "has other shapes of": wrong}
-        told = "; ".join(f"{what} {', '.join(map(short, part[:3]))}" + (f" and {len(part) - 3} more" if len(part) > 3 else "")
-                         for what, part in parts.items() if part)  # fmt: skip
-        raise ValueError(f"save_pretrained(state_dict=...) {told}: give all of model.state_dict() by its names")
+        problems = []
+        for problem, listed in (("lacks", missing), ("has unknown", unexpected), ("has other shapes of", wrong)):
+            more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+            problems += [f"{problem} {', '.join(map(short, listed[:3]))}{more}"] if listed else []
+        raise ValueError(f"save_pretrained(state_dict=...) {'; '.join(problems)}: give all of model.state_dict() by its names")

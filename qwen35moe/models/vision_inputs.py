@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen35moe.backends.values import unbatched, values_known
 from qwen35moe.config import Config
 from qwen35moe.models.inputs import CausalLMInputs, TextInputs
 from qwen35moe.ops.vision_grid import Grids, as_grids, tokens_of
@@ -158,7 +159,7 @@ def checked_types(type_ids: Tensor | None, input_ids: Tensor, config: Config) ->
     if type_ids is None:
         return types
     new = type_ids[:, -input_ids.shape[1] :].to(types.device)  # processors give the types of whole rows, as they do the mask
-    if new.shape != types.shape or bool((new != types).any()):
+    if new.shape != types.shape or (values_known(differ := unbatched(new != types)) and bool(differ.any())):
         raise ValueError(
             f"mm_token_type_ids {list(new.shape)} contradict input_ids {list(input_ids.shape)}: 1 stands for image tokens "
             f"({config.image_token_id}), 2 for video tokens ({config.video_token_id}), 0 for all others"
@@ -169,7 +170,7 @@ def checked_types(type_ids: Tensor | None, input_ids: Tensor, config: Config) ->
 def check_counts(types: Tensor, visual: VisualInputs, merge: int) -> None:
     """ValueError unless there are as many placeholders as images and videos have tokens."""
     for kind, name in NAMES.items():
-        placeholders = int((types == kind).sum())
+        placeholders = int((unbatched(types) == kind).sum())
         grids = visual.grids(kind, merge)
         expected = sum(tokens_of(grids, merge))
         if placeholders != expected:

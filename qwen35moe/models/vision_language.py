@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen35moe.backends.values import unbatched, values_known
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.compat.forward import FORWARD
 from qwen35moe.compat.generate import GENERATE
@@ -88,7 +89,8 @@ class Qwen3_5MoeModel(PretrainedModel):
         visual = inputs.any_visual
         three_axes = position_ids is not None and position_ids.dim() == 3
         # A prompt with placeholders needs images or videos. A single token is one that was just generated: a word.
-        is_prompt = inputs.input_ids is not None and embeds.shape[1] > 1 and not torch.compiler.is_compiling()
+        ids = inputs.input_ids
+        is_prompt = ids is not None and embeds.shape[1] > 1 and values_known(unbatched(ids))
         if visual or is_prompt:
             mask = None if inputs.attention_mask is None else inputs.attention_mask[:, -embeds.shape[1] :].bool()
             types = self._types(inputs, embeds, mask)
@@ -118,6 +120,8 @@ class Qwen3_5MoeModel(PretrainedModel):
 
     def _with_features(self, inputs: MultimodalInputs, embeds: Tensor, types: Tensor) -> Tensor:
         """The embeddings with the features of images and videos, computed now or given, at their placeholders."""
+        if inputs.any_visual and not torch.compiler.is_compiling() and not values_known(types):
+            raise ValueError("images and videos cannot be placed under torch.vmap, or with fake or meta tensors: pass a batch")
         check_counts(types, inputs, self._merge)
         for kind in (IMAGE, VIDEO):
             features, pixels, grid_thw = inputs.features(kind), inputs.pixels(kind), inputs.grid_thw(kind)

@@ -18,8 +18,9 @@ from qwen35moe.config import TextConfig
 from qwen35moe.modules.attention import GatedAttention
 from qwen35moe.modules.context import LayerContext, LayerOutput
 from qwen35moe.modules.gated_deltanet import GatedDeltaNet
+from qwen35moe.modules.hooks import GLOBAL_PRE_HOOKS
 from qwen35moe.modules.initialise import Initialised, initialise
-from qwen35moe.modules.moe import DenseMLP, SparseMoeBlock
+from qwen35moe.modules.moe import DenseMLP, SparseMoeBlock, routed_inside
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.taps import tap
 
@@ -49,9 +50,12 @@ class DecoderLayer(Initialised):
         mixed, after, attention = run(self._mixer_of_norm, hidden, context, state)
         hidden = _add(hidden, mixed)
         normed = run(self.post_attention_layernorm, hidden)
-        if not isinstance(self.mlp, SparseMoeBlock):
+        if isinstance(self.mlp, DenseMLP):
             hidden = _add(hidden, run(self.mlp, normed))
             return tap(self, "output", hidden), LayerOutput(after, None, attention)
+        if not isinstance(self.mlp, SparseMoeBlock) or self.mlp._forward_pre_hooks or GLOBAL_PRE_HOOKS:
+            change, router = routed_inside(self.mlp, normed, context.routing, run)
+            return tap(self, "output", _add(hidden, change)), LayerOutput(after, router, attention)
         # Outside the checkpointed function, so that a recomputation cannot choose other experts.
         router = self.mlp.route(normed.flatten(0, 1), context.routing)
         hidden = _add(hidden, run(self.mlp, normed, router))

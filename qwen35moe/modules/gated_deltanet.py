@@ -17,7 +17,7 @@ from qwen35moe.cache.rollback import Segment
 from qwen35moe.config import TextConfig
 from qwen35moe.modules.context import LayerContext
 from qwen35moe.modules.fp32_parameters import FP32Parameters, new_fp32
-from qwen35moe.modules.hooks import is_plain, keeps, project
+from qwen35moe.modules.hooks import fusible, is_plain, keeps, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise
 from qwen35moe.modules.norm import GatedRMSNorm
 from qwen35moe.ops.attention import weighted_values
@@ -29,6 +29,7 @@ from qwen35moe.taps import patched, tap, tapped
 _FUSED = ("_heads", "gates", "_gates", "delta_rule")
 
 
+@fusible
 class ShortConvolution(Initialised):
     """The causal convolution, with its weight [C, 1, W] as published. See `ops.convolution`."""
 
@@ -53,6 +54,7 @@ class ShortConvolution(Initialised):
         return f"channels={channels}, taps={taps}"
 
 
+@fusible
 class GatedDeltaNet(FP32Parameters):
     """Yang et al. 2024. See `ops.delta_rule` for the rule and `ops.convolution` for the convolution.
 

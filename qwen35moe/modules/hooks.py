@@ -8,7 +8,7 @@ bfloat16 model computes in float32. The residual stream and the cache keep their
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,31 @@ from torch.nn.modules import module as _module
 
 _ORDINARY = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 # Hooks of every module of the process. The dicts are never rebound, so that this is one look at each.
+GLOBAL_PRE_HOOKS = _module._global_forward_pre_hooks
 _GLOBAL_HOOKS = (
-    _module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
+    _module._global_forward_hooks, GLOBAL_PRE_HOOKS, _module._global_backward_hooks,
     _module._global_backward_pre_hooks,
 )
 
 
+# The methods of classes as they were written: other libraries assign other ones to the class itself.
+_WRITTEN: dict[type[nn.Module], dict[str, Any]] = {nn.Linear: {"forward": nn.Linear.forward}}
+Module = TypeVar("Module", bound=type[nn.Module])
+
+
+def fusible(kind: Module) -> Module:
+    """Decorates a class that `is_plain` and `keeps` are asked about."""
+    _WRITTEN[kind] = {name: value for name, value in vars(kind).items() if callable(value)}
+    return kind
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module only computes the forward of `kind` from its parameters: it has no hook, nor has the process,
-    no parametrization, no forward of its own, and its class is `kind` or inherits all methods that `kind` defines."""
+    no parametrization, no forward of its own, its class is `kind` or inherits all methods that `kind` defines, and nobody has
+    assigned another forward to `kind`."""
     cls, own = type(module), module.__dict__
+    if kind.forward is not _WRITTEN[kind]["forward"]:
+        return False
     if cls is not kind and not (issubclass(cls, kind) and _inherits(cls, kind)):
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -34,10 +49,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def keeps(module: nn.Module, kind: type[nn.Module], methods: Iterable[str]) -> bool:
-    """Whether a module has these methods of `kind`, replaced neither in a subclass nor in the instance."""
-    cls, own = type(module), module.__dict__
+    """Whether a module has these methods of `kind`, replaced neither in a subclass, nor in the instance or the class."""
+    cls, own, written = type(module), module.__dict__, _WRITTEN[kind]
     for name in methods:  # a loop, which torch.compile traces, unlike `isdisjoint`
-        if name in own or (cls is not kind and getattr(cls, name) is not getattr(kind, name)):
+        if name in own or getattr(cls, name) is not written[name]:
             return False
     return True
 

@@ -6,6 +6,8 @@ route -> chosen experts, weighted  +  sigmoid(gate) * shared expert
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -105,6 +107,40 @@ class Experts(Initialised):
         return f"num_experts={experts}, hidden_size={width}, intermediate_size={inner}"
 
 
+class RouteLater:
+    """In place of a RouterOutput: the block calls `route` for what its forward got, and stores the result here."""
+
+    def __init__(self, forced: ForcedRouting | None) -> None:
+        self.forced = forced
+        self.result: RouterOutput | None = None
+
+
+# For a block inside another module, which calls it with the hidden states alone.
+_LATER: ContextVar[RouteLater | None] = ContextVar("later", default=None)
+
+
+def routed_inside(
+    mlp: nn.Module, hidden: Tensor, forced: ForcedRouting | None, run: Callable[..., Tensor]
+) -> tuple[Tensor, RouterOutput | None]:
+    """mlp(hidden) and what its router chose, for a block that chooses when it is called: one with hooks on its input, which the
+    router reads too, or one inside another module (an adapter, a wrapper). Without a router run(mlp, hidden) and None;
+    ValueError if `forced` was to replace its choice."""
+    later = RouteLater(forced)
+    if isinstance(mlp, SparseMoeBlock):
+        return mlp(hidden, router=later), later.result  # by keyword: a hook returns the positional arguments
+    if any(isinstance(part, SparseMoeBlock) for part in mlp.modules()):
+        token = _LATER.set(later)
+        try:
+            change = mlp(hidden)
+        finally:
+            _LATER.reset(token)
+    else:
+        change = run(mlp, hidden)
+    if later.result is None and forced is not None:
+        raise ValueError(f"routing= has no effect on {type(mlp).__name__}, in which no router of this library was called")
+    return change, later.result
+
+
 class SparseMoeBlock(Initialised):
     """y = experts(x) + sigmoid(w_s x) * shared_expert(x)."""
 
@@ -130,11 +166,14 @@ class SparseMoeBlock(Initialised):
             indices, weights = forced(self.layer, logits)
         return RouterOutput(logits, tap(self, "indices", indices), tap(self, "weights", weights))
 
-    def forward(self, hidden: Tensor, router: RouterOutput | None = None) -> Tensor:
-        """hidden [B, T, D]; returns [B, T, D]. router: the result of `route`; None calls `route`."""
+    def forward(self, hidden: Tensor, router: RouterOutput | RouteLater | None = None) -> Tensor:
+        """hidden [B, T, D]; returns [B, T, D]. router: the result of `route`; None and RouteLater call `route` here."""
         rows = hidden.flatten(0, -2)
-        if router is None:
-            router = self.route(rows)
+        if not isinstance(router, RouterOutput):
+            later = _LATER.get() if router is None else router
+            router = self.route(rows, None if later is None else later.forced)
+            if later is not None:
+                later.result = router
         arguments = rows, router.indices, router.weights
         if tapped(self, _EXPERT_VALUES):
             self._check_experts()

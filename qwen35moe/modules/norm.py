@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qwen35moe import ops
 from qwen35moe.modules.fp32_parameters import FP32Parameters, new_fp32
+from qwen35moe.modules.hooks import fusible
 from qwen35moe.modules.initialise import Draws, Initialised
 
 
@@ -29,6 +30,7 @@ class RMSNorm(Initialised):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+@fusible
 class GatedRMSNorm(FP32Parameters):
     """x / sqrt(mean(x^2) + eps) weight silu(gate), over the last axis of width `size`; the weight is stored around one.
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen35moe import ops
 from qwen35moe.backends import choice_of
+from qwen35moe.modules.interrupted import InterruptedCall
 from qwen35moe.modules.moe import MLP, Experts
 from qwen35moe.ops.experts import Tap, by_expert
 
@@ -27,10 +27,10 @@ _GROUPED = ("gate_up_proj", "down_proj")
 class UnfusedExperts(nn.ModuleList):
     """`Experts` as a list of E MLPs whose weights are views of its gate_up_proj [E, 2F, D] and down_proj [E, D, F].
 
-    The forward calls every Linear of every chosen expert once, so that hooks on them run. `grouped` returns the module with the
-    grouped parameters, `fuse` the same with their gradients. Both need plain Linears: merge and remove adapters first. The
-    grouped parameters themselves are not kept: a quantiser that replaces the weights frees their memory. The number of rows of
-    each expert is read on the host, which is a graph break under torch.compile.
+    The forward calls every chosen expert and its Linears once, with a tap or without, so that their hooks run. `grouped`
+    returns the module with the grouped parameters, `fuse` the same with their gradients. Both need plain Linears: merge and
+    remove adapters first. The grouped parameters themselves are not kept: a quantiser that replaces the weights frees their
+    memory. The number of rows of each expert is read on the host, which is a graph break under torch.compile.
     """
 
     def __init__(self, experts: Experts) -> None:
@@ -60,15 +60,16 @@ class UnfusedExperts(nn.ModuleList):
             raise ValueError(f"backend={choice!r} cannot run experts: they are unfused; call model.fuse_experts() first")
         if tap is None:  # every expert is called as a module, so that its hooks run
             return by_expert(hidden, indices, weights, len(self), lambda expert, x: self[expert](x), _unchanged)
-        return by_expert(hidden, indices, weights, len(self), self._activate, self._project, tap)
+        calls: dict[int, InterruptedCall] = {}
 
-    def _activate(self, expert: int, x: Tensor) -> Tensor:
-        mlp: Any = self[expert]
-        return F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        def activate(expert: int, x: Tensor) -> Tensor:
+            calls[expert] = InterruptedCall(self[expert])
+            return calls[expert].activate(x)
 
-    def _project(self, expert: int, x: Tensor) -> Tensor:
-        mlp: Any = self[expert]
-        return mlp.down_proj(x)
+        def finish(expert: int, activation: Tensor) -> Tensor:
+            return calls[expert].finish(activation)
+
+        return by_expert(hidden, indices, weights, len(self), activate, finish, tap)
 
     def grouped(self) -> Experts:
         """The grouped module with the values of the Linears; copies weights that are no longer views of one tensor."""

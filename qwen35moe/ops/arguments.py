@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen35moe.backends.operation import TABLE
-from qwen35moe.backends.transforms import known
+from qwen35moe.backends.values import values_known
 
 # The axes of every tensor, as in the operations' docstrings. `...` stands for the same leading axes everywhere; N of a state is
 # the number of rows, with cu_seqlens that of documents.
@@ -172,6 +172,11 @@ def _cross_entropy(given: dict[str, Any], sizes: dict[str, int]) -> None:
 def _check_range(name: str, tensor: str, x: Tensor, low: int, end: int) -> None:
     if known(x) and x.numel() and not (low <= int(x.min()) and int(x.max()) < end):
         raise ValueError(f"{name}: {tensor} must be {low} ... {end - 1}, got {int(x.min())} ... {int(x.max())}")
+
+
+def known(x: Tensor) -> bool:
+    """Whether the values can be looked at without waiting."""
+    return x.is_cpu and values_known(x)
 
 
 MORE: dict[str, Callable[[dict[str, Any], dict[str, int]], None]] = {

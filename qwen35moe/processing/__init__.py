@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from .batch import BatchEncoding
 from .images import ImageProcessor
+from .pieces import RenderedPrompt
 from .processor import Processor
 from .reply import Reply, ToolCall
 from .template import ChatTemplate
-from .text import TRANSFORMERS, CallDefaults, RenderedPrompt, Tokenizer
+from .text import TRANSFORMERS, CallDefaults, Tokenizer
 from .video import Video, VideoProcessor
 
 __all__ = [

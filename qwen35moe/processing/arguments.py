@@ -46,7 +46,7 @@ def typed_arguments(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> 
 
 
 def _property(schema: Any, name: str, root: Mapping[str, Any]) -> Any:
-    """The schema of a key: of its own name, of the names that match a pattern, of others."""
+    """The schema of a key: its own, else that of additional properties."""
     for part in _alternatives(schema, root):
         properties = part.get("properties")
         if isinstance(properties, Mapping) and name in properties:
@@ -83,8 +83,8 @@ def _referenced(reference: str, root: Any) -> Any:
 def _types(schema: Mapping[str, Any]) -> set[str]:
     """The types that one schema names itself."""
     types = schema.get("type")
-    named = {types} if isinstance(types, str) else set(filter(lambda t: isinstance(t, str), types or ())) \
-        if isinstance(types, (list, tuple)) else set()  # fmt: skip
+    listed = types if isinstance(types, (list, tuple)) else [types]
+    named = {name for name in listed if isinstance(name, str)}
     if not named and isinstance(schema.get("properties"), Mapping):
         named = {"object"}
     if not named and isinstance(schema.get("items"), Mapping):

@@ -15,22 +15,22 @@ from ..compat import TOKENIZER, read_keywords, short
 from .batch import BatchEncoding, tensor_kind
 from .media import Media
 from .messages import check_depth, read_messages
+from .pieces import Pieces, RenderedPrompt
 from .settings import SETTINGS
-from .template import ChatTemplate, Marks, check_tools, plain_data
+from .template import REASONING, ChatTemplate, Marks, check_tools, plain_data
 
 if TYPE_CHECKING:
-    from .text import Pieces, Tokenizer
+    from .text import Tokenizer
 
 CHAT_KEYWORDS = ("messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
                  "tokenize", "return_dict", "special", "padding", "truncation", "max_length", "padding_side",
                  "pad_to_multiple_of", "return_tensors", "return_attention_mask", "add_special_tokens")  # fmt: skip
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG"
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What a template is given besides the messages, and whether the last message stays open.
+    """The inputs of a template besides the messages, and whether the last message stays open.
 
     continue_final_message: True, or the name of the field to continue ("reasoning_content").
     """
@@ -93,7 +93,7 @@ def _open_end(template: ChatTemplate, messages: Sequence[Any], name: str, render
     if not messages:
         raise ValueError("continue_final_message needs a message to continue")
     last = dict(messages[-1])
-    fields = [other for other in _REASONING if other in last] if name in _REASONING else [name]
+    fields = [other for other in REASONING if other in last] if name in REASONING else [name]
     text = next((last[other] for other in fields if last.get(other) is not None), None)
     if text is None:
         raise ValueError(f"continue_final_message: the last message has no {short(name)} to continue")
@@ -143,6 +143,14 @@ def pieces(
     return marks.split(render(template, messages, options, named), tokens)
 
 
+def rendered_prompts(
+    template: ChatTemplate, chats: Sequence[Conversation], rows: Sequence[Pieces], options: ChatOptions,
+    named: Mapping[str, str],
+) -> list[RenderedPrompt]:
+    """The prompts of conversations as text. rows: their `pieces`."""
+    return [RenderedPrompt(render(template, chat.messages, options, named), row) for chat, row in zip(chats, rows, strict=True)]
+
+
 def own_template(tokenizer: Any, source: str | None) -> ChatTemplate:
     """The compiled template of an object with `_chat`, its last one. ValueError if there is none."""
     if source is None:
@@ -158,8 +166,8 @@ def own_template(tokenizer: Any, source: str | None) -> ChatTemplate:
 def read_options(
     keywords: Mapping[str, Any], table: Iterable[Any], own: Iterable[str], method: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(keywords of the method in our words, variables of the template): a keyword that neither the method nor the table
-    has is a variable."""
+    """(keywords of the method under this library's names, variables of the template): a keyword that neither the method
+    nor the table has is a variable."""
     known = {keyword.name for keyword in table}
     own = list(own)
     read = read_keywords(method, table, {name: value for name, value in keywords.items() if name in known or name in own}, own)
@@ -175,8 +183,6 @@ def check_text_only(given: Mapping[str, Any]) -> None:
 
 def tokenizer_chat(tokenizer: Tokenizer, messages: Any, tools: Any, keywords: dict[str, Any]) -> Any:
     """`Tokenizer.apply_chat_template`."""
-    from .text import RenderedPrompt
-
     read, variables = read_options(keywords, TOKENIZER, CHAT_KEYWORDS, "apply_chat_template")
     messages = read.pop("messages", messages)
     special, tokenize = read.pop("special", None), read.pop("tokenize", True)
@@ -189,8 +195,7 @@ def tokenizer_chat(tokenizer: Tokenizer, messages: Any, tools: Any, keywords: di
     if not tokenize:
         read.pop("return_dict", None)
         check_text_only(read)
-        texts = [RenderedPrompt(render(template, chat.messages, options, named), row)
-                 for chat, row in zip(chats, rows, strict=True)]  # fmt: skip
+        texts = rendered_prompts(template, chats, rows, options, named)
         return texts if batched else texts[0]
     if any(chat.media for chat in chats):
         raise ValueError("the messages hold images or videos, which a tokenizer cannot read: use the processor")

@@ -54,9 +54,8 @@ class ImageProcessor(SettingsAttributes):
 
     An image is a path, the bytes of a file, a data: address of an image in base64, a PIL image, or an array or tensor
     [height, width], [height, width, channels] or [channels, height, width] of uint8, 16-bit integers or floats in 0..1. EXIF
-    orientation is applied, transparency is
-    composited on white, 16 bits become 8 bits by rounding value / 257. Pixel values equal those of transformers'
-    Pillow-based Qwen2VLImageProcessor bit for bit.
+    orientation is applied, transparency is composited on white, 16 bits become 8 bits by rounding value / 257. Pixel values
+    equal those of transformers' Pillow-based Qwen2VLImageProcessor bit for bit.
     """
 
     def __init__(self, settings: PixelSettings = IMAGE_DEFAULTS) -> None:

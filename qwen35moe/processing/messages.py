@@ -84,9 +84,9 @@ def _read_message(message: Mapping[str, Any], source: str, media: list[Media]) -
 def _read_block(block: Any, source: str, media: list[Media]) -> Any:
     """A block for the template. An image or video that it holds is appended to `media`."""
     block = plain_objects(block)
-    if isinstance(block, str) or not isinstance(block, Mapping):
-        if isinstance(block, str):
-            return block
+    if isinstance(block, str):
+        return block
+    if not isinstance(block, Mapping):
         raise ValueError(f"a block of content is a mapping with a type, got {short(block)}")
     block = {name: value for name, value in block.items() if value is not None}
     named = block.get("type")
@@ -129,11 +129,12 @@ def _media_block(kind: str, block: dict[str, Any], source: str, media: list[Medi
             _check_detail(value)
         elif _read_by(source, name):
             out[name] = plain_data(value)
+        elif name in ("min_pixels", "max_pixels"):
+            raise ValueError(
+                f"block of type 'video': {name} is ambiguous: they count the pixels of one frame in some programs and of all "
+                "frames in others; give total_pixels (all frames)"
+            )
         else:
-            hint = ": they count the pixels of one frame in some programs and of all frames in others; give total_pixels" \
-                if name in ("min_pixels", "max_pixels") else ""  # fmt: skip
-            if hint:
-                raise ValueError(f"block of type 'video': {name} is ambiguous{hint} (all frames)")
             raise ValueError(f"block of type {kind!r}: {_unread(name, [*keys, *_SETTINGS[kind]], 'the processor')}")
     if given:
         item = _source(kind, given[0], block[given[0]])

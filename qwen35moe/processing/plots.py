@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen35moe.figures import figure_path, new_figure, save_figure
 from qwen35moe.models.vision_inputs import IMAGE, TEXT, VIDEO, VisualInputs, check_counts
 from qwen35moe.models.vision_positions import positions
 from qwen35moe.ops.vision_grid import coordinates, tokens_of
-from qwen35moe.routing.plots import new_figure
 
 from .pixels import IMAGE_DEFAULTS, VIDEO_DEFAULTS, PixelSettings, check_divisible, images_from_values
 
@@ -138,7 +138,7 @@ def draw_vision(
     (`processor.image_processor.settings`). The extension of `path` selects the file format. ValueError if placeholders, grids
     and values do not match, or if matplotlib is missing.
     """
-    new_figure(1, 1)  # raises early if matplotlib is missing
+    figure_path(path)  # raises early
     types, mask, visual, merge = _checked(inputs, settings, video_settings)
     position_ids, next_positions = positions(types, visual, merge, mask=mask)
     panels = [panel for kind, own in ((IMAGE, settings), (VIDEO, video_settings))
@@ -158,7 +158,7 @@ def draw_vision(
         axes.set_title(f"{name}{int(present.sum())} tokens in {end} positions", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def _height(tokens: list[tuple[int, int]]) -> float:

@@ -9,29 +9,36 @@
 
 from __future__ import annotations
 
-import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..compat import PROCESSOR, read_keywords, short
-from .batch import BatchEncoding, tensor_kind
-from .chat import ChatOptions, Conversation, check_text_only, conversations, own_template, pieces, read_options, render
+from .batch import BatchEncoding
+from .chat import (
+    ChatOptions,
+    Conversation,
+    check_text_only,
+    conversations,
+    own_template,
+    pieces,
+    read_options,
+    render,
+    rendered_prompts,
+)
 from .files import read_json
-from .images import ImageProcessor, flatten
-from .media import Media
-from .padding import as_lists, truncation_limit
+from .images import ImageProcessor
+from .inputs import given_media, model_inputs
+from .pieces import Pieces, RenderedPrompt
 from .pixels import PixelSettings, read_settings
-from .reply import MARKUP, THINK_END, THINK_START, Reply, parse_pieces
-from .settings import SETTINGS, MediaSettings, media_settings
+from .reply import Reply, parse_pieces, split_reply, starts_in_reasoning
+from .settings import SETTINGS, media_settings
 from .template import ChatTemplate, Marks
-from .text import OWN, CallDefaults, Pieces, RenderedPrompt, Tokenizer
-from .video import SampledVideo, VideoProcessor
+from .text import OWN, CallDefaults, Tokenizer
+from .video import VideoProcessor
 
 # Keys of tokenizer_config.json, and the tokens if it lacks them.
 _VISION_TOKENS = (
@@ -173,7 +180,8 @@ class Processor:
         if not all(isinstance(row, str) for row in rows):
             raise ValueError(f"text must be a str or a list of str, got {short(rows)}")
         split = [self._split_prompt(row, special) for row in rows]
-        return self._inputs(split, given_media("image", images), given_media("video", videos), settings, keywords, progress)
+        media = given_media("image", images), given_media("video", videos)
+        return model_inputs(self, split, *media, settings, keywords, progress)
 
     def _split_prompt(self, text: str, special: bool | None) -> Pieces:
         if isinstance(text, RenderedPrompt) and special is None:
@@ -192,7 +200,7 @@ class Processor:
         row = [(True, token) for pad in placeholders for token in (self._start, pad, self._end)]
         row += Marks.absent_from(text).split(text, list(self.tokenizer.added_tokens) if special else [])
         media = given_media("image", list(images) or None), given_media("video", list(videos) or None)
-        return self._inputs([row], *media, settings, keywords, progress)
+        return model_inputs(self, [row], *media, settings, keywords, progress)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, add_generation_prompt: bool = False,
@@ -235,8 +243,7 @@ class Processor:
         rows = [pieces(self.tokenizer, template, chat.messages, options, named, bool(special)) for chat in chats]
         if not tokenize:
             check_text_only({**keywords, **settings.images, **settings.videos})
-            texts = [RenderedPrompt(render(template, chat.messages, options, named), row)
-                     for chat, row in zip(chats, rows, strict=True)]  # fmt: skip
+            texts = rendered_prompts(template, chats, rows, options, named)
             return texts if batched else texts[0]
         media = {}
         for kind, given in (("image", images), ("video", videos)):
@@ -244,7 +251,7 @@ class Processor:
             if given is not None and media[kind]:
                 raise ValueError(f"the messages hold {kind}s and {kind}s= is given: give them in one place")
             media[kind] = media[kind] if given is None else given_media(kind, given)
-        inputs = self._inputs(rows, media["image"], media["video"], settings, keywords, progress)
+        inputs = model_inputs(self, rows, media["image"], media["video"], settings, keywords, progress)
         return inputs if return_dict is None or return_dict else inputs["input_ids"]
 
     def _template(self, chat_template: str | None) -> ChatTemplate:
@@ -254,87 +261,6 @@ class Processor:
 
     def _named(self) -> dict[str, str]:
         return {**self.variables, **self.tokenizer.special_tokens_map}
-
-    def _inputs(
-        self, rows: list[Pieces], images: list[Media] | None, videos: list[Media] | None, settings: MediaSettings,
-        layout: Mapping[str, Any], progress: bool,
-    ) -> BatchEncoding:
-        if layout.get("add_special_tokens") and self.tokenizer.backend_tokenizer.num_special_tokens_to_add(False):
-            raise ValueError("add_special_tokens=True is not supported: the template writes every token of the prompt")
-        self._check_counts(rows, self._image, "images", images)
-        self._check_counts(rows, self._video, "videos", videos)
-        kind = tensor_kind("pt" if layout.get("return_tensors", "auto") == "auto" else layout["return_tensors"])
-        visual: dict[str, Tensor] = {}
-        spans: dict[str, Iterator[Pieces]] = {}  # by placeholder: the pieces that replace each of its occurrences
-        if images is not None:
-            processor = _required(self.image_processor, "preprocessor_config.json", "images")
-            visual |= processor.process(images, settings.images, progress=progress)
-            merge = processor.settings.merge_size**2
-            spans[self._image] = iter([[(True, self._image)] * (int(n) // merge) for n in visual["image_grid_thw"].prod(1)])
-        if videos is not None:
-            processor = _required(self.video_processor, "video_preprocessor_config.json", "videos")
-            inputs, sampled = processor.process(videos, settings.videos)
-            visual |= inputs
-            spans[self._video] = iter([self._video_span(video, processor.settings.merge_size) for video in sampled])
-
-        def expanded(row: Pieces) -> Pieces:
-            parts = (next(spans[text]) if control and text in spans else [(control, text)] for control, text in row)
-            return [piece for part in parts for piece in part]
-
-        ids = self._cut([self.tokenizer.ids_of_pieces(expanded(row)) for row in rows], layout)
-        padding = layout.get("padding")
-        out = self.tokenizer.pad(
-            ids, padding=kind is not None if padding is None else padding, return_tensors="pt" if kind else None,
-            padding_side=layout.get("padding_side") or self._padding_side(),
-            **{name: layout.get(name) for name in ("max_length", "pad_to_multiple_of", "return_attention_mask")},
-        )
-        placeholders = {self.tokenizer.added_tokens[token]: number for number, token in ((1, self._image), (2, self._video))
-                        if token in self.tokenizer.added_tokens}  # fmt: skip
-        if kind is None:
-            out["mm_token_type_ids"] = [[placeholders.get(number, 0) for number in row] for row in out["input_ids"]]
-        else:
-            types = torch.zeros_like(out["input_ids"])
-            for number, value in placeholders.items():
-                types[out["input_ids"] == number] = value
-            out["mm_token_type_ids"] = types
-        out.update(visual)
-        return BatchEncoding({name: value.numpy() for name, value in out.items()}) if kind == "np" else out
-
-    def _padding_side(self) -> str:
-        return self.tokenizer.padding_side
-
-    def _cut(self, rows: list[list[int]], layout: Mapping[str, Any]) -> list[list[int]]:
-        """The rows, truncated. ValueError if placeholders of an image or a video would be lost."""
-        limit = truncation_limit(layout.get("truncation"), layout.get("max_length"), layout.get("padding", True),
-                                 self.tokenizer.model_max_length)  # fmt: skip
-        if limit is None:
-            return rows
-        left = self.tokenizer.truncation_side == "left"
-        placeholders = {self.image_token_id, self.video_token_id}
-        for row in rows:
-            if not placeholders.isdisjoint(row[:-limit] if left else row[limit:]):
-                raise ValueError(
-                    f"truncation to {limit} of {len(row)} tokens would cut an image or a video: raise max_length, or lower "
-                    "max_pixels"
-                )
-        return [row[-limit:] if left else row[:limit] for row in rows]
-
-    def _check_counts(self, rows: list[Pieces], token: str, kind: str, items: Sequence[Any] | None) -> None:
-        placeholders = sum(control and piece == token for row in rows for control, piece in row)
-        count = len(items or ())
-        if placeholders != count:
-            hint = "" if token in self.tokenizer.added_tokens else f" (tokenizer.json has no {token}: text only)"
-            raise ValueError(f"{placeholders} {token} in the text but {count} {kind}{hint}")
-
-    def _video_span(self, video: SampledVideo, merge: int) -> Pieces:
-        """The pieces of a video: each temporal patch preceded by its time. The template adds one more pair of vision tokens
-        around them."""
-        _, rows, columns = video.grid
-        pads = [(True, self._video)] * (rows * columns // merge**2)
-        return [
-            piece for second in video.seconds
-            for piece in [(False, f"<{second:.1f} seconds>"), (True, self._start), *pads, (True, self._end)]
-        ]  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ output of a model
 
@@ -348,12 +274,9 @@ class Processor:
         prompt: the prompt of the reply, whose template may have opened <think>. Without it, a </think> without <think>
         ends the reasoning. tools: their schemas declare which arguments are numbers, lists, ...; the others stay strings.
         """
-        pieces = self._split(reply)
-        if prompt is None:
-            thinking = _first_think_token(pieces) == THINK_END
-        else:
-            thinking = _first_think_token(reversed(self._split(prompt))) == THINK_START
-        return parse_pieces(pieces, thinking=thinking, tools=tools)
+        pieces = split_reply(self.tokenizer, reply)
+        before = None if prompt is None else split_reply(self.tokenizer, prompt)
+        return parse_pieces(pieces, thinking=starts_in_reasoning(pieces, before), tools=tools)
 
     def decode(self, ids: Any = None, skip_special_tokens: bool = False, **keywords: Any) -> Any:
         """`Tokenizer.decode`."""
@@ -368,49 +291,3 @@ class Processor:
     ) -> list[str]:
         """The texts of rows of generated ids, without special tokens."""
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens, **keywords)
-
-    def _split(self, reply: str | Tensor | Sequence[int]) -> Pieces:
-        """The reply split at its control tokens; of ids, special tokens are left out, of text, end tokens."""
-        names = {number: text for text, number in self.tokenizer.added_tokens.items()}
-        if isinstance(reply, str):
-            ends = [names[number] for number in self.tokenizer.eos_token_ids if number in names]
-            return [piece for piece in Marks.absent_from(reply).split(reply, [*MARKUP, *ends]) if piece[1] not in ends]
-        ids: Any = as_lists(reply)
-        try:
-            ids = [operator.index(number) for number in ids]
-        except TypeError:
-            raise ValueError(
-                f"a reply or prompt is text or one row of ids, got {short(ids)}: pass ids[0] of a batch of one"
-            ) from None
-        pieces: Pieces = []
-        for control, group in groupby(ids, key=lambda number: number in names):
-            if control:
-                tokens = (names[number] for number in group)
-                pieces += [(True, token) for token in tokens if token not in self.tokenizer.special_tokens]
-            else:
-                pieces.append((False, self.tokenizer.decode(list(group))))
-        return pieces
-
-
-def _first_think_token(pieces: Iterator[tuple[bool, str]] | Pieces) -> str | None:
-    return next((text for control, text in pieces if control and text in (THINK_START, THINK_END)), None)
-
-
-def _required(processor: Any, file: str, kind: str) -> Any:
-    if processor is None:
-        raise ValueError(f"this checkpoint has no {file}: the settings for {kind} are missing")
-    return processor
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
-
-
-def given_media(kind: str, items: Any) -> list[Media] | None:
-    """images= or videos= of a call as a flat list; None for none. A list of frames is no video: its rate is missing."""
-    if items is None:
-        return None
-    if isinstance(items, Mapping):
-        raise ValueError(f"{kind}s must be a {kind} or a list of them, got a mapping")
-    flat = [Media(kind, item) for item in flatten(items)]
-    return flat or None

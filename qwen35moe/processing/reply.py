@@ -7,11 +7,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from ..compat import short
 from .arguments import schemas_of, typed_arguments, typed_value
+from .padding import as_lists
+from .pieces import Pieces
+from .template import Marks
+
+if TYPE_CHECKING:
+    from .text import Tokenizer
 
 THINK_START, THINK_END, CALL_START, CALL_END = "<think>", "</think>", "<tool_call>", "</tool_call>"
 MARKUP = (THINK_START, THINK_END, CALL_START, CALL_END)
@@ -48,6 +59,40 @@ class Reply:
             calls = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in self.tool_calls]
             message["tool_calls"] = calls
         return message
+
+
+def split_reply(tokenizer: Tokenizer, reply: str | Tensor | Sequence[int]) -> Pieces:
+    """A reply or prompt split at its control tokens; of ids, special tokens are left out, of text, end tokens."""
+    names = {number: text for text, number in tokenizer.added_tokens.items()}
+    if isinstance(reply, str):
+        ends = [names[number] for number in tokenizer.eos_token_ids if number in names]
+        return [piece for piece in Marks.absent_from(reply).split(reply, [*MARKUP, *ends]) if piece[1] not in ends]
+    ids: Any = as_lists(reply)
+    try:
+        ids = [operator.index(number) for number in ids]
+    except TypeError:
+        raise ValueError(
+            f"a reply or prompt is text or one row of ids, got {short(ids)}: pass ids[0] of a batch of one"
+        ) from None
+    pieces: Pieces = []
+    for control, group in groupby(ids, key=lambda number: number in names):
+        if control:
+            tokens = (names[number] for number in group)
+            pieces += [(True, token) for token in tokens if token not in tokenizer.special_tokens]
+        else:
+            pieces.append((False, tokenizer.decode(list(group))))
+    return pieces
+
+
+def starts_in_reasoning(reply: Pieces, prompt: Pieces | None) -> bool:
+    """Whether a reply begins inside <think>: the prompt opened it last, or, without the prompt, </think> comes first."""
+    if prompt is None:
+        return _first_think_token(reply) == THINK_END
+    return _first_think_token(reversed(prompt)) == THINK_START
+
+
+def _first_think_token(pieces: Iterable[tuple[bool, str]]) -> str | None:
+    return next((text for control, text in pieces if control and text in (THINK_START, THINK_END)), None)
 
 
 def parse_pieces(

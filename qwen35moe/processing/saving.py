@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compat import SAVING, read_keywords, short
-from ..files import replacing
+from ..files import write_text
 from .pixels import IMAGE_DEFAULTS, VIDEO_DEFAULTS, PixelSettings
+from .settings import VIDEO_ONLY
 
 if TYPE_CHECKING:
     from .processor import Processor
     from .text import Tokenizer
-
-_VIDEO_ONLY = ("do_sample_frames", "fps", "num_frames", "min_frames", "max_frames")
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str], keywords: Mapping[str, Any]) -> tuple[str, ...]:
@@ -51,7 +50,7 @@ def settings_values(settings: PixelSettings, kind: str) -> dict[str, Any]:
         "image_std": list(settings.image_std),
     }  # fmt: skip
     defaults = VIDEO_DEFAULTS if video else IMAGE_DEFAULTS
-    for name in ("rescale_factor", "do_resize", "do_rescale", "do_normalize", *(_VIDEO_ONLY if video else ())):
+    for name in ("rescale_factor", "do_resize", "do_rescale", "do_normalize", *(VIDEO_ONLY if video else ())):
         if getattr(settings, name) != getattr(defaults, name):
             values[name] = getattr(settings, name)
     return values
@@ -98,7 +97,6 @@ def _write(path: str | os.PathLike[str], files: Mapping[str, str], keywords: Map
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, text in files.items():
-        with replacing(folder / name) as partial:
-            partial.write_bytes(text.encode("utf-8"))
+        write_text(folder / name, text)
         written.append(str(folder / name))
     return tuple(written)

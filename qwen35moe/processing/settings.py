@@ -11,7 +11,7 @@ from ..compat import short
 from .pixels import PixelSettings
 
 _FIELDS = frozenset(entry.name for entry in dataclasses.fields(PixelSettings))
-_VIDEO_ONLY = frozenset(("fps", "num_frames", "min_frames", "max_frames", "do_sample_frames"))
+VIDEO_ONLY = ("do_sample_frames", "fps", "num_frames", "min_frames", "max_frames")
 SETTINGS = _FIELDS | {"size", "resample"}
 _GROUPS = ("text_kwargs", "images_kwargs", "videos_kwargs", "processor_kwargs")
 
@@ -55,7 +55,7 @@ def media_settings(method: str, keywords: Mapping[str, Any]) -> tuple[MediaSetti
         for name, value in values.items():
             if group == "text_kwargs" or name not in SETTINGS:
                 put(rest, name, value)
-            elif group == "images_kwargs" and name in _VIDEO_ONLY:
+            elif group == "images_kwargs" and name in VIDEO_ONLY:
                 raise ValueError(f"{method}(images_kwargs=...): {name} is a setting of videos: give it in videos_kwargs")
             else:
                 put(images if group == "images_kwargs" else videos, name, value)
@@ -63,5 +63,5 @@ def media_settings(method: str, keywords: Mapping[str, Any]) -> tuple[MediaSetti
     read(keywords)
     flat = {name: value for name, value in flat.items() if value is not None and value != []}
     return MediaSettings(
-        {name: value for name, value in flat.items() if name not in _VIDEO_ONLY} | images, flat | videos
+        {name: value for name, value in flat.items() if name not in VIDEO_ONLY} | images, flat | videos
     ), rest

@@ -19,9 +19,8 @@ from .sandbox import environment, jinja
 
 # Two of these mark strings that look like control tokens and are text. Unicode reserves them for internal use by programs.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field of a message
 MAX_SOURCE = 1 << 19  # characters of a template; the published ones have 8,000
-_PROVIDED = {"messages", "tools", "documents", "add_generation_prompt"}
 _INPUTS = ("tools", "documents", "enable_thinking", "preserve_thinking", "add_vision_id")  # suggested for misspelt names
 
 
@@ -190,7 +189,7 @@ def _with_reasoning(message: Any) -> dict[str, Any]:
     """The message with its reasoning under both names that templates read."""
     if not isinstance(message, dict):
         raise ValueError(f"a message is a mapping with role and content, got {short(message)}")
-    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 

@@ -22,19 +22,18 @@ from torch import Tensor
 from ..compat import TOKENIZER, read_keywords, short
 from ..files import parse_json
 from .batch import BatchEncoding, as_tensor, tensor_kind
-from .files import MAX_TOKENIZER_VALUES, find_file, named_tokens, read_json, read_text, template_source
+from .files import MAX_TOKENIZER_VALUES, find_file, read_json, read_text, template_source
 from .optional import require
 from .padding import LARGE, as_lists, columns_of, pad_rows, padding_width, truncation_limit
-from .vocabulary import Vocabulary
+from .pieces import Pieces, RenderedPrompt
+from .vocabulary import Vocabulary, named_tokens
 
 log = logging.getLogger(__name__)
-
-Pieces = list[tuple[bool, str]]  # (is a control token, text) in order
 
 
 @dataclass(frozen=True)
 class CallDefaults:
-    """What a tokenizer does where a call does not say: return_tensors "auto", padding and special None."""
+    """The values of return_tensors, padding and special in calls that leave them out."""
 
     return_tensors: str | None = "pt"
     padding: bool = True
@@ -45,20 +44,6 @@ _CALL = ("text", "padding", "truncation", "max_length", "padding_side", "pad_to_
          "return_tensors", "return_attention_mask", "special")  # fmt: skip
 OWN = CallDefaults()
 TRANSFORMERS = CallDefaults(return_tensors=None, padding=False, special=True)  # of `AutoTokenizer`
-
-
-class RenderedPrompt(str):
-    """A prompt that a chat template rendered: a str that carries its pieces, (is a control token, text) in order.
-
-    A tokenizer encodes the control tokens that the template wrote as such, and those that the messages spell as text.
-    """
-
-    pieces: Pieces
-
-    def __new__(cls, text: str, pieces: Pieces = ()) -> RenderedPrompt:  # type: ignore[assignment]
-        prompt = super().__new__(cls, text)
-        prompt.pieces = list(pieces)
-        return prompt
 
 
 def _library() -> Any:
@@ -133,7 +118,7 @@ class Tokenizer(Vocabulary):
         self._lock = threading.Lock()  # the library's switch for special tokens is shared by all calls
 
     def configured_padding_side(self) -> str:
-        """The side before anybody sets it: "left" here; with transformers' defaults the checkpoint's, else "right"."""
+        """The default side: "left"; with transformers' defaults the checkpoint's, else "right"."""
         return self.settings.get("padding_side", "right") if self.defaults == TRANSFORMERS else "left"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -286,7 +271,7 @@ class Tokenizer(Vocabulary):
         return out
 
     def _warn_of_control_names(self, texts: Sequence[Any]) -> None:
-        """A rendered prompt that lost its pieces (prompt + "...") would be encoded as text: say so."""
+        """Warns of a rendered prompt that lost its pieces (prompt + "..."): it would be encoded as text."""
         for text in texts:
             if type(text) is str and any(token in text for token in self.special_tokens):
                 log.warning(

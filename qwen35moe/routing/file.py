@@ -18,14 +18,12 @@ from torch import Tensor
 
 from qwen35moe.files import UnreadableFile, check_own, open_tensors, parse_json, write_tensors
 
-from .value import UNFORCED, Routing, are_integers, check_range
+from .value import FACTS, TENSORS, UNFORCED, Routing, are_integers, check_range
 
 FORMAT = "qwen35moe.routing.2"
 MAX_COUNTS = 2**27  # L * E * E, the numbers of `coactivation`; the largest published model needs 2^24.5
 _WHAT = "a saved routing"
 _OWN = ("format", "routing")
-_TENSORS = ("indices", "weights", "logits", "mask")
-_FACTS = ("layers", "num_experts", "shape", "open_ended")
 
 
 def save_routing(routing: Routing, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -36,8 +34,8 @@ def save_routing(routing: Routing, path: str | os.PathLike[str], metadata: Mappi
         raise ValueError(f"metadata {taken[0]!r} is a key of the format: use another name")
     highest = max(routing.num_experts - 1, int(routing.indices.max()) if routing.indices.numel() else 0)
     dtype = next(t for t in (torch.int8, torch.int16, torch.int32, torch.int64) if highest <= torch.iinfo(t).max)
-    tensors = {name: getattr(routing, name) for name in _TENSORS if getattr(routing, name) is not None}
-    text = json.dumps({name: _plain(getattr(routing, name)) for name in _FACTS})
+    tensors = {name: getattr(routing, name) for name in TENSORS if getattr(routing, name) is not None}
+    text = json.dumps({name: _plain(getattr(routing, name)) for name in FACTS})
     _checked("this routing", tensors, _facts("this routing", text))
     tensors["indices"] = routing.indices.to(dtype)
     check_own(path)
@@ -48,7 +46,7 @@ def load_routing(path: str | os.PathLike[str]) -> Routing:
     """Reads a file written by `save_routing`; indices become int64. The file is not trusted: ValueError names the problem."""
     with open_tensors(path, _WHAT, FORMAT) as (file, metadata):
         found = sorted(file.keys())
-        unknown = sorted(set(found) - set(_TENSORS))
+        unknown = sorted(set(found) - set(TENSORS))
         if unknown or "indices" not in found:
             raise ValueError(f"{path}: " + (f"unknown tensor {unknown[0][:60]!r}" if unknown else "it has no indices"))
         tensors = {name: file.get_tensor(name) for name in found}
@@ -99,8 +97,8 @@ def _facts(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
         facts = parse_json(text.encode("utf-8", "replace"))
     except UnreadableFile:
         facts = None
-    if not isinstance(facts, dict) or set(facts) != set(_FACTS):
-        raise ValueError(f"{path}: its metadata must have exactly {', '.join(_FACTS)}")
+    if not isinstance(facts, dict) or set(facts) != set(FACTS):
+        raise ValueError(f"{path}: its metadata must have exactly {', '.join(FACTS)}")
     layers, shape = facts["layers"], facts["shape"]
     valid = (
         _naturals(layers) and len(layers) > 0 and (shape is None or (_naturals(shape) and len(shape) == 2))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.backends.values import values_known
 from qwen35moe.ops.experts import chosen_weights, router_choice
 
 from .value import UNFORCED, Routing, are_integers, check_distinct, check_range, check_weights
@@ -61,7 +62,7 @@ class ForcedRouting:
         weights = chosen_weights(logits, indices.clamp(min=0))
         if layer in self.weights:
             weights = self.weights[layer].flatten(0, 1).to(logits.device, logits.dtype)
-        if not torch.compiler.is_compiling() and not bool(unforced.any()):
+        if values_known(unforced) and not bool(unforced.any()):
             return indices, weights
         if indices.shape[-1] != self.top_k:
             raise ValueError(f"unforced tokens take top_k={self.top_k} experts, the forced ones have {indices.shape[-1]}")

@@ -14,21 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen35moe.figures import new_figure, save_figure
+
 from .statistics import coactivation, dead_experts, entropy, expert_load, imbalance, margins
 from .value import Routing
 
 _HTML_ROWS = 40  # layers in `html_table`
-
-
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib Figure without a window; ValueError with the install command where matplotlib is missing."""
-    try:
-        from matplotlib import figure
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise ValueError("a plot needs matplotlib: pip install 'qwen35moe[plot]'") from None
-    return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_load(routing: Routing, axes: Any) -> None:
@@ -92,7 +83,7 @@ def draw(routing: Routing, path: str | os.PathLike[str], *, margin: Tensor | Non
         plot_coactivation(routing, figure.add_subplot(rows[1, column]), layer)
     if title:
         figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def html_table(routing: Routing) -> str:

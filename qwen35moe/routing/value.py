@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen35moe.backends.values import unbatched, values_known
 from qwen35moe.compat import short
 
 UNFORCED = -1  # an index that leaves the choice for a token to the router
-_TENSORS = ("indices", "weights", "logits", "mask")
-_FACTS = ("layers", "num_experts", "shape", "open_ended")
+TENSORS = ("indices", "weights", "logits", "mask")  # the fields of a Routing that are tensors
+FACTS = ("layers", "num_experts", "shape", "open_ended")  # the others
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,15 +69,15 @@ class Routing:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Routing):
             return NotImplemented
-        own, others = (tuple(getattr(r, name) for name in _FACTS) for r in (self, other))
-        return own == others and all(same_values(getattr(self, name), getattr(other, name)) for name in _TENSORS)
+        own, others = (tuple(getattr(r, name) for name in FACTS) for r in (self, other))
+        return own == others and all(same_values(getattr(self, name), getattr(other, name)) for name in TENSORS)
 
     def __hash__(self) -> int:
-        return hash((*(getattr(self, name) for name in _FACTS), tuple(self.indices.shape)))
+        return hash((*(getattr(self, name) for name in FACTS), tuple(self.indices.shape)))
 
     def __repr__(self) -> str:
         """In one screen, whatever its size."""
-        parts = [f"{name} {_described(getattr(self, name))}" for name in _TENSORS if getattr(self, name) is not None]
+        parts = [f"{name} {_described(getattr(self, name))}" for name in TENSORS if getattr(self, name) is not None]
         layers = f"layers {short(list(self.layers))}"
         batch = "" if self.shape is None else f", batch {list(self.shape)}"
         padding = "" if self.mask is None else f", {int((~self.mask).sum())} of them padding"
@@ -91,11 +92,11 @@ class Routing:
         return html_table(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
-        return replace(self, **{name: _copied(getattr(self, name)) for name in _TENSORS})
+        return replace(self, **{name: _copied(getattr(self, name)) for name in TENSORS})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parts = {name: value.detach() for name in _TENSORS if (value := getattr(self, name)) is not None}
-        return (_rebuilt, (parts | {name: getattr(self, name) for name in _FACTS},))
+        parts = {name: value.detach() for name in TENSORS if (value := getattr(self, name)) is not None}
+        return (_rebuilt, (parts | {name: getattr(self, name) for name in FACTS},))
 
     @property
     def tokens(self) -> int:
@@ -276,8 +277,9 @@ def are_integers(tensor: Tensor) -> bool:
 
 
 def check_range(indices: Tensor, num_experts: int, source: str, lowest: int) -> None:
-    """ValueError for an index outside lowest ... num_experts - 1 (num_experts=0: unknown). Not checked under torch.compile."""
-    if torch.compiler.is_compiling() or indices.numel() == 0:
+    """ValueError for an index outside lowest ... num_experts - 1 (num_experts=0: any). Not checked where values are unknown."""
+    indices = unbatched(indices)
+    if not values_known(indices) or indices.numel() == 0:
         return
     low, high = int(indices.min()), int(indices.max())
     if low < lowest or (num_experts and high >= num_experts):
@@ -286,23 +288,28 @@ def check_range(indices: Tensor, num_experts: int, source: str, lowest: int) -> 
 
 
 def check_distinct(indices: Tensor, source: str) -> None:
-    """ValueError for a token [..., k] that has an expert twice, or -1 beside experts. Not checked under torch.compile."""
+    """ValueError for a token [..., k] that has an expert twice, or -1 beside experts. Not checked where values are unknown."""
     if torch.compiler.is_compiling() or indices.numel() == 0 or indices.shape[-1] == 1:
         return
     ordered = indices.sort(-1).values
     unforced = ordered < 0
     wrong = ((ordered[..., 1:] == ordered[..., :-1]) & ~unforced[..., 1:]) | (unforced[..., 1:] != unforced[..., :-1])
-    if bool(wrong.any()):
-        row = indices[wrong.any(-1)][0].tolist()
-        what = "is unforced in part" if min(row) < 0 else "has an expert twice"
-        raise ValueError(f"{source}: a token's row {short(row)} {what}")
+    known = unbatched(wrong)
+    if not values_known(known) or not bool(known.any()):
+        return
+    if known is not wrong:
+        raise ValueError(f"{source}: a token's row has an expert twice or is unforced in part")
+    row = indices[wrong.any(-1)][0].tolist()
+    what = "is unforced in part" if min(row) < 0 else "has an expert twice"
+    raise ValueError(f"{source}: a token's row {short(row)} {what}")
 
 
 def check_weights(weights: Tensor, source: str) -> None:
-    """ValueError for weights that are not finite floating-point numbers. Not checked under torch.compile."""
+    """ValueError for weights that are not finite floating-point numbers. Not checked where values are unknown."""
     if not weights.is_floating_point():
         raise ValueError(f"{source}: weights are floating-point numbers, got {weights.dtype}")
-    if not torch.compiler.is_compiling() and not bool(weights.isfinite().all()):
+    weights = unbatched(weights)
+    if values_known(weights) and not bool(weights.isfinite().all()):
         raise ValueError(f"{source} has weights that are not finite")
 
 

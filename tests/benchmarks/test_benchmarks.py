@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import platform
+import stat
 from importlib import metadata
 from pathlib import Path
 
@@ -61,6 +64,29 @@ def test_the_report_has_its_schema_and_stable_ids(tmp_path: Path, capsys: pytest
     assert a["ratio"] == 1.0 and b["ratio"] == b["min_s"] / a["min_s"] and a["runs"] == 2
     printed = capsys.readouterr().out
     assert "sum/N5/fp32" in printed and f"torch {torch.__version__}" in printed
+
+
+def test_results_replace_regular_files_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipe would block until somebody reads it, after hours of measuring: it is refused before, and stays."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to(os.devnull)
+    writers = {"moe": ("--json", "--plot", "--markdown"), "delta": ("--json", "--plot"), "numerics": ("--write",),
+               "routing_numerics": ("--json", "--markdown")}  # fmt: skip
+    for benchmark, options in writers.items():
+        for option in options:
+            for name, kind in (("pipe", "a pipe"), ("device", "a device")):
+                with pytest.raises(SystemExit):
+                    main([benchmark, option, str(tmp_path / name)])
+                assert kind in capsys.readouterr().err
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "device").is_symlink()
+    (tmp_path / "old.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("old.json")
+    report = Report("sums")
+    with report.case("sum/N5") as case:
+        case.time({"sum": lambda: torch.ones(5).sum()}, baseline="sum")
+    report.finish(argparse.Namespace(json=tmp_path / "link.json", plot=None))
+    assert (tmp_path / "old.json").read_text() == "old"  # the link is replaced, not followed
+    assert json.loads((tmp_path / "link.json").read_text())["benchmark"] == "sums"
 
 
 def test_the_header_names_no_machine() -> None:

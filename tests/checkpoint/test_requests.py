@@ -146,6 +146,14 @@ def test_other_prefixes_are_named(prefix: str, edited: Any) -> None:
     assert text.count("missing:") >= 5 and text.count("unexpected:") >= 5 and len(text) < 2000
 
 
+def test_layers_that_the_model_lacks_are_no_prefix(folder: Path) -> None:
+    """Their names are whole: without "model." they would not be better."""
+    layers = MODEL.from_pretrained(folder).config.num_hidden_layers
+    with pytest.raises(CheckpointError) as caught:
+        MODEL.from_pretrained(folder, num_hidden_layers=layers - 1)
+    assert {problem.kind for problem in caught.value.problems} == {"unexpected"}
+
+
 def test_a_name_with_and_without_a_wrapper_is_stored_twice(edited: Any) -> None:
     path = edited(lambda tensors: tensors | {"_orig_mod.model.norm.weight": tensors["model.norm.weight"].clone()})
     with pytest.raises(CheckpointError, match="stored twice"):

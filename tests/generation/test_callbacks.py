@@ -1,4 +1,4 @@
-"""What the caller's functions may return: taken as transformers takes it, or one clear error; and settings at their limits."""
+"""Results of the caller's functions are read as in transformers, or are one clear error; and settings at their limits."""
 
 from __future__ import annotations
 

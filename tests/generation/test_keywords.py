@@ -368,3 +368,26 @@ def test_a_cache_that_was_rolled_back_or_reordered_has_the_text_of_its_rows(pair
     with pytest.raises(ValueError, match="belongs to another text"):
         model.generate(longer, cache=cache, **options)
     assert torch.equal(model.generate(longer.flip(0), cache=cache, **options), model.generate(longer.flip(0), **options))
+
+
+def test_a_replaced_prepare_inputs_for_generation_is_called() -> None:
+    """Every step's arguments go through it, as in transformers; what it returns decides."""
+    case = odd_shape(8)
+    model, plain = ours(case), ours(case)
+    for one in (model, plain):
+        draw(one, 0)
+    ids, calls = case.ids(2, 5), []
+
+    def prepare(input_ids: Tensor, **options: Any) -> dict[str, Any]:
+        calls.append((tuple(input_ids.shape), options["is_first_iteration"], options["past_key_values"] is None))
+        return {"input_ids": (input_ids + 1) % plain.config.vocab_size, **options}
+
+    model.prepare_inputs_for_generation = prepare
+    expected, size = ids, plain.config.vocab_size
+    for _ in range(4):
+        expected = torch.cat([expected, plain((expected + 1) % size).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, eos_token_id=[]), expected)
+    assert calls == [((2, 5), True, True)] + [((2, 1), False, False)] * 3
+    model.prepare_inputs_for_generation = lambda input_ids, **options: input_ids
+    with pytest.raises(ValueError, match="prepare_inputs_for_generation returned .*expected a dict"):
+        model.generate(ids, max_new_tokens=4, eos_token_id=[])

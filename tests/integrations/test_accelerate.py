@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qwen35moe import taps
 from qwen35moe.config import Config
 from qwen35moe.models.vision_language import Qwen3_5MoeForConditionalGeneration
 from tests.integrations.common import KINDS, SIZES, cached_logits, next_token_sum, tiny, tokens
@@ -66,6 +67,9 @@ def test_offloaded_unfused_experts_and_vision_tower() -> None:
     model.unfuse_experts()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert_close(model(tokens()).logits, tiny()(tokens()).logits, 2e-5)
+    with taps.record(model, "layers.*.mlp.expert_act") as seen:
+        assert_close(model(tokens()).logits, tiny()(tokens()).logits, 2e-5)
+    assert len(seen) == len(model.model.layers)
 
     def picture(offload: bool) -> Tensor:
         whole = Qwen3_5MoeForConditionalGeneration(Config.from_dict(nested(TINY | SIZES))).init_weights(seed=3).eval()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.integrations.common import KINDS, cached_logits, tiny, tokens
+from tests.integrations.common import KINDS, cached_logits, tiny, tokens, twin
 from tests.support.peer import relative_error
 
 WANTED = ("model.layers.0.mlp", "model.layers.1.self_attn.o_proj", "model.norm", "lm_head")
@@ -54,6 +54,65 @@ def test_a_hook_that_replaces_a_value_reaches_the_logits() -> None:
         assert relative_error(whole, plain) > 1e-3, name
         assert relative_error(cached, whole) < 2e-5, name
         assert torch.equal(model(tokens()).logits, plain)
+
+
+@pytest.mark.parametrize("returns", ["one tensor", "all arguments"])
+@torch.no_grad()
+def test_a_hook_on_the_input_of_the_feed_forward_reaches_its_router(returns: str) -> None:
+    """As in transformers, where the router is called inside; forced routing still holds, in every form."""
+    pytest.importorskip("transformers")
+    model, forced = tiny("router loss"), tiny()(tokens(seed=4), output_routing=True).routing
+    theirs = twin(model)
+
+    def shifted(module: nn.Module, args: Any) -> Any:
+        return args[0] * 1.3 + 0.2 if returns == "one tensor" else (args[0] * 1.3 + 0.2, *args[1:])
+
+    for one in (model, theirs):
+        for layer in one.model.layers:
+            layer.mlp.register_forward_pre_hook(shifted)
+    found, expected = model(tokens()), theirs(tokens(), output_router_logits=True)
+    assert relative_error(found.logits, expected.logits) < 2e-5
+    assert relative_error(found.logits, tiny("router loss")(tokens()).logits) > 1e-2
+    for own, their in zip(found.router_logits, expected.router_logits, strict=True):
+        assert relative_error(own, their) < 2e-5
+    assert relative_error(cached_logits(model, model.new_cache(2)), found.logits) < 2e-5
+    output = model(tokens(), routing=forced, output_routing=True)
+    assert torch.equal(output.routing.indices, forced.indices)
+    assert relative_error(output.logits, found.logits) > 1e-3
+
+
+class Wrapped(nn.Module):
+    """A feed-forward around the model's own, with a factor."""
+
+    def __init__(self, inner: nn.Module | None, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.factor * (hidden if self.inner is None else self.inner(hidden))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_router_inside_a_wrapper_is_forced_and_returned(checkpointing: bool) -> None:
+    plain, model = tiny("router loss"), tiny("router loss")
+    with torch.no_grad():
+        forced = plain(tokens(seed=4), output_routing=True).routing
+    for layer in model.model.layers:
+        layer.mlp = Wrapped(layer.mlp, 1.0)
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
+    for options in ({}, {"routing": forced}):
+        own, expected = (one(tokens(), labels=tokens(), output_routing=True, **options) for one in (model, plain))
+        assert relative_error(own.loss, expected.loss) < 1e-6
+        assert relative_error(own.aux_loss, expected.aux_loss) < 1e-6
+        assert torch.equal(own.routing.indices, expected.routing.indices)
+        own.loss.backward()
+        expected.loss.backward()
+    wanted = plain.model.layers[0].mlp.gate.weight.grad
+    assert relative_error(model.model.layers[0].mlp.inner.gate.weight.grad, wanted) < 2e-5
+    model.model.layers[0].mlp = Wrapped(None, 0.5)
+    with pytest.raises(ValueError, match="routing= has no effect on Wrapped"):
+        model(tokens(), routing=forced)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -342,3 +342,45 @@ def test_other_methods_give_what_they_give_in_transformers_model(name: str) -> N
         found.append((output.loss.detach(), output.logits.detach()))
     for own, expected in zip(*found, strict=True):
         assert relative_error(own, expected) < 2e-5
+
+
+VIRTUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "prompt tuning": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "p-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 16}),
+}
+
+
+@pytest.mark.parametrize("name", VIRTUAL)
+def test_generation_sees_the_virtual_tokens(name: str) -> None:
+    """Greedy tokens are those of whole forwards and of transformers' model; padding changes nothing."""
+    kind, settings = VIRTUAL[name]
+    answers: list[Tensor] = []
+    models = []
+    for base in (tiny(eos_token_id=None), twin(tiny(eos_token_id=None))):
+        torch.manual_seed(4)
+        model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", **settings)).eval()
+        with torch.no_grad():
+            for parameter in model.prompt_encoder.parameters():
+                parameter.mul_(20)
+        models.append(model)
+        answers.append(model.generate(input_ids=tokens(), max_new_tokens=5, do_sample=False, pad_token_id=59))
+    model, expected = models[0], tokens()
+    with torch.no_grad():
+        for _ in range(5):
+            expected = torch.cat([expected, model(input_ids=expected).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(answers[0], expected)
+    assert torch.equal(answers[1], expected)
+    assert not torch.equal(expected, tiny(eos_token_id=None).generate(tokens(), max_new_tokens=5))
+    padded, mask = F.pad(tokens(), (2, 0)), F.pad(torch.ones_like(tokens()), (2, 0))
+    padded[1], mask[1] = F.pad(tokens()[1], (0, 2)), F.pad(torch.ones(9, dtype=torch.int64), (0, 2))
+    found = model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=5)
+    assert torch.equal(found[:, -5:], expected[:, -5:])
+    options = dict(max_new_tokens=5, n=2, do_sample=True, top_k=1)
+    twice = model.generate(input_ids=tokens(), attention_mask=torch.ones_like(tokens()), **options)
+    assert torch.equal(twice, expected.repeat_interleave(2, 0))
+    cache = model.get_base_model().new_cache(2)
+    model.generate(input_ids=tokens(), max_new_tokens=5, cache=cache)
+    with pytest.raises(ValueError, match="already holds 16 tokens"):
+        model.generate(input_ids=expected, max_new_tokens=5, cache=cache)
+    plain = model.get_base_model().generate(tokens(), max_new_tokens=5)  # peft has put our method back
+    assert torch.equal(plain, tiny(eos_token_id=None).generate(tokens(), max_new_tokens=5))

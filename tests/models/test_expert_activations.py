@@ -176,6 +176,90 @@ def test_hooks_fire_on_the_experts_that_were_hit(model):
     assert fired == expected
 
 
+def run_all_kinds_of_hooks(model: Any, tapped: bool) -> tuple[dict[str, int], Tensor, dict[str, Tensor]]:
+    """Calls of each kind of hook on expert 3 of layer 0, logits, gradients. Hooks replace inputs, outputs and gradients."""
+    calls: dict[str, int] = {}
+    expert = model.model.layers[0].mlp.experts[3]
+
+    def counted(kind: str, result: Any = None) -> Any:
+        def hook(module: nn.Module, *values: Any) -> Any:
+            if module is expert:
+                calls[kind] = calls.get(kind, 0) + 1
+                return None if result is None else result(*values)
+
+        return hook
+
+    everywhere = torch.nn.modules.module
+    handles = [
+        expert.register_forward_pre_hook(counted("pre", lambda args: 1.5 * args[0])),
+        expert.register_forward_pre_hook(counted("pre kwargs", lambda args, _: ((args[0] + 0.1,), {})), with_kwargs=True),
+        expert.register_forward_hook(counted("forward", lambda args, out: out + 0.3 * args[0])),
+        expert.register_forward_hook(counted("kwargs", lambda args, kwargs, out: 1.2 * out), with_kwargs=True),
+        expert.register_full_backward_pre_hook(counted("backward pre", lambda grads: (2 * grads[0],))),
+        expert.register_full_backward_hook(counted("backward", lambda grads, _: (3 * grads[0],))),
+        everywhere.register_module_forward_pre_hook(counted("global pre", lambda args: (args[0] - 0.2,))),
+        everywhere.register_module_forward_hook(counted("global", lambda args, out: out - 0.4)),
+        everywhere.register_module_forward_hook(counted("global kwargs", lambda args, _, out: 1.1 * out), with_kwargs=True),
+    ]
+    try:
+        model.zero_grad()
+        with taps.record(model, "layers.*.mlp.expert_act" if tapped else "norm"):
+            logits = model(IDS).logits
+        logits.square().sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_hooks_on_an_expert_run_with_a_tap_as_without(model):
+    """Each kind of hook once, in torch's order, with the same logits and gradients as by a call of the module."""
+    model.unfuse_experts()
+    calls, logits, gradients = run_all_kinds_of_hooks(model, tapped=False)
+    assert len(calls) == 9 and set(calls.values()) == {1}
+    tapped_calls, tapped_logits, tapped_gradients = run_all_kinds_of_hooks(model, tapped=True)
+    assert tapped_calls == calls
+    assert_close(tapped_logits, logits, 1e-12)
+    assert_all_close(tapped_gradients, gradients, 1e-10)
+    assert peer.relative_error(logits, model(IDS).logits) > 1e-3  # the hooks matter
+
+
+def test_hooks_of_an_expert_see_patched_activations(model):
+    """Of expert_act = 0 an expert's output is 0, and its forward hook sees that; the legacy backward hook runs."""
+    model.unfuse_experts()
+    expert, seen = model.model.layers[1].mlp.experts[0], []
+    expert.register_forward_hook(lambda _module, _args, out: seen.append(out.detach()))
+    expert.register_backward_hook(lambda _module, _inputs, grads: seen.append(grads[0]))
+    with taps.patch(model, {"layers.1.mlp.expert_act": torch.zeros_like}):
+        model(IDS).logits.sum().backward()
+    assert len(seen) == 2 and not seen[0].any() and seen[1].shape == seen[0].shape
+
+
+@torch.no_grad()
+def test_taps_on_experts_that_are_no_plain_mlps(model):
+    """Experts in a dtype of their own run in it; a forward of one's own, which a tap cannot look into, is refused."""
+    model.unfuse_experts()
+    experts = model.model.layers[0].mlp.experts
+    experts[1].float()
+    plain = model(IDS).logits
+    with expert_activations(model):
+        assert_close(model(IDS).logits, plain, 1e-12)
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    for broken in (Own(), copy.deepcopy(experts[1])):
+        if not isinstance(broken, Own):
+            broken.forward = lambda x: 2 * x
+        for expert in range(E):
+            experts[expert] = broken
+        assert model(IDS).logits.isfinite().all()
+        with pytest.raises(ValueError, match="in place of an expert has a forward of its own.*tap mlp.routed"):
+            with expert_activations(model):
+                model(IDS)
+
+
 def test_training_one_trains_the_other(model):
     grouped = model.model.layers[0].mlp.experts.gate_up_proj
     before = grouped.detach().clone()

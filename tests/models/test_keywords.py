@@ -77,7 +77,21 @@ def loop_with_mask_and_positions(model: Any, x: Tensor, steps: int) -> Tensor:
     return torch.cat(out, 1)
 
 
-@pytest.mark.parametrize("loop", [loop_with_use_cache, loop_with_mask_and_positions], ids=lambda loop: loop.__name__)
+def loop_with_sequence_length(model: Any, x: Tensor, steps: int) -> Tensor:
+    """The mask is made from what the cache says that it has seen."""
+    past, new, out = None, x, []
+    for _ in range(steps):
+        seen = 0 if past is None else past.get_seq_length()
+        outputs = model(new, attention_mask=x.new_ones(len(x), seen + new.shape[1]), past_key_values=past, use_cache=True)
+        past, new = outputs.past_key_values, outputs.logits[:, -1:].argmax(-1)
+        out.append(new)
+    return torch.cat(out, 1)
+
+
+LOOPS = (loop_with_use_cache, loop_with_mask_and_positions, loop_with_sequence_length)
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_decoding_loops_of_transformers(model: Any, theirs: Any, loop: Callable[..., Tensor]) -> None:
     """The same loop on both libraries gives the same tokens; the cache is the one that the output returns."""
     with torch.no_grad():

@@ -85,6 +85,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "_from_pipeline": ("text-generation",), "_commit_hash": ("abc",), "_fast_init": (True,), "use_safetensors": (True,),
     "from_tf": (False,), "from_flax": (False,), "ignore_mismatched_sizes": (False,), "load_in_8bit": (False,),
     "load_in_4bit": (False,), "adapter_kwargs": ({},), "experts_implementation": ("grouped_mm", "batched_mm"), "tp_size": (1,),
+    "output_hidden_states": (False,), "output_attentions": (False,),
     "use_flash_attention_2": (False,), "use_kernels": (False,), "allow_all_kernels": (False,),
 }  # fmt: skip
 
@@ -106,6 +107,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "key_mapping": ({"a": "b"}, "load_state_dict"), "quantization_config": ({"load_in_4bit": True}, "torchao"),
     "load_in_8bit": (True, "torchao"), "load_in_4bit": (True, "torchao"), "max_memory": ({0: "1GB"}, "device="),
     "experts_implementation": ("eager", "use_backends"), "use_flash_attention_2": (True, "attn_implementation"),
+    "output_hidden_states": (True, "forward call"), "output_attentions": (True, "forward call"),
     "use_kernels": (True, "backends"), "kernel_config": ({"a": 1}, "backends"), "allow_all_kernels": (True, "no code"),
     "fusion_config": ({"a": 1}, "backends"), "distributed_config": ("x", "device_map"), "device_mesh": ("x", "device_map"),
     "tp_plan": ("auto", "device_map"), "tp_size": (2, "device_map"), "proxies": ({"http": "x"}, "HTTPS_PROXY"),

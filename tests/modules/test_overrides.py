@@ -339,6 +339,24 @@ def test_a_parametrization(model, plain, name, tensor):
     assert_seen(model.float().double(), plain)  # _apply of a parametrized module
 
 
+@pytest.mark.parametrize("kind,method", [
+    (ShortConvolution, "forward"), (GatedRMSNorm, "forward"), (RMSNorm, "forward"), (MLP, "forward"),
+    (GatedDeltaNet, "gates"), (GatedDeltaNet, "_heads"), (torch.nn.Linear, "forward"),
+], ids=lambda value: getattr(value, "__name__", value))  # fmt: skip
+def test_a_method_assigned_to_the_class(plain, model, monkeypatch, kind, method):
+    """As kernel libraries patch the classes of transformers: seen by all forms, and by the loss without logits."""
+    with torch.no_grad():
+        unchanged = model(IDS).logits
+    written = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda *args, **options: scaled(written(*args, **options)))
+    with torch.no_grad():
+        whole = plain(IDS, labels=IDS)
+        assert_close(plain(IDS, labels=IDS, output_logits=False).loss, whole.loss, EXACT, "loss")
+    assert relative_error(whole.logits, unchanged) > 1e-3
+    for form, logits in forms(plain).items():
+        assert_close(logits, whole.logits, EXACT, form)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_weight_norm_in_both_of_its_forms(model, plain):
     for wrap in (torch.nn.utils.weight_norm, parametrizations.weight_norm):

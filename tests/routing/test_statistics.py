@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen35moe import figures
 from qwen35moe import routing as R
 from qwen35moe.ops.experts import chosen_weights
 from qwen35moe.routing import Routing, plots, statistics
@@ -332,7 +333,7 @@ def test_figures(tmp_path: Path):
     plots.draw(replace(routing, logits=None), tmp_path / "margins.png", margin=R.margins(routing))
     pages = sorted(tmp_path.iterdir())
     assert len(pages) == 3 and all(page.read_bytes().startswith(b"\x89PNG") for page in pages)
-    figure = plots.new_figure(3, 3)
+    figure = figures.new_figure(3, 3)
     axes = figure.add_subplot()
     plots.plot_load(routing, axes)
     drawn_load = torch.as_tensor(axes.images[0].get_array().data)
@@ -350,4 +351,4 @@ def test_figures(tmp_path: Path):
 def test_the_error_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"qwen35moe\[plot\]"):
-        plots.new_figure(1, 1)
+        figures.new_figure(1, 1)

@@ -16,7 +16,7 @@ PACKAGE = "qwen35moe"
 
 # A part is a file or a package directly inside qwen35moe/. Some parts do not exist yet.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("names", "files", "compat"),
+    ("names", "files", "figures", "compat"),
     ("config",),
     ("taps", "backends"),
     ("ops",),

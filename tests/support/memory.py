@@ -10,12 +10,15 @@ mapped now plus an allowance.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import resource
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,27 +81,43 @@ def memory_taken(
 ) -> int:
     """Bytes that `operation` takes at its peak, in a child process that ran `rehearsal` first. What a test asserts of the
     outcome can stand in `operation`: its failure is raised here as an AssertionError."""
+
+    def measured() -> int:
+        rehearsal()
+        return growth(operation)
+
+    return forked(measured)
+
+
+def forked(function: Callable[[], Any], seconds: int = 600) -> Any:
+    """The result of `function`, a JSON value, computed in a forked child, which has everything imported already.
+
+    AssertionError if the child raises, crashes or takes longer. Limits that `function` sets end with the child.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
+            signal.alarm(seconds)
             torch.set_num_threads(1)  # the threads of the parent's pool are not there
-            rehearsal()
-            taken = growth(operation)
-            os.write(write, f"{taken}".encode())
+            _write(write, json.dumps(function()))
             os._exit(0)
         except BaseException as error:
-            os.write(write, f"{type(error).__name__}: {error}".encode()[:4000])
+            _write(write, f"{type(error).__name__}: {error}"[:4000])
         finally:
             os._exit(2)
     os.close(write)
-    try:
-        message = os.read(read, 4096).decode()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    finally:
-        os.close(read)
+    with os.fdopen(read, encoding="utf-8") as pipe:
+        message = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status == 0, f"the child process ended with {status}: {message}"
-    return int(message)
+    return json.loads(message)
+
+
+def _write(descriptor: int, text: str) -> None:
+    rest = text.encode()
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def limit_address_space(allowance: int) -> None:

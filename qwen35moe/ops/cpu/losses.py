@@ -32,7 +32,7 @@ def chunked_linear_cross_entropy(
     return total / ((labels != IGNORE).sum() if num_items is None else num_items)
 
 
-def _log_probabilities(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
     """log softmax(hidden weight^T) of a block, in float32 at least."""
     logits = F.linear(hidden, weight)
     return logits.to(wide_dtype(logits)).log_softmax(-1)
@@ -44,7 +44,7 @@ def _sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     total = hidden.new_zeros((), dtype=wide_dtype(hidden))
     for start in range(0, hidden.shape[0], _TOKENS_AT_ONCE):
         rows = slice(start, start + _TOKENS_AT_ONCE)
-        log_probabilities = _log_probabilities(counting_rows(hidden[rows], labels[rows]), weight, labels[rows])
+        log_probabilities = _log_probabilities(counting_rows(hidden[rows], labels[rows]), weight)
         total = total + F.nll_loss(log_probabilities, labels[rows], ignore_index=IGNORE, reduction="sum")
     return total
 
@@ -70,7 +70,7 @@ def _backward(
     for start in reversed(range(0, hidden.shape[0], _TOKENS_AT_ONCE)):
         rows = slice(start, start + _TOKENS_AT_ONCE)
         x, y = counting_rows(hidden[rows], labels[rows]), labels[rows]
-        log_probabilities = _log_probabilities(x, weight, y)
+        log_probabilities = _log_probabilities(x, weight)
         count = (y != IGNORE).sum().to(log_probabilities.dtype)
         d_log = torch.ops.aten.nll_loss_backward(grad, log_probabilities, y, None, _SUM, IGNORE, count)
         d_logits = torch.ops.aten._log_softmax_backward_data(d_log, log_probabilities, 1, log_probabilities.dtype)
