@@ -270,6 +270,20 @@ def file_to_write(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def check_own(path: str | os.PathLike[str]) -> None:
+    """UnwritableFile where a safetensors file lies at `path` that another kind of save has written, weights for example."""
+    try:
+        with file_to_write(path).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(length)) if 0 < length <= MAX_HEADER else None
+    except (FileNotFoundError, UnreadableFile):
+        return
+    metadata = header.get("__metadata__") if isinstance(header, dict) else {"format": "qwen35moe."}
+    written = str(metadata.get("format", "")) if isinstance(metadata, dict) else ""
+    if not written.startswith("qwen35moe."):
+        raise UnwritableFile(f"{path} holds other tensors and is not replaced: give another name, or move the file away")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields the path of an empty file beside `path`; when the block ends, it takes the place of `path`, on the disk.

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from qwen35moe import Cache, Routing, files
+from qwen35moe import Cache, Qwen3_5MoeForCausalLM, Routing, files
 from qwen35moe.config import TextConfig
 from qwen35moe.files import (
     UnreadableFile,
@@ -31,6 +31,7 @@ from qwen35moe.files import (
     write_new,
     write_tensors,
 )
+from tests.models.test_model import small
 
 HAS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 
@@ -417,3 +418,22 @@ def test_a_pipe_or_folder_is_no_file_of_tensors(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing", Path("/dev/zero")):
         with pytest.raises(UnreadableFile), open_tensors(path, "a saved test", "f"):
             pytest.fail("it was opened")
+
+
+@pytest.mark.parametrize("kind", ["cache", "routing"])
+def test_a_cache_or_routing_never_replaces_weights(kind: str, tmp_path: Path) -> None:
+    """Its own files of any version, and what is no safetensors file, are replaced as `open(path, "w")` would."""
+    model = Qwen3_5MoeForCausalLM(small()).init_weights(seed=0)
+    value = model.new_cache(1) if kind == "cache" else model(torch.tensor([[1, 2]]), output_routing=True).routing
+    model.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(UnwritableFile, match="holds other tensors and is not replaced"):
+        value.save(weights)
+    assert weights.read_bytes() == before and len(list(weights.parent.iterdir())) == 2
+    file = tmp_path / "own"
+    for old in (b"", b"text", b"\x05\0\0\0\0\0\0\0{[}]!"):
+        file.write_bytes(old)
+        value.save(file)
+        value.save(file)
+        assert load_file(file)

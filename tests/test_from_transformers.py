@@ -87,3 +87,15 @@ def test_values_that_mean_the_same_are_compared() -> None:
     for keywords in ({"a": x, "b": x + 1}, {"a": x, "b": x[:2]}, {"a": x, "b": 3}, {"a": 3, "c": 3}):
         with pytest.raises(ValueError, match="mean the same: give b"):
             read_keywords("f", table, keywords, ("b",))
+
+
+def test_values_that_python_does_not_print_are_refused_with_the_way_out() -> None:
+    deep: list[object] = []
+    for _ in range(10**5):
+        deep = [deep]
+    table = [Keyword("beams", neutral=(1,), instead="give 1")]
+    for value, text in ((10**5000, "an integer of 16610 bits"), (deep, "<list>")):
+        with pytest.raises(ValueError, match=rf"f\(beams={text}\) is not supported: give 1"):
+            read_keywords("f", table, {"beams": value}, ())
+    while deep:  # a list as deep as this one is freed level by level
+        deep = deep.pop()  # type: ignore[assignment]

@@ -213,7 +213,7 @@ def test_a_snippet_gives_what_it_gives_with_transformers(name: str, checkpoint: 
 
 def test_the_processor_s_snippet_gives_what_it_gives_with_transformers(checkpoint: Path) -> None:
     """transformers' AutoProcessor needs torchvision for videos; here its parts for text and images are put together."""
-    from tests.processing.test_transformers_processor import processor_of_transformers
+    from tests.support.chat import processor_of_transformers
 
     source = comparable(PROCESSOR).replace("AutoModelForImageTextToText, AutoProcessor", "AutoModelForImageTextToText")
     auto = SimpleNamespace(from_pretrained=processor_of_transformers)

@@ -143,6 +143,7 @@ class Operation(Generic[Params, Result]):
         self.replaced_parts: tuple[str, ...] = ()  # those of `composes` that are `replaced`
         self.last: Implementation | None = None  # of the last call, and those that were passed over for it
         self.refused: PassedOver = ()
+        self.check: Callable[[str, tuple, dict[str, Any]], None] | None = None  # of the arguments of a call without `caller`
         self.reasons: dict[str, str] = {}  # implementation -> why it was passed over last, for describe()
         fields = checked(definition, self.name, name, definition, None, None, ())
         self.assign([Implementation(self.name, name, transforms=transforms, **fields)])
@@ -158,6 +159,8 @@ class Operation(Generic[Params, Result]):
         caller: the calling nn.Module. Its `backend_choices` come before `backends.use`, its `path` names the layer in
         `backends.ran()`, and its active taps rule out implementations that do not materialise a tapped value.
         """
+        if caller is None and not torch.compiler.is_compiling() and self.check is not None:
+            self.check(self.name, args, kwargs)
         entry, refused = self.choose(args, kwargs, caller)
         # is_compiling() comes first: torch.compile would guard on the lists and attributes that follow.
         if not torch.compiler.is_compiling() and (RECORDING or entry is not self.last or refused != self.refused):

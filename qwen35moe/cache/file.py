@@ -19,7 +19,7 @@ from qwen35moe.cache.states import KVCache
 from qwen35moe.cache.value import Cache
 from qwen35moe.compat import short
 from qwen35moe.config import TextConfig
-from qwen35moe.files import UnreadableFile, available_memory, open_tensors, parse_json, write_tensors
+from qwen35moe.files import UnreadableFile, available_memory, check_own, open_tensors, parse_json, write_tensors
 
 _FORMAT = "qwen35moe.cache.3"
 _WHAT = "a saved cache"
@@ -52,6 +52,7 @@ def save_cache(cache: Cache, path: str | os.PathLike[str]) -> None:
     _check_numbers(where, numbers, cache.config)
     _check_forms(where, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, numbers, cache.config)
     _check_values(where, tensors, numbers)
+    check_own(path)
     write_tensors(path, tensors, {"format": _FORMAT, "numbers": json.dumps(numbers)})
 
 
@@ -82,8 +83,8 @@ def _cache_of(
         config, len(lengths), max_length=numbers["max_length"], record=numbers["record"], dtype=dtype, device=device,
         devices=devices,
     )
-    cache.lengths, cache.seen, cache._common_length = tensors["lengths"], numbers["seen"], numbers["common_length"]
-    cache.rope_delta, cache._rope_delta_since = tensors.get("rope_delta"), tensors.get("rope_delta_since")
+    cache._lengths, cache.seen, cache._common_length = tensors["lengths"], numbers["seen"], numbers["common_length"]
+    cache._rope_delta, cache._rope_delta_since = tensors.get("rope_delta"), tensors.get("rope_delta_since")
     cache._longest = max(lengths)
     cache._ids = with_ids(cache._ids, tensors["ids"])
     for index, layer in enumerate(cache._layers):

@@ -21,6 +21,7 @@ from qwen35moe.cache.rollback import checked_count, extended_log
 from qwen35moe.cache.snapshot import Snapshot, rows, share_tensors
 from qwen35moe.cache.states import STATIC_GRADIENT, DeltaNetState, DeltaNetUpdate, KVCache, LayerState, empty_state
 from qwen35moe.cache.view import LayerView, ReadTensors
+from qwen35moe.compat import short
 from qwen35moe.config import TextConfig
 
 if TYPE_CHECKING:
@@ -44,11 +45,15 @@ class Cache:
         devices: Sequence[torch.device] | None = None,
     ) -> None:
         config = TextConfig.of(config)
-        if batch_size < 1 or record < 0 or (max_length is not None and max_length < 1):
-            raise ValueError(f"a cache needs {batch_size=} >= 1, {max_length=} >= 1 or None, and {record=} >= 0")
+        whole = all(hasattr(n, "__index__") and not isinstance(n, bool) for n in (batch_size, record, max_length or 1))
+        if not whole or batch_size < 1 or record < 0 or (max_length is not None and max_length < 1):
+            raise ValueError(
+                f"a cache needs batch_size={short(batch_size)} >= 1, max_length={short(max_length)} >= 1 or None, and "
+                f"record={short(record)} >= 0, whole numbers"
+            )
         self.config, self.max_length, self.record, self.dtype = config, max_length, record, dtype
         self.seen = 0  # columns of the caller's attention_mask so far, padding included
-        self.rope_delta: Tensor | None = None  # [B]: rotary position of a token minus its position in the cache
+        self._rope_delta: Tensor | None = None
         self._rope_delta_since: Tensor | None = None  # [B]: lengths when rope_delta last changed; its older values are lost
         self._common_length: int | None = 0  # the length of every row, where the host knows that they are equal
         self._longest = 0  # the length of the longest row, or more
@@ -56,7 +61,7 @@ class Cache:
         self._read = ReadTensors()
         self._inference = False  # whether tensors may be inference tensors
         with ordinary_tensors():
-            self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+            self._lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
             self._ids = empty_ids(batch_size, max_length, device)  # [B, positions]
             self._layers: list[LayerState] = [
                 empty_state(config, kind, batch_size, max_length, dtype, layer_device)
@@ -64,8 +69,28 @@ class Cache:
             ]
 
     @property
+    def lengths(self) -> Tensor:
+        """[B]: how many tokens each row holds. A copy: tokens are removed with `rollback`, `restore` or `reorder`."""
+        return self._lengths.clone()
+
+    @lengths.setter
+    def lengths(self, lengths: object) -> None:
+        raise ValueError(
+            "lengths follow from the tokens and cannot be assigned: rollback(n) removes tokens, by row with a tensor"
+        )
+
+    @property
+    def rope_delta(self) -> Tensor | None:
+        """[B]: the rotary position of a token minus its position in the cache; None for 0. A copy, see `set_next_positions`."""
+        return None if self._rope_delta is None else self._rope_delta.clone()
+
+    @rope_delta.setter
+    def rope_delta(self, delta: Tensor | None) -> None:
+        self.set_next_positions(self._lengths if delta is None else delta.to(self._lengths.device) + self._lengths)
+
+    @property
     def batch_size(self) -> int:
-        return self.lengths.shape[0]
+        return self._lengths.shape[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """`seen`, for decoding loops and libraries that call transformers' method: columns so far, padding included."""
@@ -87,25 +112,25 @@ class Cache:
 
     def __repr__(self) -> str:
         room = "growing" if self.max_length is None else f"of {self.max_length}"
-        return f"Cache({rows(self.lengths, room)}, {self.nbytes / 2**20:.1f} MiB)"
+        return f"Cache({rows(self._lengths, room)}, {self.nbytes / 2**20:.1f} MiB)"
 
     @property
     def nbytes(self) -> int:
         """Bytes of the layers' states, room to grow and recorded tokens included; the ids, 4 bytes a token, are not counted."""
-        return sum(t.nbytes for layer in self._layers for t in layer.tensors()) + self.lengths.nbytes
+        return sum(t.nbytes for layer in self._layers for t in layer.tensors()) + self._lengths.nbytes
 
     # -------------------------------------------------------------------------------------------------- a forward call
 
     def start(self) -> int | Tensor:
         """The position of each row's next token: an int where the host knows that all rows agree, else [B]."""
-        return self._common_length if self._common_length is not None else self.lengths.clone()
+        return self._common_length if self._common_length is not None else self._lengths.clone()
 
     def check_room(self, layout: TokenLayout) -> None:
         """ValueError, before anything is computed, when the new tokens do not fit a static cache, or the cache is on another
         device."""
-        if self.lengths.device != layout.position_ids.device:
+        if self._lengths.device != layout.position_ids.device:
             device = layout.position_ids.device
-            raise ValueError(f"the cache is on {self.lengths.device}, the input on {device}: make one with model.new_cache")
+            raise ValueError(f"the cache is on {self._lengths.device}, the input on {device}: make one with model.new_cache")
         self._prepare()
         if self.max_length is not None:
             self._check_length(layout, self.max_length)
@@ -116,9 +141,9 @@ class Cache:
         if layout.lengths is None:
             longest = layout.tokens + (self._longest if self._common_length is None else self._common_length)
             if longest > room and self._common_length is None:
-                longest = int(self.lengths.max()) + layout.tokens
+                longest = int(self._lengths.max()) + layout.tokens
         else:
-            longest = int((self.lengths + layout.lengths).max())
+            longest = int((self._lengths + layout.lengths).max())
         if longest > room:
             raise ValueError(
                 f"the longest row would hold {longest} tokens, the cache has room for {room}: "
@@ -136,12 +161,12 @@ class Cache:
             self._settle()
         self._inference = self._inference or in_inference_mode()
         if layout.lengths is None:
-            self.lengths = self.lengths + layout.tokens
+            self._lengths = self._lengths + layout.tokens
             self._common_length = None if self._common_length is None else self._common_length + layout.tokens
             self._longest += layout.tokens
         else:
-            self.lengths = self.lengths + layout.lengths
-            self._common_length, self._longest = None, int(self.lengths.max())
+            self._lengths = self._lengths + layout.lengths
+            self._common_length, self._longest = None, int(self._lengths.max())
         self.seen += layout.shape[1] if layout.shape[0] == self.batch_size else layout.tokens
         self._ids = with_tokens(self._ids, layout, ids, self.max_length or self._longest)
         for index, new in enumerate(states):
@@ -169,7 +194,7 @@ class Cache:
 
         Tokens that came as embeddings fit every prompt.
         """
-        check_prompt(self._ids, self.lengths, input_ids, attention_mask)
+        check_prompt(self._ids, self._lengths, input_ids, attention_mask)
 
     # --------------------------------------------------------------------------------------------------- edits by hand
 
@@ -219,14 +244,16 @@ class Cache:
     @property
     def next_positions(self) -> Tensor:
         """[B]: the rotary position of each row's next token."""
-        return self.lengths if self.rope_delta is None else self.lengths + self.rope_delta
+        return self._lengths + (0 if self._rope_delta is None else self._rope_delta)
 
     def set_next_positions(self, positions: Tensor) -> None:
         """Sets the rotary position [B] of each row's next token: an image takes fewer positions than tokens."""
-        new = positions.to(self.lengths.device) - self.lengths
-        old = torch.zeros_like(new) if self.rope_delta is None else self.rope_delta
+        if not isinstance(positions, Tensor) or positions.shape != self._lengths.shape or positions.dtype.is_floating_point:
+            raise ValueError(f"positions are a tensor of integers [{self.batch_size}], got {short(positions)}")
+        new = positions.to(self._lengths.device) - self._lengths
+        old = torch.zeros_like(new) if self._rope_delta is None else self._rope_delta
         since = torch.zeros_like(new) if self._rope_delta_since is None else self._rope_delta_since
-        self.rope_delta, self._rope_delta_since = new, torch.where(new != old, self.lengths, since)
+        self._rope_delta, self._rope_delta_since = new, torch.where(new != old, self._lengths, since)
 
     # ------------------------------------------------------------------------------------------ earlier states
 
@@ -237,7 +264,7 @@ class Cache:
         read = {layer for layer, _ in self._read.current}  # their tensors may be edited later
         layers = [state.map(copied) if index in read else state.snapshot() for index, state in enumerate(self._layers)]
         snapshot = Snapshot(
-            self.lengths, self._ids, self.seen, self._longest, self._common_length, self.rope_delta, self._rope_delta_since,
+            self._lengths, self._ids, self.seen, self._longest, self._common_length, self._rope_delta, self._rope_delta_since,
             layers,
         )
         self._snapshots = [ref for ref in self._snapshots if ref() is not None] + [weakref.ref(snapshot)]
@@ -269,16 +296,16 @@ class Cache:
                 state.behind = True
         for other in self._live_snapshots():
             other.apart = other.apart and not share_tensors(other, snapshot)
-        self.lengths, self._ids, self.seen, self._longest = snapshot.lengths, snapshot.ids, snapshot.seen, snapshot.longest
+        self._lengths, self._ids, self.seen, self._longest = snapshot.lengths, snapshot.ids, snapshot.seen, snapshot.longest
         self._common_length = snapshot.common_length
-        self.rope_delta, self._rope_delta_since = snapshot.rope_delta, snapshot.rope_delta_since
+        self._rope_delta, self._rope_delta_since = snapshot.rope_delta, snapshot.rope_delta_since
         self._inference = True  # it may have been taken in inference_mode
         self._mark_rewound()
         self._refresh()
 
     def _mark_rewound(self) -> None:
         for other in self._live_snapshots():
-            other.rewound = self.lengths.shape != other.lengths.shape or bool((self.lengths < other.lengths).any())
+            other.rewound = self._lengths.shape != other.lengths.shape or bool((self._lengths < other.lengths).any())
 
     def _live_snapshots(self) -> list[Snapshot]:
         snapshots = [ref() for ref in self._snapshots]  # torch.compile cannot trace an assignment inside a comprehension
@@ -294,6 +321,8 @@ class Cache:
         count = checked_count(self, tokens)
         if not bool(count.any()):
             return
+        if not isinstance(tokens, int) and torch.as_tensor(tokens).dim() == 0:  # of every row, as an int
+            tokens = int(tokens)
         for index, layer in enumerate(self._layers):
             if isinstance(layer, DeltaNetState) and layer.log is not None:
                 log = layer.log
@@ -304,13 +333,13 @@ class Cache:
                 else:
                     conv_state = conv_state.to(layer.conv_state.dtype)
                     self.replace_state(index, DeltaNetState(conv_state, recurrent_state, log.truncate(keep)))
-        self.lengths = self.lengths - count
+        self._lengths = self._lengths - count
         if isinstance(tokens, int):
             self.seen -= tokens
             self._common_length = None if self._common_length is None else self._common_length - tokens
         else:
             self._common_length = None
-        self._longest = int(self.lengths.max())
+        self._longest = int(self._lengths.max())
         for layer in self._layers:
             if isinstance(layer, KVCache):
                 layer.length, layer.behind = self._longest, True
@@ -345,8 +374,8 @@ class Cache:
 
     def _map_counts(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies a function to the tensors with one number per row."""
-        self.lengths = function(self.lengths)
-        self.rope_delta = None if self.rope_delta is None else function(self.rope_delta)
+        self._lengths = function(self._lengths)
+        self._rope_delta = None if self._rope_delta is None else function(self._rope_delta)
         self._rope_delta_since = None if self._rope_delta_since is None else function(self._rope_delta_since)
 
     def __copy__(self) -> Cache:
@@ -362,9 +391,15 @@ class Cache:
 
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
         """Row r becomes a copy of the old row rows[r]: for beam search. A growing cache may also drop or repeat rows."""
-        index = torch.as_tensor(rows, dtype=torch.long, device=self.lengths.device)
-        if index.dim() != 1 or bool(((index < 0) | (index >= self.batch_size)).any()):
-            raise ValueError(f"rows {index.tolist()} are not a list of rows 0 ... {self.batch_size - 1}")
+        try:
+            index = torch.as_tensor(rows, device=self._lengths.device)
+        except (TypeError, ValueError, RuntimeError):
+            index = None
+        if index is None or index.dim() != 1 or bool(((index < 0) | (index >= self.batch_size)).any()) or (
+            index.numel() and (index.is_floating_point() or index.dtype == torch.bool)
+        ):
+            raise ValueError(f"rows {short(rows)} are not a list of rows 0 ... {self.batch_size - 1}")
+        index = index.long()
         if self.max_length is not None and index.shape[0] != self.batch_size:
             raise ValueError(f"a static cache keeps its {self.batch_size} rows, cannot hold {index.shape[0]}")
         self._prepare()
@@ -377,7 +412,7 @@ class Cache:
                 for old, new in zip(layer.tensors(), reordered.tensors(), strict=True):
                     old.copy_(new)
         self._map_counts(lambda counts: counts[index])
-        self._longest = int(self.lengths.max()) if self.batch_size else 0
+        self._longest = int(self._lengths.max()) if self.batch_size else 0
         for layer in self._layers:
             if isinstance(layer, KVCache):
                 layer.length = self._longest

@@ -57,6 +57,10 @@ class LayerView:
         state = self.state
         if name in state.names:
             return self._read_tensor(name)
+        for own in state.names:
+            if name == state.place(own):  # the buffer of keys or values
+                self._read_tensor(own)
+                return self.state.stored(own)
         if name in ("key", "value", "conv_state", "recurrent_state"):
             kind = "a Gated DeltaNet" if "conv_state" in state.names else "an attention"
             own = " and ".join(state.names)
@@ -70,7 +74,8 @@ class LayerView:
             self._assign(name, value)
         else:
             getattr(self, name)  # AttributeError for a name that the state does not have
-            setattr(self.state, name, value)
+            own = " and ".join(self.state.names)
+            raise ValueError(f"cache[{self._layer}].{name} cannot be assigned, only {own}")
 
     def _read_tensor(self, name: str) -> Tensor:
         """A tensor for the cache's user, who may edit it: snapshots get copies, and so does the check of the log."""
@@ -90,6 +95,8 @@ class LayerView:
         if not isinstance(value, Tensor):
             raise ValueError(f"cache[{layer}].{name} is a tensor, the new value is a {type(value).__name__}")
         check_shape(name, tuple(getattr(state, name).shape), value)
+        if not value.is_floating_point():
+            raise ValueError(f"cache[{layer}].{name} holds floating-point numbers, the new value is {value.dtype}")
         if state.static:
             if torch.is_grad_enabled() and value.requires_grad:
                 raise ValueError(STATIC_GRADIENT)

@@ -27,5 +27,6 @@ def not_finite(tensors: Iterable[StoredTensor]) -> Iterator[Problem]:
                 count += len(bad)
             at += len(numbers)
         if count:
-            index = [int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape)] if tensor.shape else []
+            place = torch.tensor(first, device="cpu")
+            index = [int(i) for i in torch.unravel_index(place, tensor.shape)] if tensor.shape else []
             yield Problem("not finite", tensor.name, f"{example} at {index}" + (f", and {count - 1} more" if count > 1 else ""))

@@ -42,7 +42,7 @@ def view_of(mapped: mmap.mmap, offset: int, shape: Sequence[int], dtype: torch.d
     """A tensor whose memory is `mapped` from byte `offset` on; it keeps the mapping alive and shares no storage."""
     count = math.prod(shape)
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(shape)
 
 

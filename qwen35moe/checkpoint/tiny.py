@@ -148,9 +148,9 @@ class Drawing:
 
     def __call__(self, name: str) -> Tensor:
         seed = zlib.crc32(f"{self.seed}/{name}".encode())  # torch's generator reads 32 bits of a seed
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(self.shapes[name], generator=generator)
-        uniform = torch.rand(self.shapes[name], generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn(self.shapes[name], generator=generator, dtype=torch.float32, device="cpu")
+        uniform = torch.rand(self.shapes[name], generator=generator, dtype=torch.float32, device="cpu")
         return self._matrix(name, noise) if noise.dim() > 1 else self._vector(name, noise, uniform)
 
     def _vector(self, name: str, noise: Tensor, uniform: Tensor) -> Tensor:

@@ -177,13 +177,13 @@ class _Buffer:
     """Memory between a file and a target; pinned if a GPU copies from it."""
 
     def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.copied: Any = None  # an event of the stream that copies from the buffer
         self.bounds: list[tuple[Copy, tuple[Tensor, Tensor]]] = []  # least and largest numbers after dequantisation
 
     def make_room(self, nbytes: int, pinned: bool) -> None:
         if len(self.bytes) < nbytes or self.bytes.is_pinned() < pinned:
-            self.bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+            self.bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
     def wait(self) -> None:
         """Wait until all contents have been copied; then check the bounds, which would make the CPU wait for a GPU."""
@@ -260,7 +260,7 @@ def read_scales(stored: Sequence[tuple[Path, int, torch.dtype, tuple[int, ...]]]
     totals: Counter[torch.dtype] = Counter()
     for _, _, dtype, shape in stored:
         totals[dtype] += math.prod(shape)
-    flat = {dtype: torch.empty(total, dtype=dtype) for dtype, total in totals.items()}
+    flat = {dtype: torch.empty(total, dtype=dtype, device="cpu") for dtype, total in totals.items()}
     filled = dict.fromkeys(flat, 0)
     starts: list[tuple[torch.dtype, int]] = []
     with opened({file for file, *_ in stored}) as descriptors:

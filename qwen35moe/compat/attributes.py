@@ -61,8 +61,8 @@ ATTRIBUTES: tuple[Attribute, ...] = (
               "lm-eval, pipeline", _ACCELERATE + "test_weights_on_the_cpu_or_disk_until_they_are_used"),
     Attribute("name_or_path", "the folder or Hub name that was loaded", "peft, lm-eval",
               _PEFT + "test_an_adapter_names_its_base_model"),
-    Attribute("hf_device_map", "only of a model on several devices, so that nobody moves it to one", "Trainer, peft, pipeline",
-              _MODELS + "test_a_placed_model_has_a_device_map"),
+    Attribute("hf_device_map", "only of a model on several devices, so that libraries do not move it to one",
+              "Trainer, peft, pipeline", _MODELS + "test_a_placed_model_has_a_device_map"),
     Attribute("main_input_name, input_modalities, is_parallelizable, is_loaded_in_8bit, is_loaded_in_4bit, is_quantized, "
               "quantization_method, hf_quantizer, warnings_issued", "constants", "Trainer, peft", _MODELS + "test_constants"),
     Attribute("_no_split_modules", "decoder layers and vision blocks", "accelerate",

@@ -79,7 +79,7 @@ def read_keywords(
 
 
 def unknown_keyword(method: str, name: str, names: Collection[str]) -> str:
-    """The message for a keyword that nobody knows, with the nearest name if there is one."""
+    """The message for an unknown keyword, with the nearest name if there is one."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"{method}() has no keyword {short(name)}" + (f": did you mean {near[0]!r}?" if near else "")
 
@@ -89,7 +89,8 @@ def _same(one: Any, other: Any) -> bool:
     if one is other:
         return True
     if hasattr(one, "shape") and hasattr(other, "shape"):
-        return tuple(one.shape) == tuple(other.shape) and bool((one == other).all())
+        alike = tuple(one.shape) == tuple(other.shape) and getattr(one, "device", None) == getattr(other, "device", None)
+        return alike and bool((one == other).all())
     return not hasattr(one, "shape") and not hasattr(other, "shape") and bool(one == other)
 
 
@@ -97,5 +98,15 @@ def short(value: object) -> str:
     """repr of a value from outside, shortened for a message; of a tensor or array its shape and dtype."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{type(value).__name__} {list(value.shape)} {value.dtype}"  # pyright: ignore[reportAttributeAccessIssue]
-    text = repr(value)
+    text = safe_repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 4] + " ..."
+
+
+def safe_repr(value: object) -> str:
+    """repr, also of integers of more digits than Python prints and of lists nested too deeply for it."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        return repr(value)
+    except (RecursionError, ValueError):
+        return f"<{type(value).__name__}>"

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from typing import Any, ClassVar, TypeVar
 
+from qwen35moe.compat.keyword import safe_repr
+
 MAX_LAYERS = 10_000  # limits loops over layers; the largest published model has 92
 MAX_SIZE = 2**31 - 1
 MAX_PARAMETERS = 10**14  # forty times the largest published model
@@ -127,16 +129,11 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
 
 def shown(value: Any, width: int = 80) -> str:
     """A value for a message, shortened."""
-    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to print more than 4,300 digits
-        return f"an integer of {value.bit_length()} bits"
     if isinstance(value, (list, tuple)) and len(value) > 12:
         return f"a list of {len(value)}"
     if isinstance(value, Mapping) and len(value) > 12:
         return f"an object of {len(value)} keys"
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):
-        return f"<{type(value).__name__}>"
+    text = safe_repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 

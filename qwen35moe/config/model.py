@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from qwen35moe.compat import short
 from qwen35moe.files import replacing
 
 from . import parameters
@@ -184,6 +185,8 @@ class Config(TextFields, Fixed):
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Writes config.json into the folder `path`, which is made if it does not exist. A config.json that describes no model
         of this family stays: ConfigError."""
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigError(f"save_pretrained({short(path)}): name a folder")
         if not os.fspath(path):  # Path("") is the current folder
             raise ConfigError("the path of the folder is empty: name a folder for config.json")
         folder = Path(path).expanduser()

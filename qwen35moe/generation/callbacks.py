@@ -35,7 +35,7 @@ def verdicts(criterion: Any, ids: Tensor, scores: Any, rows: int) -> Tensor:
     """
     result = criterion(ids, scores)
     try:
-        verdict = torch.as_tensor(result)
+        verdict = result if isinstance(result, Tensor) else torch.as_tensor(result, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         verdict = None
     if verdict is None or verdict.is_floating_point() or verdict.is_complex():

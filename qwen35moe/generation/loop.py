@@ -45,7 +45,10 @@ def generate(model: Any, inputs: GenerateInputs) -> Any:
     """
     inputs = expand(inputs)
     flags = _output_flags(model, inputs)
-    run, streamer = _Run(model, inputs), inputs.streamer
+    streamer = inputs.streamer
+    if streamer is not None and not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
+        raise ValueError(f"the streamer {short(streamer)} has no methods put and end")
+    run = _Run(model, inputs)
     run.scores = [] if flags["output_scores"] else None
     run.logits = [] if flags["output_logits"] else None
     try:
@@ -212,7 +215,7 @@ class _Run:
             tokens, mask = tokens.masked_fill(~new, 0), torch.cat([self._past(), new], 1).long()
         logits = self._forward(tokens, mask, **self._visual_arguments())
         if self.copies > 1:
-            rows = torch.arange(logits.shape[0]).repeat_interleave(self.copies)
+            rows = torch.arange(logits.shape[0], device="cpu").repeat_interleave(self.copies)
             self.cache.reorder(rows)
             logits = logits.index_select(0, rows.to(logits.device))
         return logits

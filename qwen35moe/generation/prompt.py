@@ -90,14 +90,14 @@ def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tupl
 
 def _array(ids: Any) -> Tensor:
     try:
-        return torch.as_tensor(ids)
+        return ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"input_ids must be a tensor or a list of token ids, got {short(ids)}") from None
 
 
 def _mask(mask: Any) -> Tensor:
     try:
-        mask = torch.as_tensor(mask)
+        mask = mask if isinstance(mask, Tensor) else torch.as_tensor(mask, device="cpu")
         return mask if mask.is_floating_point() or mask.is_complex() else mask.to(torch.int64)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"attention_mask must be a tensor of ones and zeros, got {short(mask)}") from None
@@ -119,7 +119,7 @@ def _from_lists(ids: Any, pad: int | None) -> tuple[Tensor, list[int] | None]:
         return torch.stack(rows), None
     if pad is None:
         raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens need padding: pass pad_token_id")
-    padded = torch.full((len(rows), max(lengths)), pad, dtype=torch.int64)
+    padded = torch.full((len(rows), max(lengths)), pad, dtype=torch.int64, device="cpu")
     for row, tokens in zip(padded, rows, strict=True):
         row[len(row) - len(tokens) :] = tokens
     return padded, lengths
@@ -127,7 +127,8 @@ def _from_lists(ids: Any, pad: int | None) -> tuple[Tensor, list[int] | None]:
 
 def _from_ragged(mask: Any, lengths: list[int]) -> Tensor:
     """The mask of rows that `_from_lists` padded: 0 for that padding, and the caller's mask of each row (default: ones)."""
-    rows = [torch.ones(length, dtype=torch.int64) for length in lengths] if mask is None else [_row(row) for row in mask]
+    ones = torch.ones(max(lengths), dtype=torch.int64, device="cpu")
+    rows = [ones[:length] for length in lengths] if mask is None else [_row(row) for row in mask]
     of_mask = [len(row) for row in rows]
     if of_mask != lengths:
         raise ValueError(f"attention_mask has rows of {of_mask} values, input_ids of {lengths}: they must be the same")
@@ -137,7 +138,7 @@ def _from_ragged(mask: Any, lengths: list[int]) -> Tensor:
 
 def _row(values: Any) -> Tensor:
     try:
-        row = torch.as_tensor(values)
+        row = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"a row must be a list of token ids: {error}") from None
     if row.ndim != 1 or (row.numel() and row.dtype not in _INTEGERS):

@@ -43,17 +43,17 @@ class Uniforms:
                 raise ValueError(f"seed has {len(seed)} numbers for {rows} rows: pass one number, or one for each row")
             seeds = [number & _MASK for number in seed]
         else:
-            first = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+            first = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
             seeds = [row_seed(first, row) for row in range(rows)]
-        self._generators = [torch.Generator().manual_seed(number) for number in seeds]
+        self._generators = [torch.Generator("cpu").manual_seed(number) for number in seeds]
         self._device = device
-        self._block = torch.empty(rows, 0, dtype=torch.float64)
+        self._block = torch.empty(rows, 0, dtype=torch.float64, device="cpu")
         self._used = 0
 
     def next(self) -> Tensor:
         """The next number of every row: [B]."""
         if self._used == self._block.shape[1]:
-            drawn = [torch.rand(_BLOCK, generator=generator, dtype=torch.float64) for generator in self._generators]
+            drawn = [torch.rand(_BLOCK, generator=one, dtype=torch.float64, device="cpu") for one in self._generators]
             self._block = torch.stack(drawn).to(self._device, non_blocking=True)
             self._used = 0
         self._used += 1

@@ -166,8 +166,8 @@ class Pipeline:
         rows = [row["input_ids"][0] for row in inputs]
         pad = getattr(self.tokenizer, "pad_token_id", None)
         width = max(map(len, rows))
-        ids = torch.full((len(rows), width), 0 if pad is None else pad, dtype=torch.long)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        ids = torch.full((len(rows), width), 0 if pad is None else pad, dtype=torch.long, device="cpu")
+        mask = torch.zeros((len(rows), width), dtype=torch.long, device="cpu")
         for index, row in enumerate(rows):
             ids[index, width - len(row) :], mask[index, width - len(row) :] = row, 1
         return {"input_ids": ids, "attention_mask": mask}

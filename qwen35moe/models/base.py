@@ -41,7 +41,7 @@ class PretrainedModel(FromPretrained, Initialised):
             )
         self.config = config
 
-    # ---------------------------------------------------------------------------------- doors to the upper floors
+    # --------------------------------------------------------------------------------------------- generation
 
     @takes(GenerateInputs, GENERATE)
     def generate(self, inputs: GenerateInputs) -> Any:
@@ -175,7 +175,7 @@ class PretrainedModel(FromPretrained, Initialised):
         A constructor draws from the same distributions, from torch's global generator (`torch.manual_seed`). Modules whose
         class is neither of this library nor of torch keep their values, unless that class defines `reset_parameters`.
         """
-        draws = Draws(torch.Generator().manual_seed(seed), gates)
+        draws = Draws(torch.Generator("cpu").manual_seed(seed), gates)
         vision, text = self.config.vision_config, self.config.text_config
         for name, module in self.named_modules():
             tower = vision is not None and "visual" in name.split(".")

@@ -4,7 +4,9 @@ before anything is computed; in a compiled graph an assertion when the graph run
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import numbers
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from qwen35moe.backends.values import unbatched, values_known
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.cache.states import check_sizes
+from qwen35moe.compat import short
 from qwen35moe.models.packing import (
     bound_starts,
     checked_bounds,
@@ -114,6 +117,8 @@ def _check_dense(inputs: TextInputs) -> None:
 def _check_head(inputs: CausalLMInputs, batch: int, tokens: int, vocabulary: int) -> None:
     """labels and logits_to_keep. Values on the CPU are looked at too."""
     labels, keep = inputs.labels, inputs.logits_to_keep
+    if inputs.num_items_in_batch is not None:
+        _check_num_items(inputs.num_items_in_batch)
     if labels is None and not inputs.output_logits:
         raise ValueError("output_logits=False computes the loss alone and needs labels")
     if labels is not None:
@@ -135,6 +140,17 @@ def _check_head(inputs: CausalLMInputs, batch: int, tokens: int, vocabulary: int
         outside = keep[(keep < -tokens) | (keep >= tokens)]
         if outside.numel():
             raise ValueError(f"logits_to_keep names position {int(outside[0])}, the input has {tokens}")
+
+
+def _check_num_items(number: Any) -> None:
+    """num_items_in_batch: one number >= 0. 0, of a batch without labels, gives the NaN of such a mean."""
+    if isinstance(number, Tensor):
+        right = number.numel() == 1 and not number.is_complex() and number.dtype != torch.bool
+        right = right and (not values_known(number) or not number.is_cpu or 0 <= float(number) < math.inf)
+    else:
+        right = isinstance(number, numbers.Real) and not isinstance(number, bool) and 0 <= float(number) < math.inf
+    if not right:
+        raise ValueError(f"num_items_in_batch={short(number)} must be one number of labels >= 0")
 
 
 def _check_cache(cache: Cache, batch: int, model: Qwen3_5MoeTextModel) -> None:
@@ -196,8 +212,8 @@ def _numbered(mask: Tensor, cache: Cache | None) -> Tensor:
     """Where the documents of a mask 1 1 1 2 2 0 begin, [B, T]; ValueError where the mask is none."""
     other = mask[(mask != 0) & (mask != 1)]
     valid = mask > 0
-    numbers = mask.double()
-    whole = bool((torch.isfinite(numbers) & (numbers == numbers.round()) & (numbers >= 0)).all())
+    wide = mask.double()
+    whole = bool((torch.isfinite(wide) & (wide == wide.round()) & (wide >= 0)).all())
     first = torch.where(valid, mask, mask.new_full((), 1)).amin(1) if whole else None
     if first is None or bool((first != 1).any()) or cache is not None:
         reason = "" if first is None or cache is None else "; a row of a cache holds one document: give cu_seqlens instead"

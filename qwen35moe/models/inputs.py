@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from qwen35moe.backends.values import values_known
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.compat import read_keywords
 from qwen35moe.compat.forward import FORWARD
 from qwen35moe.models.checks import check, check_tokens
+from qwen35moe.models.packing import require
 from qwen35moe.routing import ForcedRouting, Intervention, ReadyMade, Routing
 
 if TYPE_CHECKING:
@@ -50,6 +52,14 @@ class TransformersKeywords:
         if not given:
             return self
         ours = {name: value for name in ("cache", "cu_seqlens") if (value := getattr(self, name)) is not None}
+        bounds: Any = ours.get("cu_seqlens")
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            if bounds is None or name not in given:
+                bounds = given.get(name, bounds)
+            elif given[name].shape == bounds.shape and not values_known(given[name]):
+                # read_keywords would compare values, which a compiled graph and torch.vmap cannot branch on
+                require((given[name] == bounds).all(), f"{method}() got {name} that differ: give cu_seqlens")
+                given[name] = bounds
         return replace(self, **read_keywords(method, FORWARD, {**ours, **given}, own=ours), **dict.fromkeys(given))
 
 

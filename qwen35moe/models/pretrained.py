@@ -29,7 +29,7 @@ _OWN = (
 
 
 class FromPretrained(ForLibraries):
-    """Base of `PretrainedModel`: the doors to checkpoints."""
+    """Base of `PretrainedModel`: loading and saving checkpoints."""
 
     @classmethod
     def from_pretrained(
@@ -200,7 +200,8 @@ def check_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     unexpected = [name for name in values if name not in named]
     wrong = [name for name in values if name in named and values[name].shape != named[name].shape]
     if missing or unexpected or wrong:
-        parts = {"lacks": missing, "has unknown": unexpected, "has other shapes of": wrong}
-        told = "; ".join(f"{what} {', '.join(map(short, part[:3]))}" + (f" and {len(part) - 3} more" if len(part) > 3 else "")
-                         for what, part in parts.items() if part)  # fmt: skip
-        raise ValueError(f"save_pretrained(state_dict=...) {told}: give all of model.state_dict() by its names")
+        problems = []
+        for problem, listed in (("lacks", missing), ("has unknown", unexpected), ("has other shapes of", wrong)):
+            more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+            problems += [f"{problem} {', '.join(map(short, listed[:3]))}{more}"] if listed else []
+        raise ValueError(f"save_pretrained(state_dict=...) {'; '.join(problems)}: give all of model.state_dict() by its names")

@@ -39,7 +39,7 @@ def positions(
     frames = [(1, h, w) for t, h, w in visual.grids(VIDEO, merge) for _ in range(t)]  # timestamps stand between them
     items = {IMAGE: _token_grids(visual.grids(IMAGE, merge), merge), VIDEO: _token_grids(frames, merge)}
     present = torch.ones_like(types, dtype=torch.bool) if mask is None else mask.bool()
-    placed = torch.zeros(3, *types.shape, dtype=torch.long)
+    placed = torch.zeros(3, *types.shape, dtype=torch.long, device="cpu")
     after = []
     for row in range(types.shape[0]):
         columns = present[row].cpu()
@@ -65,11 +65,11 @@ def _token_grids(grids: Grids, merge: int) -> Iterator[tuple[int, int, int]]:
 
 def _row(types: list[int], items: dict[int, Iterator[tuple[int, int, int]]], start: int) -> tuple[Tensor, int]:
     """Positions [3, tokens] of one row's tokens from `start` on, and the next position."""
-    parts, i, p = [torch.zeros(3, 0, dtype=torch.long)], 0, start
+    parts, i, p = [torch.zeros(3, 0, dtype=torch.long, device="cpu")], 0, start
     while i < len(types):
         if types[i] == TEXT:
             end = next((j for j in range(i, len(types)) if types[j] != TEXT), len(types))
-            parts.append((p + torch.arange(end - i)).expand(3, -1))
+            parts.append((p + torch.arange(end - i, device="cpu")).expand(3, -1))
             p, i = p + end - i, end
             continue
         t, h, w = next(items[types[i]])
@@ -78,7 +78,7 @@ def _row(types: list[int], items: dict[int, Iterator[tuple[int, int, int]]], sta
                 f"the next {NAMES[types[i]]} (or frame) makes {t * h * w} tokens ({t} x {h} x {w}) and does not fit the "
                 f"placeholders from token {i} of its row: are the images and videos in the order of their rows?"
             )
-        grid = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+        grid = torch.meshgrid(*(torch.arange(size, device="cpu") for size in (t, h, w)), indexing="ij")
         parts.append(p + torch.stack(grid).flatten(1))
         p, i = p + max(h, w), i + t * h * w
     return torch.cat(parts, dim=1), p

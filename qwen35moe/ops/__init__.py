@@ -10,6 +10,7 @@ is the definition. Fast forms in plain PyTorch are in `ops.cpu`, Triton kernels 
 from __future__ import annotations
 
 from . import cpu, delta_chunked
+from .arguments import check_direct_calls
 from .attention import attention
 from .convolution import short_convolution
 from .decode_step import delta_net_step
@@ -37,3 +38,5 @@ __all__ = [
     "short_convolution",
     "vision_attention",
 ]
+
+check_direct_calls()

@@ -88,7 +88,7 @@ def experts(
     return total.to(hidden.dtype)
 
 
-@experts.implementation("tapped")
+@experts.implementation("tapped", transforms=("grad", "jvp"))
 def tapped_experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Tap | None = None
 ) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,11 +107,3 @@ def template_source(folder: Path) -> str | None:
         if isinstance(source, str):
             return source
     return None
-
-
-def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """eos_token, pad_token, image_token, ... of tokenizer_config.json; templates may read them."""
-    extra = settings.get("extra_special_tokens")
-    values = {**settings, **(extra if isinstance(extra, dict) else {})}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}

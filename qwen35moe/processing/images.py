@@ -159,7 +159,7 @@ def as_rgb(image: Any) -> Any:
     if isinstance(image, library.Image):
         return _decode(lambda: image)
     if isinstance(image, Tensor) or hasattr(image, "__array_interface__"):
-        return _from_tensor(image if isinstance(image, Tensor) else torch.as_tensor(image.copy()))
+        return _from_tensor(image if isinstance(image, Tensor) else torch.as_tensor(image.copy(), device="cpu"))
     raise ValueError(f"an image is a path, bytes, a PIL image, an array or a tensor, got {type(image).__name__}")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compat import SAVING, read_keywords
+from ..compat import SAVING, read_keywords, short
 from ..files import write_text
 from .pixels import IMAGE_DEFAULTS, VIDEO_DEFAULTS, PixelSettings
 from .settings import VIDEO_ONLY
@@ -83,6 +83,8 @@ def _json(values: Mapping[str, Any]) -> str:
 
 def _write(path: str | os.PathLike[str], files: Mapping[str, str], keywords: Mapping[str, Any]) -> tuple[str, ...]:
     read_keywords("save_pretrained", SAVING, keywords, ())
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"save_pretrained({short(path)}): name a folder")
     if not os.fspath(path):
         raise ValueError("save_pretrained needs the path of a folder, got an empty one: '.' is the current folder")
     folder = Path(path)

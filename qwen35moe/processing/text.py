@@ -22,11 +22,11 @@ from torch import Tensor
 from ..compat import TOKENIZER, read_keywords, short
 from ..files import parse_json
 from .batch import BatchEncoding, as_tensor, tensor_kind
-from .files import MAX_TOKENIZER_VALUES, find_file, named_tokens, read_json, read_text, template_source
+from .files import MAX_TOKENIZER_VALUES, find_file, read_json, read_text, template_source
 from .optional import require
 from .padding import LARGE, as_lists, columns_of, pad_rows, padding_width, truncation_limit
 from .pieces import Pieces, RenderedPrompt
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, named_tokens
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..compat import short
 from .batch import BatchEncoding
-from .budget import size
 from .files import check_local_file, decoder_errors, item_errors
 from .images import as_rgb, pixel_values, to_tensor
 from .media import Media
@@ -152,7 +151,10 @@ def _sampled_frames(video: Any, settings: PixelSettings, item: dict[str, Any]) -
         raise ValueError(f"a video is a path or Video(frames, fps=...), got {type(video).__name__}")
     if isinstance(video.fps, bool) or not isinstance(video.fps, (int, float)) or not 0 < video.fps < float("inf"):
         raise ValueError(f"fps must be positive, got {short(video.fps)}")
-    total = size(video.frames)
+    try:
+        total = len(video.frames)
+    except TypeError:  # None, a scalar
+        total = 0
     if not total:
         raise ValueError("no frames")
     if video.indices is not None:

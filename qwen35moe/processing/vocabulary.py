@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -144,3 +144,11 @@ class Vocabulary:
                 token = self.named_tokens.get(kind)
                 return token if name == kind or token is None else self.token_to_id(token)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """eos_token, pad_token, image_token, ... of tokenizer_config.json; templates may read them."""
+    extra = settings.get("extra_special_tokens")
+    values = {**settings, **(extra if isinstance(extra, dict) else {})}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35moe.files import UnreadableFile, open_tensors, parse_json, write_tensors
+from qwen35moe.files import UnreadableFile, check_own, open_tensors, parse_json, write_tensors
 
 from .value import FACTS, TENSORS, UNFORCED, Routing, are_integers, check_range
 
@@ -38,6 +38,7 @@ def save_routing(routing: Routing, path: str | os.PathLike[str], metadata: Mappi
     text = json.dumps({name: _plain(getattr(routing, name)) for name in FACTS})
     _checked("this routing", tensors, _facts("this routing", text))
     tensors["indices"] = routing.indices.to(dtype)
+    check_own(path)
     write_tensors(path, tensors, {**(metadata or {}), "format": FORMAT, "routing": text})
 
 

@@ -122,11 +122,11 @@ def sample(*, top_k: int | None = None, temperature: float = 1.0, seed: int = 0)
         )
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be a whole number of at most 64 bits, got {short(seed)}")
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator("cpu").manual_seed(int(seed))
 
     def rule(layer: int, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         dtype = wide_dtype(logits)
-        noise = -torch.empty(logits.shape, dtype=dtype).exponential_(generator=generator).log()
+        noise = -torch.empty(logits.shape, dtype=dtype, device="cpu").exponential_(generator=generator).log()
         indices = (logits.detach().to(dtype) / temperature + noise.to(logits.device)).topk(top_k, dim=-1).indices
         return indices, chosen_weights(logits, indices)
 
@@ -181,7 +181,7 @@ def _of_layer(experts: _Experts, layer: int, logits: Tensor) -> Tensor:
 
 def _bias(value: Any) -> Tensor:
     try:
-        tensor = torch.as_tensor(value)
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"bias(): values are a tensor [E], or a mapping of layers to tensors, got {short(value)}") from None
     if tensor.is_complex() or bool(tensor.isnan().any()):

@@ -210,8 +210,8 @@ class Routing:
         layers, experts, k = _common_sizes(sequences)
         _check_closed(sequences)
         longest = max(s.tokens for s in sequences)
-        rows = torch.full((len(layers), len(sequences), longest, k), UNFORCED)
-        mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+        rows = torch.full((len(layers), len(sequences), longest, k), UNFORCED, dtype=torch.long, device="cpu")
+        mask = torch.zeros(len(sequences), longest, dtype=torch.bool, device="cpu")
         for number, sequence in enumerate(sequences):
             columns = slice(longest - sequence.tokens, longest) if side == "left" else slice(0, sequence.tokens)
             rows[:, number, columns], mask[number, columns] = sequence.indices.to(rows), True
@@ -314,7 +314,7 @@ def check_weights(weights: Tensor, source: str) -> None:
 
 
 def _engine_rows(name: str, part: Any) -> Tensor:
-    rows = torch.as_tensor(part)
+    rows = part if isinstance(part, Tensor) else torch.as_tensor(part, device="cpu")
     if rows.dim() != 3 or not are_integers(rows):
         raise ValueError(f"{name} is integers [tokens, layers, k], got {list(rows.shape)} {rows.dtype}")
     return rows.long()

@@ -81,7 +81,7 @@ class TestForcedChoice:
 
         backends.register("gated_delta_rule", "fake", rule, unsupported)
         with backends.use(delta_rule="fake"), pytest.raises(ValueError) as error:
-            backends.run("gated_delta_rule", *[torch.ones(2)] * 3, decay=torch.ones(2), beta=torch.ones(2))
+            backends.run("gated_delta_rule", *[torch.ones(1, 2, 1, 2)] * 3, decay=torch.ones(1, 2, 1), beta=torch.ones(1, 2, 1))
         assert str(error.value) == "backend='fake' cannot run gated_delta_rule: query is on cpu, not on CUDA"
 
     def test_a_choice_that_is_not_installed_is_an_error_with_the_reason(self, arguments: tuple[Tensor, Tensor]) -> None:

@@ -24,6 +24,12 @@ from qwen35moe.ops.cpu.delta_rule import gated_delta_rule_torch
 SMALL = Sizes(hidden=40, groups=2, heads=6, key=16, value=8, taps=4)
 
 
+@pytest.fixture(autouse=True)
+def without_triton_s_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes most of a minute here; tests/triton/ compares the kernels' values with the definitions."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
 def compared(scenario: Scenario) -> Case:
     case = Case(scenario.id, rounds=1)
     delta.run(case, scenario, sizes=SMALL, warmup=0)

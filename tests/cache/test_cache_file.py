@@ -253,7 +253,7 @@ def test_a_cache_that_could_not_be_read_again_is_not_written(model: Any, tmp_pat
 
     cases: list[tuple[Cache, str]] = [
         (broken(nan), "recurrent_state has numbers that are not finite"),
-        (broken(lambda cache: setattr(cache, "lengths", torch.tensor([3, 9]))), "seen = 5"),
+        (broken(lambda cache: setattr(cache, "_lengths", torch.tensor([3, 9]))), "seen = 5"),
         (broken(lambda cache: setattr(cache, "seen", -1)), "seen = -1"),
         (broken(lambda cache: cache.reorder([])), "are not a list of numbers"),
         (Cache(model.config, 1, max_length=2**20 + 1), "max_length = 1048577 is not a number 1 ... 1048576"),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -356,3 +357,86 @@ def test_reprs_are_short(model):
     assert f"conv_state [2, {channels}, 2] float32" in texts[1] and "key [2, 11, 3," in texts[2]
     assert CASE.text["layer_types"] and "lengths [11, 11]" in texts[3] and "2 rows" in texts[3]
     assert len(repr(model.new_cache(300))) < 200
+
+
+@pytest.mark.parametrize("max_length", [None, 40])
+@torch.no_grad()
+def test_lengths_and_the_rotary_offset_have_one_source(double, max_length):
+    """What `lengths`, `rope_delta` and `next_positions` give are copies; an assignment is refused or has effect."""
+    prefix, rest = tokens(2, 9), tokens(2, 4, salt=3)
+    whole = double(torch.cat([prefix, rest], 1)).logits[:, 9:]
+    cache = double.new_cache(2, max_length=max_length)
+    double(prefix, cache=cache)
+    snapshot = cache.snapshot()
+    for tensor in (cache.lengths, cache.next_positions):
+        tensor.zero_()
+    with pytest.raises(ValueError, match="rollback"):
+        cache.lengths = torch.tensor([3, 9])
+    with pytest.raises(ValueError, match="rollback"):
+        cache.lengths -= 5
+    assert cache.lengths.tolist() == [9, 9]
+    cache.rope_delta = torch.tensor([2, 2])
+    moved = cache.snapshot()
+    cache.rope_delta.zero_()  # type: ignore[union-attr]
+    positions = torch.cat([torch.arange(9), torch.arange(11, 15)]).expand(2, -1)
+    expected = double(torch.cat([prefix, rest], 1), position_ids=positions).logits[:, 9:]
+    for state, logits in ((moved, expected), (snapshot, whole), (moved, expected)):
+        cache.restore(state)
+        assert_close(double(rest, cache=cache).logits, logits, EXACT)
+    for wrong in (torch.tensor([2, 2, 2]), torch.tensor([[2], [2]]), torch.tensor([0.5, 2]), 3):
+        with pytest.raises(ValueError, match=r"positions are a tensor of integers \[2\]"):
+            cache.set_next_positions(wrong)
+
+
+@pytest.mark.parametrize("max_length", [None, 40])
+@torch.no_grad()
+def test_a_buffer_of_keys_is_read_with_the_same_precautions(double, max_length):
+    prefix, rest = tokens(2, 9), tokens(2, 4, salt=3)
+    cache = double.new_cache(2, max_length=max_length)
+    double(prefix, cache=cache)
+    snapshot = cache.snapshot()
+    cache[1].key_buffer.mul_(0.5)
+    other = double.new_cache(2)
+    double(prefix, cache=other)
+    other[1].key = 0.5 * other[1].key
+    assert_close(double(rest, cache=cache).logits, double(rest, cache=other).logits, EXACT)
+    cache.restore(snapshot)
+    assert_close(double(rest, cache=cache).logits, double(torch.cat([prefix, rest], 1)).logits[:, 9:], EXACT)
+    for name, value in (("length", 3), ("key_buffer", cache[1].key_buffer), ("static", False)):
+        with pytest.raises(ValueError, match=f"{name} cannot be assigned, only key and value"):
+            setattr(cache[1], name, value)
+
+
+WRONG: dict[str, tuple[Callable[[Any, Cache], object], str]] = {
+    "rows between rows": (lambda model, cache: cache.reorder([0.5, 1.0]), "not a list of rows 0 ... 1"),  # type: ignore[list-item]
+    "rows as a mask": (lambda model, cache: cache.reorder(torch.tensor([True, False])), "not a list of rows"),
+    "rows as text": (lambda model, cache: cache.reorder("ab"), "not a list of rows"),  # type: ignore[arg-type]
+    "a complex state": (lambda model, cache: setattr(cache[0], "recurrent_state", cache[0].recurrent_state + 1j), "complex"),
+    "a state of integers": (lambda model, cache: setattr(cache[1], "key", cache[1].key.long()), "torch.int64"),
+    "rows of a cache": (lambda model, cache: model.new_cache(2.0), "batch_size=2.0"),
+    "one row as a truth value": (lambda model, cache: model.new_cache(True), "batch_size=True"),
+    "a fraction of recorded tokens": (lambda model, cache: model.new_cache(2, record=1.5), "record=1.5"),
+    "a fraction of a length": (lambda model, cache: model.new_cache(2, max_length=9.5), "max_length=9.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_values_that_would_be_converted_silently_are_refused(name: str, model: Any) -> None:
+    call, message = WRONG[name]
+    cache = filled(model)
+    before = contents(cache)
+    with pytest.raises(ValueError, match=message):
+        call(model, cache)
+    assert all(torch.equal(a, b) for a, b in zip(before, contents(cache), strict=True))
+
+
+@pytest.mark.parametrize("count", [numpy.int64(3), torch.tensor(3)], ids=["numpy", "tensor"])
+@torch.no_grad()
+def test_one_number_of_any_kind_rolls_back_every_row(count: Any, double: Any) -> None:
+    prefix, rest = tokens(2, 9), tokens(2, 4, salt=3)
+    cache = double.new_cache(2, record=4)
+    double(prefix, cache=cache)
+    cache.rollback(count)
+    assert cache.seen == 6 and cache.start() == 6
+    logits = double(rest, cache=cache, attention_mask=torch.ones(2, 10)).logits
+    assert_close(logits, double(torch.cat([prefix[:, :6], rest], 1)).logits[:, 6:], EXACT)

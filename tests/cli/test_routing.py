@@ -89,9 +89,12 @@ def test_help_lists_all_options(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in text
 
 
-def test_the_report_separates_flips_from_arithmetic(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_separates_flips_from_arithmetic(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Replayed runs have no flips left in them: with the truth's routing the error of bfloat16 is what arithmetic does.
     Replaying a run's own routing is that run, bit for bit, in every dtype."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # in the interpreter this takes a minute; tests/triton/ holds its values
     page, written = tmp_path / "page.md", tmp_path / "report.json"
     page.write_text(f"before\n{routing_numerics.BEGIN}\nold\n{routing_numerics.END}\nafter\n")
     options = ["--text", str(text), "--tokens", "40", "--json", str(written), "--markdown", str(page)]
@@ -104,6 +107,7 @@ def test_the_report_separates_flips_from_arithmetic(text: Path, tmp_path: Path, 
     assert 1e-3 < half["experts and weights replayed"]["max"] < 0.1
     forms = {(row["dtype"], row["form"]): row for row in report["forms"]}
     assert forms["float32", "loop"]["unforced"] == 0 and forms["float32", "sorted"]["replayed"] < 1e-5
+    assert "refused" in forms["float32", "triton"] and "refused" in forms["bfloat16", "triton"]
     text_now = page.read_text()
     assert text_now.startswith("before\n") and text_now.endswith("after\n") and "old" not in text_now
     assert text_now.count("| bfloat16 |") >= 4 and str(tmp_path) not in text_now

@@ -128,7 +128,12 @@ def test_help_names_every_option_and_its_default(command: str, capsys: pytest.Ca
     """Each option is described, and a number that the help names as default is the parser's, unless the command fills it in."""
     parser = argparse.ArgumentParser()
     COMMANDS[command].add_arguments(parser)
-    for action in parser._actions:
+    actions = list(parser._actions)
+    for action in actions:
+        if isinstance(action, argparse._SubParsersAction):  # each subcommand has a help of its own, and options
+            assert len(action._choices_actions) == len(action.choices) and all(c.help for c in action._choices_actions)
+            actions += [option for subcommand in action.choices.values() for option in subcommand._actions]
+            continue
         assert action.help, f"{command} {action.option_strings}"
         named = re.search(r"default: (\d+)\)", action.help or "")
         assert not named or action.default is None or int(named[1]) == action.default, f"{command} {action.option_strings}"

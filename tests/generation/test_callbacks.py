@@ -220,3 +220,8 @@ def test_a_stream_that_is_closed_early_leaves_a_cache_that_goes_on() -> None:
     longer = torch.cat([torch.tensor(PROMPTS), first[:, None], second[:, None]], 1)
     out = generate(model, longer, cache=cache, **(OPTIONS | dict(max_new_tokens=4)))
     assert torch.equal(out, generate(FakeModel(), PROMPTS, **OPTIONS))
+
+
+def test_what_is_no_streamer_is_an_error() -> None:
+    with pytest.raises(ValueError, match="streamer 3 has no methods put and end"):
+        generate(FakeModel(), PROMPTS, streamer=3, **OPTIONS)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from qwen35moe.generation.stop import Cut
 from qwen35moe.models.text import Qwen3_5MoeForCausalLM
 from qwen35moe.models.vision_inputs import VisualInputs
 from qwen35moe.models.vision_language import Qwen3_5MoeForConditionalGeneration
+from tests.models.test_model import small
 from tests.support.fakes import FakeModel
 from tests.support.peer import FULL, LINEAR, draw, odd_shape, ours, theirs
 from tests.support.peer import padded as padded_rows
@@ -735,3 +736,21 @@ def test_a_float64_model_generates_too(pair: tuple[Any, Any, Any]) -> None:
     ids = case.ids(2, 6)
     assert torch.equal(double.generate(ids, max_new_tokens=16, eos_token_id=[]),
                        model.generate(ids, max_new_tokens=16, eos_token_id=[]))  # fmt: skip
+
+
+AMBIENT: dict[str, dict[str, Any]] = {
+    "greedy": {}, "sampled": {"do_sample": True, "seed": 3},
+    "several": {"do_sample": True, "seed": 3, "num_return_sequences": 2},
+    "a criterion": {"stopping_criteria": [lambda ids, scores: [True, False]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AMBIENT)
+def test_the_default_device_changes_no_token(name: str) -> None:
+    options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": []} | AMBIENT[name]
+    prompts: list[Any] = [[[3, 1, 4], [1, 5]], torch.tensor([[3, 1, 4], [1, 5, 9]])]
+    model = Qwen3_5MoeForCausalLM(small()).init_weights(seed=0).eval()
+    expected = [generate(model, prompt, **options) for prompt in prompts]
+    with torch.device("meta"):
+        actual = [generate(model, prompt, **options) for prompt in prompts]
+    assert all(a.device.type == "cpu" and torch.equal(a, e) for a, e in zip(actual, expected, strict=True))

@@ -253,3 +253,15 @@ def test_an_assigned_loss_function_is_called() -> None:
             assert_close(model(IDS, labels=IDS, num_items_in_batch=7, **options).loss, 2 * expected, 1e-6)
         assert seen["num_items_in_batch"] == 7 and torch.equal(seen["labels"], IDS) and "shift_labels" not in seen
         assert_close(model(IDS[:1], labels=IDS[:1], cu_seqlens=torch.tensor([0, 5, 17])).loss, 2 * packed, 1e-6)
+
+
+@pytest.mark.parametrize("number", [-3, float("nan"), True, "16", torch.tensor([8, 8]), torch.tensor(-1.0)], ids=repr)
+def test_a_wrong_number_of_labels_is_refused(number: Any) -> None:
+    with pytest.raises(ValueError, match="must be one number of labels >= 0"):
+        build()(IDS, labels=IDS, num_items_in_batch=number)
+
+
+@pytest.mark.parametrize("number", [32, 32.0, torch.tensor(32), torch.tensor([32.0])], ids=repr)
+def test_a_number_of_labels_divides_their_sum(number: Any) -> None:
+    model = build()
+    assert_close(model(IDS, labels=IDS, num_items_in_batch=number).loss.squeeze(), model(IDS, labels=IDS).loss, 1e-6)

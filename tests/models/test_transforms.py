@@ -186,3 +186,21 @@ def test_values_known() -> None:
     grad(look)(plain.double())
     assert [known for known, _ in seen] == [False, False, True]
     assert torch.equal(seen[0][1], plain) and torch.equal(seen[1][1], plain.double())
+
+
+def test_two_names_of_the_bounds_where_no_value_is_known(model: Any, fresh_dynamo: None) -> None:
+    """transformers' collator passes cu_seq_lens_q and cu_seq_lens_k: equal tensors, compared when a compiled graph runs."""
+    ids, bounds = rows(model)[:1], torch.tensor([0, 3, T])
+    expected = model(ids, cu_seqlens=bounds).logits
+
+    def call(ids: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        return model(ids, cu_seq_lens_q=one, cu_seq_lens_k=other, max_length_q=T, max_length_k=T).logits
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert_close(compiled(ids, bounds, bounds.clone()), expected, BOUND)
+        with pytest.raises(RuntimeError, match="got cu_seq_lens_k that differ: give cu_seqlens"):
+            compiled(ids, bounds, torch.tensor([0, 4, T]))
+    assert_close(vmap(lambda row: call(row[None], bounds, bounds.clone())[0])(ids), expected, BOUND)
+    with pytest.raises(ValueError, match="cu_seq_lens_k=.* mean the same"):
+        vmap(lambda row: call(row[None], bounds, torch.tensor([0, 4, T])))(ids)

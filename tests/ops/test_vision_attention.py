@@ -94,7 +94,7 @@ def test_bf16_scores_runs_where_it_is_fast_and_the_scores_are_small(monkeypatch)
     }
     for message, query in unsupported.items():
         with backends.use(vision_attention="bf16_scores"), pytest.raises(ValueError, match=message):
-            run(query, k, v, cu_seqlens=bounds["all"])
+            run(query, k.to(query.dtype), v.to(query.dtype), cu_seqlens=bounds["all"])
 
 
 @pytest.mark.parametrize(("spread", "outliers"), [(1.4, False), (4, False), (12, False), (4, True)])

@@ -13,7 +13,7 @@ import torch
 
 from qwen35moe.processing import ChatTemplate, Processor, Video
 from qwen35moe.processing.template import Marks
-from tests.support.chat import VISION, write_folder
+from tests.support.chat import VISION, processor_of_transformers, write_folder
 from tests.support.fakes import ADDED, SPECIAL
 
 PROPERTIES = {"x": {"type": "integer"}, "note": {"type": "string"}, "all": {"type": "array"}}
@@ -58,20 +58,8 @@ def processor(folder: Path) -> Processor:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    """transformers' Qwen3VLProcessor on the same folder. Its video processor needs torchvision: a stand-in returns the pixel
-    values that ours computed; timestamps and placeholders are computed by transformers."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-
-    class Unchecked(Qwen3VLProcessor):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            return type(argument)
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
-    return Unchecked(image_processor, tokenizer, video_processor, chat_template=(folder / "chat_template.jinja").read_text())
+    """Of videos, ours computes the pixel values; timestamps and placeholders are computed by transformers."""
+    return processor_of_transformers(folder, padding_side="left")
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)

@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 from qwen35moe.compat import PROCESSOR
 from qwen35moe.processing import TRANSFORMERS, ImageProcessor, Processor, Video, VideoProcessor
-from tests.support.chat import write_folder
+from tests.support.chat import processor_of_transformers, write_folder
 
 Image = pytest.importorskip("PIL.Image")
 PICTURE = Image.effect_noise((200, 120), 60).convert("RGB")
@@ -30,23 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> Processor:
     return Processor.from_pretrained(folder, defaults=TRANSFORMERS)
-
-
-def processor_of_transformers(folder: Path | str) -> Any:
-    """transformers' processor of a folder for text and images; its AutoProcessor also needs torchvision, for videos."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-
-    class Unchecked(Qwen3VLProcessor):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            return type(argument)
-
-    return Unchecked(
-        Qwen2VLImageProcessorPil.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder),
-        SimpleNamespace(merge_size=2, temporal_patch_size=2),
-        chat_template=(Path(folder) / "chat_template.jinja").read_text(),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.support.fakes import tokenizer_definition
@@ -125,3 +126,24 @@ def write_folder(path: Path, template: str = TEMPLATE) -> Path:
     (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | image))
     (path / "video_preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | video))
     return path
+
+
+def processor_of_transformers(folder: Path | str, **options: Any) -> Any:
+    """transformers' Qwen3VLProcessor of a folder for text and images. options: of its tokenizer.
+
+    Its AutoProcessor also needs torchvision, for videos: here a stand-in has the two settings from which transformers computes
+    timestamps and placeholders.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+
+    class Unchecked(Qwen3VLProcessor):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return type(argument)
+
+    return Unchecked(
+        Qwen2VLImageProcessorPil.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder, **options),
+        SimpleNamespace(merge_size=2, temporal_patch_size=2),
+        chat_template=(Path(folder) / "chat_template.jinja").read_text(),
+    )  # fmt: skip

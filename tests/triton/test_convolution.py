@@ -5,6 +5,7 @@ Blocks are small, so that short inputs span several; the interpreter's time grow
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import backends
+from qwen35moe import backends, ops
 from tests.support.kernel_checks import DEVICE, DTYPES, ROUNDED, assert_close, draw, gradients, integers, refusal
+from tests.support.peer import relative_error
 
 pytest.importorskip("triton")
 CUTS = [1, 3, 4, 63, 64, 65, 129]
@@ -139,12 +141,15 @@ def test_one_operation_under_torch_compile() -> None:
     )  # fmt: skip
 
 
-def test_a_second_derivative_raises() -> None:
-    x = draw(1, 4, C).requires_grad_()
-    y, _ = backends.run(OPERATION, x, draw(C, W, seed=1))
-    with pytest.raises(RuntimeError):
-        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        grad.sum().backward()
+def test_second_derivatives_are_those_of_the_definition() -> None:
+    x, weight = draw(1, 4, C).requires_grad_(), draw(C, W, seed=1).requires_grad_()
+    second = []
+    for function in (functools.partial(backends.run, OPERATION), ops.short_convolution.definition):
+        y, _ = function(x, weight)
+        first = torch.autograd.grad(y.square().sum(), (x, weight), create_graph=True)
+        second.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), (x, weight)))
+    for actual, expected in zip(*second, strict=True):
+        assert relative_error(actual, expected) <= 1e-5
 
 
 def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:

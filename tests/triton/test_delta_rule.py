@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import backends
+from qwen35moe import backends, ops
 from tests.support.compile_triton import Kernel, compiled
 from tests.support.delta_rule import (
     CUTS,
@@ -165,11 +165,14 @@ def test_gradients_of_one_result_for_some_inputs(result: int) -> None:
         assert_close(gradient, expected, 2e-5)
 
 
-def test_a_second_derivative_raises() -> None:
+def test_second_derivatives_are_those_of_the_definition() -> None:
     values = {name: tensor.requires_grad_() for name, tensor in drawn(3, heads=ONE_HEAD).items()}
-    (first,) = torch.autograd.grad(call(triton_rule, values)[0].sum(), [values["key"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative.*gated_delta_rule='recurrent'"):
-        first.sum().backward()
+    second = []
+    for rule in (triton_rule, ops.gated_delta_rule.definition):
+        first = torch.autograd.grad(call(rule, values)[0].square().sum(), list(values.values()), create_graph=True)
+        second.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), list(values.values())))
+    for name, actual, expected in zip(values, *second, strict=True):
+        assert_close(actual, expected, 1e-4, name)
 
 
 def test_memory_kept_for_the_backward() -> None:
@@ -262,7 +265,7 @@ def test_its_place_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     for interpreted in ("0", "1"):
         monkeypatch.setenv("TRITON_INTERPRET", interpreted)
         monkeypatch.setattr(runtime, "missing", lambda: None)
-        delta_rule.register(lambda operation, name, fn, unsupported, before, missing: places.append((name, before, missing)))
+        delta_rule.register(lambda _, name, *args, **options: places.append((name, options["before"], options["missing"])))
     assert places == [("triton", "chunked_cpu", None), ("triton", None, None)]
 
 
