@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.integrations.common import KINDS, cached_logits, tiny, tokens, twin
+from tests.support import memory
 from tests.support.peer import relative_error
 
 WANTED = ("model.layers.0.mlp", "model.layers.1.self_attn.o_proj", "model.norm", "lm_head")
@@ -137,8 +139,15 @@ def test_functional_call_with_other_weights(kind: str) -> None:
         assert relative_error(gradients[name], weights[name].grad) < 1e-9, name
 
 
+@pytest.mark.skipif(importlib.util.find_spec("nnsight") is None, reason="nnsight is not installed")
 def test_nnsight_saves_and_replaces_values() -> None:
-    nnsight = pytest.importorskip("nnsight")
+    assert memory.forked(traced_values)
+
+
+def traced_values() -> bool:
+    """In a child process: importing nnsight gives every object of its process a method `save`."""
+    import nnsight
+
     model = tiny()
     traced = nnsight.NNsight(model)
     expected = seen_by_hooks(model)
@@ -154,3 +163,4 @@ def test_nnsight_saves_and_replaces_values() -> None:
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
     assert relative_error(without, model(tokens()).logits) < 1e-6
     assert relative_error(without, expected["lm_head"]) > 1e-3
+    return True
