@@ -19,7 +19,8 @@ class GenerateOutput(OrderedDict[str, Any]):
 
     sequences [B*n, prompt + new] int64; scores, with output_scores: for each new token the scores [B*n, vocabulary] from which
     it was chosen, -inf where a filter removed it; logits, with output_logits: the same of the model's own logits;
-    past_key_values: the cache, also as `output.cache` (its name since transformers 5.24). attentions and hidden_states are None. output[0] and to_tuple() count those that are present.
+    past_key_values: the cache, also as `output.cache` (its name since transformers 5.24). attentions and hidden_states are
+    None. output[0] and to_tuple() count those that are present.
     """
 
     if TYPE_CHECKING:
