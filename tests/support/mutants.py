@@ -36,8 +36,8 @@ SECONDS = 600  # of the tests of one mutant
 # area -> (files of qwen35moe/, tests that concern them, the quickest first)
 AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "layout": (("cache/layout.py", "models/plan.py", "models/inputs.py", "models/checks.py", "models/packing.py"),
-               ("tests/models/test_inputs.py", "tests/models/test_errors.py", "tests/models/test_packing.py",
-                "tests/models/test_keywords.py", "tests/cache", "tests/models/test_laws.py",
+               ("tests/models/test_errors.py", "tests/models/test_keywords.py", "tests/cache/test_cache.py",
+                "tests/models/test_packing.py", "tests/models/test_laws.py", "tests/cache", "tests/models/test_inputs.py",
                 "tests/properties/test_training.py", "tests/models/test_model.py", "tests/models/test_parity.py")),
     "cache": (("cache/value.py", "cache/states.py", "cache/view.py", "cache/snapshot.py", "cache/modes.py", "cache/ids.py",
                "cache/file.py"),
@@ -240,7 +240,9 @@ def run(mutant: Mutant, folder: Path) -> tuple[bool, str]:
     """Whether a test in this copy of the repository notices the mutant, and which."""
     path = folder / mutant.file
     original = path.read_bytes()
-    tests = [test for test in AREAS[mutant.area][1] if (folder / test).exists()]
+    stem = path.stem.removesuffix("s")
+    own = [str(test.relative_to(folder)) for test in sorted((folder / "tests").glob(f"*/test_*{stem}*.py"))]
+    tests = [*(test for test in own if "triton" not in test), *AREAS[mutant.area][1]]
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'kernels'}", "OMP_NUM_THREADS": "1",
                    "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
     path.write_bytes(mutant.apply(original))
@@ -280,6 +282,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the sample and end")
     options = parser.parse_args()
     chosen = sample(options.count, options.area or list(AREAS), options.seed)
+    random.Random(options.seed).shuffle(chosen)  # so that the first results are of every area
     if options.list:
         print("\n".join(map(str, chosen)))
         return 0
