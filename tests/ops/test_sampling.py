@@ -181,3 +181,15 @@ def test_split_mix_64() -> None:
         3203168211198807973,
         9817491932198370423,
     ]
+
+
+def test_filters_take_logits_of_any_number_of_dimensions() -> None:
+    """The last dimension is the vocabulary; also where a temperature near 0 overflows."""
+    rows = logits(7)
+    for function in (
+        lambda x: sampling.temperature(x, 0.7), lambda x: sampling.temperature(x, 1e-39), lambda x: sampling.top_k(x, 4),
+        lambda x: sampling.top_p(x, 0.6), lambda x: sampling.min_p(x, 0.1), sampling.greedy,
+    ):  # fmt: skip
+        expected = function(rows)
+        assert torch.equal(function(rows[0]), expected[0])
+        assert torch.equal(function(rows[None])[0], expected)
