@@ -197,6 +197,8 @@ def test_force():
     assert bool((indices[:, :2] == torch.tensor([0, 1])).all()) and different(indices)
     assert torch.equal(indices[:, 2], 2 + logits[:, 2:].argmax(-1))
     assert_close(weights, chosen_weights(logits, indices), 1e-14)
+    assert R.force([5, 0, 3], top_k=TOP)(0, logits)[0].tolist() == [[0, 3, 5]] * len(logits)  # every choice is forced
+    assert not (R.ablate([0, 2, 4, 6], top_k=TOP)(0, logits)[0] % 2 == 0).any()  # exactly top_k experts are left
     with pytest.raises(ValueError, match="4 forced experts are more than top_k=3"):
         R.force([0, 1, 2, 3], top_k=TOP)(0, logits)
 
