@@ -136,6 +136,25 @@ class Machine(RuleBasedStateMachine):
             batch = len(self.now.rows.texts)
             self.forward([[(token + row) % CASE.text["vocab_size"]] for row in range(batch)], left=False)
 
+    @rule(data=st.data())
+    @torch.no_grad()
+    def feed_packed(self, data: st.DataObject) -> None:
+        """New tokens for every row as the documents of one packed row: cu_seqlens bounds them."""
+        cache, rows = self.now.cache, self.now.rows
+        lengths = [data.draw(st.integers(1, 6)) for _ in rows.texts]
+        if not self.fits(max(lengths)):
+            return
+        new = [data.draw(st.lists(TOKEN, min_size=n, max_size=n)) for n in lengths]
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        logits = self.model(torch.tensor([sum(new, [])]), cache=cache, cu_seqlens=bounds).logits[0]
+        for r, tokens in enumerate(new):
+            rows.texts[r] += tokens
+            rows.fed[r] += tokens
+            rows.rollable[r] = min(self.record, rows.rollable[r] + len(tokens))
+            error = relative_error(logits[bounds[r] : bounds[r + 1]], one_shot(tuple(rows.texts[r]))[-len(tokens) :])
+            assert error <= self.bound, f"row {r} of {len(rows.texts[r])} tokens, {len(tokens)} packed: {error:.1e}"
+        tried("packed continuations")
+
     @precondition(lambda self: all(self.now.rows.texts))
     @rule(data=st.data())
     def generate(self, data: st.DataObject) -> None:
@@ -217,6 +236,11 @@ class Machine(RuleBasedStateMachine):
         self.others.append(self.now if follow else held)
         self.now = held if follow else self.now
         tried("copies")
+
+    @rule()
+    def detach(self) -> None:
+        """Nothing changes without gradients."""
+        assert self.now.cache.detach_() is self.now.cache
 
     @precondition(lambda self: self.others)
     @rule()

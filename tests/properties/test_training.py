@@ -29,7 +29,7 @@ CASE = odd_shape(
     attention_bias=False, tie_word_embeddings=True,
 )
 VOCABULARY = CASE.text["vocab_size"]
-WATCHED = [
+COMPARED = [
     "model.embed_tokens.weight", "model.layers.0.linear_attn.A_log", "model.layers.0.linear_attn.conv1d.weight",
     "model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.experts.gate_up_proj", "model.layers.0.mlp.gate.weight",
 ]  # fmt: skip
@@ -118,7 +118,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(
     if not any(label != -100 for one in documents for label in one.labels[1:]):
         items = 3  # the mean of no label is 0/0
     loss, aux, terms = written_out(documents, items, 0.3 if router else 0.0)
-    parameters = [ours.get_parameter(name) for name in WATCHED]
+    parameters = [ours.get_parameter(name) for name in COMPARED]
     expected = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     options: dict[str, Any] = {"output_router_logits": router, "output_logits": logits}
     if items is not None:
@@ -138,7 +138,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(
         assert_close(out.aux_loss, aux, BOUND, "aux_loss")
     # Where the model is certain, gradients are differences such as 1 - p.
     scale = max(*(gradient.abs().max() for gradient in expected), torch.tensor(1e-4))
-    for name, actual, gradient in zip(WATCHED, gradients, expected, strict=True):
+    for name, actual, gradient in zip(COMPARED, gradients, expected, strict=True):
         error = (actual - gradient).abs().max() / scale
         assert error <= BOUND, f"{name}: {error:.1e}"
     tried("training steps compared")
@@ -152,7 +152,7 @@ def test_accumulated_steps_are_one_step(documents: list[Document], cut: int, how
     """The gradients of parts of a batch add up to those of the whole where the number of items is that of the whole."""
     ours = model()
     items = max(1, sum(label != -100 for one in documents for label in one.labels[1:]))
-    parameters = [ours.get_parameter(name) for name in WATCHED]
+    parameters = [ours.get_parameter(name) for name in COMPARED]
     loss, _, _ = written_out(documents, items, 0.0)
     expected = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     sums = [torch.zeros_like(parameter) for parameter in parameters]
@@ -162,6 +162,6 @@ def test_accumulated_steps_are_one_step(documents: list[Document], cut: int, how
             gradients = torch.autograd.grad(out.loss, parameters, allow_unused=True, materialize_grads=True)
             sums = [total + gradient for total, gradient in zip(sums, gradients, strict=True)]
     scale = max(*(gradient.abs().max() for gradient in expected), torch.tensor(1e-4))
-    for name, actual, gradient in zip(WATCHED, sums, expected, strict=True):
+    for name, actual, gradient in zip(COMPARED, sums, expected, strict=True):
         assert (actual - gradient).abs().max() / scale <= BOUND, name
     tried("accumulated steps compared")
