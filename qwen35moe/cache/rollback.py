@@ -128,6 +128,13 @@ def extended_log(old: DeltaNetState, new: DeltaNetUpdate, record: int, copy: boo
     return log.append(new.segment, record)
 
 
+def earlier_state(log: RollbackLog, count: Tensor, dtype: torch.dtype) -> DeltaNetState:
+    """The state before the last `count` [B] recorded tokens, conv_state in `dtype`, with the log of those before."""
+    keep = log.available() - count.to(log.recurrent_state.device)
+    conv_state, recurrent_state = log.state(keep)
+    return DeltaNetState(conv_state.to(dtype), recurrent_state, log.truncate(keep))
+
+
 def checked_count(cache: Cache, tokens: int | Tensor) -> Tensor:
     """[B]: how many tokens `Cache.rollback` removes from each row; ValueError where it cannot."""
     lengths = cache.lengths

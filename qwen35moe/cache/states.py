@@ -128,6 +128,13 @@ class KVCache:
         """The state for a snapshot. It shares the buffers: later tokens are written behind its length."""
         return replace(self)
 
+    def overwrite(self, other: KVCache) -> None:
+        """Becomes a copy of another state of this layer, in place: for a static state."""
+        if other.key_buffer is not self.key_buffer:
+            for own, new in zip(self.tensors(), other.tensors(), strict=True):
+                own[:, : other.length] = new[:, : other.length]
+        self.length = other.length
+
     def __repr__(self) -> str:
         room = f"room for {self.key_buffer.shape[1]} tokens"
         return f"KVCache({described(self.key, 'key')}, {described(self.value, 'value')}, {room})"
@@ -191,6 +198,10 @@ class DeltaNetState:
         if self.static:
             conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
         return DeltaNetState(conv_state, recurrent_state, self.log, self.static)
+
+    def overwrite(self, other: DeltaNetState) -> None:
+        """Becomes a copy of another state of this layer, in place: for a static state."""
+        self.conv_state, self.recurrent_state, self.log = other.conv_state, other.recurrent_state, other.log
 
     def __repr__(self) -> str:
         recorded = "" if self.log is None else f", {self.log!r}"

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qwen35moe.cache.checks import check_sizes, row_numbers
 from qwen35moe.cache.ids import check_prompt, empty_ids, with_tokens
 from qwen35moe.cache.modes import copied, in_inference_mode, ordinary, ordinary_tensors
-from qwen35moe.cache.rollback import checked_count, extended_log
+from qwen35moe.cache.rollback import checked_count, earlier_state, extended_log
 from qwen35moe.cache.snapshot import Snapshot, rows, share_tensors
 from qwen35moe.cache.states import STATIC_GRADIENT, DeltaNetState, DeltaNetUpdate, KVCache, LayerState, empty_state
 from qwen35moe.cache.view import LayerView, ReadTensors
@@ -45,12 +46,7 @@ class Cache:
         devices: Sequence[torch.device] | None = None,
     ) -> None:
         config = TextConfig.of(config)
-        whole = all(hasattr(n, "__index__") and not isinstance(n, bool) for n in (batch_size, record, max_length or 1))
-        if not whole or batch_size < 1 or record < 0 or (max_length is not None and max_length < 1):
-            raise ValueError(
-                f"a cache needs batch_size={short(batch_size)} >= 1, max_length={short(max_length)} >= 1 or None, and "
-                f"record={short(record)} >= 0, whole numbers"
-            )
+        check_sizes(batch_size, max_length, record)
         self.config, self.max_length, self.record, self.dtype = config, max_length, record, dtype
         self.seen = 0  # columns of the caller's attention_mask so far, padding included
         self._rope_delta: Tensor | None = None
@@ -199,7 +195,7 @@ class Cache:
     # --------------------------------------------------------------------------------------------------- edits by hand
 
     def replace_state(self, layer: int, new: LayerState) -> None:
-        """Stores a layer's state. Tensors of the old one that were read are watched: an edit of them would be lost."""
+        """Stores a layer's state. A later edit of a tensor that was read from the old state raises: it would be lost."""
         old, self._layers[layer] = self._layers[layer], new
         if self._read.current and old is not new:
             self._read.replace(layer, old, new)
@@ -282,16 +278,14 @@ class Cache:
             raise ValueError("this snapshot was taken of another cache: restore it there, or use clone()")
         self._prepare()
         for index, (old, new) in enumerate(zip(self._layers, snapshot.layers, strict=True)):
-            if isinstance(old, DeltaNetState) and isinstance(new, DeltaNetState) and old.static:
-                old.conv_state, old.recurrent_state, old.log = new.conv_state, new.recurrent_state, new.log
-            elif isinstance(old, KVCache) and isinstance(new, KVCache) and old.static:
-                if new.key_buffer is not old.key_buffer:  # the snapshot has its own values: they are written over edited ones
-                    self.unshare(index)
-                    for mine, its in zip(old.tensors(), new.tensors(), strict=True):
-                        mine[:, : new.length] = its[:, : new.length]
-                old.length = new.length
-            else:
+            if not old.static:
                 self.replace_state(index, new.snapshot())
+            elif isinstance(old, KVCache) and isinstance(new, KVCache):
+                if new.key_buffer is not old.key_buffer:  # the snapshot has its own values, to be written over edited ones
+                    self.unshare(index)
+                old.overwrite(new)
+            elif isinstance(old, DeltaNetState) and isinstance(new, DeltaNetState):
+                old.overwrite(new)
             if isinstance(state := self._layers[index], KVCache):
                 state.behind = True
         for other in self._live_snapshots():
@@ -325,14 +319,11 @@ class Cache:
             tokens = int(tokens)
         for index, layer in enumerate(self._layers):
             if isinstance(layer, DeltaNetState) and layer.log is not None:
-                log = layer.log
-                keep = log.available() - count.to(log.recurrent_state.device)
-                conv_state, recurrent_state = log.state(keep)
+                earlier = earlier_state(layer.log, count, layer.conv_state.dtype)
                 if layer.static:
-                    layer.conv_state, layer.recurrent_state, layer.log = conv_state, recurrent_state, log.truncate(keep)
+                    layer.overwrite(earlier)
                 else:
-                    conv_state = conv_state.to(layer.conv_state.dtype)
-                    self.replace_state(index, DeltaNetState(conv_state, recurrent_state, log.truncate(keep)))
+                    self.replace_state(index, earlier)
         self._lengths = self._lengths - count
         if isinstance(tokens, int):
             self.seen -= tokens
@@ -391,15 +382,7 @@ class Cache:
 
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
         """Row r becomes a copy of the old row rows[r]: for beam search. A growing cache may also drop or repeat rows."""
-        try:
-            index = torch.as_tensor(rows, device=self._lengths.device)
-        except (TypeError, ValueError, RuntimeError):
-            index = None
-        if index is None or index.dim() != 1 or bool(((index < 0) | (index >= self.batch_size)).any()) or (
-            index.numel() and (index.is_floating_point() or index.dtype == torch.bool)
-        ):
-            raise ValueError(f"rows {short(rows)} are not a list of rows 0 ... {self.batch_size - 1}")
-        index = index.long()
+        index = row_numbers(rows, self.batch_size, self._lengths.device)
         if self.max_length is not None and index.shape[0] != self.batch_size:
             raise ValueError(f"a static cache keeps its {self.batch_size} rows, cannot hold {index.shape[0]}")
         self._prepare()

@@ -1,0 +1,33 @@
+"""The numbers that a caller gives to a cache: sizes and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qwen35moe.compat import short
+
+
+def check_sizes(batch_size: object, max_length: object, record: object) -> None:
+    """ValueError for sizes of a new cache that are no whole numbers or too small. max_length may be None."""
+    for number, least in ((batch_size, 1), (1 if max_length is None else max_length, 1), (record, 0)):
+        if not hasattr(number, "__index__") or isinstance(number, bool) or number < least:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(
+                f"a cache needs batch_size={short(batch_size)} >= 1, max_length={short(max_length)} >= 1 or None, and "
+                f"record={short(record)} >= 0, whole numbers"
+            )
+
+
+def row_numbers(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """Rows as a tensor [rows] of int64; ValueError for anything but numbers 0 ... batch_size - 1. An empty list is one."""
+    try:
+        index = torch.as_tensor(rows, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        index = None
+    if index is None or index.dim() != 1 or bool(((index < 0) | (index >= batch_size)).any()) or (
+        index.numel() and (index.is_floating_point() or index.dtype == torch.bool)
+    ):
+        raise ValueError(f"rows {short(rows)} are not a list of rows 0 ... {batch_size - 1}")
+    return index.long()
