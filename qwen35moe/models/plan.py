@@ -63,8 +63,9 @@ def _rows(
     else:
         first = starts.to(device)[:, None] if isinstance(starts, Tensor) else starts
         positions = first + torch.arange(tokens, device=device)[None]
-        if cache is not None and cache.rope_delta is not None:
-            positions = positions + cache.rope_delta.to(device)[:, None]
+        delta = None if cache is None else cache.rope_delta
+        if delta is not None:
+            positions = positions + delta.to(device)[:, None]
         positions = positions.expand(3, rows, tokens)
     return TokenLayout(shape, rows, tokens, positions, starts, lengths, None, source)
 
