@@ -205,9 +205,9 @@ def open_tensors(
     except UnreadableFile as error:
         raise UnreadableFile(f"{path} is not a safetensors file: {error}", error.kind) from None
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    found = metadata.get("format") if isinstance(metadata, dict) else None
-    if not isinstance(metadata, dict) or found != format:
-        raise UnreadableFile(f"{path} is not {what}: its format is {repr(found)[:60]}, expected {format!r}")
+    stored_format = metadata.get("format") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict) or stored_format != format:
+        raise UnreadableFile(f"{path} is not {what}: its format is {repr(stored_format)[:60]}, expected {format!r}")
     from safetensors import SafetensorError, safe_open
 
     try:

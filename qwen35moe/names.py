@@ -54,6 +54,6 @@ def unknown_attribute(name: str, known: Iterable[str]) -> str:
     if near and not (_OTHER.match(name) and not match):
         return f"{start}: did you mean {' or '.join(near)}?"
     if _OTHER.match(name):
-        here = ", ".join(near) or "AutoModelForCausalLM"
-        return f"{start}: it belongs to another architecture; this library has Qwen3.5, as {here}"
+        classes = ", ".join(near) or "AutoModelForCausalLM"
+        return f"{start}: it belongs to another architecture; this library has Qwen3.5, as {classes}"
     return f"{start}; it has {', '.join(public)}"

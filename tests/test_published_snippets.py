@@ -241,8 +241,8 @@ def test_a_pipeline_of_transformers_takes_our_model(reader: str, checkpoint: Pat
     own = qwen35moe.pipeline("text-generation", model=model, tokenizer=tokenizer)
     chat = [{"role": "user", "content": "Who are you?"}]
     for prompt in ("And God said", ["Now", "And God said"], chat, [chat, chat]):
-        given: dict[str, Any] = dict(max_new_tokens=9, do_sample=False)
-        assert pipe(prompt, **given) == own(prompt, **given)
+        options: dict[str, Any] = dict(max_new_tokens=9, do_sample=False)
+        assert pipe(prompt, **options) == own(prompt, **options)
 
 
 def test_both_tokenizers_fit_our_models_in_every_form(checkpoint: Path) -> None:

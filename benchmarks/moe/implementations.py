@@ -173,13 +173,13 @@ def _imported(text: str) -> Form:
     if not module or not function:
         raise ValueError(f"--impl {text!r}: write [NAME=]package.module:function")
     try:
-        found: Any = getattr(importlib.import_module(module), function)
+        implementation: Any = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # a module that yours imports
         raise ValueError(f"--impl {text!r}: there is no module {module!r} (is its folder in PYTHONPATH?)") from None
     except AttributeError:
         raise ValueError(f"--impl {text!r}: the module {module!r} has no {function!r}") from None
-    if not callable(found):
-        raise ValueError(f"--impl {text!r}: {function!r} is a {type(found).__name__}, not a function")
-    return cast(Form, found)
+    if not callable(implementation):
+        raise ValueError(f"--impl {text!r}: {function!r} is a {type(implementation).__name__}, not a function")
+    return cast(Form, implementation)

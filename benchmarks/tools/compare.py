@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{id}  {name:<26} not timed in {options.files[1].name}: {b}")
             continue
         ratio, low, high = interval(a, b)
-        found = verdict(low, high, options.tolerance)
-        slower += found == "SLOWER"
-        undecided += found == "undecided"
+        judgement = verdict(low, high, options.tolerance)
+        slower += judgement == "SLOWER"
+        undecided += judgement == "undecided"
         single = "  (one number each)" if len(a) == len(b) == 1 else ""
-        print(f"{id}  {name:<26} {ratio:6.3f}x  [{low:.3f}, {high:.3f}]  {found}{single}")
+        print(f"{id}  {name:<26} {ratio:6.3f}x  [{low:.3f}, {high:.3f}]  {judgement}{single}")
     print(f"{compared} compared, {slower} slower" + (f", {undecided} undecided" if undecided else ""))
     if not compared:
         print("the files have no case and implementation in common")

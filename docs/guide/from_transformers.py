@@ -38,7 +38,7 @@ these methods do not have, one table decides what happens to it:
 
 - a keyword with the same meaning is **translated**: `past_key_values=` is `cache=`;
 - a keyword whose value changes nothing here is **accepted**: `num_beams=1`. None is always accepted;
-- any other value is **refused**, with a `ValueError` that names the way out;
+- any other value is **refused**, with a `ValueError` that says what to use instead;
 - an unknown keyword is a `TypeError` that suggests the nearest name. No keyword is ignored.
 
 A decoding loop by hand, as for transformers:

@@ -114,8 +114,8 @@ class Implementation:
         return self.slower(*args, **kwargs) if self.slower is not None else None
 
     def _tapped(self, kwargs: Mapping[str, Any], caller: Any) -> str | None:
-        """The reason if an active tap reads a value that it skips. A caller that passes `tap` has asked for its own values,
-        which belong to another module than the caller (those of the experts to the block)."""
+        """The reason if an active tap reads a value that it skips. Of a call with `tap=` the values belong to another module
+        than the caller: those of the experts to the block."""
         if kwargs.get("tap") is not None:
             names = self.skips
         else:

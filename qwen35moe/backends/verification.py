@@ -136,8 +136,8 @@ def compare(
     generator = torch.Generator().manual_seed(seed)
     parameters = inspect.signature(definition).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
-    for number, (given, options) in enumerate(cases(dtype, device, generator)):
-        arguments = given, defaults | options
+    for number, (tensors, options) in enumerate(cases(dtype, device, generator)):
+        arguments = tensors, defaults | options
         reference = _run(definition, arguments, torch.float64, seed)
         forward, backward = _errors(_run(definition, arguments, None, seed), reference)
         bounds = (max(BOUNDS[dtype][0], 2 * forward), max(BOUNDS[dtype][1], 2 * backward))

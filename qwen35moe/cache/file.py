@@ -146,8 +146,8 @@ def _check_forms(source: str, forms: Mapping[str, Form], numbers: Mapping[str, A
             layer = name.split(".")[1] if name.startswith("layers.") else None
             raise ValueError(f"{source} lacks {name}" + (f", which layer_types[{layer}] needs" if layer else ""))
         if forms[name] != form:
-            found, wanted = (f"{list(shape)} {kind or 'of another dtype'}" for kind, shape in (forms[name], form))
-            raise ValueError(f"{source}: {name} is {found}, the configuration and the lengths describe {wanted}")
+            stored, wanted = (f"{list(shape)} {kind or 'of another dtype'}" for kind, shape in (forms[name], form))
+            raise ValueError(f"{source}: {name} is {stored}, the configuration and the lengths describe {wanted}")
     if extra := sorted(forms.keys() - expected.keys()):
         raise ValueError(f"{source} holds tensors that this configuration does not have: {short(extra[:5])}")
     return dtype
@@ -189,7 +189,7 @@ def _check_values(source: str, tensors: Mapping[str, Tensor], numbers: Mapping[s
     if "rope_delta" in tensors:
         since, positions = tensors["rope_delta_since"], lengths + tensors["rope_delta"]
         if bool((since < 0).any() or (since > lengths).any()):
-            found = f"rope_delta_since {short(since.tolist())} is beyond the lengths {short(numbers['lengths'])}"
-            raise ValueError(f"{source}: {found}")
+            problem = f"rope_delta_since {short(since.tolist())} is beyond the lengths {short(numbers['lengths'])}"
+            raise ValueError(f"{source}: {problem}")
         if bool((positions < 0).any() or (positions > MAX_COUNTER).any()):
             raise ValueError(f"{source}: rope_delta {short(tensors['rope_delta'].tolist())} leads to a negative position")

@@ -56,16 +56,16 @@ def check_prompt(ids: Tensor, lengths: Tensor, prompt: Tensor, mask: Tensor | No
     for row in range(rows):
         tokens = prompt[row] if mask is None else prompt[row][mask[row].bool()]
         held = kept[row, : held_lengths[row]].long()
-        given = tokens.cpu().long()[: held.shape[0]]
-        if given.shape[0] < held.shape[0]:
+        start = tokens.cpu().long()[: held.shape[0]]
+        if start.shape[0] < held.shape[0]:
             raise ValueError(
-                f"row {row}: the prompt has {given.shape[0]} tokens and the cache holds {held.shape[0]}: a prompt is the whole "
+                f"row {row}: the prompt has {start.shape[0]} tokens and the cache holds {held.shape[0]}: a prompt is the whole "
                 "row, cached tokens included"
             )
-        differ = ((held != given) & (held != UNKNOWN)).nonzero()
+        differ = ((held != start) & (held != UNKNOWN)).nonzero()
         if differ.numel():
             at = int(differ[0])
             raise ValueError(
-                f"row {row}: token {at} of the prompt is {int(given[at])}, the cache holds {int(held[at])} there: the cache "
+                f"row {row}: token {at} of the prompt is {int(start[at])}, the cache holds {int(held[at])} there: the cache "
                 "belongs to another text. A prompt is the whole row, cached tokens included; for a new text make a new cache"
             )

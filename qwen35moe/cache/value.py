@@ -205,11 +205,11 @@ class Cache:
         snapshots = self._live_snapshots()
         if not snapshots:
             return
-        own = [self._layers[layer].stored(name) for name in self._layers[layer].names]
+        own = {id(self._layers[layer].stored(name)) for name in self._layers[layer].names}
         for snapshot in snapshots:
             state = snapshot.layers[layer]
-            if any(tensor is mine for tensor in state.tensors() for mine in own):
-                snapshot.layers[layer] = state.map(lambda t: copied(t) if any(t is mine for mine in own) else t)
+            if any(id(tensor) in own for tensor in state.tensors()):
+                snapshot.layers[layer] = state.map(lambda tensor: copied(tensor) if id(tensor) in own else tensor)
 
     def _settle(self) -> None:
         """Looks at the tensors that were read: a layer that was edited loses its log, which leads to the unedited state."""

@@ -190,22 +190,23 @@ def _pair(
     if not candidates:
         problems.extend(_nowhere(part.name) for part in parts.values())
         return
-    found = [
+    fitting = [
         (target, form, more, rank)
         for target, shape, form, more in candidates
         if (rank := _rank(a, b, shape, form, embedding=first == "lora_embedding_A"))
     ]
-    if len(found) > 1:  # sizes that are equal by chance: as peft nests the wrappers, and as it orders the axes today
+    if len(fitting) > 1:  # sizes that are equal by chance: as peft nests the wrappers, and as it orders the axes today
         inner, nested = bare(module)[1] > 0, f"{module}.base_layer.lora_A.weight" in adapter.tensors
         usual = "gate_up_proj" if inner else "down_proj" if nested else ""
-        found = [entry for entry in found if entry[0].endswith(usual)] or found
-        found = [entry for entry in found if entry[1] != "swapped"] or found
-    if len(found) != 1:
+        fitting = [entry for entry in fitting if entry[0].endswith(usual)] or fitting
+        fitting = [entry for entry in fitting if entry[1] != "swapped"] or fitting
+    if len(fitting) != 1:
         expected = "; ".join(f"{target} {list(shape)}" for target, shape, form, _ in candidates if form != "swapped")
-        detail = f"lora_A {list(a)} and lora_B {list(b)} fit " + ("several of " if found else "none of ") + shown(expected, 200)
-        problems.extend(Problem("ambiguous" if found else "wrong shape", part.name, detail) for part in parts.values())
+        several = "several" if fitting else "none"
+        detail = f"lora_A {list(a)} and lora_B {list(b)} fit {several} of {shown(expected, 200)}"
+        problems.extend(Problem("ambiguous" if fitting else "wrong shape", part.name, detail) for part in parts.values())
         return
-    target, form, (expert, projection), rank = found[0]
+    target, form, (expert, projection), rank = fitting[0]
     for kind, tensor in parts.items():
         if kind == "lora_magnitude_vector" and (form != "linear" or tensor.shape not in ((b[0],), (b[0], 1), (1, b[0]))):
             problems.append(Problem("wrong shape", tensor.name, f"{list(tensor.shape)} is no magnitude of {b[0]} rows"))

@@ -24,7 +24,7 @@ from .selection import PARTS
 
 _TIED = {"embed_tokens.weight", "lm_head.weight"}
 
-# Words of parameter names that say where they come from, and the way out.
+# Words in parameter names of what added them, and what to do.
 _ORIGINS = {
     ".parametrizations.": "a parametrization: torch.nn.utils.parametrize.remove_parametrizations first",
     ".lora_": "an adapter: merge it (merge_and_unload) or save it by itself",
@@ -77,8 +77,8 @@ def _no_plain_numbers(name: str, tensor: Any) -> Iterator[Problem]:
         way = "initialise or load the model first, or gather an offloaded model and pass state_dict="
         yield Problem("no values", name, f"it is on the meta device and has no values: {way}")
     elif tensor.dtype not in FLOATS.values() or tensor.layout != torch.strided:
-        found = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-        yield Problem("wrong dtype", name, f"{found}; weights are saved as {', '.join(FLOATS)}")
+        form = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        yield Problem("wrong dtype", name, f"{form}; weights are saved as {', '.join(FLOATS)}")
 
 
 def _buffers(model: nn.Module) -> Iterator[Problem]:
@@ -123,23 +123,23 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 
 def check_described(cls: type[Any], config: Config, parameters: Sequence[ModelParameter]) -> None:
     """CheckpointError if `config`, read again by the class, describes other parameters than these."""
-    strangers = [parameter.name for parameter in parameters if names.canonical(parameter.name) is None]
-    if strangers:
-        problems = [Problem("unexpected", name, _origin(name) or "not a name of this architecture") for name in strangers]
-        message = f"{shown(strangers[0])} is not part of this architecture: merge or remove added modules"
+    unexpected = [parameter.name for parameter in parameters if names.canonical(parameter.name) is None]
+    if unexpected:
+        problems = [Problem("unexpected", name, _origin(name) or "not a name of this architecture") for name in unexpected]
+        message = f"{shown(unexpected[0])} is not part of this architecture: merge or remove added modules"
         raise CheckpointError(message, problems)
     expected = _expected(cls, config, parts_in(parameters))
     problems = []
-    found: set[str] = set()
+    names_so_far: set[str] = set()
     for parameter in parameters:
         problems += _compared(parameter, expected)
-        if repeated := found.intersection(parameter.names):
+        if repeated := names_so_far.intersection(parameter.names):
             problems.append(Problem("two of one name", min(repeated), "two parameters have this name without their wrappers"))
-        found.update(parameter.names)
+        names_so_far.update(parameter.names)
     problems += [
         Problem("missing", name, f"config describes {list(shape)}; the model has no such parameter")
         for name, shape in expected.items()
-        if name not in found
+        if name not in names_so_far
     ]
     if problems:
         raise CheckpointError(

@@ -161,8 +161,8 @@ def _is_shard(folder: Path, name: str, listed: set[str]) -> bool:
 def _has_contents(file: Path, content: bytes) -> bool:
     """Whether a file has these bytes, or the same JSON in another form."""
     try:
-        found = read_limited(file, 2 * len(content) + 1000)
-        return found == content or (file.suffix == ".json" and parse_json(found) == parse_json(content))
+        present = read_limited(file, 2 * len(content) + 1000)
+        return present == content or (file.suffix == ".json" and parse_json(present) == parse_json(content))
     except (UnreadableFile, OSError):
         return False
 

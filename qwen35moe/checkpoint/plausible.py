@@ -31,40 +31,42 @@ _LONGEST = 2**20  # numbers; no vector of a model is longer
 def implausible(stored: Mapping[str, StoredTensor], scales: Iterable[Tensor] = ()) -> list[str]:
     """A sentence for each parameter that looks as if it had another meaning. stored: tensors by canonical name; scales: of
     block-FP8 weights."""
-    found: list[str] = []
+    sentences: list[str] = []
     for part, prefix in (("decoder", "layers."), ("MTP", "mtp.layers.")):
         norms = _sampled(stored, prefix, *_NORMS)
         if norms and all(abs(w.mean() - 1) < 0.5 and w.std() < 0.5 and (w > 0.2).float().mean() > 0.95 for w in norms):
-            found.append(
+            sentences.append(
                 f"the {part}'s norm weights are near 1 (mean {_mean(norms):.2f}): it looks as if 1 + w is stored, as llama.cpp "
                 "and MLX do, and 1 is added again; subtract 1 from every norm weight but linear_attn.norm"
             )
     gates = _sampled(stored, "layers.", ".linear_attn.A_log")
     if gates and max(a.max() for a in gates) < 0:
-        found.append(
+        sentences.append(
             f"A_log is negative everywhere ({_range(gates)}): it looks as if A = -exp(A_log) is stored, as llama.cpp does; "
             "store log(-A)"
         )
     elif gates and max(a.max() for a in gates) > 6 and min(a.min() for a in gates) > 0:
-        found.append(f"A_log is positive and reaches {_range(gates)}: it looks as if exp(A_log) is stored; store its logarithm")
+        sentences.append(
+            f"A_log is positive and reaches {_range(gates)}: it looks as if exp(A_log) is stored; store its logarithm"
+        )
     steps = _sampled(stored, "layers.", ".linear_attn.dt_bias")
     if steps and min(b.min() for b in steps) > 0 and max(b.max() for b in steps) < 0.25:
-        found.append(
+        sentences.append(
             f"dt_bias is within {_range(steps)}: it looks as if softplus(dt_bias) is stored; store its inverse softplus"
         )
     outputs = _sampled(stored, "layers.", ".linear_attn.norm.weight")
     if outputs and all(abs(w.mean()) < 0.3 for w in outputs):
-        found.append(
+        sentences.append(
             f"the weights of linear_attn.norm are near 0 (mean {_mean(outputs):.2f}): this norm multiplies by w, not by 1 + w; "
             "add 1 to them"
         )
     scales = [scale for scale in scales if scale.numel()]
     if scales and torch.cat([scale.flatten()[:64].abs() for scale in scales[:64]]).median() > 1:
-        found.append(
+        sentences.append(
             "most *_scale_inv are above 1, for weights of up to 448: it looks as if the inverse is stored; despite its name "
             "the scale is a factor"
         )
-    return found
+    return sentences
 
 
 def _sampled(stored: Mapping[str, StoredTensor], prefix: str, *ends: str) -> list[Tensor]:

@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Problem:
-    """kind: "missing", "wrong shape", ...; subject: the tensor or file; detail: both values, or the way out."""
+    """kind: "missing", "wrong shape", ...; subject: the tensor or file; detail: both values, or what to do."""
 
     kind: str
     subject: str

@@ -69,9 +69,9 @@ def add_ignore(parser: argparse.ArgumentParser) -> None:
 
 def refuse_without_effect(options: argparse.Namespace, names: Iterable[str], reason: str) -> None:
     """ValueError if one of these options (None when absent) was given, because it would have no effect."""
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
-    if given:
-        raise ValueError(f"{', '.join(given)}: no effect, because {reason}: omit {'it' if len(given) == 1 else 'them'}")
+    unused = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    if unused:
+        raise ValueError(f"{', '.join(unused)}: no effect, because {reason}: omit {'it' if len(unused) == 1 else 'them'}")
 
 
 def add_layouts(parser: argparse.ArgumentParser, default: str, mtp_default: str) -> None:

@@ -11,7 +11,7 @@ _NEUTRAL, _REFUSED = _TEST + "test_neutral_keywords_change_nothing", _TEST + "te
 
 
 def _processor(name: str) -> str:
-    """The way out for what one of transformers' logits processors does."""
+    """What to use instead of what one of transformers' logits processors does."""
     return f"pass logits_processor=[transformers.{name}(...)], which does the same here"
 
 

@@ -1,8 +1,8 @@
 """transformers' keywords: what each method does with one that it does not have itself.
 
 A `Keyword` of the table (`qwen35moe.compat.TABLE`, one tuple per method) is translated, accepted because its value changes
-nothing, or refused with the way out. `read_keywords` applies the tuple of a method to the keywords of a call. A keyword that
-neither the method nor the table knows is a TypeError which suggests the nearest name: none is swallowed.
+nothing, or refused, with what to use instead. `read_keywords` applies the tuple of a method to the keywords of a call. A
+keyword that neither the method nor the table has is a TypeError which suggests the nearest name: none is swallowed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Keyword:
     """One keyword of transformers.
 
     becomes: our keyword with the same meaning; `convert` turns the value into ours.
-    neutral: values without effect here, or a function that tells them; None is always one. They are accepted.
+    neutral: values without effect here, or a function that is True for them; None is always one. They are accepted.
     does: what the method itself does with it, where it is one of the method's own keywords.
-    instead: the way out that the error names for every other value, and the note in docs/guide/from_transformers.md.
+    instead: what to use instead, for the error of every other value and the note in docs/guide/from_transformers.md.
     tested_by: "tests/models/test_compat.py::test_name", a test that exists.
     """
 

@@ -19,24 +19,24 @@ from ..config.generation import FIELDS
 _TABLE = {keyword.name: keyword for keyword in GENERATE}
 
 
-def settings_of(model: Any, given: Any = None) -> dict[str, Any]:
+def settings_of(model: Any, override: Any = None) -> dict[str, Any]:
     """The settings of generation_config= (`given`) and of the model, in our names; those of `given` come first.
 
     ValueError for a setting that would change the answer and is not implemented.
     """
-    if isinstance(given, Mapping) and not isinstance(given, GenerationConfig):
-        for name in given:
+    if isinstance(override, Mapping) and not isinstance(override, GenerationConfig):
+        for name in override:
             if name not in FIELDS and name not in _TABLE:
                 raise TypeError(unknown_keyword("generation_config", name, FIELDS))
     of_model = getattr(model, "generation_config", None)
     way_out = "model.generation_config.pop({0!r}) to generate without it"
-    settings = {} if of_model is None else _read(of_model, "the checkpoint's generation_config", way_out, given)
-    return settings if given is None else settings | _read(given, "generation_config", "leave it out", None)
+    settings = {} if of_model is None else _read(of_model, "the checkpoint's generation_config", way_out, override)
+    return settings if override is None else settings | _read(override, "generation_config", "leave it out", None)
 
 
-def _read(config: Any, source: str, way_out: str, given: Any) -> dict[str, Any]:
+def _read(config: Any, source: str, way_out: str, override: Any) -> dict[str, Any]:
     """A config's settings in our names. given: a config that replaces some of them."""
-    replaced = {} if given is None else GenerationConfig.of(given)
+    replaced = {} if override is None else GenerationConfig.of(override)
     settings: dict[str, Any] = {}
     for name, value in GenerationConfig.of(config).items():
         keyword = _TABLE.get(name)
@@ -54,17 +54,17 @@ def _read(config: Any, source: str, way_out: str, given: Any) -> dict[str, Any]:
     return settings
 
 
-def end_tokens(model: Any, eos_token_id: int | Sequence[int] | Tensor | None = None, given: Any = None) -> tuple[int, ...]:
+def end_tokens(model: Any, eos_token_id: int | Sequence[int] | Tensor | None = None, override: Any = None) -> tuple[int, ...]:
     """The tokens that end a row: the argument, by default the checkpoint's; () for none."""
     if eos_token_id is None:
-        eos_token_id = default(model, settings_of(model, given), "eos_token_id")
+        eos_token_id = default(model, settings_of(model, override), "eos_token_id")
     return token_ids("eos_token_id", eos_token_id)
 
 
-def padding_token(model: Any, pad_token_id: int | None, ends: Sequence[int], given: Any = None) -> int | None:
+def padding_token(model: Any, pad_token_id: int | None, ends: Sequence[int], override: Any = None) -> int | None:
     """The padding token: the argument, else the checkpoint's, else the first end token, as in transformers."""
     if pad_token_id is None:
-        pad_token_id = default(model, settings_of(model, given), "pad_token_id")
+        pad_token_id = default(model, settings_of(model, override), "pad_token_id")
     if pad_token_id is not None:
         return token_ids("pad_token_id", pad_token_id)[0]
     return ends[0] if ends else None

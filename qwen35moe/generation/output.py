@@ -32,8 +32,8 @@ class GenerateOutput(OrderedDict[str, Any]):
         past_key_values: Any
 
     def __init__(self, values: Mapping[str, Any] = {}, /, **named: Any) -> None:  # noqa: B006
-        given = {**values, **named}
-        super().__init__((name, given[name]) for name in NAMES if given.get(name) is not None)
+        results = {**values, **named}
+        super().__init__((name, results[name]) for name in NAMES if results.get(name) is not None)
 
     def __getattr__(self, name: str) -> Any:
         if name in NAMES:

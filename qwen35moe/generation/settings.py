@@ -104,12 +104,13 @@ def _do_sample(inputs: StreamInputs) -> bool:
     """The argument, else that of generation_config=, else False: the checkpoint's does not count."""
     value = inputs.do_sample
     if value is None and inputs.generation_config is not None:
-        given = GenerationConfig.of(inputs.generation_config)
-        value = given.do_sample
-        if value is None and (unused := [name for name in _NEUTRAL if given.get(name) not in (None, _NEUTRAL[name])]):
+        override = GenerationConfig.of(inputs.generation_config)
+        value = override.do_sample
+        unused = [name for name in _NEUTRAL if override.get(name) not in (None, _NEUTRAL[name])]
+        if value is None and unused:
             raise ValueError(
-                f"generation_config has {unused[0]}={short(given[unused[0]])}, which has an effect only when sampling, and no "
-                "do_sample: set do_sample=True or False in it"
+                f"generation_config has {unused[0]}={short(override[unused[0]])}, which has an effect only when sampling, and "
+                "no do_sample: set do_sample=True or False in it"
             )
     if value is None:
         return False
@@ -165,12 +166,12 @@ def _whole(name: str, value: Any, lowest: int) -> None:
 
 
 def _new_tokens(
-    max_new_tokens: int | None, max_length: int | None, prompt: int, given: Any, defaults: Mapping[str, Any]
+    max_new_tokens: int | None, max_length: int | None, prompt: int, override: Any, defaults: Mapping[str, Any]
 ) -> int:
     """How many tokens may be new. Of generation_config= and of the checkpoint's, max_new_tokens comes before max_length."""
     if max_new_tokens is not None and max_length is not None:
         raise ValueError(f"{max_new_tokens=} and {max_length=} both limit the length: pass one of them")
-    for settings in ({} if given is None else GenerationConfig.of(given), defaults):
+    for settings in ({} if override is None else GenerationConfig.of(override), defaults):
         if max_new_tokens is None and max_length is None:
             max_new_tokens = settings.get("max_new_tokens")
             max_length = settings.get("max_length") if max_new_tokens is None else None

@@ -27,8 +27,8 @@ def stream_text(
     strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     steps = stream(model, ids, stop=strings or None, tokenizer=tokenizer, **options)
-    given = end_tokens(model, options.get("eos_token_id"), options.get("generation_config"))
-    ends = set(given) if skip_special_tokens else set()
+    end_ids = end_tokens(model, options.get("eos_token_id"), options.get("generation_config"))
+    ends = set(end_ids) if skip_special_tokens else set()
     return _pieces(steps, ends, TextStream(tokenizer, skip_special_tokens), Cut(strings))
 
 

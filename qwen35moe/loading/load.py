@@ -122,8 +122,8 @@ def locate(
     if (old := keywords.pop("use_auth_token", None)) is not None:
         hub.setdefault("token", old)
     subfolder = keywords.pop("subfolder", None)
-    given = {key: value for key, value in hub.items() if value is not None}
-    return find(name, revision, wanted=wanted, options=HubOptions(**given), subfolder=subfolder), hub, subfolder
+    set_options = {key: value for key, value in hub.items() if value is not None}
+    return find(name, revision, wanted=wanted, options=HubOptions(**set_options), subfolder=subfolder), hub, subfolder
 
 
 def find(
@@ -139,11 +139,11 @@ def find(
     folder = Path(name).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the folder that holds config.json")
-    given: Any = {"revision": revision, "wanted": wanted, "optional": OTHER_FILES, "options": options, "subfolder": subfolder}
+    request: Any = {"revision": revision, "wanted": wanted, "optional": OTHER_FILES, "options": options, "subfolder": subfolder}
     try:  # a tokenizer that is not cached yet is fetched
-        cached = folder_of(name, required=[TOKENIZER_FILE], **given)
+        cached = folder_of(name, required=[TOKENIZER_FILE], **request)
     except CheckpointError:
-        cached = folder_of(name, **given)  # without one
+        cached = folder_of(name, **request)  # without one
     if not cached.is_dir():
         raise ValueError(f"there is no folder {cached}: give a folder with config.json, a Hub name (owner/name), or {TINY!r}")
     return cached

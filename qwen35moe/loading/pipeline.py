@@ -68,22 +68,22 @@ def pipeline(
         source = None
         if device is not None:
             model = model.to("cpu" if device == -1 else device)
-        given = {"device_map": device_map, "dtype": dtype, "config": config, "model_kwargs": model_kwargs or None}
-        if unused := [name for name, value in given.items() if value is not None]:
+        loading = {"device_map": device_map, "dtype": dtype, "config": config, "model_kwargs": model_kwargs or None}
+        if unused := [name for name, value in loading.items() if value is not None]:
             raise ValueError(f"pipeline({unused[0]}=...) is for loading, and model is an object: load it with {unused[0]}")
     given_reader, name = (processor, "processor") if visual else (tokenizer or processor, "tokenizer")
     reader = _reader(given_reader, source, visual, name, hub)
     return Pipeline(task, model, reader, keywords)
 
 
-def _reader(given: Any, source: Any, visual: bool, name: str, hub: Mapping[str, Any]) -> Any:
+def _reader(reader: Any, source: Any, visual: bool, name: str, hub: Mapping[str, Any]) -> Any:
     """The tokenizer or processor: the given object, or that of the given name or of the model's."""
-    if given is None and source is None:
+    if reader is None and source is None:
         raise ValueError(f"pipeline(model=...) got a model: give its {name} too, as {name}=")
-    if given is None or isinstance(given, str | os.PathLike):
+    if reader is None or isinstance(reader, str | os.PathLike):
         auto = AutoProcessor if visual else AutoTokenizer
-        return auto.from_pretrained(source if given is None else given, **hub)
-    return given
+        return auto.from_pretrained(source if reader is None else reader, **hub)
+    return reader
 
 
 class Pipeline:
@@ -138,8 +138,8 @@ class Pipeline:
         sequences = out if isinstance(out, Tensor) else out.sequences
         copies, width = len(sequences) // len(prompts), batch["input_ids"].shape[1]
         return [
-            [self._record(prompt, len(given["input_ids"][0]), row[width:], row, options) for row in rows]
-            for prompt, given, rows in zip(prompts, inputs, sequences.cpu().split(copies), strict=True)
+            [self._record(prompt, len(encoding["input_ids"][0]), row[width:], row, options) for row in rows]
+            for prompt, encoding, rows in zip(prompts, inputs, sequences.cpu().split(copies), strict=True)
         ]
 
     def _inputs(self, prompt: Any, options: _Options) -> dict[str, Any]:

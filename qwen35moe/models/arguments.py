@@ -64,14 +64,14 @@ def takes(
         @functools.wraps(function)
         def with_arguments(first: First, /, *args: P.args, **kwargs: P.kwargs) -> Result:
             method = f"{type(first).__name__}.forward" if function.__name__ == "forward" else function.__name__
-            given: dict[str, Any] = kwargs
+            named: dict[str, Any] = kwargs
             for name in kwargs:
                 if name not in names:
-                    given = read_keywords(method, table, kwargs, public)
+                    named = read_keywords(method, table, kwargs, public)
                     break
-            if len(args) > len(positional) or any(name in given for name in positional[: len(args)]):
-                raise TypeError(_misplaced(method, len(args), positional, given))
-            arguments: dict[str, Any] = {**dict(zip(positional, args, strict=False)), **given}
+            if len(args) > len(positional) or any(name in named for name in positional[: len(args)]):
+                raise TypeError(_misplaced(method, len(args), positional, named))
+            arguments: dict[str, Any] = {**dict(zip(positional, args, strict=False)), **named}
             for name, value in list(arguments.items()):
                 if value is None:
                     if name in defaults:
@@ -98,11 +98,11 @@ def _tensor(name: str, value: Any) -> Any:
     raise ValueError(f"{name} is a {type(value).__name__}: give a tensor")
 
 
-def _misplaced(method: str, given: int, positional: tuple[str, ...], keywords: dict[str, Any]) -> str:
+def _misplaced(method: str, count: int, positional: tuple[str, ...], keywords: dict[str, Any]) -> str:
     """The message of Python for too many positional arguments, or for one that is given twice."""
-    if given > len(positional):
-        return f"{method}() takes from 1 to {len(positional) + 1} positional arguments but {given + 1} were given"
-    twice = next(name for name in positional[:given] if name in keywords)
+    if count > len(positional):
+        return f"{method}() takes from 1 to {len(positional) + 1} positional arguments but {count + 1} were given"
+    twice = next(name for name in positional[:count] if name in keywords)
     return f"{method}() got multiple values for argument {twice!r}"
 
 

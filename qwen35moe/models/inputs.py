@@ -48,19 +48,19 @@ class TransformersKeywords:
 
     def translated(self, method: str) -> Self:
         """The same arguments in our names. ValueError where two of them disagree."""
-        given = {name: value for name in RENAMED if (value := getattr(self, name)) is not None}
-        if not given:
+        renamed = {name: value for name in RENAMED if (value := getattr(self, name)) is not None}
+        if not renamed:
             return self
         ours = {name: value for name in ("cache", "cu_seqlens") if (value := getattr(self, name)) is not None}
         bounds: Any = ours.get("cu_seqlens")
         for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-            if bounds is None or name not in given:
-                bounds = given.get(name, bounds)
-            elif given[name].shape == bounds.shape and not values_known(given[name]):
+            if bounds is None or name not in renamed:
+                bounds = renamed.get(name, bounds)
+            elif renamed[name].shape == bounds.shape and not values_known(renamed[name]):
                 # read_keywords would compare values, which a compiled graph and torch.vmap cannot branch on
-                require((given[name] == bounds).all(), f"{method}() got {name} that differ: give cu_seqlens")
-                given[name] = bounds
-        return replace(self, **read_keywords(method, FORWARD, {**ours, **given}, own=ours), **dict.fromkeys(given))
+                require((renamed[name] == bounds).all(), f"{method}() got {name} that differ: give cu_seqlens")
+                renamed[name] = bounds
+        return replace(self, **read_keywords(method, FORWARD, {**ours, **renamed}, own=ours), **dict.fromkeys(renamed))
 
 
 RENAMED = ("past_key_values", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -140,10 +140,11 @@ def prepared(inputs: Inputs, model: Qwen3_5MoeTextModel) -> tuple[Inputs, TokenL
 
 
 def body_arguments(kind: type[TextInputs], inputs: TextInputs, layout: TokenLayout) -> dict[str, Any]:
-    """The arguments of a checked call that a model without its head takes, those that are given; and the layout."""
-    own = kind.__dataclass_fields__
-    given = {name: value for name in own if (value := getattr(inputs, name)) is not own[name].default and name not in _CHECKED}
-    return {**given, "planned": Planned(inputs, layout)}
+    """The arguments of a checked call that a model without its head takes, without those at their defaults; and the layout."""
+    fields = kind.__dataclass_fields__
+    values = {name: getattr(inputs, name) for name in fields if name not in _CHECKED}
+    changed = {name: value for name, value in values.items() if value is not fields[name].default}
+    return {**changed, "planned": Planned(inputs, layout)}
 
 
 _CHECKED = (

@@ -76,9 +76,9 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **named: Any) -> None:
         super().__init__()
-        given = dict(values, **named)
-        for name in (*NAMES, *(name for name in given if name not in NAMES)):
-            value = given.get(name)
+        results = dict(values, **named)
+        for name in (*NAMES, *(name for name in results if name not in NAMES)):
+            value = results.get(name)
             if value is not None:
                 super().__setitem__(name, value)
 

@@ -66,16 +66,16 @@ class FromPretrained(ForLibraries):
         """
         from qwen35moe.checkpoint import load_model
 
-        given = dict(path=path, dtype=dtype, device=device, config=config, revision=revision, layers=kept(layers),
+        arguments = dict(path=path, dtype=dtype, device=device, config=config, revision=revision, layers=kept(layers),
                      experts=kept(experts), parts=kept(parts), ignore=kept(ignore), check=check, weights=weights,
                      dtype_policy=dtype_policy)  # fmt: skip
-        read, fields = read_loading("from_pretrained", given, keywords)
+        read, fields = read_loading("from_pretrained", arguments, keywords)
         folder = checkpoint_folder(read)
         if fields or read["config"] is not None:
             whole = Config.from_pretrained(folder) if read["config"] is None else Config.of(read["config"])
             read["config"] = whole.replace(**fields) if fields else whole
         read["device"] = "cpu" if read["device"] is None else read["device"]
-        ours = {name: value for name, value in read.items() if name in given and name not in ("path", "revision")}
+        ours = {name: value for name, value in read.items() if name in arguments and name not in ("path", "revision")}
         with torch.inference_mode(False):  # parameters made under inference_mode could not be trained
             model = load_model(cls, folder, **ours)
         model.name_or_path = model.config._name_or_path = os.fspath(read["path"])
@@ -90,8 +90,8 @@ class FromPretrained(ForLibraries):
     def from_config(cls, config: Any, *, dtype: str | torch.dtype | None = None, **keywords: Any) -> Self:
         """A new model of any kind of configuration that `Config.of` reads, its parameters drawn as by the constructor and then
         converted to `dtype`. keywords: those of transformers' from_config, and fields of the configuration."""
-        given = dict(dtype=dtype)
-        read, fields = read_loading("from_config", given, keywords)
+        arguments = dict(dtype=dtype)
+        read, fields = read_loading("from_config", arguments, keywords)
         config = Config.of(config)
         build: Any = cls
         model = build(config.replace(**fields) if fields else config)
@@ -124,9 +124,9 @@ class FromPretrained(ForLibraries):
         """
         from qwen35moe.checkpoint import save_model
 
-        given = dict(path=path, layout=layout, max_shard_size=max_shard_size, state_dict=state_dict,
+        arguments = dict(path=path, layout=layout, max_shard_size=max_shard_size, state_dict=state_dict,
                      is_main_process=is_main_process)  # fmt: skip
-        read = _read("save_pretrained", SAVING, given, keywords)
+        read = _read("save_pretrained", SAVING, arguments, keywords)
         checked_path("save_pretrained", read["path"])
         if not read["is_main_process"]:
             return
@@ -137,21 +137,21 @@ class FromPretrained(ForLibraries):
         )
 
 
-def read_loading(method: str, given: dict[str, Any], keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_loading(method: str, arguments: dict[str, Any], keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments in our words, and the fields of the configuration among them."""
-    known = {*given, *_OWN, *(keyword.name for keyword in LOADING)}
+    known = {*arguments, *_OWN, *(keyword.name for keyword in LOADING)}
     fields = {name: value for name, value in keywords.items() if name in TEXT_KEYS and name not in known}
     rest = {name: value for name, value in keywords.items() if name not in fields}
-    return _read(method, LOADING, given, rest, [*_OWN, *TEXT_KEYS] if rest.keys() - known else _OWN), fields
+    return _read(method, LOADING, arguments, rest, [*_OWN, *TEXT_KEYS] if rest.keys() - known else _OWN), fields
 
 
-def _read(method: str, table: Any, given: dict[str, Any], keywords: dict[str, Any], own: Any = ()) -> dict[str, Any]:
+def _read(method: str, table: Any, arguments: dict[str, Any], keywords: dict[str, Any], own: Any = ()) -> dict[str, Any]:
     """`given` with the keywords in our words. An argument at its default gives way to a keyword that means the same."""
     defaults = {"dtype": "auto", "device": "cpu"}
-    explicit = {name: value for name, value in given.items() if value is not None and value != defaults.get(name)}
+    explicit = {name: value for name, value in arguments.items() if value is not None and value != defaults.get(name)}
     if not keywords:
-        return dict(given)
-    return {**given, **read_keywords(method, table, {**explicit, **keywords}, [*given, *own])}
+        return dict(arguments)
+    return {**arguments, **read_keywords(method, table, {**explicit, **keywords}, [*arguments, *own])}
 
 
 def checked_path(method: str, path: Any) -> None:

@@ -194,10 +194,10 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
         whole = logits is not None and isinstance(keep, int) and keep == 0
         if "_loss_function" in self.__dict__:
             logits = logits if whole else logits_of(self.lm_head, hidden)
-            given: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
+            options: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
             if layout.cu_seqlens is not None or layout.source is not None:
-                given["shift_labels"] = targets  # without labels across documents and padding
-            return self.loss_function(logits, inputs.labels, self.config.text_config.vocab_size, **given)
+                options["shift_labels"] = targets  # without labels across documents and padding
+            return self.loss_function(logits, inputs.labels, self.config.text_config.vocab_size, **options)
         if logits is not None and whole:
             return cross_entropy(logits.flatten(0, 1), targets.flatten(), num_items=num_items)
         return linear_loss(self.lm_head, hidden.flatten(0, 1), targets.flatten(), num_items=num_items, caller=self)

@@ -39,21 +39,21 @@ SIZES = {"R/2": ("R", lambda n: 2 * n), "W-1": ("W", lambda n: n + 1), "2F": ("F
 
 def check_arguments(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
     """ValueError where the arguments of a call of the operation `name` contradict its contract."""
-    given = _bound(name, args, kwargs)
+    operands = _bound(name, args, kwargs)
     sizes: dict[str, int] = {}
     for tensor, axes in (part.split(maxsplit=1) for part in AXES[name].split(", ")):
-        x = given.get(tensor)
+        x = operands.get(tensor)
         if x is None:
             continue
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: {tensor} is a tensor [{', '.join(axes.split())}], got a {type(x).__name__}")
         _check_dtype(name, tensor, x)
         _check_axes(name, tensor, x, axes.split(), sizes)
-    _check_dtypes_agree(name, given)
-    if (bounds := given.get("cu_seqlens")) is not None:
+    _check_dtypes_agree(name, operands)
+    if (bounds := operands.get("cu_seqlens")) is not None:
         _check_bounds(name, bounds, sizes)
     if name in MORE:
-        MORE[name](given, sizes)
+        MORE[name](operands, sizes)
 
 
 def _bound(name: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -80,15 +80,15 @@ def _check_axes(name: str, tensor: str, x: Tensor, axes: list[str], sizes: dict[
     if len(shape) != len(axes):
         raise ValueError(expected)
     for axis, size in zip(axes, shape, strict=True):
-        key, told = SIZES.get(axis, (axis, int))
-        if sizes.setdefault(key, told(size)) != told(size) or (axis == "2F" and size % 2):
+        key, meaning = SIZES.get(axis, (axis, int))
+        if sizes.setdefault(key, meaning(size)) != meaning(size) or (axis == "2F" and size % 2):
             raise ValueError(f"{expected}, with {key} = {sizes[key]}")
 
 
-def _check_dtypes_agree(name: str, given: dict[str, Any]) -> None:
+def _check_dtypes_agree(name: str, operands: dict[str, Any]) -> None:
     """Operands of one product; elsewhere each operation computes in the widest dtype."""
-    dtypes = {tensor: given[tensor].dtype for tensor in PRODUCTS.get(name, ())}
-    if len(set(dtypes.values())) > 1 and not torch.is_autocast_enabled(given[PRODUCTS[name][0]].device.type):
+    dtypes = {tensor: operands[tensor].dtype for tensor in PRODUCTS.get(name, ())}
+    if len(set(dtypes.values())) > 1 and not torch.is_autocast_enabled(operands[PRODUCTS[name][0]].device.type):
         raise ValueError(f"{name}: " + ", ".join(f"{k} is {v}" for k, v in dtypes.items()) + ": convert them to one dtype")
 
 
@@ -103,8 +103,8 @@ def _check_bounds(name: str, bounds: Any, sizes: dict[str, int]) -> None:
     """cu_seqlens [documents + 1] of one row: from 0 to its length, never falling."""
     tokens = sizes["N"] if name == "vision_attention" else sizes["T"]
     if not isinstance(bounds, Tensor) or bounds.dim() != 1 or bounds.shape[0] < 2:
-        found = list(bounds.shape) if isinstance(bounds, Tensor) else type(bounds).__name__
-        raise ValueError(f"{name}: cu_seqlens is a tensor [documents + 1] of integers, got {found}")
+        form = list(bounds.shape) if isinstance(bounds, Tensor) else type(bounds).__name__
+        raise ValueError(f"{name}: cu_seqlens is a tensor [documents + 1] of integers, got {form}")
     _check_dtype(name, "cu_seqlens", bounds)
     if sizes.get("B", 1) != 1:
         raise ValueError(f"{name}: cu_seqlens divides one row, got {sizes['B']}: put the documents into one row [1, T]")
@@ -119,52 +119,52 @@ def _divides(name: str, sizes: dict[str, int]) -> None:
         raise ValueError(f"{name}: {heads} heads are no multiple of the {groups} of key, the axes are [B, T, heads, width]")
 
 
-def _attention(given: dict[str, Any], sizes: dict[str, int]) -> None:
+def _attention(operands: dict[str, Any], sizes: dict[str, int]) -> None:
     _divides("attention", sizes)
-    starts = given.get("starts", 0)
+    starts = operands.get("starts", 0)
     first = starts if isinstance(starts, int) else 0
     if sizes["T"] + first > sizes["P"]:
         raise ValueError(f"attention: {sizes['T']} queries from position {first} on need as many keys, got {sizes['P']}")
 
 
-def _delta_rule(given: dict[str, Any], sizes: dict[str, int]) -> None:
+def _delta_rule(operands: dict[str, Any], sizes: dict[str, int]) -> None:
     _divides("gated_delta_rule", sizes)
-    _check_states("gated_delta_rule", given, sizes)
+    _check_states("gated_delta_rule", operands, sizes)
 
 
-def _convolution(given: dict[str, Any], sizes: dict[str, int]) -> None:
-    _check_states("short_convolution", given, sizes)
-    lengths = given.get("lengths")
+def _convolution(operands: dict[str, Any], sizes: dict[str, int]) -> None:
+    _check_states("short_convolution", operands, sizes)
+    lengths = operands.get("lengths")
     if lengths is not None and known(lengths) and bool(((lengths < 0) | (lengths > sizes["T"])).any()):
         raise ValueError(f"short_convolution: lengths {lengths[:8].tolist()} must be 0 ... {sizes['T']}")
 
 
-def _check_states(name: str, given: dict[str, Any], sizes: dict[str, int]) -> None:
-    bounds = given.get("cu_seqlens")
+def _check_states(name: str, operands: dict[str, Any], sizes: dict[str, int]) -> None:
+    bounds = operands.get("cu_seqlens")
     expected, of = (sizes["B"], "row") if bounds is None else (bounds.shape[0] - 1, "document")
-    if given.get("state") is not None and sizes["N"] != expected:
-        raise ValueError(f"{name}: state {list(given['state'].shape)} must have one state for each {of}, {expected}")
+    if operands.get("state") is not None and sizes["N"] != expected:
+        raise ValueError(f"{name}: state {list(operands['state'].shape)} must have one state for each {of}, {expected}")
 
 
-def _rotary(given: dict[str, Any], sizes: dict[str, int]) -> None:
+def _rotary(operands: dict[str, Any], sizes: dict[str, int]) -> None:
     if sizes["R"] > sizes["K"]:
         raise ValueError(
             f"rotary: cos and sin [B, T, R/2] rotate {sizes['R']} entries, a head has {sizes['K']}: give each pair's angle once"
         )
 
 
-def _router(given: dict[str, Any], sizes: dict[str, int]) -> None:
-    top_k = given["top_k"]
+def _router(operands: dict[str, Any], sizes: dict[str, int]) -> None:
+    top_k = operands["top_k"]
     if not 1 <= top_k <= sizes["E"]:
         raise ValueError(f"router: top_k={top_k} must be 1 ... {sizes['E']}, the number of experts")
 
 
-def _experts(given: dict[str, Any], sizes: dict[str, int]) -> None:
-    _check_range("experts", "indices", given["indices"], 0, sizes["E"])
+def _experts(operands: dict[str, Any], sizes: dict[str, int]) -> None:
+    _check_range("experts", "indices", operands["indices"], 0, sizes["E"])
 
 
-def _cross_entropy(given: dict[str, Any], sizes: dict[str, int]) -> None:
-    labels = given["labels"]
+def _cross_entropy(operands: dict[str, Any], sizes: dict[str, int]) -> None:
+    labels = operands["labels"]
     if known(labels):
         _check_range("linear_cross_entropy", "labels other than -100", labels[labels != -100], 0, sizes["vocabulary"])
 

@@ -30,8 +30,8 @@ def schemas_of(tools: Any) -> dict[str, Mapping[str, Any]]:
         function = tool.get("function", tool)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             continue
-        given = (function.get(key) for key in ("parameters", "input_schema", "inputSchema"))
-        schemas[function["name"]] = next((schema for schema in given if isinstance(schema, Mapping)), {})
+        candidates = (function.get(key) for key in ("parameters", "input_schema", "inputSchema"))
+        schemas[function["name"]] = next((schema for schema in candidates if isinstance(schema, Mapping)), {})
     return schemas
 
 

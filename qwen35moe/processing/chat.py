@@ -76,9 +76,9 @@ def render(template: ChatTemplate, messages: Sequence[Any], options: ChatOptions
         raise ValueError(
             "add_generation_prompt opens a new message and continue_final_message keeps the last one open: give one of them"
         )
-    given = {"tools": options.tools, "documents": options.documents, "add_generation_prompt": options.add_generation_prompt}
-    template.check_variables(given)
-    variables = {**named, **template.check_variables(options.variables, [*CHAT_KEYWORDS, *SETTINGS]), **given}
+    own = {"tools": options.tools, "documents": options.documents, "add_generation_prompt": options.add_generation_prompt}
+    template.check_variables(own)
+    variables = {**named, **template.check_variables(options.variables, [*CHAT_KEYWORDS, *SETTINGS]), **own}
 
     def rendered(messages: Sequence[Any]) -> str:
         return template.run(messages, variables)
@@ -174,9 +174,9 @@ def read_options(
     return read, {name: value for name, value in keywords.items() if name not in known and name not in own}
 
 
-def check_text_only(given: Mapping[str, Any]) -> None:
+def check_text_only(keywords: Mapping[str, Any]) -> None:
     """ValueError for keywords about ids, images or videos in a call with tokenize=False, which gives text."""
-    for name, value in given.items():
+    for name, value in keywords.items():
         if name not in ("return_tensors", "return_attention_mask", "add_special_tokens") and value not in (None, False, "left"):
             raise ValueError(f"{name}={short(value)} has no effect with tokenize=False, which gives text: leave it out")
 

@@ -29,11 +29,11 @@ def find_file(file: Path) -> Path | None:
 
 def read_text(file: Path, limit: int = MAX_TEXT) -> str:
     """The text of a file of at most `limit` bytes. ValueError, which names the file, if it cannot be read."""
-    found = find_file(file)
-    if found is None:
+    path = find_file(file)
+    if path is None:
         raise ValueError(f"{file}: no such file")
     try:
-        return read_limited(found, limit).decode("utf-8")
+        return read_limited(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not valid UTF-8: {error}") from error
     except UnreadableFile as error:
@@ -42,11 +42,11 @@ def read_text(file: Path, limit: int = MAX_TEXT) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file, {} if there is no such file. ValueError if the file holds anything else."""
-    found = find_file(file)
-    if found is None:
+    path = find_file(file)
+    if path is None:
         return {}
     try:
-        values = parse_json(read_limited(found, MAX_JSON))
+        values = parse_json(read_limited(path, MAX_JSON))
     except UnreadableFile as error:
         raise ValueError(f"{file} is not valid JSON: {str(error)[:300]}") from error
     if not isinstance(values, dict):
@@ -60,10 +60,10 @@ def check_local_file(path: str | os.PathLike[str]) -> None:
     if "://" in text[:40] or text.startswith("data:"):
         raise ValueError("URLs are not downloaded: pass the path of a local file")
     try:
-        found = Path(path).is_file()
+        is_file = Path(path).is_file()
     except (OSError, ValueError):  # a name that is too long, or a NUL byte
-        found = False
-    if not found:
+        is_file = False
+    if not is_file:
         raise ValueError("no such file")
 
 

@@ -116,12 +116,12 @@ def _text_block(block: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _media_block(kind: str, block: dict[str, Any], source: str, media: list[Media]) -> dict[str, Any]:
     keys = [form.format(kind=kind) for form in _SOURCES]
-    given = [name for name in keys if name in block]
-    if len(given) > 1:
-        raise ValueError(f"block of type {kind!r}: {given[0]!r} and {given[1]!r} both name the {kind}: give one")
+    sources = [name for name in keys if name in block]
+    if len(sources) > 1:
+        raise ValueError(f"block of type {kind!r}: {sources[0]!r} and {sources[1]!r} both name the {kind}: give one")
     settings, out = {}, {"type": kind}
     for name, value in block.items():
-        if name in ("type", *given):
+        if name in ("type", *sources):
             continue
         if name in _SETTINGS[kind]:
             settings[name] = value
@@ -136,8 +136,8 @@ def _media_block(kind: str, block: dict[str, Any], source: str, media: list[Medi
             )
         else:
             raise ValueError(f"block of type {kind!r}: {_unread(name, [*keys, *_SETTINGS[kind]], 'the processor')}")
-    if given:
-        item = _source(kind, given[0], block[given[0]])
+    if sources:
+        item = _source(kind, sources[0], block[sources[0]])
         if kind == "video":
             item, settings = _video(item, settings)
         media.append(Media(kind, item, settings))

@@ -103,8 +103,8 @@ class PixelSettings:
         if not isinstance(size, dict) or set(size) - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}:
             raise ValueError(f"{source}: size must hold shortest_edge and longest_edge (numbers of pixels), got {short(size)}")
         for name, old_name in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            given = [value for value in (updates.get(name), size.get(name), size.get(old_name)) if value is not None]
-            value = given[0] if given else None
+            limits = [value for value in (updates.get(name), size.get(name), size.get(old_name)) if value is not None]
+            value = limits[0] if limits else None
             if value is not None:
                 updates[name] = value
         if updates.pop("resample", BICUBIC) not in (None, BICUBIC):
@@ -217,15 +217,15 @@ def target_size(
 ) -> tuple[int, int]:
     """The size (height, width) that an image or a video's frames are resized to, checked: `smart_resize` of resized_height and
     resized_width of the item's own settings, else of its own size. ValueError if pixel_values would be too large."""
-    given = [item.get(name) for name in ("resized_height", "resized_width")]
-    if given != [None, None]:
-        if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in given):
+    sides = [item.get(name) for name in ("resized_height", "resized_width")]
+    if sides != [None, None]:
+        if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
             raise ValueError(
-                f"resized_height and resized_width are two positive integers, got {short(given[0])} and {short(given[1])}"
+                f"resized_height and resized_width are two positive integers, got {short(sides[0])} and {short(sides[1])}"
             )
         if not settings.do_resize:
             raise ValueError("resized_height and resized_width have no effect with do_resize=False: give one of them")
-        height, width = given  # type: ignore[assignment]
+        height, width = sides  # type: ignore[assignment]
     if settings.do_resize:
         height, width = smart_resize(height, width, settings, frames)
     check_divisible(height, width, settings)

@@ -246,11 +246,11 @@ class Processor:
             texts = rendered_prompts(template, chats, rows, options, named)
             return texts if batched else texts[0]
         media = {}
-        for kind, given in (("image", images), ("video", videos)):
+        for kind, items in (("image", images), ("video", videos)):
             media[kind] = [item for chat in chats for item in chat.media if item.kind == kind] or None
-            if given is not None and media[kind]:
+            if items is not None and media[kind]:
                 raise ValueError(f"the messages hold {kind}s and {kind}s= is given: give them in one place")
-            media[kind] = media[kind] if given is None else given_media(kind, given)
+            media[kind] = media[kind] if items is None else given_media(kind, items)
         inputs = model_inputs(self, rows, media["image"], media["video"], settings, keywords, progress)
         return inputs if return_dict is None or return_dict else inputs["input_ids"]
 

@@ -219,11 +219,11 @@ def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def charged(*args: Any, **kwargs: Any) -> Any:
-        budget, given = current(), list(args[skipped:])
-        value = given[0] if given else None
+        budget, arguments = current(), list(args[skipped:])
+        value = arguments[0] if arguments else None
         if isinstance(value, Iterator):
-            value = given[0] = counted(value)
-        for other in given if name not in _SHALLOW else given[1:]:
+            value = arguments[0] = counted(value)
+        for other in arguments if name not in _SHALLOW else arguments[1:]:
             budget.deep(other)
         budget.deep(kwargs)
         if name in _SORTING:
@@ -231,8 +231,8 @@ def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 budget.deep(value)
         if name in _SHALLOW or name in _SORTING:
             budget.charge(1 + size(value))  # a list of characters has as many elements
-        given = _guarded(name, given, kwargs)
-        result = function(*args[:skipped], *given, **kwargs)
+        arguments = _guarded(name, arguments, kwargs)
+        result = function(*args[:skipped], *arguments, **kwargs)
         if isinstance(result, Iterator):
             return counted(result)
         if isinstance(result, (str, bytes, list, tuple, dict)):
@@ -242,19 +242,19 @@ def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return charged
 
 
-def _guarded(name: str, given: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+def _guarded(name: str, arguments: list[Any], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments of a filter whose result may be much larger than they are, charged for the result."""
     budget = current()
 
     def argument(index: int, key: str, default: Any) -> Any:
-        return given[index] if len(given) > index else kwargs.get(key, default)
+        return arguments[index] if len(arguments) > index else kwargs.get(key, default)
 
     def number(index: int, key: str, default: int) -> int:
         value = argument(index, key, default)
         return max(0, value) if isinstance(value, int) else 0
 
-    if name in ("title", "wordcount") and given:
-        budget.charge(size(given[0]))  # a list of words
+    if name in ("title", "wordcount") and arguments:
+        budget.charge(size(arguments[0]))  # a list of words
     elif name == "center":
         budget.text(number(1, "width", 80))
     elif name in ("batch", "slice"):
@@ -266,20 +266,20 @@ def _guarded(name: str, given: list[Any], kwargs: dict[str, Any]) -> list[Any]:
     elif name == "indent":
         width = argument(1, "width", 4)
         width = len(width) if isinstance(width, str) else width if isinstance(width, int) else 0
-        budget.text(max(0, width) * (str(given[0]).count("\n") + 1))
-    elif name == "replace" and len(given) > 2:
-        check_replace(str(given[0]), given[1], given[2])
-    elif name == "join" and given:
-        given = [check_join(str(argument(1, "d", "")), given[0]), *given[1:]]
-    elif name == "format" and given:
-        check_percent(str(given[0]), kwargs or tuple(given[1:]))
+        budget.text(max(0, width) * (str(arguments[0]).count("\n") + 1))
+    elif name == "replace" and len(arguments) > 2:
+        check_replace(str(arguments[0]), arguments[1], arguments[2])
+    elif name == "join" and arguments:
+        arguments = [check_join(str(argument(1, "d", "")), arguments[0]), *arguments[1:]]
+    elif name == "format" and arguments:
+        check_percent(str(arguments[0]), kwargs or tuple(arguments[1:]))
     elif name == "tojson":
         for key, position in (("indent", 2), ("separators", 3)):
             value = argument(position, key, None)
             if (value if isinstance(value, int) else size(value)) > 100 or any(map(lambda part: size(part) > 100, value)
                     if isinstance(value, (list, tuple)) else ()):  # fmt: skip
                 raise BudgetError(f"tojson with {key} of more than 100 characters")
-    return given
+    return arguments
 
 
 def _charged_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

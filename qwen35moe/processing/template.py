@@ -92,9 +92,9 @@ class ChatTemplate:
         ValueError if the template rejects the messages, with the template's message, if the sandbox stops it, or if it
         exceeds its budget. The message names the message and the line of the template.
         """
-        given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
-        self.check_variables(given)
-        return self.run(messages, given)
+        own = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        self.check_variables(own)
+        return self.run(messages, own)
 
     def run(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> str:
         """The prompt, from variables that are not checked: the template may ignore any of them."""

@@ -45,11 +45,11 @@ def save_routing(routing: Routing, path: str | os.PathLike[str], metadata: Mappi
 def load_routing(path: str | os.PathLike[str]) -> Routing:
     """Reads a file written by `save_routing`; indices become int64. The file is not trusted: ValueError names the problem."""
     with open_tensors(path, _WHAT, FORMAT) as (file, metadata):
-        found = sorted(file.keys())
-        unknown = sorted(set(found) - set(TENSORS))
-        if unknown or "indices" not in found:
+        names = sorted(file.keys())
+        unknown = sorted(set(names) - set(TENSORS))
+        if unknown or "indices" not in names:
             raise ValueError(f"{path}: " + (f"unknown tensor {unknown[0][:60]!r}" if unknown else "it has no indices"))
-        tensors = {name: file.get_tensor(name) for name in found}
+        tensors = {name: file.get_tensor(name) for name in names}
     return _checked(str(path), tensors, _facts(path, metadata.get("routing", "")))
 
 

@@ -66,7 +66,7 @@ class Patch(Tap):
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
         if exc[0] is None:
-            warn_of_unreached("patch", self.patterns, self._names, self._reached, each=True)
+            warn_of_unreached("patch", self.patterns, self._names, self._reached, single_names=True)
 
     def __repr__(self) -> str:
         names = [name for name, _ in self._names.values()]

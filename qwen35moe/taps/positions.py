@@ -49,15 +49,15 @@ class Selection:
         lengths = [tokens] * batch
         if rows.lengths is not None and rows.shape == (batch, tokens):
             lengths = rows.lengths.tolist()
-        found = [_positions_of_row(name, row, length, positions) for row, length in enumerate(lengths)]
-        if len({len(row) for row in found}) > 1:
-            counts = [len(row) for row in found]
+        selected = [_positions_of_row(name, row, length, positions) for row, length in enumerate(lengths)]
+        if len({len(row) for row in selected}) > 1:
+            counts = [len(row) for row in selected]
             raise ValueError(
                 f"positions={positions} selects {counts[:8]} tokens of the rows, which hold {lengths[:8]}, of {name}: give a "
                 "list of ints, or take it whole"
             )
-        self.index = torch.tensor(found, dtype=torch.long, device=value.device)
-        self.uniform = all(row == found[0] for row in found)
+        self.index = torch.tensor(selected, dtype=torch.long, device=value.device)
+        self.uniform = all(row == selected[0] for row in selected)
 
     def take(self, value: Tensor) -> Tensor:
         """The selected tokens [B, n, ...] (n at the axis of the tokens)."""

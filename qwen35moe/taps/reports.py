@@ -10,10 +10,11 @@ from .names import glob_of, matches
 
 
 def warn_of_unreached(
-    kind: str, patterns: Sequence[str], targets: Mapping[Any, tuple[str, Any]], reached: Container[str], each: bool = False
+    kind: str, patterns: Sequence[str], targets: Mapping[Any, tuple[str, Any]], reached: Container[str],
+    single_names: bool = False,
 ) -> None:
-    """UserWarning with the names of the patterns without any value that was computed; each=True: with the single names, except
-    in parts of the model (the vision tower, the MTP head) that did not run.
+    """UserWarning with the names of the patterns without any value that was computed; single_names=True: also with the names
+    of a pattern that were not, except in parts of the model (the vision tower, the MTP head) that did not run.
 
     A value is not computed where the user's own module or operation replaces what computes it, in compiled code, and in parts
     of the model that a forward does not run.
@@ -25,7 +26,7 @@ def warn_of_unreached(
         unreached = [name for name in matched if name not in reached]
         if len(unreached) == len(matched):
             missing.append(pattern)
-        elif each:
+        elif single_names:
             ran = {name.partition(".")[0] for name in matched if name in reached}
             missing += [name for name in unreached if name.partition(".")[0] in ran]
     if missing:

@@ -222,8 +222,8 @@ def test_numbers_that_are_not_finite_are_reported_on_request(bad: float, edited:
     for weights in ("map", "copy"):
         with pytest.raises(CheckpointError) as caught:
             load_model(MODEL, path, check=True, weights=weights)
-        found = {problem.subject: problem.detail for problem in caught.value.problems}
-        assert found == {"model.layers.1.mlp.experts.down_proj": f"{bad} at [2, 5, 7]",
+        details = {problem.subject: problem.detail for problem in caught.value.problems}
+        assert details == {"model.layers.1.mlp.experts.down_proj": f"{bad} at [2, 5, 7]",
                          "model.norm.weight": f"{bad} at [3], and 1 more"}  # fmt: skip
     assert main(["inspect", str(path), "--check"]) == 0
     assert f"2 tensors contain NaN or infinity: model.layers.1.mlp.experts.down_proj: {bad} at [2, 5, 7]" in (

@@ -61,9 +61,9 @@ def test_a_selection(row: str, tmp_path: Path) -> None:
     for name, value in without_mtp(expected).items():
         if name.startswith("layers.0."):
             continue
-        mine = actual.pop(name.replace("layers.1.", "layers.0."))
+        selected = actual.pop(name.replace("layers.1.", "layers.0."))
         routed = ".mlp.experts." in name or name.endswith(".mlp.gate.weight")
-        assert torch.equal(mine, value[[4, 0, 2]] if routed else value), name
+        assert torch.equal(selected, value[[4, 0, 2]] if routed else value), name
     assert not actual and model.model.language_model.source_layers == (1,)
 
 

@@ -64,7 +64,7 @@ def both(folder: Path) -> Path:
 
 def deltas(folder: Path) -> dict[str, Tensor]:
     """(alpha / r) B A of each projection of each expert, written out for the two forms."""
-    tensors, found = load_file(folder / "adapter_model.safetensors"), {}
+    tensors, updates = load_file(folder / "adapter_model.safetensors"), {}
     for layer in (0, 1):
         name = f"{PREFIX}layers.{layer}.mlp.experts"
         for which, weight in ((".base_layer", "gate_up"), ("", "down")):
@@ -75,13 +75,13 @@ def deltas(folder: Path) -> dict[str, Tensor]:
             for e in range(E):
                 whole = b[:, torch.arange(rank) * E + e] @ a[e * rank : (e + 1) * rank] * ALPHA / RANK
                 parts = {"gate_proj": whole[:F], "up_proj": whole[F:]} if weight == "gate_up" else {"down_proj": whole}
-                found |= {f"{layer}.{e}.{part}": value for part, value in parts.items()}
+                updates |= {f"{layer}.{e}.{part}": value for part, value in parts.items()}
         for e in range(E):
             for part in ("gate_proj", "up_proj", "down_proj"):
                 if f"{name}.{e}.{part}.lora_A.weight" in tensors:
                     a, b = (tensors[f"{name}.{e}.{part}.lora_{x}.weight"].double() for x in "AB")
-                    found[f"{layer}.{e}.{part}"] = b @ a * ALPHA / RANK
-    return found
+                    updates[f"{layer}.{e}.{part}"] = b @ a * ALPHA / RANK
+    return updates
 
 
 def assert_same(own: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -237,9 +237,9 @@ def test_experts_with_different_matrices_ranks_and_scalings(tmp_path: Path) -> N
     assert settings["target_parameters"] == ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
     key = r"layers\.1\.mlp\.experts\.gate_up_proj"
     assert settings["rank_pattern"][key] == 6 and settings["alpha_pattern"][key] == 10
-    found, expected = deltas(tmp_path / "grouped"), deltas(folder)
+    converted, expected = deltas(tmp_path / "grouped"), deltas(folder)
     expected["1.4.down_proj"] *= (7 / 2) / (ALPHA / RANK)
-    for place, value in found.items():
+    for place, value in converted.items():
         if place in expected:
             assert relative_error(value, expected[place]) < 1e-6, place
         else:

@@ -21,11 +21,11 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def shell(line: str, folder: Path, given: bytes = b"") -> tuple[int, str, str]:
+def shell(line: str, folder: Path, text: bytes = b"") -> tuple[int, str, str]:
     """(exit status, standard output, standard error) of a line in which RUN is the program."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHON": sys.executable}
     line = line.replace("RUN", '"$PYTHON" -m qwen35moe')
-    run = subprocess.run(["sh", "-c", line], input=given, capture_output=True, env=environment, cwd=folder, timeout=600)
+    run = subprocess.run(["sh", "-c", line], input=text, capture_output=True, env=environment, cwd=folder, timeout=600)
     return run.returncode, run.stdout.decode(), run.stderr.decode()
 
 

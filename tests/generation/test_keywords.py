@@ -144,16 +144,16 @@ def test_ids_and_masks_of_any_integers(dtype: str) -> None:
 @pytest.mark.parametrize("kind", [dict, GenerationConfig, TheirGenerationConfig])
 def test_generation_config_comes_between_the_arguments_and_the_checkpoint(kind: Any) -> None:
     model = FakeModel(generation_config={"max_new_tokens": 9, "repetition_penalty": 3.0, "eos_token_id": [], "do_sample": True})
-    given = kind(max_new_tokens=4)
-    assert generate(model, PROMPT, generation_config=given)[0, 5:].tolist() == answer(repetition_penalty=3.0)[:4]
-    assert generate(model, PROMPT, generation_config=given, max_new_tokens=2).shape == (1, 7)
+    override = kind(max_new_tokens=4)
+    assert generate(model, PROMPT, generation_config=override)[0, 5:].tolist() == answer(repetition_penalty=3.0)[:4]
+    assert generate(model, PROMPT, generation_config=override, max_new_tokens=2).shape == (1, 7)
     assert generate(model, PROMPT, generation_config=kind(max_length=8)).shape == (1, 8)
     sampled = generate(model, PROMPT, generation_config=kind(do_sample=True, top_k=3, max_new_tokens=6), seed=3)
     assert sampled[0, 5:].tolist() == answer(do_sample=True, top_k=3, seed=3, repetition_penalty=3.0)
     if kind is not dict:  # its place in transformers
-        assert generate(model, PROMPT, given).shape == (1, 9)
+        assert generate(model, PROMPT, override).shape == (1, 9)
         with pytest.raises(ValueError, match="the second argument and given by name"):
-            generate(model, PROMPT, given, generation_config=given)
+            generate(model, PROMPT, override, generation_config=override)
     greedy = generate(model, PROMPT, generation_config=kind(do_sample=True, top_k=3), do_sample=False)
     assert greedy[0, 5:].tolist()[:6] == answer(repetition_penalty=3.0)
     ended = generate(model, PROMPT, generation_config=kind(eos_token_id=list(range(41)), pad_token_id=2))
@@ -170,8 +170,8 @@ def test_a_setting_of_the_checkpoint_that_the_call_replaces_is_not_refused() -> 
         generate(model, PROMPT)
     with pytest.raises(ValueError, match="asks for typical_p=0.5"):
         generate(model, PROMPT, generation_config={"num_beams": 1})
-    given = {"num_beams": 1, "typical_p": 1.0}
-    assert generate(model, PROMPT, generation_config=given, **WORDS)[0, 5:].tolist() == answer()
+    stored = {"num_beams": 1, "typical_p": 1.0}
+    assert generate(model, PROMPT, generation_config=stored, **WORDS)[0, 5:].tolist() == answer()
 
 
 def test_a_misspelt_setting_of_a_dict_is_refused() -> None:
@@ -278,9 +278,9 @@ def test_the_output_object_is_transformers(pair: tuple[Any, Any, Any], do_sample
         assert torch.equal(actual.sequences, expected.sequences)
     for name in ("scores", "logits"):
         assert isinstance(actual[name], tuple) and len(actual[name]) == len(expected[name])
-        for mine, other in zip(actual[name], expected[name], strict=True):
-            assert torch.equal(mine.isneginf(), other.isneginf())
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        for step, other in zip(actual[name], expected[name], strict=True):
+            assert torch.equal(step.isneginf(), other.isneginf())
+            torch.testing.assert_close(step, other, rtol=1e-4, atol=1e-5)
     assert actual.past_key_values.lengths.tolist() == [6 + options["max_new_tokens"] - 1] * 2
     assert "sequences=[2, " in repr(actual) and len(repr(actual)) < 400
     leaves = torch.utils._pytree.tree_map(lambda leaf: leaf, actual)

@@ -41,9 +41,9 @@ def assert_alike(model: Any, kind: str = "experts") -> None:
     """One call, cached calls, generation and both forms of the loss."""
     own = tiny(kind, eos_token_id=None)
     expected = own(tokens(), labels=tokens())
-    found = model(tokens(), labels=tokens())
-    assert_close(found.logits, expected.logits, 1e-6)
-    assert_close(found.loss, expected.loss, 1e-6)
+    actual = model(tokens(), labels=tokens())
+    assert_close(actual.logits, expected.logits, 1e-6)
+    assert_close(actual.loss, expected.loss, 1e-6)
     assert_close(model(tokens(), labels=tokens(), output_logits=False).loss, expected.loss, 1e-5)
     assert_close(cached_logits(model, model.new_cache(2)), expected.logits, 2e-5)
     assert torch.equal(model.generate(tokens(), max_new_tokens=3), own.generate(tokens(), max_new_tokens=3))
@@ -146,14 +146,14 @@ def test_a_training_loop(precision: str, tmp_path: Path) -> None:
         own.zero_grad()
     bound = 1e-4 if precision == "no" else 3e-2
     assert relative_error(norm, expected) < bound
-    for (name, found), wanted in zip(model.named_parameters(), own.parameters(), strict=True):
-        assert_close(found, wanted, bound, name)
+    for (name, losses), wanted in zip(model.named_parameters(), own.parameters(), strict=True):
+        assert_close(losses, wanted, bound, name)
     made.save_model(prepared, str(tmp_path / "bare"))
     assert set(load_file(tmp_path / "bare" / "model.safetensors")) == set(model.state_dict()) - {"lm_head.weight"}
     made.unwrap_model(prepared).save_pretrained(tmp_path / "whole")
     loaded = type(model).from_pretrained(tmp_path / "whole")
-    for (name, found), wanted in zip(loaded.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(found, wanted), name
+    for (name, losses), wanted in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(losses, wanted), name
 
 
 @pytest.mark.slow

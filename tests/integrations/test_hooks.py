@@ -76,15 +76,15 @@ def test_a_hook_on_the_input_of_the_feed_forward_reaches_its_router(returns: str
                 layer.mlp.forward = lambda hidden, written=written: written(hidden * 1.3 + 0.2)
             else:
                 layer.mlp.register_forward_pre_hook(shifted)
-    found, expected = model(tokens()), theirs(tokens(), output_router_logits=True)
-    assert relative_error(found.logits, expected.logits) < 2e-5
-    assert relative_error(found.logits, tiny("router loss")(tokens()).logits) > 1e-2
-    for own, their in zip(found.router_logits, expected.router_logits, strict=True):
+    actual, expected = model(tokens()), theirs(tokens(), output_router_logits=True)
+    assert relative_error(actual.logits, expected.logits) < 2e-5
+    assert relative_error(actual.logits, tiny("router loss")(tokens()).logits) > 1e-2
+    for own, their in zip(actual.router_logits, expected.router_logits, strict=True):
         assert relative_error(own, their) < 2e-5
-    assert relative_error(cached_logits(model, model.new_cache(2)), found.logits) < 2e-5
+    assert relative_error(cached_logits(model, model.new_cache(2)), actual.logits) < 2e-5
     output = model(tokens(), routing=forced, output_routing=True)
     assert torch.equal(output.routing.indices, forced.indices)
-    assert relative_error(output.logits, found.logits) > 1e-3
+    assert relative_error(output.logits, actual.logits) > 1e-3
 
 
 class Wrapped(nn.Module):
@@ -126,8 +126,8 @@ def test_functional_call_with_other_weights(kind: str) -> None:
     """Also gradients with torch.func, against backward."""
     model, other = tiny(kind, torch.float64), tiny(kind, torch.float64, seed=2)
     weights = dict(other.named_parameters())
-    found = torch.func.functional_call(model, weights, (tokens(),), {"labels": tokens()})
-    assert relative_error(found.logits, other(tokens()).logits) < 1e-12
+    actual = torch.func.functional_call(model, weights, (tokens(),), {"labels": tokens()})
+    assert relative_error(actual.logits, other(tokens()).logits) < 1e-12
     names = ["model.norm.weight", "model.layers.0.linear_attn.in_proj_z.weight", "model.layers.1.self_attn.q_proj.weight"]
     other(tokens(), labels=tokens()).loss.backward()
 

@@ -44,14 +44,14 @@ def log_probability(harness: Any, context: str, continuation: str) -> tuple[floa
     whole = harness.tokenizer.encode(context + continuation)
     with torch.no_grad():
         log_p = harness.model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-    found = [(log_p[t - 1, whole[t]].item(), int(log_p[t - 1].argmax()) == whole[t]) for t in range(len(before), len(whole))]
-    return sum(value for value, _ in found), all(best for _, best in found)
+    terms = [(log_p[t - 1, whole[t]].item(), int(log_p[t - 1].argmax()) == whole[t]) for t in range(len(before), len(whole))]
+    return sum(value for value, _ in terms), all(best for _, best in terms)
 
 
 def test_log_likelihoods_are_sums_over_tokens(harness: Any) -> None:
     pairs = [(context, answer) for context, *answers in QUESTIONS for answer in answers]
-    found = harness.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
-    for (value, greedy), pair in zip(found, pairs, strict=True):
+    actual = harness.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    for (value, greedy), pair in zip(actual, pairs, strict=True):
         expected, best = log_probability(harness, *pair)
         assert value == pytest.approx(expected, abs=1e-3) and greedy == best, pair
     rolling = harness.loglikelihood_rolling([request("loglikelihood_rolling", "one two three")], disable_tqdm=True)
@@ -74,12 +74,12 @@ def test_generation_until_a_stop_string(harness: Any) -> None:
     """Two contexts of different lengths in one padded batch."""
     contexts = [context for context, *_ in QUESTIONS]
     settings = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
-    found = harness.generate_until([request("generate_until", c, dict(settings)) for c in contexts], disable_tqdm=True)
-    for text, context in zip(found, contexts, strict=True):
+    actual = harness.generate_until([request("generate_until", c, dict(settings)) for c in contexts], disable_tqdm=True)
+    for text, context in zip(actual, contexts, strict=True):
         assert text == greedy(harness, context, 6).split("\n\n")[0], context
-    stop = found[0][2]  # a character of the answer: what follows is cut off
+    stop = actual[0][2]  # a character of the answer: what follows is cut off
     cut = harness.generate_until([request("generate_until", contexts[0], settings | {"until": [stop]})], disable_tqdm=True)
-    assert cut == [found[0].split(stop)[0]]
+    assert cut == [actual[0].split(stop)[0]]
 
 
 @pytest.mark.slow

@@ -123,14 +123,14 @@ def test_every_linear_layer_with_the_head(kind: str, task: str | None) -> None:
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_the_loss_without_logits_goes_through_the_adapter_of_the_head(dora: bool, options: dict[str, Any]) -> None:
     model = adapted(tiny(), target_modules=["lm_head"], use_dora=dora)
-    found, gradients = [], []
+    losses, gradients = [], []
     for chosen in ({}, options):
         model.zero_grad()
         loss = model(input_ids=tokens(), labels=tokens(), **chosen).loss
         loss.backward()
-        found.append(loss.item())
+        losses.append(loss.item())
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for own, expected in zip(gradients[1], gradients[0], strict=True):
         assert_close(own, expected, 1e-4)
 
@@ -334,13 +334,13 @@ OTHER_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", OTHER_METHODS)
 def test_other_methods_give_what_they_give_in_transformers_model(name: str) -> None:
     kind, settings = OTHER_METHODS[name]
-    found: list[tuple[Tensor, Tensor]] = []
+    actual: list[tuple[Tensor, Tensor]] = []
     for base in (tiny(eos_token_id=None), twin(tiny(eos_token_id=None))):
         torch.manual_seed(4)
         model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", **settings)).eval()
         output = model(input_ids=tokens(), attention_mask=torch.ones_like(tokens()), labels=tokens())
-        found.append((output.loss.detach(), output.logits.detach()))
-    for own, expected in zip(*found, strict=True):
+        actual.append((output.loss.detach(), output.logits.detach()))
+    for own, expected in zip(*actual, strict=True):
         assert relative_error(own, expected) < 2e-5
 
 
@@ -375,8 +375,8 @@ def test_generation_sees_the_virtual_tokens(name: str) -> None:
     assert not torch.equal(expected, tiny(eos_token_id=None).generate(tokens(), max_new_tokens=5))
     padded, mask = F.pad(tokens(), (2, 0)), F.pad(torch.ones_like(tokens()), (2, 0))
     padded[1], mask[1] = F.pad(tokens()[1], (0, 2)), F.pad(torch.ones(9, dtype=torch.int64), (0, 2))
-    found = model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=5)
-    assert torch.equal(found[:, -5:], expected[:, -5:])
+    actual = model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=5)
+    assert torch.equal(actual[:, -5:], expected[:, -5:])
     options = dict(max_new_tokens=5, n=2, do_sample=True, top_k=1)
     twice = model.generate(input_ids=tokens(), attention_mask=torch.ones_like(tokens()), **options)
     assert torch.equal(twice, expected.repeat_interleave(2, 0))

@@ -34,9 +34,9 @@ FORMATS = {
 def quantised(format: str, kind: str, unfused: bool) -> tuple[Any, Any]:
     """The quantised model, and one whose plain weights have the values of the quantised ones."""
     model, plain = tiny(kind, **WIDTHS[kind]), tiny(kind, **WIDTHS[kind])
-    for each in (model, plain):
+    for one in (model, plain):
         if unfused and kind != "dense":
-            each.unfuse_experts()
+            one.unfuse_experts()
     config, settings, bound = FORMATS[format]
     quantize_(model, config(**settings))
     for name, module in model.named_modules():
@@ -70,7 +70,7 @@ def test_a_quantised_model_computes_with_its_quantised_values(format: str, kind:
     assert relative_error(tiny(kind, **WIDTHS[kind])(tokens()).logits, whole) > 1e-3  # it is quantised
     assert relative_error(cached_logits(model, model.new_cache(2)), whole) < 1e-4
     assert torch.equal(model.generate(tokens(), max_new_tokens=3), plain.generate(tokens(), max_new_tokens=3))
-    loss = [each(tokens(), labels=tokens(), output_logits=keep).loss for each in (model, plain) for keep in (True, False)]
+    loss = [m(tokens(), labels=tokens(), output_logits=keep).loss for m in (model, plain) for keep in (True, False)]
     assert all(value.item() == pytest.approx(loss[2].item(), rel=1e-4) for value in loss)
     with pytest.raises(CheckpointError, match="save the model before it is quantised"):
         model.save_pretrained(tmp_path / "saved")

@@ -61,7 +61,7 @@ def losses(done: Any) -> list[float]:
 def written_out(model: Any, steps: int = 3, coefficient: float = 0.0) -> list[float]:
     """Gradient descent on the mean over all labels of all rows, one row at a time; the loss of each step."""
     data, model = Rows(), model.train()
-    count, found = targets(data.labels), []
+    count, losses = targets(data.labels), []
     for _ in range(steps):
         model.zero_grad()
         total = 0.0
@@ -73,11 +73,11 @@ def written_out(model: Any, steps: int = 3, coefficient: float = 0.0) -> list[fl
                 loss = loss + coefficient * output.aux_loss
             loss.backward()
             total += loss.item()
-        found.append(total)
+        losses.append(total)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= RATE * (0 if parameter.grad is None else parameter.grad)
-    return found
+    return losses
 
 
 def assert_same_weights(model: Any, other: Any, bound: float) -> None:
@@ -245,9 +245,9 @@ def test_evaluation_and_prediction(kind: str, tmp_path: Path) -> None:
     expected = next_token_sum(output.logits, data.labels).item() / targets(data.labels)
     if kind == "router loss":
         expected += 0.3 * output.aux_loss.item()
-    found = done.evaluate()
-    assert found["eval_loss"] == pytest.approx(expected, abs=1e-6)
-    assert found["eval_mean"] == pytest.approx(output.logits.mean().item(), abs=1e-8)
+    evaluation = done.evaluate()
+    assert evaluation["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    assert evaluation["eval_mean"] == pytest.approx(output.logits.mean().item(), abs=1e-8)
     assert isinstance(seen[0].predictions, np.ndarray), "predictions are the logits alone"
     predicted = done.predict(data)
     assert relative_error(torch.from_numpy(predicted.predictions), output.logits) < 1e-6
@@ -303,10 +303,10 @@ def test_the_best_checkpoint_is_loaded_and_old_ones_are_removed(tmp_path: Path) 
     done = trainer(tmp_path, model, max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
                    save_total_limit=2, load_best_model_at_end=True, learning_rate=2.0)  # fmt: skip
     done.train()
-    found = {entry["step"]: entry["eval_loss"] for entry in done.state.log_history if "eval_loss" in entry}
-    best = min(found, key=lambda step: found[step])
+    losses = {entry["step"]: entry["eval_loss"] for entry in done.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step])
     assert done.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
-    assert done.evaluate()["eval_loss"] == pytest.approx(found[best], rel=1e-5)
+    assert done.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-4"} or best == 4
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
@@ -340,20 +340,20 @@ def test_the_loss_function_is_that_of_transformers() -> None:
     theirs = twin(model).loss_function
 
     def values(**options: Any) -> tuple[Tensor, Tensor]:
-        found = model.loss_function(logits=logits, labels=labels, vocab_size=VOCABULARY, **options)
-        return found, theirs(logits=logits, labels=labels, vocab_size=VOCABULARY, **options)
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=VOCABULARY, **options)
+        return loss, theirs(logits=logits, labels=labels, vocab_size=VOCABULARY, **options)
 
     options: tuple[dict[str, Any], ...] = (
         {}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}, {"shift_labels": labels.flip(1)},
     )  # fmt: skip
     for chosen in options:
-        found, expected = values(**chosen)
-        assert found.item() == pytest.approx(expected.item(), rel=1e-6), chosen
+        actual, expected = values(**chosen)
+        assert actual.item() == pytest.approx(expected.item(), rel=1e-6), chosen
     with pytest.raises(ValueError, match="vocab_size=99.*61"):
         model.loss_function(logits, labels, vocab_size=99)
     with pytest.raises(ValueError, match="label 99.*61"):
         model.loss_function(logits, labels.masked_fill(labels == labels[0, -1], 99))
     assert model.loss_function(logits, labels).item() == pytest.approx(values()[1].item(), rel=1e-6)
     labels = labels.masked_fill(labels == -100, 0)
-    found, expected = values(ignore_index=0)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    actual, expected = values(ignore_index=0)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-6)

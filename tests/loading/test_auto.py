@@ -38,9 +38,9 @@ def test_the_class_is_the_one_that_transformers_takes(kind: str, tmp_path: Path)
                 with pytest.raises(ConfigError, match="text only: use AutoModelForCausalLM"):
                     door(value)
             continue
-        for given in (config, config.to_dict(), theirs):
+        for form in (config, config.to_dict(), theirs):
             with torch.device("meta"):
-                assert type(auto.from_config(given)).__name__ == expected
+                assert type(auto.from_config(form)).__name__ == expected
         assert type(auto.from_pretrained(tmp_path, device_map="meta", torch_dtype="auto")).__name__ == expected
 
 

@@ -99,31 +99,31 @@ def test_only_the_needed_files_of_a_hub_name_are_fetched(hub: tuple[Hub, Any], t
 def test_the_keywords_of_the_hub_reach_its_library(tmp_path: Path) -> None:
     import huggingface_hub
 
-    given: list[dict[str, Any]] = []
+    received: list[dict[str, Any]] = []
 
     def download(name: str, file: str, **options: Any) -> str:
-        given.append(options)
+        received.append(options)
         raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
 
     with mock.patch.object(huggingface_hub, "hf_hub_download", download):
         autos = (qwen35moe.AutoTokenizer, qwen35moe.AutoConfig, qwen35moe.AutoModel, qwen35moe.Qwen3_5MoeForCausalLM)
         for door in (qwen35moe.load, qwen35moe.load_processor, *(auto.from_pretrained for auto in autos)):
-            given.clear()
+            received.clear()
             with pytest.raises(CheckpointError, match="owner/name"):
                 door("owner/name", token="secret", cache_dir=tmp_path, force_download=True, revision="v1")
             wanted = {"token": "secret", "cache_dir": tmp_path, "local_files_only": False, "force_download": True}
-            assert given and all(options == {**wanted, "revision": "v1"} for options in given)
+            assert received and all(options == {**wanted, "revision": "v1"} for options in received)
 
 
 def test_a_tokenizer_that_is_not_cached_yet_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Weights may be in the cache without it; where it cannot be had, the folder without it serves."""
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def fetch(name: str, *, required: Any = (), **options: Any) -> Path:
-        asked.append(required)
+        requests.append(required)
         if required:
             raise CheckpointError("cannot be fetched")
         return tmp_path
 
     monkeypatch.setattr("qwen35moe.checkpoint.hub.fetch", fetch)
-    assert loading.find("owner/name") == tmp_path and asked == [["tokenizer.json"], ()]
+    assert loading.find("owner/name") == tmp_path and requests == [["tokenizer.json"], ()]

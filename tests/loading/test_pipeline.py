@@ -89,8 +89,8 @@ def test_images_in_messages() -> None:
 
 def test_a_model_and_a_tokenizer_given_as_objects_or_names() -> None:
     model, tokenizer = qwen35moe.load("tiny")
-    for given in (tokenizer, qwen35moe.AutoTokenizer.from_pretrained("tiny"), "tiny"):
-        pipe = qwen35moe.pipeline(model=model, tokenizer=given, device=-1)
+    for reader in (tokenizer, qwen35moe.AutoTokenizer.from_pretrained("tiny"), "tiny"):
+        pipe = qwen35moe.pipeline(model=model, tokenizer=reader, device=-1)
         assert pipe("And God said", max_new_tokens=3)[0]["generated_text"].startswith("And God said")
     assert pipe.device == torch.device("cpu") and "text-generation" in repr(pipe) and len(repr(pipe)) < 200
     half = qwen35moe.pipeline(

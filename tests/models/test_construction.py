@@ -109,8 +109,8 @@ def test_a_default_device_or_a_device_context_is_where_the_parameters_are():
         torch.set_default_device(None)
     assert all(p.is_meta for model in (inside, default) for p in model.parameters())
     wanted = Qwen3_5MoeForCausalLM(config()).init_weights(seed=2).state_dict()
-    given = inside.to_empty(device="cpu").init_weights(seed=2).state_dict()
-    assert all(torch.equal(given[name], wanted[name]) for name in wanted)
+    emptied = inside.to_empty(device="cpu").init_weights(seed=2).state_dict()
+    assert all(torch.equal(emptied[name], wanted[name]) for name in wanted)
     assert all(torch.equal(on_cpu.state_dict()[name], wanted[name]) for name in wanted)
 
 

@@ -46,8 +46,8 @@ def test_a_keyword_of_transformers_does_the_same_as_ours(folder: Path) -> None:
     eager = CLS.from_pretrained(folder, attn_implementation="eager", torch_dtype="float32")
     assert eager.model.layers[1].self_attn.__dict__["backend_choices"] == {"attention": "eager"}
     assert (logits(eager) - logits(wide)).abs().max() < 1e-5 * logits(wide).abs().max()
-    given = CLS.from_pretrained(folder, attn_implementation={"text_config": "sdpa", "vision_config": "sdpa"})
-    assert torch.equal(logits(given), logits(plain))
+    actual = CLS.from_pretrained(folder, attn_implementation={"text_config": "sdpa", "vision_config": "sdpa"})
+    assert torch.equal(logits(actual), logits(plain))
     for name in ("token", "use_auth_token", "cache_dir"):  # without effect on a folder, as in transformers
         assert torch.equal(logits(CLS.from_pretrained(folder, **{name: "x"}, local_files_only=True)), logits(plain))
     assert torch.equal(logits(CLS.from_pretrained(folder.parent, subfolder="model", revision="main")), logits(plain))
@@ -94,8 +94,8 @@ def test_neutral_keywords_change_nothing(folder: Path) -> None:
     plain = logits(CLS.from_pretrained(folder))
     width = max(len(values) for values in NEUTRAL.values())
     for index in range(width):  # all at once
-        given = {name: values[min(index, len(values) - 1)] for name, values in NEUTRAL.items()}
-        assert torch.equal(logits(CLS.from_pretrained(folder, **given)), plain)
+        neutral = {name: values[min(index, len(values) - 1)] for name, values in NEUTRAL.items()}
+        assert torch.equal(logits(CLS.from_pretrained(folder, **neutral)), plain)
     assert torch.equal(logits(CLS.from_pretrained(folder, **{keyword.name: None for keyword in LOADING if keyword.name !=
                                                             "pretrained_model_name_or_path"})), plain)  # fmt: skip
 
@@ -201,13 +201,13 @@ def test_loading_inside_a_mode_gives_the_model_that_trains_outside(folder: Path)
 
 def test_from_config_draws_in_the_dtype_that_is_asked_for() -> None:
     config = tiny_config(layers=2)
-    for given in (config, config.to_dict(), config.to_transformers()):
+    for form in (config, config.to_dict(), config.to_transformers()):
         torch.manual_seed(2)
-        plain = CLS(given)
+        plain = CLS(form)
         for keywords, dtype in (({}, torch.float32), ({"torch_dtype": torch.bfloat16}, torch.bfloat16),
                                 ({"dtype": "float64"}, torch.float64), ({"dtype": "auto"}, torch.float32)):  # fmt: skip
             torch.manual_seed(2)
-            model = CLS.from_config(given, attn_implementation="sdpa", trust_remote_code=True, **keywords)
+            model = CLS.from_config(form, attn_implementation="sdpa", trust_remote_code=True, **keywords)
             assert model.dtype == dtype and torch.equal(model.lm_head.weight, plain.lm_head.weight.to(dtype))
     torch.manual_seed(2)
     assert torch.equal(CLS._from_config(config, dtype=torch.bfloat16).lm_head.weight, plain.lm_head.weight.bfloat16())

@@ -1,4 +1,4 @@
-"""models/packing.py: documents packed in one row are told apart in every arrangement in which others name them."""
+"""models/packing.py: documents packed in one row are separated, in every arrangement of their positions and bounds."""
 
 from __future__ import annotations
 

@@ -57,14 +57,14 @@ def test_a_state_dict_of_another_model_is_refused_before_anything_is_written(tmp
     values = model.state_dict()
     del values["model.norm.weight"]
     other = made(hidden_size=72).state_dict()
-    for given, words in (
+    for tensors, words in (
         (values, "lacks 'model.norm.weight'"),
         ({**model.state_dict(), "score.weight": torch.ones(2)}, "has unknown 'score.weight'"),
         (other, "other shapes of.* more"), ({}, "lacks .* more"),
         ({f"module.{name}": value for name, value in model.state_dict().items()}, "has unknown 'module"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words) as error:
-            model.save_pretrained(tmp_path / "x", state_dict=given)
+            model.save_pretrained(tmp_path / "x", state_dict=tensors)
         assert len(str(error.value)) < 700
     assert not (tmp_path / "x").exists()
 

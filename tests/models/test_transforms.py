@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
+from qwen35moe import Qwen3_5MoeForCausalLM
 from qwen35moe.backends.values import unbatched, values_known
+from tests.models.test_model import small
 from tests.models.test_vision_language import model as multimodal
 from tests.support import peer
 from tests.support.peer import FULL, LINEAR, assert_close, odd_shape
 
 BOUND = 1e-12  # relative, float64: the same sums in another order
+LONG_BOUND = 1e-10  # of gradients of 70 tokens
 B, T = 3, 7
 SHAPE: dict[str, Any] = dict(layer_types=[LINEAR, FULL], num_hidden_layers=2, tie_word_embeddings=False)
 CASES = {"moe": odd_shape(23, num_experts=5, num_experts_per_tok=2, **SHAPE), "dense": odd_shape(23, dense=True, **SHAPE)}
@@ -204,3 +207,50 @@ def test_two_names_of_the_bounds_where_no_value_is_known(model: Any, fresh_dynam
     assert_close(vmap(lambda row: call(row[None], bounds, bounds.clone())[0])(ids), expected, BOUND)
     with pytest.raises(ValueError, match="cu_seq_lens_k=.* mean the same"):
         vmap(lambda row: call(row[None], bounds, torch.tensor([0, 4, T])))(ids)
+
+
+def built(seed: int) -> Any:
+    return Qwen3_5MoeForCausalLM(small()).init_weights(seed=seed).double().eval()
+
+
+@pytest.fixture(scope="module")
+def small_model() -> Any:
+    return built(0)
+
+
+@pytest.fixture(scope="module", params=[7, 70])  # few assignments, and more than are worth a copy of their weights; two chunks
+def long_rows(request: pytest.FixtureRequest) -> Tensor:
+    return torch.randint(0, 59, (2, request.param), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("options", [{}, {"output_logits": False}], ids=["loss", "chunked loss"])
+def test_gradients_of_long_rows(options: dict[str, Any], small_model: Any, long_rows: Tensor) -> None:
+    model, ids = small_model, long_rows
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
+        return functional_call(model, weights, (row[None],), {"labels": row[None], **options}).loss
+
+    actual = vmap(grad(loss), in_dims=(None, 0))(weights, ids)
+    for number, row in enumerate(ids):
+        one = torch.autograd.grad(model(row[None], labels=row[None]).loss, list(model.parameters()), allow_unused=True)
+        for name, gradient in zip(weights, one, strict=True):
+            if gradient is not None and gradient.abs().max() > 0:
+                assert_close(actual[name][number], gradient, LONG_BOUND, name)
+
+
+def test_an_ensemble_and_long_rows(small_model: Any, long_rows: Tensor) -> None:
+    model, ids = small_model, long_rows
+    models = [model, built(1)]
+    weights, buffers = stack_module_state(models)
+    base = copy.deepcopy(model)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    bounds = torch.tensor([0, 4, ids.shape[1]])
+    calls = {"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:1], "cu_seqlens": bounds}
+    for arguments in calls:
+        outputs = vmap(lambda w, b, a=arguments: functional_call(base, (w, b), (), a).logits)(weights, buffers)
+        for number, one in enumerate(models):
+            valid = mask[: outputs.shape[1]].bool() if "attention_mask" in arguments else ...
+            assert_close(outputs[number][valid], one(**arguments).logits[valid], LONG_BOUND)
+    assert_close(vmap(lambda row: model(row[None]).logits[0])(ids), model(ids).logits, LONG_BOUND)

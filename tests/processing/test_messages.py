@@ -35,8 +35,8 @@ def user(*blocks: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(blocks)}]
 
 
-def same(mine: Any, expected: Any) -> None:
-    assert set(mine) == set(expected) and all(torch.equal(mine[name], expected[name]) for name in expected)
+def same(actual: Any, expected: Any) -> None:
+    assert set(actual) == set(expected) and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 # ------------------------------------------------------------------------------------------------- the last message stays open
@@ -99,9 +99,9 @@ def test_variables_that_the_template_does_not_read_raise(processor: Processor) -
     with pytest.raises(ValueError, match="does not read 'documents'"):
         processor.render(user(TEXT), documents=[{"title": "a", "text": "b"}])
     plain = ChatTemplate("{{ messages[0].role }}")
-    for given in ({"tools": [{"name": "f"}]}, {"add_generation_prompt": True}, {"anything": 0}):
-        with pytest.raises(ValueError, match=f"does not read '{next(iter(given))}'"):
-            plain.render(user(TEXT), **given)
+    for options in ({"tools": [{"name": "f"}]}, {"add_generation_prompt": True}, {"anything": 0}):
+        with pytest.raises(ValueError, match=f"does not read '{next(iter(options))}'"):
+            plain.render(user(TEXT), **options)
     neutral = {"tools": None, "documents": None, "anything": None, "enable_thinking": False, "preserve_thinking": False}
     assert plain.render(user(TEXT), add_generation_prompt=False, **neutral) == "user"
     assert "<think>" in (thinking := ChatTemplate("{{ '<think>' }}")).source

@@ -36,10 +36,10 @@ def theirs(folder: Path) -> Any:
     return processor_of_transformers(folder)
 
 
-def same(mine: Any, expected: Any) -> None:
-    assert set(mine) == set(expected)
+def same(actual: Any, expected: Any) -> None:
+    assert set(actual) == set(expected)
     for name, value in dict(expected).items():
-        assert torch.equal(torch.as_tensor(mine[name]), torch.as_tensor(value)), name
+        assert torch.equal(torch.as_tensor(actual[name]), torch.as_tensor(value)), name
 
 
 def test_the_model_documentation_s_steps(ours: Processor, theirs: Any) -> None:
@@ -158,7 +158,7 @@ REFUSED: dict[str, Any] = {
 def test_keywords_are_refused_with_the_way_out(ours: Processor) -> None:
     for name, value in REFUSED.items():
         way_out = next(keyword.instead for keyword in PROCESSOR if keyword.name == name)
-        for call in (lambda given: ours("x", **given), lambda given: ours.apply_chat_template(CHAT, **given)):
+        for call in (lambda keywords: ours("x", **keywords), lambda keywords: ours.apply_chat_template(CHAT, **keywords)):
             with pytest.raises(ValueError) as caught:
                 call({name: value})
             assert name in str(caught.value) and way_out in str(caught.value) and len(way_out) > 10

@@ -37,16 +37,16 @@ def theirs(folder: Path) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def same(mine: Any, expected: Any) -> None:
+def same(actual: Any, expected: Any) -> None:
     """Equal values of equal types: tensors, arrays, lists."""
-    assert set(mine) == set(expected)
+    assert set(actual) == set(expected)
     for name, value in dict(expected).items():
         if isinstance(value, torch.Tensor):
-            assert mine[name].dtype is torch.int64 and torch.equal(mine[name], value), name
+            assert actual[name].dtype is torch.int64 and torch.equal(actual[name], value), name
         elif hasattr(value, "dtype"):
-            assert type(mine[name]) is type(value) and (mine[name] == value).all(), name
+            assert type(actual[name]) is type(value) and (actual[name] == value).all(), name
         else:
-            assert mine[name] == value, name
+            assert actual[name] == value, name
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_single_tokens_equal_transformers(ours: Tokenizer, theirs: Any) -> None:
              "special_tokens_map", "padding_side", "truncation_side", "is_fast",
              "chat_template"]  # fmt: skip
     for name in names:
-        mine, expected = getattr(ours, name), getattr(theirs, name)
-        assert mine == expected, name
+        actual, expected = getattr(ours, name), getattr(theirs, name)
+        assert actual == expected, name
     assert [number for number in range(len(theirs)) if theirs.decode(number, skip_special_tokens=True) == ""
             and theirs.decode(number)] == ours.all_special_ids  # fmt: skip
     assert ours.convert_tokens_to_ids(ours.all_special_tokens) == ours.all_special_ids
@@ -177,23 +177,24 @@ def test_padding_of_features_equals_transformers(ours: Tokenizer, theirs: Any) -
     ],
 )  # fmt: skip
 def test_chat_equals_transformers(ours: Tokenizer, theirs: Any, options: dict[str, Any]) -> None:
-    mine, expected = ours.apply_chat_template(CHAT, **options), theirs.apply_chat_template(CHAT, **options)
+    actual, expected = ours.apply_chat_template(CHAT, **options), theirs.apply_chat_template(CHAT, **options)
     if isinstance(expected, (str, list)):
-        assert mine == expected
+        assert actual == expected
     elif isinstance(expected, torch.Tensor):
-        assert torch.equal(mine, expected)
+        assert torch.equal(actual, expected)
     else:
-        same(mine, expected)
+        same(actual, expected)
     batch = {**options, "padding": True} if options.get("tokenize", True) else options
-    mine, expected = ours.apply_chat_template([CHAT, CHAT[:1]], **batch), theirs.apply_chat_template([CHAT, CHAT[:1]], **batch)
+    chats = [CHAT, CHAT[:1]]
+    actual, expected = ours.apply_chat_template(chats, **batch), theirs.apply_chat_template(chats, **batch)
     if isinstance(expected, list):
-        assert mine == expected
+        assert actual == expected
     elif isinstance(expected, torch.Tensor):
-        assert torch.equal(mine, expected)
+        assert torch.equal(actual, expected)
     else:
-        same(mine, expected)
+        same(actual, expected)
     if options == {}:
-        assert ours.apply_chat_template(conversation=[CHAT, CHAT[:1]], padding=True) == mine
+        assert ours.apply_chat_template(conversation=[CHAT, CHAT[:1]], padding=True) == actual
 
 
 def test_a_rendered_prompt_keeps_its_control_tokens(folder: Path, ours: Tokenizer, theirs: Any) -> None:

@@ -293,14 +293,14 @@ def main() -> int:
 
         def judge(mutant: Mutant) -> None:
             folder = folders.pop()
-            found, by = run(mutant, folder)
+            noticed, by = run(mutant, folder)
             folders.append(folder)
-            print(f"{'found   ' if found else 'SURVIVES'}  {mutant}  [{by}]", flush=True)
-            if not found:
+            print(f"{'found   ' if noticed else 'SURVIVES'}  {mutant}  [{by}]", flush=True)
+            if not noticed:
                 survivors.append(mutant)
             if options.json:
                 with options.json.open("a") as file:
-                    file.write(json.dumps({**asdict(mutant), "found": found, "by": by}) + "\n")
+                    file.write(json.dumps({**asdict(mutant), "found": noticed, "by": by}) + "\n")
 
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(judge, chosen))
