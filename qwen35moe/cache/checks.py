@@ -1,4 +1,4 @@
-"""The numbers that a caller gives to a cache: sizes and rows."""
+"""Checks of the numbers with which a cache is made and reordered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from qwen35moe.compat import short
 
 
-def check_sizes(batch_size: object, max_length: object, record: object) -> None:
+def check_new_cache(batch_size: object, max_length: object, record: object) -> None:
     """ValueError for sizes of a new cache that are no whole numbers or too small. max_length may be None."""
     for number, least in ((batch_size, 1), (1 if max_length is None else max_length, 1), (record, 0)):
         if not hasattr(number, "__index__") or isinstance(number, bool) or number < least:  # pyright: ignore[reportOperatorIssue]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qwen35moe.cache.checks import check_sizes, row_numbers
+from qwen35moe.cache.checks import check_new_cache, row_numbers
 from qwen35moe.cache.ids import check_prompt, empty_ids, with_tokens
 from qwen35moe.cache.modes import copied, in_inference_mode, ordinary, ordinary_tensors
 from qwen35moe.cache.rollback import checked_count, earlier_state, extended_log
@@ -46,7 +46,7 @@ class Cache:
         devices: Sequence[torch.device] | None = None,
     ) -> None:
         config = TextConfig.of(config)
-        check_sizes(batch_size, max_length, record)
+        check_new_cache(batch_size, max_length, record)
         self.config, self.max_length, self.record, self.dtype = config, max_length, record, dtype
         self.seen = 0  # columns of the caller's attention_mask so far, padding included
         self._rope_delta: Tensor | None = None

@@ -130,7 +130,7 @@ Inputs = TypeVar("Inputs", bound=TextInputs)
 
 
 def prepared(inputs: Inputs, model: Qwen3_5MoeTextModel) -> tuple[Inputs, TokenLayout]:
-    """The arguments of a call, with a new cache where use_cache=True asks for one, and the layout of their tokens."""
+    """The arguments of a call, with a new cache for use_cache=True without one, and the layout of their tokens."""
     if inputs.planned is not None and inputs.planned.holds(inputs):
         return inputs, inputs.planned.layout
     if inputs.use_cache and inputs.cache is None:

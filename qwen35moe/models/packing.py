@@ -29,8 +29,7 @@ def require(condition: Tensor, message: str) -> None:
 
 
 def text_positions(position_ids: Tensor) -> Tensor:
-    """The positions whose restarts tell documents apart: [B, T] of positions [B, T], of row 0 of [4, B, T]; of [3, B, T] three
-    axes [3, B, T]."""
+    """The positions at whose restarts documents begin: [B, T], row 0 of [4, B, T]; of [3, B, T] all three axes."""
     return position_ids[0] if position_ids.dim() == 3 and position_ids.shape[0] == 4 else position_ids
 
 

@@ -162,7 +162,7 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
         return returned(self.predict(inputs, layout, self.model(**body_arguments(self.body_inputs, inputs, layout))), inputs)
 
     def predict(self, inputs: CausalLMInputs, layout: TokenLayout, body: ModelOutput) -> ModelOutput:
-        """Logits and losses from the output of the model without its head, to which hooks may have done something."""
+        """Logits and losses from the output of the model without its head, which hooks may have changed."""
         results: dict[str, Any] = dict(body) if isinstance(body, dict) else {"last_hidden_state": body[0]}
         hidden, balance = results.pop("last_hidden_state"), results.pop("balancing_loss", None)
         targets = None

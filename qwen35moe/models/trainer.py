@@ -33,20 +33,20 @@ def save_whole_checkpoints(ours: type[nn.Module]) -> None:
         if not isinstance(model, ours):
             original(self, output_dir, state_dict)
         elif self.args.should_save:
-            _save_ours(self, model, self.args.output_dir if output_dir is None else output_dir)
+            _save_ours(self, model, self.args.output_dir if output_dir is None else output_dir, state_dict)
 
     _save.saves_whole_checkpoints = True  # type: ignore[attr-defined]
     trainer._save = _save
 
 
-def _save_ours(trainer: Any, model: Any, folder: str) -> None:
-    """What Trainer saves of a transformers model: checkpoint, tokenizer or processor, and its arguments.
+def _save_ours(trainer: Any, model: Any, folder: str, state_dict: dict[str, Any] | None) -> None:
+    """Saves checkpoint, tokenizer or processor, and Trainer's arguments. state_dict: the gathered weights of a sharded model.
 
     Resuming reads the weights by the names in the state_dict, so that unfused experts are stored one by one.
     """
     os.makedirs(folder, exist_ok=True)
     unfused = any(isinstance(module, UnfusedExperts) for module in model.modules())
-    model.save_pretrained(folder, layout="per_expert" if unfused else "grouped")
+    model.save_pretrained(folder, layout="per_expert" if unfused else "grouped", state_dict=state_dict)
     tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -171,7 +171,7 @@ class GatedDeltaNet(FP32Parameters):
         return tap(self, "state", state).clone() if patched(self, "state") else tap(self, "state", state)
 
     def _is_recordable(self, decay: Tensor) -> bool:
-        """Whether a rollback can run these tokens again: it knows the built-in convolution and rule, and no patched state."""
+        """Whether a rollback can run these tokens again: it runs the built-in convolution and rule, and no patch."""
         built_in = keeps(self, GatedDeltaNet, ("delta_rule",)) and is_plain(self.conv1d, ShortConvolution)
         return built_in and decay.dim() == 3 and not patched(self, "state")
 

@@ -22,22 +22,21 @@ _GLOBAL_HOOKS = (
     _module._global_backward_pre_hooks,
 )
 
-
 # The methods of classes as they were written: other libraries assign other ones to the class itself.
 _WRITTEN: dict[type[nn.Module], dict[str, Any]] = {nn.Linear: {"forward": nn.Linear.forward}}
 Module = TypeVar("Module", bound=type[nn.Module])
 
 
 def fusible(kind: Module) -> Module:
-    """Decorates a class that `is_plain` and `keeps` are asked about."""
+    """Decorates a class whose instances `is_plain` and `keeps` check."""
     _WRITTEN[kind] = {name: value for name, value in vars(kind).items() if callable(value)}
     return kind
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module only computes the forward of `kind` from its parameters: it has no hook, nor has the process,
-    no parametrization, no forward of its own, its class is `kind` or inherits all methods that `kind` defines, and nobody has
-    assigned another forward to `kind`."""
+    no parametrization, no forward of its own, its class is `kind` or inherits all methods that `kind` defines, and `kind`
+    has the forward with which it was defined."""
     cls, own = type(module), module.__dict__
     if kind.forward is not _WRITTEN[kind]["forward"]:
         return False

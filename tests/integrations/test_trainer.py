@@ -61,7 +61,7 @@ def losses(done: Any) -> list[float]:
 def written_out(model: Any, steps: int = 3, coefficient: float = 0.0) -> list[float]:
     """Gradient descent on the mean over all labels of all rows, one row at a time; the loss of each step."""
     data, model = Rows(), model.train()
-    count, losses = targets(data.labels), []
+    count, per_step = targets(data.labels), []
     for _ in range(steps):
         model.zero_grad()
         total = 0.0
@@ -73,11 +73,11 @@ def written_out(model: Any, steps: int = 3, coefficient: float = 0.0) -> list[fl
                 loss = loss + coefficient * output.aux_loss
             loss.backward()
             total += loss.item()
-        losses.append(total)
+        per_step.append(total)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= RATE * (0 if parameter.grad is None else parameter.grad)
-    return losses
+    return per_step
 
 
 def assert_same_weights(model: Any, other: Any, bound: float) -> None:
@@ -303,10 +303,10 @@ def test_the_best_checkpoint_is_loaded_and_old_ones_are_removed(tmp_path: Path) 
     done = trainer(tmp_path, model, max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
                    save_total_limit=2, load_best_model_at_end=True, learning_rate=2.0)  # fmt: skip
     done.train()
-    losses = {entry["step"]: entry["eval_loss"] for entry in done.state.log_history if "eval_loss" in entry}
-    best = min(losses, key=lambda step: losses[step])
+    by_step = {entry["step"]: entry["eval_loss"] for entry in done.state.log_history if "eval_loss" in entry}
+    best = min(by_step, key=lambda step: by_step[step])
     assert done.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
-    assert done.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert done.evaluate()["eval_loss"] == pytest.approx(by_step[best], rel=1e-5)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-4"} or best == 4
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
@@ -318,6 +318,15 @@ def test_save_model_writes_tokenizer_and_arguments_too(tokenizer: Any, tmp_path:
     assert {"config.json", "model.safetensors", "tokenizer.json", "training_args.bin"} <= names
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["tie_word_embeddings"] is True
+
+
+def test_gathered_weights_of_a_sharded_model_are_the_ones_saved(tmp_path: Path) -> None:
+    """With FSDP, Trainer passes the whole weights as state_dict, and the model holds its shard alone."""
+    model = tiny()
+    gathered = {name: 2 * value for name, value in model.state_dict().items()}
+    trainer(tmp_path, model)._save(str(tmp_path / "whole"), state_dict=gathered)
+    loaded = type(model).from_pretrained(tmp_path / "whole").state_dict()
+    assert loaded.keys() == gathered.keys() and all(torch.equal(loaded[name], value) for name, value in gathered.items())
 
 
 def test_trainer_saves_other_models_as_before(tmp_path: Path) -> None:
