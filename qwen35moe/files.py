@@ -304,7 +304,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield partial
         _sync(partial, os.O_RDWR)
-        os.chmod(partial, mode)  # safetensors puts a file of its own in its place, which nobody else may read
+        os.chmod(partial, mode)  # safetensors puts a file of its own in its place, which only the owner may read
         file_to_write(target)  # what lies there may have changed meanwhile
         os.replace(partial, target)
     except BaseException:

@@ -25,7 +25,8 @@ from .registry import checked_choices
 
 @dataclass(eq=False)
 class _Entry:
-    """What one `use` chose for one operation. owner: that `use`, None when nobody can end it any more."""
+    """The choice of one `use` for one operation. owner: a reference to that `use`; it gives None after the `use` is
+    gone, and then nothing can end the choice."""
 
     name: str
     owner: Callable[[], use | None]

@@ -99,7 +99,7 @@ class Implementation:
         if self.skips and (ACTIVE_TAPS or kwargs.get("tap") is not None) and (reason := self._tapped(kwargs, caller)):
             return reason
         if self.transforms is not TRANSFORMS and not torch.compiler.is_compiling() and (
-            interpreter() is not None or forward_ad._current_level >= 0  # a transform is active; asked at every call
+            interpreter() is not None or forward_ad._current_level >= 0  # a transform is active; checked at every call
         ):
             if names := [name for name in active_transforms() if name not in self.transforms]:
                 return f"it does not support torch.func's {' and '.join(names)}"

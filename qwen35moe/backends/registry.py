@@ -23,7 +23,7 @@ def resolve(name: str, *args: Any, caller: Any = None, **kwargs: Any) -> Impleme
 def is_builtin(*names: str, caller: Any = None) -> bool:
     """Whether calls of these operations run this library's own implementations, whatever their arguments.
 
-    A fused form that replaces several operations asks, and steps aside where others have registered an implementation that
+    A fused form that replaces several operations is not used where others have registered an implementation of one that
     "auto" may run or that was chosen by name. caller: the calling module, whose own choices come first.
     """
     prepare()

@@ -168,7 +168,7 @@ def _described(config: TextConfig, rows: int, longest: int, dtype: torch.dtype) 
 
 
 def _check_room(source: str, config: TextConfig, numbers: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """ValueError if a static cache asks for more than the memory; its room is not in the file."""
+    """ValueError if a static cache needs more than the memory; its room is not in the file."""
     positions = len(numbers["lengths"]) * (numbers["max_length"] or 0)
     layers = config.layer_types.count("full_attention")
     nbytes = positions * (4 + 2 * layers * config.num_key_value_heads * config.head_dim * dtype.itemsize)

@@ -100,7 +100,7 @@ class Present:
         problems = [
             Problem("not replaced", shown(name), reason)
             for name, content in written.items()
-            if os.path.lexists(self.folder / name) and (reason := self._objection(name, content))
+            if os.path.lexists(self.folder / name) and (reason := self._reason_to_keep(name, content))
         ]
         if problems:
             raise CheckpointError(
@@ -109,7 +109,7 @@ class Present:
                 problems,
             )
 
-    def _objection(self, name: str, content: bytes | None) -> str:
+    def _reason_to_keep(self, name: str, content: bytes | None) -> str:
         """Why a file that exists must not be replaced; "" if it may be."""
         try:
             file = file_in(self.folder, name)
@@ -122,12 +122,12 @@ class Present:
         if name == INDEX:
             return "" if self.has_index else "it does not list tensors of this architecture"
         if name == CONFIG:
-            return self._objection_to_config(file)
+            return self._reason_to_keep_config(file)
         if self.is_ours or self._describes_a_model():
             return ""
         return "" if content is not None and _has_contents(file, content) else "there is no checkpoint beside it"
 
-    def _objection_to_config(self, file: Path) -> str:
+    def _reason_to_keep_config(self, file: Path) -> str:
         try:
             model_type = read_object(file, MAX_CONFIG).get("model_type")
         except UnreadableFile as error:
@@ -142,7 +142,7 @@ class Present:
 
     def _describes_a_model(self) -> bool:
         try:
-            return self._objection_to_config(file_in(self.folder, CONFIG)) == ""
+            return self._reason_to_keep_config(file_in(self.folder, CONFIG)) == ""
         except UnreadableFile:
             return False
 

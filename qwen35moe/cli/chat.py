@@ -172,7 +172,7 @@ def _loop(new_conversation: Callable[[], Conversation], media: Media) -> None:
 
 
 def interactive(stdin: Any) -> bool:
-    """Whether somebody types; ValueError without a standard input."""
+    """Whether standard input is a terminal; ValueError without one."""
     if is_closed(stdin):
         raise ValueError("standard input is closed: chat reads its messages there, one line each")
     return stdin.isatty()

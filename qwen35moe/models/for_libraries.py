@@ -268,7 +268,7 @@ class HeadForLibraries(ForLibraries):
     def accepts_loss_kwargs(self) -> bool:
         """That `forward` takes num_items_in_batch: Trainer then divides the sum of all micro-batches by all their labels.
 
-        Trainer asks for it once, when it gets a model: see `qwen35moe.models.trainer`.
+        Trainer reads it once, when it gets a model: see `qwen35moe.models.trainer`.
         """
         save_whole_checkpoints(ForLibraries)
         return True

@@ -150,7 +150,7 @@ LossOutput.logits = _entry("logits", "the logits were not computed, so they are 
 
 
 def returned(output: ModelOutput, inputs: TextInputs) -> Any:
-    """The output as the caller asks for it: a tuple for return_dict=False."""
+    """The output, or a tuple of its values for return_dict=False."""
     return output.to_tuple() if inputs.return_dict is False else output
 
 

@@ -38,7 +38,7 @@ class UnfusedExperts(nn.ModuleList):
         self.__dict__["backend_choices"] = experts.__dict__.get("backend_choices", {})
         count, width, inner = experts.down_proj.shape
         self.__dict__["shapes"] = {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
-        # While somebody holds them, these very objects are those that `fuse` gives back.
+        # `fuse` gives these objects back if they still exist then (an optimizer may hold them).
         self.__dict__["alive"] = {"experts": weakref.ref(experts)}
         self.__dict__["alive"] |= {name: weakref.ref(getattr(experts, name)) for name in _GROUPED}
         self.__dict__["empty"] = _without_weights(experts)  # not a submodule: the Linears have its parameters
