@@ -9,7 +9,7 @@ is drawn with a fixed seed, in equal shares from the areas below.
 
 Not changed: annotations, docstrings, decorators, `__repr__`, and what is inside `raise` and `assert`: texts, which no test is
 to hold word by word. Known tools do not fit: mutmut leaves out decorated functions, which are most of the operations here;
-cosmic-ray changes annotations (`Tensor | None`) and runs one set of tests for all files.
+cosmic-ray changes the annotations of parameters (`Tensor | None`) and runs one set of tests for all files.
 """
 
 from __future__ import annotations
