@@ -11,7 +11,7 @@ from ..compat import short
 
 
 def scores_of(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    """processor(ids, scores) [B, vocabulary] on the device of `scores`, in the wider of both dtypes; ValueError for anything else."""
+    """processor(ids, scores) [B, vocabulary] on `scores`' device, in the wider of both dtypes; else ValueError."""
     shape = scores.shape
     new = processor(ids, scores)
     if not isinstance(new, Tensor):
