@@ -87,6 +87,13 @@ def vision_attention_cases(dtype: torch.dtype, device: str, generator: torch.Gen
         yield (draw(13, 3, 8), draw(13, 3, 8), draw(13, 3, 8)), {"cu_seqlens": draw.integers(bounds), "scale": 0.3}
 
 
+def linear_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """One row and several, with and without a bias, of two and of three axes."""
+    draw = Draw(dtype, device, generator)
+    for shape, F, bias in (((7, 12), 5, False), ((1, 33), 40, True), ((2, 3, 8), 65, True)):
+        yield (draw(*shape), draw(F, shape[-1])), {"bias": draw(F) if bias else None}
+
+
 def gelu_linear_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
     """Both forms of gelu."""
     draw = Draw(dtype, device, generator)
@@ -177,6 +184,7 @@ CASES: dict[str, Callable[..., Cases]] = {
     "rotary": rotary_cases,
     "attention": attention_cases,
     "vision_attention": vision_attention_cases,
+    "linear": linear_cases,
     "gelu_linear": gelu_linear_cases,
     "short_convolution": short_convolution_cases,
     "gated_delta_rule": gated_delta_rule_cases,

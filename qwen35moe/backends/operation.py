@@ -33,7 +33,7 @@ from .transforms import TRANSFORMS, active_transforms, forward_ad, interpreter, 
 
 # The public names, in the order of a forward. `qwen35moe.ops` defines exactly these.
 OPERATIONS: tuple[str, ...] = (
-    "rms_norm", "gated_rms_norm", "rotary", "attention", "vision_attention", "gelu_linear", "short_convolution",
+    "linear", "rms_norm", "gated_rms_norm", "rotary", "attention", "vision_attention", "gelu_linear", "short_convolution",
     "gated_delta_rule", "delta_net_step", "router", "experts", "linear_cross_entropy",
 )  # fmt: skip
 ALIASES = {"delta_rule": "gated_delta_rule", "convolution": "short_convolution"}
@@ -143,6 +143,7 @@ class Operation(Generic[Params, Result]):
         self.replaced_parts: tuple[str, ...] = ()  # those of `composes` that are `replaced`
         self.last: Implementation | None = None  # of the last call, and those that were passed over for it
         self.refused: PassedOver = ()
+        self.pick: Callable[..., str | None] | None = None  # the name of what "auto" runs; None: go through the candidates
         self.check: Callable[[str, tuple, dict[str, Any]], None] | None = None  # of the arguments of a call without `caller`
         self.reasons: dict[str, str] = {}  # implementation -> why it was passed over last, for describe()
         fields = checked(definition, self.name, name, definition, None, None, ())
@@ -161,6 +162,13 @@ class Operation(Generic[Params, Result]):
         """
         if caller is None and not torch.compiler.is_compiling() and self.check is not None:
             self.check(self.name, args, kwargs)
+        return self._run(args, kwargs, caller)
+
+    def inside(self, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        """As a call, from inside another operation, which has checked its own arguments."""
+        return self._run(args, kwargs, None)
+
+    def _run(self, args: tuple, kwargs: dict[str, Any], caller: Any) -> Any:
         entry, refused = self.choose(args, kwargs, caller)
         # is_compiling() comes first: torch.compile would guard on the lists and attributes that follow.
         if not torch.compiler.is_compiling() and (RECORDING or entry is not self.last or refused != self.refused):
@@ -184,8 +192,13 @@ class Operation(Generic[Params, Result]):
                 return entry, ()
             if any(choice_of(other, caller) for other in self.composes):
                 return self.find(self.definition_name), ()
+        if self.pick is not None and not self.replaced and (name := self.pick(*args, **kwargs)) is not None:
+            return self.named[name], ()
         refused: PassedOver = ()
+        on_cpu = args[0].is_cpu
         for entry in self.candidates:
+            if entry.device == "cpu" and not on_cpu:
+                continue  # no reason is made up at every call on a GPU
             if self.replaced_parts and entry.own and entry.fn is not self.definition:
                 parts = " and ".join(self.replaced_parts)
                 refused += ((entry, f"it does not call the implementation that was registered for {parts}", True),)
@@ -268,6 +281,7 @@ class Operation(Generic[Params, Result]):
         """Replace the list of implementations and the candidates."""
         self.entries = list(entries)
         self.candidates = tuple(entry for entry in self.entries if not entry.missing)
+        self.named = {entry.name: entry for entry in self.candidates}
         first = next((i for i, entry in enumerate(self.candidates) if not entry.conditional), len(self.candidates))
         self.replaced = any(not entry.own for entry in self.candidates[: first + 1])  # those behind it never run
         for op in TABLE.values():

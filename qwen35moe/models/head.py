@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from qwen35moe import ops
-from qwen35moe.modules.hooks import is_plain
+from qwen35moe.modules.hooks import is_plain, project
 from qwen35moe.ops.losses import IGNORE, cross_entropy
 from qwen35moe.ops.precision import wide_dtype
 
@@ -28,11 +28,11 @@ def logits_of(head: Any, hidden: Tensor) -> Tensor:
     """head(hidden), computed in the wider of the two dtypes where the head has another one than the model."""
     dtype = dtype_of(head)
     if dtype is None or dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
-        return head(hidden)
+        return project(head, hidden)
     wide = torch.promote_types(dtype, hidden.dtype)
     if wide == dtype or not is_plain_linear(head):
         return head(hidden.to(dtype))
-    return nn.functional.linear(hidden, head.weight.to(wide))
+    return ops.linear(hidden.to(wide), head.weight.to(wide), caller=head)
 
 
 def linear_loss(

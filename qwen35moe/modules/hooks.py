@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from qwen35moe import ops
+
 _ORDINARY = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 # Hooks of every module of the process. The dicts are never rebound, so that this is one look at each.
 GLOBAL_PRE_HOOKS = _module._global_forward_pre_hooks
@@ -63,9 +65,11 @@ def _inherits(cls: type[nn.Module], kind: type[nn.Module]) -> bool:
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """linear(x), with x in the dtype of its weight."""
+    """linear(x), with x in the dtype of its weight: `ops.linear`, unless something is attached to the module."""
     weight: Any = linear._parameters.get("weight")
     if weight is not None and weight.dtype is x.dtype:
+        if is_plain(linear, nn.Linear) and type(weight) is nn.Parameter:
+            return ops.linear(x, weight, linear.bias, caller=linear)
         return linear(x)
     if weight is None:
         weight = getattr(linear, "weight", None)  # of an adapter around a Linear, or a parametrized one

@@ -62,7 +62,7 @@ class _Projection(Initialised):
         self.bias.zero_()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return F.linear(pixels.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        return ops.linear(pixels.to(self.weight.dtype), self.weight.flatten(1), self.bias, caller=self)
 
     def extra_repr(self) -> str:
         width, channels, frames, rows, columns = self.weight.shape

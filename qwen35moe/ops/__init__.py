@@ -17,6 +17,7 @@ from .decode_step import delta_net_step
 from .delta_rule import gated_delta_rule
 from .experts import experts, router
 from .gelu_linear import gelu_linear
+from .linear import linear
 from .losses import linear_cross_entropy
 from .norm import gated_rms_norm, rms_norm
 from .rope import rotary
@@ -31,6 +32,7 @@ __all__ = [
     "gated_delta_rule",
     "gated_rms_norm",
     "gelu_linear",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",

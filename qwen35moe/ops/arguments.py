@@ -24,6 +24,7 @@ AXES = {
     "rotary": "query B T H K, key B T G K, cos B T R/2, sin B T R/2",
     "attention": "query B T H K, key B P G K, value B P G V",
     "vision_attention": "query N H K, key N H K, value N H K",
+    "linear": "x ... D, weight F D, bias F",
     "gelu_linear": "x N D, weight F D, bias F",
     "short_convolution": "x B T C, weight C W, state N C W-1, lengths B",
     "gated_delta_rule": "query B T G K, key B T G K, value B T H V, decay B T H, beta B T H, state N H K V",
@@ -94,7 +95,7 @@ def _check_dtypes_agree(name: str, operands: dict[str, Any]) -> None:
 
 PRODUCTS = {
     "attention": ("query", "key", "value"), "vision_attention": ("query", "key", "value"),
-    "gelu_linear": ("x", "weight", "bias"), "router": ("hidden", "weight"), "experts": ("hidden", "gate_up", "down"),
+    "gelu_linear": ("x", "weight", "bias"), "linear": ("x", "weight"), "router": ("hidden", "weight"), "experts": ("hidden", "gate_up", "down"),
     "linear_cross_entropy": ("hidden", "weight"),
 }  # fmt: skip
 

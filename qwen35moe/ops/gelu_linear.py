@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen35moe.backends import operation
+from qwen35moe.ops.linear import linear
 
 
 @operation
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str) -> Tensor:
     """x [N, D], weight [F, D], bias [F]; returns [N, F]. approximate: "none" or "tanh", as in F.gelu."""
-    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+    return F.gelu(linear.inside(x, weight, bias), approximate=approximate)

@@ -13,6 +13,7 @@ from . import (  # noqa: F401  each registers implementations
     delta_rule,
     experts,
     gelu_linear,
+    linear,
     losses,
     norm,
     rope,

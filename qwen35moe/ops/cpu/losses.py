@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.ops.cpu.products import product
 from qwen35moe.ops.losses import IGNORE, counting_rows, linear_cross_entropy
 from qwen35moe.ops.precision import wide_dtype, without_autocast
 
@@ -34,7 +35,7 @@ def chunked_linear_cross_entropy(
 
 def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
     """log softmax(hidden weight^T) of a block, in float32 at least."""
-    logits = F.linear(hidden, weight)
+    logits = product(hidden, weight)
     return logits.to(wide_dtype(logits)).log_softmax(-1)
 
 

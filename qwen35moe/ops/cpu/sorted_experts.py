@@ -21,14 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.ops.cpu.products import product
 from qwen35moe.ops.precision import wide_dtype
 
 _BLOCK = 256  # rows of several experts between two passes over a buffer: a few MB, which fit in cache
 _PIECE = 1024  # rows of one expert at once: shorter pieces make slower products, longer ones touch more new memory
 _KEPT = 32 << 20  # bytes of all assignments' rows up to which they are kept and summed in one pass: 0.3 ms instead of
 #                   6 for 512 tokens, k = 8, D = 2048 (2 cores of Zen 4); above, new memory would cost more than that
-_FEW_ROWS = 64  # on CPUs with AMX, up to here weight @ rows.T streams a bfloat16 weight faster than rows @ weight.T
-_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
 
 
 def sorted_experts(
@@ -96,10 +95,10 @@ def _one_token(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, w
             raise ValueError(_out_of_range(expert, gate_up.shape[0]))
     z, out = hidden.new_empty(len(chosen), 2 * inner), hidden.new_empty(len(chosen), width)
     for expert, row in zip(chosen, z.split(1), strict=False):
-        project(hidden, gate_up[expert], row)
+        product(hidden, gate_up[expert], row)
     gate, up = z.chunk(2, dim=-1)
     for expert, h, y in zip(chosen, F.silu(gate).mul_(up).split(1), out.split(1), strict=False):
-        project(h, down[expert], y)
+        product(h, down[expert], y)
     dtype = wide_dtype(hidden)
     return torch.mm(weights.to(dtype), out.to(dtype)).to(hidden.dtype)
 
@@ -129,11 +128,11 @@ def _forward(
         y = out[block.assignments] if one_pass else out[:size]
         torch.index_select(hidden, 0, token[block.assignments], out=x[:size])
         for expert, rows in block.parts:
-            project(x[rows], gate_up[expert], z[rows])
+            product(x[rows], gate_up[expert], z[rows])
         gate, up = z.chunk(2, dim=-1)
         torch.ops.aten.silu.out(gate, out=h[:size]).mul_(up)
         for expert, rows in block.parts:
-            project(h[rows], down[expert], y[rows])
+            product(h[rows], down[expert], y[rows])
         if total is not None and scaled is not None:
             total.index_add_(0, token[block.assignments], scaled[:size].copy_(y).mul_(scales[block.assignments]))
     if total is not None:
@@ -229,20 +228,6 @@ def _swiglu_backward(z: Tensor, b: Tensor, scales: Tensor, h: Tensor, dz: Tensor
     d_up.copy_(silu.mul_(wide))
     d_gate.copy_(torch.ops.aten.silu_backward(wide.mul_(up), gate))
     return d_scales
-
-
-def project(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = rows @ weight.T in the order that streams a bfloat16 weight fastest on this CPU: [rows, D], [F, D] -> [rows, F].
-
-    With AMX one row takes 23-26 GB/s by mv and up to 64 as weight @ rows.T, against 17-21 the other way round. Without
-    (AVX-512 alone) the plain product is the fastest for every number of rows: 11-14 GB/s of 14.
-    """
-    if not _AMX or rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or rows.shape[0] > _FEW_ROWS:
-        torch.mm(rows, weight.t(), out=out)
-    elif rows.shape[0] == 1:
-        torch.mv(weight, rows[0], out=out[0])
-    else:
-        out.copy_((weight @ rows.T).T)
 
 
 @torch.library.custom_op("qwen35moe::experts", mutates_args=())

@@ -1,0 +1,203 @@
+"""x W^T on a CPU: the forms of the product, and which is the fastest for a number of rows. Used by `linear` and by the experts.
+
+    torch        torch.mm
+    onednn       float32 through oneDNN, where torch uses a BLAS: up to 3 times as fast for a few rows on AMD Zen 4
+    gemv         one bfloat16 row through torch's own kernel, where torch uses oneDNN
+    transposed   (W x^T)^T, for a few bfloat16 rows
+    widened      half precision with the weight converted to float32, a block at a time: for processors without products in half
+                 precision (AVX2), where torch's own are a quarter as fast as those in float32
+    packed       a weight in oneDNN's own layout (see `pack`), for a few rows
+
+The torch operators of oneDNN are made for torch's compiler and are not part of its public API.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from qwen35moe.backends import measured
+from qwen35moe.backends.operation import choice_of
+
+SMALL = 1 << 18  # numbers in a weight below which torch's own product runs: all forms take microseconds
+ROWS = (1, 4, 16, 64)  # upper ends of the kinds of calls that are measured apart
+_FEW = 64  # rows up to which `transposed` is tried
+_BLOCK = 1 << 20  # numbers of a weight that are widened at once: 4 MB in float32
+_SAMPLE = 1 << 22  # numbers of a weight that a measurement reads at once, and
+_OPERATIONS = 1 << 27  # products that it computes: about 2 ms
+_SLOW = 1 << 25  # the same where torch's own products are slow
+_HALF = (torch.bfloat16, torch.float16)
+_TENSORS = (Tensor, nn.Parameter)
+_switch = threading.Lock()  # held while oneDNN is disabled
+
+_CHOSEN: dict[tuple[torch.dtype, int], str] = {}  # (dtype, range of rows) -> the fastest form
+
+Form = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def torch_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [N, D], weight [F, D]; returns [N, F], written into `out` if it is passed. The other forms have the same arguments."""
+    return torch.mm(x, weight.t()) if out is None else torch.mm(x, weight.t(), out=out)
+
+
+def onednn_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """oneDNN's product, also of a packed weight."""
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y if out is None else out.copy_(y)
+
+
+def gemv_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """One row, with oneDNN disabled. The switch is of the whole process: see `only_thread`."""
+    with _switch:
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            y = torch.mv(weight, x[0])[None] if out is None else torch.mv(weight, x[0], out=out[0])[None]
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+    return y if out is None else out
+
+
+def transposed_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    y = torch.mv(weight, x[0])[None] if len(x) == 1 else torch.mm(weight, x.t()).t()
+    return y.contiguous() if out is None else out.copy_(y)
+
+
+def widened_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """The weight in blocks of rows, each converted to float32; sums in float32, rounded once."""
+    width = weight.shape[1]
+    out = x.new_empty(len(x), len(weight)) if out is None else out
+    wide, step = x.float(), max(1, _BLOCK // max(1, width))
+    block = wide.new_empty(min(step, len(weight)), width)
+    form = onednn_product if has_onednn() else torch_product
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step]
+        out[:, start : start + step] = form(wide, block[: len(rows)].copy_(rows), None)
+    return out
+
+
+FORMS: dict[str, Form] = {
+    "torch": torch_product, "onednn": onednn_product, "gemv": gemv_product, "transposed": transposed_product,
+    "widened": widened_product, "packed": onednn_product,
+}  # fmt: skip
+
+
+def has_onednn() -> bool:
+    """Whether this build of torch has oneDNN's linear map."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products in this half-precision dtype on this processor."""
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return has_onednn() and bool(getattr(torch.ops.mkldnn, name, lambda: False)())
+
+
+def only_thread() -> bool:
+    """Whether no other Python thread runs (tqdm's monitor, which uses no torch, aside): disabling oneDNN would change the last
+    bits of its products."""
+    if threading.active_count() == 1:
+        return True
+    return sum(type(thread).__name__ != "TMonitor" for thread in threading.enumerate()) == 1
+
+
+def refusal(name: str, rows: int, weight: Tensor) -> str | None:
+    """The reason why a form cannot multiply `rows` rows with a plain weight, or None."""
+    dtype = weight.dtype
+    if name == "torch":
+        return None
+    if name == "packed":
+        return "the weight is not packed: model.pack_weights() packs it"
+    if name == "widened":
+        return None if dtype in _HALF else f"the weight is {dtype}, not in half precision"
+    if not torch._C._get_mkldnn_enabled() and name != "transposed":
+        return "torch.backends.mkldnn.enabled is False"
+    if name == "onednn":
+        if dtype != torch.float32:
+            return f"the weight is {dtype}, not float32"
+        return None if has_onednn() else "this build of torch has no oneDNN"
+    if dtype != torch.bfloat16:
+        return f"the weight is {dtype}, not bfloat16"
+    if name == "transposed":
+        return None if rows <= _FEW else f"{rows} rows, the limit is {_FEW}"
+    if rows != 1:
+        return f"{rows} rows instead of one"
+    return None if only_thread() else "another thread runs, and the switch of oneDNN is the process's"
+
+
+def candidates(rows: int, weight: Tensor) -> list[str]:
+    """The forms that are compared for a plain weight. The first one runs unless another is clearly faster."""
+    if weight.dtype == torch.float32:
+        names = ["onednn", "torch"]
+    elif weight.dtype in _HALF and multiplies(weight.dtype):
+        names = ["torch", "gemv", "transposed", "widened"]
+    elif weight.dtype in _HALF:
+        names = ["torch", "widened"] if rows <= ROWS[1] else ["widened", "torch"]
+    else:
+        names = ["torch"]
+    return [name for name in names if refusal(name, rows, weight) is None]
+
+
+def fastest(rows: int, weight: Tensor) -> str:
+    """The fastest form for `rows` rows and a plain weight on this machine: measured once for each dtype and range of rows."""
+    if weight.numel() < SMALL or not rows or not measured.allowed():
+        return "torch"
+    kind = bisect_left(ROWS, rows)
+    name = _CHOSEN.get((weight.dtype, kind))
+    if name is None:
+        name = _measure(kind, rows, weight)
+    if name == "torch" or name == "widened" or refusal(name, rows, weight) is None:
+        return name
+    return "torch"
+
+
+def _measure(kind: int, rows: int, weight: Tensor) -> str:
+    """Time the forms on parts of this weight, other ones in each round, so that they come from memory."""
+    names, width = candidates(rows, weight), weight.shape[1]
+    if len(names) == 1:
+        return names[0]
+    rows = min(rows, 2 * ROWS[-1])
+    operations = _OPERATIONS if weight.dtype == torch.float32 or multiplies(weight.dtype) else _SLOW
+    step = max(1, min(len(weight), _SAMPLE // width, max(operations // (width * rows), 64)))
+    x = weight.new_ones(rows, width)
+    parts = max(1, len(weight) // step)
+
+    def run(name: str, number: int) -> Tensor:
+        start = (number + 1) * len(names) + names.index(name)
+        return FORMS[name](x, weight[(start % parts) * step :][:step], None)
+
+    title = ("1 row", *(f"up to {end} rows" for end in ROWS[1:]), f"more than {ROWS[-1]} rows")[kind]
+    with torch.no_grad():
+        forms = {name: partial(run, name) for name in names}
+        name = measured.fastest("linear", f"{str(weight.dtype)[6:]}, {title}", forms)
+    if not (rows == 1 and "gemv" not in names and weight.dtype == torch.bfloat16 and multiplies(torch.bfloat16)):
+        _CHOSEN[weight.dtype, kind] = name  # else again once no other thread runs
+    return name
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors with values in memory: no subclass (sharded, quantised, fake), and no mode that is to
+    see torch's own operators, such as a counter of operations."""
+    return all(type(x) in _TENSORS for x in tensors) and not torch._C._len_torch_dispatch_stack()
+
+
+def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [N, D] times weight [F, D]^T without a gradient, by the form chosen for `linear` or else the fastest; [N, F].
+
+    weight may be packed.
+    """
+    if weight.is_mkldnn:
+        return onednn_product(x, weight, out)
+    if not x.is_cpu or weight.dtype is torch.float64 or weight.numel() < SMALL or not plain(x, weight):
+        return torch_product(x, weight, out)
+    name = choice_of("linear")
+    if name is None:
+        name = fastest(len(x), weight)
+    elif name not in FORMS or refusal(name, len(x), weight):
+        name = "torch"  # a form of others is for `linear`; one that cannot run here is refused there
+    return FORMS[name](x, weight, out)
