@@ -105,16 +105,23 @@ def _weights(model: Any, left: Counter[str]) -> Iterator[tuple[nn.Module, str]]:
     """(module, name) of the weights to pack, in the order of the model; counts the others by the reason."""
     owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values() if weight is not None)
     unfused: tuple[str, ...] = ()
+    adapters: list[str] = []
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for path, module in model.named_modules():
         if isinstance(module, UnfusedExperts):
             unfused = (*unfused, f"{path}." if path else "")
+        if "base_layer" in module._modules:
+            adapters.append(f"{path}." if path else "")
         names = _EXPERTS if isinstance(module, Experts) else ("weight",) if isinstance(module, nn.Linear) else ()
         for name in names:
             weight = module._parameters.get(name)
             if isinstance(weight, PackedWeight):
                 continue
-            reason = _reason(module, weight, path.startswith(unfused) if unfused else False)
+            reason = _reason(module, weight)
+            if unfused and path.startswith(unfused):
+                reason = "unfused experts: model.fuse_experts() first"
+            if any(path.startswith(wrapper) and not path.startswith(f"{wrapper}base_layer") for wrapper in adapters):
+                reason = "of an adapter, which reads them by itself"
             if reason is None and owners[id(weight)] > 1:
                 reason = "shared with another module, as a head with the embedding"
             if reason is None and module is head and weight is not None:
@@ -126,10 +133,8 @@ def _weights(model: Any, left: Counter[str]) -> Iterator[tuple[nn.Module, str]]:
                 left[reason] += 1
 
 
-def _reason(module: nn.Module, weight: Any, unfused: bool) -> str | None:
-    """The reason why a weight stays plain, or None."""
-    if unfused:
-        return "unfused experts: model.fuse_experts() first"
+def _reason(module: nn.Module, weight: Any) -> str | None:
+    """The reason why a weight stays plain wherever it is, or None."""
     if type(module) not in (nn.Linear, Experts):
         return f"of {type(module).__name__}, a subclass of {'Experts' if isinstance(module, Experts) else 'nn.Linear'}"
     if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:

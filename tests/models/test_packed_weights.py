@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import qwen35moe
 from qwen35moe import Qwen3_5MoeForCausalLM, backends
@@ -239,6 +240,15 @@ def test_hooks_on_a_packed_linear() -> None:
         one.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
         one.lm_head.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0],))
     assert_close(logits(model), logits(plain), 1e-5)
+
+
+def test_a_counter_of_operations_counts_packed_products() -> None:
+    counts = []
+    for model in (build(), packed()):
+        with FlopCounterMode(display=False) as counter:
+            logits(model)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_what_stays_plain() -> None:

@@ -28,16 +28,21 @@ def _gathering_is_slower(
 PACKED = "the experts are packed"
 
 
+def _packed(gate_up: Tensor, down: Tensor) -> bool:
+    """An adapter on one of the two makes it plain, as a sum."""
+    return gate_up.is_mkldnn or down.is_mkldnn
+
+
 def _unsupported(*args: Tensor, tap: Tap | None = None) -> str | None:
     """The reason why a form that reads the experts as one plain tensor, without a tap, cannot run."""
-    return PACKED if args[1].is_mkldnn else unsupported_tap(tap=tap)
+    return PACKED if _packed(args[1], args[2]) else unsupported_tap(tap=tap)
 
 
 def _cannot_sort(*args: Tensor, tap: Tap | None = None) -> str | None:
-    if args[1].is_mkldnn:
+    if _packed(args[1], args[2]):
         if torch.is_autocast_enabled("cpu"):
             return f"{PACKED}, and autocast is enabled"
-        if torch.is_grad_enabled() and (args[0].requires_grad or args[4].requires_grad):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in args):
             return f"{PACKED}, which has no backward, and an input requires a gradient"
     return unsupported_tap(tap=tap)
 
@@ -63,7 +68,7 @@ def _cannot_group(
 ) -> str | None:
     if tap is not None:
         return NOT_MATERIALISED
-    if gate_up.is_mkldnn:
+    if _packed(gate_up, down):
         return PACKED
     if hidden.dtype not in (torch.float32, torch.bfloat16):
         return f"grouped_mm supports float32 and bfloat16, hidden is {hidden.dtype}"

@@ -197,7 +197,7 @@ def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
     weight may be packed.
     """
-    if weight.is_mkldnn:
+    if weight.is_mkldnn and plain(x):
         return packed_product(x, weight, out)
     if not x.is_cpu or weight.dtype is torch.float64 or weight.numel() < SMALL or not plain(x, weight):
         return torch_product(x, weight, out)
