@@ -242,7 +242,8 @@ def zentorch_installed(folder: Path, stand_in: Zentorch, version: str = "2.13.0.
     with ExitStack() as stack:
         for owner, attribute, value in (
             (importlib.metadata, "version", installed_version), (torch.ops, "zentorch", stand_in),
-            (torch, "__version__", "2.13.1+cpu"), (adapter, "_package", None), (adapter, "_read", {}),
+            (torch, "__version__", "2.13.1+cpu"), (adapter, "_package", None), (adapter, "_read", {}), (adapter, "_tried", {}),
+            (adapter, "_compared", set()), (adapter, "_AVX512", True),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, attribute, value))
         stack.enter_context(mock.patch.object(sys, "path", [str(folder), *sys.path]))
