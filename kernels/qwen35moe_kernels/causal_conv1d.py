@@ -27,8 +27,13 @@ _READ_BEHIND = 256  # before 1.7 its forward can read that many elements past se
 
 
 @cache
-def _version() -> tuple[int, ...]:
-    return runtime.version_numbers(importlib.metadata.version("causal-conv1d"))
+def _sums_atomically() -> bool:
+    """Whether the backward adds the parts of weight's gradient in any order, even with deterministic algorithms."""
+    try:
+        version = importlib.metadata.version("causal-conv1d")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return runtime.version_numbers(version) < _DETERMINISTIC
 
 
 def unsupported(
@@ -49,7 +54,7 @@ def unsupported(
         return f"x has {x.numel()} elements, causal_conv1d indexes fewer than 2^32"
     if torch.compiler.is_compiling():
         return "a graph is being compiled, and causal_conv1d_fn is not a torch.library operator"
-    if runtime.strictly_deterministic() and _version() < _DETERMINISTIC and runtime.needs_gradient(x, weight, state):
+    if runtime.strictly_deterministic() and runtime.needs_gradient(x, weight, state) and _sums_atomically():
         return "deterministic algorithms are enabled, and causal_conv1d before 1.6 sums the gradient of weight atomically"
     return runtime.unsupported_cuda(x=x, weight=weight, state=state, lengths=lengths) or runtime.unsupported_dtype(
         *_FLOATS, x=x, weight=weight
