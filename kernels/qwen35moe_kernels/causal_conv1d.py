@@ -23,7 +23,7 @@ from qwen35moe_kernels import runtime
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST, _DETERMINISTIC = (1, 4), (1, 6)
 _INDEXED = 1 << 32  # its kernels compute offsets into x as uint32
-_READ_BEHIND = 256  # before 1.7 its forward can read that many elements past seq_idx (its PR 117)
+_READ_BEHIND = 256  # before 1.7 its forward can read past seq_idx to the end of a chunk, of 64 in 1.5.3 (its PR 117)
 
 
 @cache
