@@ -105,7 +105,7 @@ def _same_result(function: Callable[..., Any]) -> Callable[..., Any]:
         if tensor.is_inference():  # counts no versions
             return function(tensor, *others)
         of, key, result = last
-        now = (tensor._version, *others)
+        now = (tensor._version, torch.is_inference_mode_enabled(), *others)  # autograd saves no tensor of inference mode
         if of() is not tensor or key != now:
             result = function(tensor, *others)
             last = (weakref.ref(tensor), now, result)

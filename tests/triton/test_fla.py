@@ -241,6 +241,17 @@ def test_bounds_that_are_filled_again(fla: ModuleType, calls: Any) -> None:
     assert hosts[0] is hosts[1] and all(x.dtype == torch.int64 and x is not bounds for x in hosts)
 
 
+def test_bounds_of_inference_mode_do_not_reach_a_backward() -> None:
+    from qwen35moe_kernels import fla as adapter
+
+    bounds, device = integers(0, 2, 5), torch.device("cpu")
+    with torch.inference_mode():
+        assert adapter._bounds(bounds, device)["cu_seqlens"].is_inference()
+        inside = bounds.clone()
+        assert adapter._bounds(inside, device)["cu_seqlens"] is not adapter._bounds(inside, device)["cu_seqlens"]
+    assert not adapter._bounds(bounds, device)["cu_seqlens"].is_inference()
+
+
 @pytest.mark.usefixtures("fla")
 def test_documents_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """fla's own kernels accept them; flash-qla, which lays out the chunks itself, does not."""
