@@ -82,7 +82,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, dw: Tensor, _: Tensor | None) -> tuple[Tensor | None, None]:
-    return _backward(dw, *ctx.saved_tensors, ctx.num_experts), None
+    weights, indices = ctx.saved_tensors
+    return _backward(dw, weights, indices, ctx.num_experts), None
 
 
 _operation.register_autograd(_differentiate, setup_context=_save)

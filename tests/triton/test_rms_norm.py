@@ -43,7 +43,7 @@ def test_a_zero_row_and_no_rows() -> None:
 def test_views(view: str) -> None:
     """Queries of [B, T, H, 2, K] are evenly spaced rows, those of transposed tokens are not, and columns not contiguous."""
     wide = draw(2, 3, 5, 2, 8)
-    x = {"beside the gates": wide[:, :, :, 0], "transposed": wide[:, :, :, 1].transpose(1, 2), "columns": wide[..., 0, ::2]}[view]
+    x = part(view)(wide)
     weight = draw(x.shape[-1], seed=1)
     expected = backends.run(OPERATION, x.contiguous(), weight, **EPS)
     with backends.ran() as ran:

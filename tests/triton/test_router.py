@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen35moe import backends
+from qwen35moe.ops import router
 from tests.support.kernel_checks import DEVICE, DTYPES, draw, refusal
 
 pytest.importorskip("triton")
@@ -13,15 +14,15 @@ pytest.importorskip("triton")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch):
-    from qwen35moe_kernels import router
+    from qwen35moe_kernels import router as launches
 
-    monkeypatch.setattr(router, "_ELEMENTS", 64)
+    monkeypatch.setattr(launches, "_ELEMENTS", 64)
     with backends.use(router="triton"):
         yield
 
 
 def definition(hidden: torch.Tensor, weight: torch.Tensor, top_k: int) -> tuple[torch.Tensor, ...]:
-    return backends.cases("router")[0](hidden, weight, top_k=top_k)
+    return router.definition(hidden, weight, top_k=top_k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
