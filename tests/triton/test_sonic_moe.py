@@ -68,7 +68,6 @@ def moe_general_routing_inputs(
                         torch.ones_like(router_scores)[:, None])  # fmt: skip
     out = torch.zeros_like(x, dtype=torch.float32).index_add(0, token_indices.long(), rows.float() * router_scores[:, None])
 
-
     def check(dout: Tensor) -> None:
         require(dout.is_contiguous(), "one of the last two strides must be 1")
         require_aligned(dout)
