@@ -28,7 +28,6 @@ NO_LAUNCH = frozenset(
     "as_strided detach unfold lift_fresh chunk diagonal _reshape_alias empty new_empty empty_like empty_strided "
     "new_empty_strided sym_size sym_stride sym_numel sym_storage_offset device".split()
 )
-)
 
 
 def reports(*scenarios: str, capability: tuple[int, int] = (9, 0), timeout: float = 600.0) -> dict[str, dict[str, Any]]:
