@@ -1,8 +1,8 @@
 """Runs a model on fake CUDA tensors, on a machine without a GPU, and reports what a real one would do.
 
 `python -m tests.support.fake_gpu 9.0 SCENARIO ...` prints JSON for each scenario: the launches, the implementations that were
-chosen, the tensors on another device, and the first synchronisation with the host. torch must be a CUDA build; launches of Triton
-are counted, not run. A process of its own: without TRITON_INTERPRET the package registers its kernels as on a GPU.
+chosen, the tensors on another device, and the first synchronisation with the host. torch must be a CUDA build; Triton's
+launches are counted, not run. A process of its own: without TRITON_INTERPRET the package registers its kernels as on a GPU.
 
 A fake tensor has no values, so that anything that reads one raises: a scenario that ends has not synchronised.
 """
