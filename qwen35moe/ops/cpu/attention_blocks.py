@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from qwen35moe.backends import measured
+from qwen35moe.backends.transforms import forward_ad, interpreter
 from qwen35moe.ops.attention import attention
 from qwen35moe.ops.cpu import products
 from qwen35moe.ops.cpu.attention import sdpa_attention
+from qwen35moe.taps.active import ACTIVE as ACTIVE_TAPS
 
 _ROWS = 256  # rows (queries times query heads) per key head and thread in a product, twice as many for long inputs
 _KEYS = 512  # keys in a block: a block of scores is 0.5 MB for each key head
@@ -253,3 +255,16 @@ def attention_blocks(
 ) -> Tensor:
     """Blocks with products in float32. No backward."""
     return _in_blocks(_wide_block, query, key, value, scale, starts, cu_seqlens)
+
+
+def pick(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, starts: int | Tensor = 0, cu_seqlens: Tensor | None = None,
+    dropout: float = 0.0,
+) -> str | None:
+    """SDPA for few queries on a CPU, without going through the other forms: a cached token takes few microseconds."""
+    if torch.compiler.is_compiling() or ACTIVE_TAPS or query.shape[1] >= _FEW or not query.is_cpu:
+        return None
+    return "torch" if interpreter() is None and forward_ad._current_level < 0 else None
+
+
+attention.pick = pick
