@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.cpu.products import product
+from qwen35moe.ops.cpu.products import input_gradient, product, weight_gradient
 from qwen35moe.ops.precision import wide_dtype
 
 _BLOCK = 256  # rows of several experts between two passes over a buffer: a few MB, which fit in cache
@@ -180,20 +180,20 @@ def _backward(
         block_rows, pieces = buffer[:size], [slice(n, min(n + _BLOCK, size)) for n in range(0, size, _BLOCK)]
         torch.index_select(grad, 0, tokens, out=block_rows)
         for expert, rows in block.parts:
-            torch.mm(block_rows[rows], down[expert], out=b[rows])
+            input_gradient(block_rows[rows], down[expert], b[rows])
         for n in pieces:
             d_scale[n] = _swiglu_backward(z[n], b[n], scale[n], h[n], dz[n])
         if needs_down:
             for expert, rows in block.parts:
-                torch.mm(block_rows[rows].t(), h[rows], out=d_down[expert])
+                weight_gradient(block_rows[rows], h[rows], d_down[expert])
         if needs_gate_up:
             torch.index_select(hidden, 0, tokens, out=block_rows)
             for expert, rows in block.parts:
-                torch.mm(dz[rows].t(), block_rows[rows], out=d_gate_up[expert])
+                weight_gradient(dz[rows], block_rows[rows], d_gate_up[expert])
         if needs_hidden:
             dx = block_rows if all_dx is None else all_dx[block.assignments]
             for expert, rows in block.parts:
-                torch.mm(dz[rows], gate_up[expert], out=dx[rows])
+                input_gradient(dz[rows], gate_up[expert], dx[rows])
             for n in pieces if all_dx is None else ():
                 total.index_add_(0, tokens[n], wide[: n.stop - n.start].copy_(dx[n]))
     d_weights = torch.empty_like(d_scales).scatter_(0, order, d_scales).view(indices.shape).to(weights.dtype)
