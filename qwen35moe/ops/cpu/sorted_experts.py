@@ -25,6 +25,7 @@ from qwen35moe.ops.cpu.products import input_gradient, product, weight_gradient
 from qwen35moe.ops.precision import wide_dtype
 
 _BLOCK = 256  # rows of several experts between two passes over a buffer: a few MB, which fit in cache
+_BACKWARD_BLOCK = 64  # the same in the backward, whose buffers add to the peak of memory: about 1 MB, which fit in L2
 _PIECE = 1024  # rows of one expert at once: shorter pieces make slower products, longer ones touch more new memory
 _KEPT = 32 << 20  # bytes of all assignments' rows up to which they are kept and summed in one pass: 0.3 ms instead of
 #                   6 for 512 tokens, k = 8, D = 2048 (2 cores of Zen 4); above, new memory would cost more than that
@@ -58,27 +59,29 @@ class Block(NamedTuple):
         return self.assignments.stop - self.assignments.start
 
 
-def sort_assignments(indices: Tensor, num_experts: int, split: bool = False) -> tuple[Tensor, list[Block]]:
-    """The assignments [N k] sorted by expert, and blocks of up to _BLOCK rows that cover them in order.
+def sort_assignments(
+    indices: Tensor, num_experts: int, block: int, piece: int | None = None
+) -> tuple[Tensor, list[Block]]:
+    """The assignments [N k] sorted by expert, and blocks of up to `block` rows that cover them in order.
 
-    An expert with more rows than that is a block of its own; with `split` several, of up to _PIECE rows.
+    An expert with more rows than that is a block of its own, or several of up to `piece` rows.
     """
     flat = indices.reshape(-1)
     counts = torch.bincount(flat, minlength=num_experts).tolist()
     if len(counts) > num_experts:
         raise ValueError(_out_of_range(len(counts) - 1, num_experts))
     pieces = [(expert, count) for expert, count in enumerate(counts) if count]
-    if split:
-        pieces = [(expert, min(_PIECE, count - n)) for expert, count in pieces for n in range(0, count, _PIECE)]
-    return flat.argsort(stable=True), list(_blocks(pieces))
+    if piece is not None:
+        pieces = [(expert, min(piece, count - n)) for expert, count in pieces for n in range(0, count, piece)]
+    return flat.argsort(stable=True), list(_blocks(pieces, block))
 
 
-def _blocks(pieces: Sequence[tuple[int, int]]) -> Iterator[Block]:
+def _blocks(pieces: Sequence[tuple[int, int]], block: int) -> Iterator[Block]:
     """pieces: (expert, number of rows), in order."""
     start = size = 0
     parts: list[tuple[int, slice]] = []
     for expert, count in pieces:
-        if parts and size + count > _BLOCK:
+        if parts and size + count > block:
             yield Block(slice(start, start + size), tuple(parts))
             start, size, parts = start + size, 0, []
         parts.append((expert, slice(size, size + count)))
@@ -112,7 +115,7 @@ def _forward(
 ) -> Tensor:
     """y [N, D]; writes z into `saved` [N k, 2F] if it is passed."""
     (tokens, width), top_k, inner = hidden.shape, indices.shape[1], down.shape[-1]
-    order, blocks = sort_assignments(indices, gate_up.shape[0], split=True)
+    order, blocks = sort_assignments(indices, gate_up.shape[0], _BLOCK, _PIECE)
     dtype, assignments = wide_dtype(hidden), order.numel()
     largest = max((block.size for block in blocks), default=0)
     one_pass = _sums_in_one_pass(hidden, top_k) and weights.dtype == hidden.dtype
@@ -161,7 +164,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, gate_up, down and weights; an empty tensor for those whose `needs_grad` is False."""
     dtype, top_k, (width, inner) = wide_dtype(hidden), indices.shape[1], down.shape[1:]
-    order, blocks = sort_assignments(indices, gate_up.shape[0])
+    order, blocks = sort_assignments(indices, gate_up.shape[0], _BACKWARD_BLOCK)
     token, scales = order // top_k, weights.reshape(-1)[order].to(dtype)[:, None]
     needs_hidden, needs_gate_up, needs_down, needs_weights = needs_grad
     d_gate_up, d_down = _empty_unless_needed((gate_up, down), needs_grad[1:3])
@@ -172,17 +175,17 @@ def _backward(
     _zero_unused((d_gate_up, d_down), blocks, gate_up.shape[0])
     largest = max((block.size for block in blocks), default=0)
     buffer = hidden.new_empty(largest, width)  # dy, then x, then dx
-    b, h, dz = (hidden.new_empty(largest, n) for n in (inner, inner, 2 * inner))
-    wide = hidden.new_empty(min(_BLOCK, largest) if total.numel() else 0, width, dtype=dtype)
+    inner_buffer, dz = (hidden.new_empty(largest, n) for n in (inner, 2 * inner))  # b, then w h
     for block in blocks:
         size, tokens = block.size, token[block.assignments]
         scale, z, d_scale = scales[block.assignments], saved[block.assignments], d_scales[block.assignments]
-        block_rows, pieces = buffer[:size], [slice(n, min(n + _BLOCK, size)) for n in range(0, size, _BLOCK)]
+        block_rows, h = buffer[:size], inner_buffer[:size]
+        pieces = [slice(n, min(n + _BACKWARD_BLOCK, size)) for n in range(0, size, _BACKWARD_BLOCK)]
         torch.index_select(grad, 0, tokens, out=block_rows)
         for expert, rows in block.parts:
-            input_gradient(block_rows[rows], down[expert], b[rows])
+            input_gradient(block_rows[rows], down[expert], h[rows])
         for n in pieces:
-            d_scale[n] = _swiglu_backward(z[n], b[n], scale[n], h[n], dz[n])
+            d_scale[n] = _swiglu_backward(z[n], h[n], scale[n], dz[n])
         if needs_down:
             for expert, rows in block.parts:
                 weight_gradient(block_rows[rows], h[rows], d_down[expert])
@@ -195,7 +198,8 @@ def _backward(
             for expert, rows in block.parts:
                 input_gradient(dz[rows], gate_up[expert], dx[rows])
             for n in pieces if all_dx is None else ():
-                total.index_add_(0, tokens[n], wide[: n.stop - n.start].copy_(dx[n]))
+                total.index_add_(0, tokens[n], dx[n].to(dtype))
+    del buffer, inner_buffer, dz  # before the result in the narrower dtype is allocated
     d_weights = torch.empty_like(d_scales).scatter_(0, order, d_scales).view(indices.shape).to(weights.dtype)
     d_hidden = total.to(hidden.dtype) if all_dx is None else _sum_by_token(order, all_dx, hidden.new_ones(indices.shape))
     return d_hidden, d_gate_up, d_down, d_weights if needs_weights else weights.new_empty(0)
@@ -215,18 +219,17 @@ def _zero_unused(grads: Sequence[Tensor], blocks: Sequence[Block], num_experts: 
                 grad[expert].zero_()
 
 
-def _swiglu_backward(z: Tensor, b: Tensor, scales: Tensor, h: Tensor, dz: Tensor) -> Tensor:
-    """dw [rows] of a block from z [rows, 2F] and b [rows, F]; writes w h into `h` [rows, F] and dz into `dz` [rows, 2F]."""
+def _swiglu_backward(z: Tensor, b: Tensor, scales: Tensor, dz: Tensor) -> Tensor:
+    """dw [rows] of a block from z [rows, 2F] and b [rows, F]; writes w h in place of `b` and dz into `dz` [rows, 2F]."""
     gate, up = z.to(scales.dtype).chunk(2, dim=-1)
     d_gate, d_up = dz.chunk(2, dim=-1)
     silu = F.silu(gate)
     inner = silu * up
-    wide = b.to(scales.dtype)
-    d_scales = torch.linalg.vecdot(wide, inner)
-    h.copy_(inner.mul_(scales))
-    wide.mul_(scales)
-    d_up.copy_(silu.mul_(wide))
-    d_gate.copy_(torch.ops.aten.silu_backward(wide.mul_(up), gate))
+    d_scales = torch.linalg.vecdot(b.to(scales.dtype), inner)
+    d_inner = b * scales
+    b.copy_(inner.mul_(scales))
+    d_up.copy_(silu.mul_(d_inner))
+    d_gate.copy_(torch.ops.aten.silu_backward(d_inner.mul_(up), gate))
     return d_scales
 
 
