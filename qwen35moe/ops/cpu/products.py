@@ -192,16 +192,21 @@ def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
     weight may be packed.
     """
+    return form_of(x, weight)(x, weight, out)
+
+
+def form_of(x: Tensor, weight: Tensor) -> Form:
+    """The form that `product` runs; it depends on x's number of rows, on the weight's dtype, size and layout."""
     if weight.is_mkldnn:
-        return onednn_product(x, weight, out)
+        return onednn_product
     if not x.is_cpu or weight.dtype is torch.float64 or weight.numel() < SMALL or not plain(x, weight):
-        return torch_product(x, weight, out)
+        return torch_product
     name = choice_of("linear")
     if name is None:
         name = fastest(len(x), weight)
     elif name not in FORMS or refusal(name, len(x), weight):
         name = "torch"  # a form of others is for `linear`; one that cannot run here is refused there
-    return FORMS[name](x, weight, out)
+    return FORMS[name]
 
 
 def input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.cpu.products import input_gradient, product, weight_gradient
+from qwen35moe.ops.cpu.products import form_of, input_gradient, product, weight_gradient
 from qwen35moe.ops.precision import wide_dtype
 
 _BLOCK = 256  # rows of several experts between two passes over a buffer: a few MB, which fit in cache
@@ -44,7 +44,7 @@ def sorted_experts(
     if needs_grad or torch.compiler.is_compiling():
         return _experts(hidden, gate_up, down, indices, weights, needs_grad)[0]
     with torch.no_grad():
-        form = _one_token if len(hidden) == 1 else _forward
+        form = _one_token if len(hidden) == 1 and indices.numel() else _forward
         return form(hidden, gate_up, down, indices, weights)
 
 
@@ -91,17 +91,16 @@ def _blocks(pieces: Sequence[tuple[int, int]], block: int) -> Iterator[Block]:
 
 
 def _one_token(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """y [1, D]: nothing to sort, and the weighted sum over the experts is a product."""
-    chosen, (width, inner) = indices[0].tolist(), down.shape[1:]
+    """y [1, D]: nothing to sort, one form for all products, and the weighted sum over the experts is a product."""
+    chosen = indices[0].tolist()
     for expert in chosen:
         if not 0 <= expert < gate_up.shape[0]:
             raise ValueError(_out_of_range(expert, gate_up.shape[0]))
-    z, out = hidden.new_empty(len(chosen), 2 * inner), hidden.new_empty(len(chosen), width)
-    for expert, row in zip(chosen, z.split(1), strict=False):
-        product(hidden, gate_up[expert], row)
-    gate, up = z.chunk(2, dim=-1)
-    for expert, h, y in zip(chosen, F.silu(gate).mul_(up).split(1), out.split(1), strict=False):
-        product(h, down[expert], y)
+    form = form_of(hidden, gate_up[chosen[0]])
+    gate, up = torch.cat([form(hidden, gate_up[expert], None) for expert in chosen]).chunk(2, dim=-1)
+    h = F.silu(gate).mul_(up).split(1)
+    form = form_of(h[0], down[chosen[0]])
+    out = torch.cat([form(row, down[expert], None) for expert, row in zip(chosen, h, strict=True)])
     dtype = wide_dtype(hidden)
     return torch.mm(weights.to(dtype), out.to(dtype)).to(hidden.dtype)
 
