@@ -107,7 +107,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("the same without the logits in memory", "chunked_linear_cross_entropy", "_summed(hidden, weight, labels.long())"),
     ),
     "Vision": (
-        Line("W_patch pixels + b", "_Projection.forward", "F.linear("),
+        Line("W_patch pixels + b", "_Projection.forward", "ops.linear("),
         Line("learned table, interpolated to the grid", "interpolated", "_interpolated_axis(_interpolated_axis("),
         Line("angle of row and column: position · θ^(-2j/(K/2))", "vision_grid.py:rotation", "THETA **"),
         Line("softmax(q kᵀ / √K) within a frame", "ops/vision_attention.py:vision_attention", ".softmax(-1)"),

@@ -1,8 +1,8 @@
 """Choices by measurement: which of several forms is the fastest on this machine, found once per process and kind of call.
 
-Processors differ in which form of a product is fast, so nothing is decided by their names. `describe` reports what was measured.
-With torch.use_deterministic_algorithms(True) nothing is measured and the first form runs, because another process could choose
-another form, whose last bits differ.
+Processors differ in which form of a product is fast, so nothing is decided by their names. `describe` reports what was
+measured. With torch.use_deterministic_algorithms(True) nothing is measured and torch's own form runs: another process could
+choose another form, whose last bits differ.
 """
 
 from __future__ import annotations

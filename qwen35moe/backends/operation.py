@@ -20,6 +20,7 @@ import importlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
 import torch
@@ -33,7 +34,7 @@ from .transforms import TRANSFORMS, active_transforms, forward_ad, interpreter, 
 
 # The public names, in the order of a forward. `qwen35moe.ops` defines exactly these.
 OPERATIONS: tuple[str, ...] = (
-    "linear", "rms_norm", "gated_rms_norm", "rotary", "attention", "vision_attention", "gelu_linear", "short_convolution",
+    "rms_norm", "gated_rms_norm", "linear", "rotary", "attention", "vision_attention", "gelu_linear", "short_convolution",
     "gated_delta_rule", "delta_net_step", "router", "experts", "linear_cross_entropy",
 )  # fmt: skip
 ALIASES = {"delta_rule": "gated_delta_rule", "convolution": "short_convolution"}
@@ -125,6 +126,7 @@ class Implementation:
 
 PassedOver: TypeAlias = "tuple[tuple[Implementation, str, bool], ...]"  # (entry, reason, supported)
 TABLE: dict[str, Operation[..., Any]] = {}
+_INSIDE: Any = SimpleNamespace()  # the caller of an operation that another one calls
 
 
 class Operation(Generic[Params, Result]):
@@ -162,13 +164,6 @@ class Operation(Generic[Params, Result]):
         """
         if caller is None and not torch.compiler.is_compiling() and self.check is not None:
             self.check(self.name, args, kwargs)
-        return self._run(args, kwargs, caller)
-
-    def inside(self, *args: Params.args, **kwargs: Params.kwargs) -> Result:
-        """As a call, from inside another operation, which has checked its own arguments."""
-        return self._run(args, kwargs, None)
-
-    def _run(self, args: tuple, kwargs: dict[str, Any], caller: Any) -> Any:
         entry, refused = self.choose(args, kwargs, caller)
         # is_compiling() comes first: torch.compile would guard on the lists and attributes that follow.
         if not torch.compiler.is_compiling() and (RECORDING or entry is not self.last or refused != self.refused):
@@ -176,6 +171,17 @@ class Operation(Generic[Params, Result]):
         if not entry.double_backward and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self.twice(entry, args, kwargs)
         return entry.fn(*args, **kwargs)  # type: ignore[misc]
+
+    def inside(self, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        """As a call, from inside another operation, which has checked its own arguments."""
+        return self(*args, caller=_INSIDE, **kwargs)
+
+    def is_ordinary(self, caller: torch.nn.Module) -> bool:
+        """Whether nobody has chosen, registered or is recording an implementation: where the definition would run anyway, the
+        caller may call it directly."""
+        if CHOICES or recomputing or RECORDING or self.replaced or torch.compiler.is_compiling():
+            return False
+        return "backend_choices" not in caller.__dict__
 
     def choose(
         self, args: tuple, kwargs: dict[str, Any], caller: Any

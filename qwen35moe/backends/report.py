@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .measured import MEASURED
+from . import measured
 from .operation import OPERATIONS, choice_of, find_operation
 from .registry import implementations
 
@@ -20,7 +20,7 @@ def describe(operation: str | None = None, *args: Any, caller: Any = None, **kwa
         lines.append(name)
         status = _for_process if not args and not kwargs else _for_arguments
         lines += [f"    {entry:<12}  {text}" for entry, text in status(name, args, kwargs, caller)] or ["    none yet"]
-        lines += [f"    measured: {kind}: {result}" for kind, result in MEASURED.get(name, {}).items()]
+        lines += [f"    measured: {kind}: {result}" for kind, result in measured.MEASURED.get(name, {}).items()]
     return "\n".join(lines)
 
 

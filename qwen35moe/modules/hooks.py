@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from qwen35moe import ops
+from qwen35moe.ops.cpu.products import SMALL
 
 _ORDINARY = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 # Hooks of every module of the process. The dicts are never rebound, so that this is one look at each.
@@ -68,6 +69,8 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), with x in the dtype of its weight: `ops.linear`, unless something is attached to the module."""
     weight: Any = linear._parameters.get("weight")
     if weight is not None and weight.dtype is x.dtype:
+        if (not x.is_cpu or weight.numel() < SMALL) and ops.linear.is_ordinary(linear):
+            return linear(x)
         if is_plain(linear, nn.Linear) and type(weight) is nn.Parameter:
             return ops.linear(x, weight, linear.bias, caller=linear)
         return linear(x)

@@ -95,7 +95,8 @@ def _check_dtypes_agree(name: str, operands: dict[str, Any]) -> None:
 
 PRODUCTS = {
     "attention": ("query", "key", "value"), "vision_attention": ("query", "key", "value"),
-    "gelu_linear": ("x", "weight", "bias"), "linear": ("x", "weight"), "router": ("hidden", "weight"), "experts": ("hidden", "gate_up", "down"),
+    "gelu_linear": ("x", "weight", "bias"), "linear": ("x", "weight"), "router": ("hidden", "weight"),
+    "experts": ("hidden", "gate_up", "down"),
     "linear_cross_entropy": ("hidden", "weight"),
 }  # fmt: skip
 

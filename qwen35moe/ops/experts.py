@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen35moe.backends import operation
-from qwen35moe.ops.linear import linear
 from qwen35moe.ops.precision import wide_dtype
 
 Tap = Callable[[str, Tensor], Tensor]  # (name, value) -> the value to use in its place
@@ -41,7 +40,7 @@ def router(hidden: Tensor, weight: Tensor, *, top_k: int) -> tuple[Tensor, Tenso
     hidden [N, D], weight [E, D]; returns logits [N, E] and weights [N, k] in hidden's dtype, indices [N, k]. As in
     transformers the product is in the weights' dtype and the softmax in float32 at least.
     """
-    logits = linear.inside(hidden, weight)
+    logits = F.linear(hidden, weight)
     indices, weights = router_choice(logits, top_k)
     return logits, weights, indices
 

@@ -98,6 +98,7 @@ def with_tokens(name: str, T: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     angle = torch.rand(2, T, 3, generator=generator(6))
     return {
         "rms_norm": ((x, gate[0]), {"eps": 1e-6}), "gated_rms_norm": ((x, gate, gate[0]), {"eps": 1e-6}),
+        "linear": ((x, draw(5, 8, grad=False), gate[0, :5]), {}),
         "rotary": ((draw(2, T, 4, 8, grad=False), draw(2, T, 2, 8, grad=False), angle.cos(), angle.sin()), {}),
         "gelu_linear": ((x, draw(5, 8, grad=False), gate[0, :5]), {"approximate": "tanh"}),
         "short_convolution": ((x[None], draw(8, 4, grad=False)), {}), "router": ((x, draw(7, 8, grad=False)), {"top_k": 2}),

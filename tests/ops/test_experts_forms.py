@@ -115,19 +115,6 @@ def test_block_sizes_do_not_change_the_sorted_form(block: int, piece: int, kept:
             assert_close(actual, truth, 1e-13)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 64, 65])
-def test_the_transposed_product_equals_the_plain_one(rows: int) -> None:
-    """On a CPU with AMX, bfloat16 products with few rows are computed as weight @ rows.T."""
-    x, weight = (torch.randn(n, 24, generator=generator(n)).bfloat16() for n in (rows, 10))
-    plain, transposed = x.new_empty(rows, 10), x.new_empty(rows, 10)
-    with mock.patch.object(sorted_module, "_AMX", False):
-        sorted_module.project(x, weight, plain)
-    with mock.patch.object(sorted_module, "_AMX", True):
-        sorted_module.project(x, weight, transposed)
-    assert_close(transposed, x.double() @ weight.double().T, 1e-2)
-    assert_close(plain, x.double() @ weight.double().T, 1e-2)
-
-
 def test_only_the_required_gradients_are_computed() -> None:
     hidden, gate_up, down, indices, weights = draw("random", 5, torch.float64)
     expected = output_and_gradients(loop_experts, (hidden, gate_up, down, indices, weights))[1:]

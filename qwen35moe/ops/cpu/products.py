@@ -130,17 +130,16 @@ def refusal(name: str, rows: int, weight: Tensor) -> str | None:
     return None if only_thread() else "another thread runs, and the switch of oneDNN is the process's"
 
 
-def candidates(rows: int, weight: Tensor) -> list[str]:
-    """The forms that are compared for a plain weight. The first one runs unless another is clearly faster."""
-    if weight.dtype == torch.float32:
-        names = ["onednn", "torch"]
-    elif weight.dtype in _HALF and multiplies(weight.dtype):
-        names = ["torch", "gemv", "transposed", "widened"]
-    elif weight.dtype in _HALF:
-        names = ["torch", "widened"] if rows <= ROWS[1] else ["widened", "torch"]
-    else:
-        names = ["torch"]
-    return [name for name in names if refusal(name, rows, weight) is None]
+def candidates(dtype: torch.dtype, rows: int) -> list[str]:
+    """The forms that are compared for plain weights. The first one runs unless another is clearly faster."""
+    if dtype == torch.float32 and has_onednn():
+        return ["onednn", "torch"]
+    if dtype not in _HALF:
+        return ["torch"]
+    if not multiplies(dtype):
+        return ["torch", "widened"] if rows <= ROWS[1] else ["widened", "torch"]
+    few = dtype == torch.bfloat16
+    return ["torch", *["gemv"] * (few and rows == 1), *["transposed"] * (few and rows <= _FEW), "widened"]
 
 
 def fastest(rows: int, weight: Tensor) -> str:
@@ -157,10 +156,11 @@ def fastest(rows: int, weight: Tensor) -> str:
 
 
 def _measure(kind: int, rows: int, weight: Tensor) -> str:
-    """Time the forms on parts of this weight, other ones in each round, so that they come from memory."""
-    names, width = candidates(rows, weight), weight.shape[1]
-    if len(names) == 1:
-        return names[0]
+    """Time the forms on parts of this weight, other ones in each round, so that they come from memory. Not now if one of them
+    cannot run now."""
+    names, width = candidates(weight.dtype, rows), weight.shape[1]
+    if len(names) == 1 or any(refusal(name, rows, weight) for name in names):
+        return "torch"
     rows = min(rows, 2 * ROWS[-1])
     operations = _OPERATIONS if weight.dtype == torch.float32 or multiplies(weight.dtype) else _SLOW
     step = max(1, min(len(weight), _SAMPLE // width, max(operations // (width * rows), 64)))
@@ -175,8 +175,7 @@ def _measure(kind: int, rows: int, weight: Tensor) -> str:
     with torch.no_grad():
         forms = {name: partial(run, name) for name in names}
         name = measured.fastest("linear", f"{str(weight.dtype)[6:]}, {title}", forms)
-    if not (rows == 1 and "gemv" not in names and weight.dtype == torch.bfloat16 and multiplies(torch.bfloat16)):
-        _CHOSEN[weight.dtype, kind] = name  # else again once no other thread runs
+    _CHOSEN[weight.dtype, kind] = name
     return name
 
 
