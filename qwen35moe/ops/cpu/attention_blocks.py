@@ -53,7 +53,7 @@ class _Buffers:
             count *= size
         buffer = self.tensors.get(name)
         if buffer is None or buffer.numel() < count:
-            buffer = self.tensors[name] = torch.empty(count, dtype=dtype)
+            buffer = self.tensors[name] = torch.empty(count, dtype=dtype, device="cpu")
         return buffer[:count].view(shape)
 
 
@@ -63,8 +63,8 @@ def _hide(scores: Tensor, first: int, start: int, repeats: int) -> None:
     hidden = start + scores.shape[-1] - first - 1  # keys behind the first query
     if hidden > 0:
         m = scores.shape[1] // repeats
-        query = torch.arange(first, first + m)[:, None]
-        behind = torch.arange(start, start + scores.shape[-1])[-hidden:] > query
+        query = torch.arange(first, first + m, device="cpu")[:, None]
+        behind = torch.arange(start, start + scores.shape[-1], device="cpu")[-hidden:] > query
         scores.unflatten(1, (repeats, m))[..., -behind.shape[-1] :].masked_fill_(behind, float("-inf"))
 
 
@@ -202,7 +202,7 @@ def fastest(dtype: torch.dtype, width: int, tokens: int) -> str:
     kind = (dtype, width, tokens >= _LONG)
     if kind not in _CHOSEN:
         size = _LONG if kind[2] else _LONG // 2
-        query, key, value = (torch.ones(1, size, heads, width, dtype=dtype) for heads in (4, 2, 2))
+        query, key, value = (torch.ones(1, size, heads, width, dtype=dtype, device="cpu") for heads in (4, 2, 2))
         forms = {"torch": sdpa_attention, "blocks": attention_blocks}
         if dtype == torch.bfloat16 and products.multiplies(dtype):
             forms["bf16_blocks"] = attention_bf16_blocks
