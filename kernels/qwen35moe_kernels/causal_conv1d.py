@@ -1,14 +1,17 @@
 """Adapter to causal_conv1d (>= 1.4): `causal_conv1d_fn` with seq_idx, and `causal_conv1d_update` for one cached token.
 
 Its channel-last layout [B, C, T] is a transposed view of our [B, T, C]. It supports 2 to 4 taps, channels in multiples of 8,
-and either packed documents (seq_idx) or an initial state (initial_states), not both. The new conv_state is sliced in
-PyTorch, because its own final states support neither padding nor documents.
+and either packed documents (seq_idx) or an initial state (initial_states), not both: since 1.7 it accepts both, but applies
+the state to the first document only. The new conv_state is sliced in PyTorch, because its own final states support neither
+padding nor documents. Its contract, line by line: docs/reference/adapters.md.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +21,19 @@ from torch import Tensor
 from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_READ_BEHIND = 256  # its forward can read that many elements past seq_idx if T does not fill the last chunk (its PR 117)
+_OLDEST, _DETERMINISTIC = (1, 4), (1, 6)
+_INDEXED = 1 << 32  # its kernels compute offsets into x as uint32
+_READ_BEHIND = 256  # before 1.7 its forward can read past seq_idx to the end of a chunk, of 64 in 1.5.3 (its PR 117)
+
+
+@cache
+def _sums_atomically() -> bool:
+    """Whether the backward adds the parts of weight's gradient in any order, even with deterministic algorithms."""
+    try:
+        version = importlib.metadata.version("causal-conv1d")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return runtime.version_numbers(version) < _DETERMINISTIC
 
 
 def unsupported(
@@ -33,8 +48,14 @@ def unsupported(
         return f"x has {channels} channels, causal_conv1d takes multiples of 8"
     if cu_seqlens is not None and state is not None:
         return "state: causal_conv1d takes no initial state for packed documents (cu_seqlens)"
+    if not x.numel():
+        return f"x {list(x.shape)} is empty"
+    if x.numel() >= _INDEXED:
+        return f"x has {x.numel()} elements, causal_conv1d indexes fewer than 2^32"
     if torch.compiler.is_compiling():
-        return "a graph is being compiled, and causal_conv1d is not a torch.library operator"
+        return "a graph is being compiled, and causal_conv1d_fn is not a torch.library operator"
+    if runtime.strictly_deterministic() and runtime.needs_gradient(x, weight, state) and _sums_atomically():
+        return "deterministic algorithms are enabled, and causal_conv1d before 1.6 sums the gradient of weight atomically"
     return runtime.unsupported_cuda(x=x, weight=weight, state=state, lengths=lengths) or runtime.unsupported_dtype(
         *_FLOATS, x=x, weight=weight
     )
@@ -53,13 +74,13 @@ def short_convolution(
         after = after.contiguous()  # causal_conv1d_update writes to it
         y = causal_conv1d.causal_conv1d_update(x[:, 0].contiguous(), after, weight.contiguous(), activation="silu")
         return y[:, None], after
-    x = x.contiguous()
-    before = None if state is None else state.to(x.dtype).mT.contiguous()  # [B, W-1, C]
+    x = runtime.aligned(x.contiguous())
+    before = None if state is None else runtime.aligned(state.to(x.dtype).mT.contiguous())  # [B, W-1, C]
     y = causal_conv1d.causal_conv1d_fn(
         x.mT, weight.contiguous(), seq_idx=_documents(x, cu_seqlens), initial_states=None if before is None else before.mT,
         activation="silu",
     )  # fmt: skip
-    return y.mT, _conv_state(x, past, before, lengths, cu_seqlens)
+    return runtime.align_gradient(y.mT), _conv_state(x, past, before, lengths, cu_seqlens)
 
 
 def _documents(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -90,7 +111,8 @@ def _conv_state(x: Tensor, past: int, before: Tensor | None, lengths: Tensor | N
 
 def register(register: Callable[..., None]) -> None:
     """Registers ahead of all others: an installed package was built for this machine."""
-    missing = runtime.package_missing("causal_conv1d", "pip install causal-conv1d")
+    how = "pip install causal-conv1d"
+    missing = runtime.package_missing("causal_conv1d", how, distribution="causal-conv1d", oldest=_OLDEST)
     before = "triton" if runtime.place("cpu") else "cpu"
     options = {"before": before, "missing": missing, **runtime.FIRST_ORDER}
     register("short_convolution", "causal_conv1d", short_convolution, unsupported, **options)

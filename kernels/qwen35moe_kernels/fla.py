@@ -6,15 +6,19 @@ TF32), float64, heads wider than 256, tensors that are not on CUDA, and compiled
 
 With flash-qla installed, fla dispatches to it for bfloat16 and float16 at K = V = 128 on Hopper and Blackwell, unless
 FLA_FLASH_QLA=0. Gradients depend on it: fla's own backward is wrong on Hopper with Triton 3.4 to 3.7.0 (its issue 640; fla
-raises there), and has returned NaN on data-centre Blackwell (its issue 913).
+raises there), and has returned NaN on data-centre Blackwell (its issue 913; fla 0.6 avoids the tile sizes of that report,
+which nobody has verified here). flash-qla assigns the tokens after an empty document to the wrong one. The contract, line by
+line: docs/reference/adapters.md.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import weakref
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ from qwen35moe_kernels import runtime
 OLDEST = (0, 6)
 HOW = "pip install 'flash-linear-attention>=0.6' (and flash-qla, which fla uses if it is installed)"
 WIDEST = 256
+GRID = 65535  # programs along the second axis of a CUDA grid: fla launches one for each row and head
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -53,20 +58,32 @@ def _one_token(query: Tensor, cu_seqlens: Tensor | None, gradient: bool) -> bool
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    """Of an NVIDIA GPU; (0, 0) for AMD's, whose numbers (9.4 for an MI300) say nothing about NVIDIA's generations."""
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
-def _takes_flash_qla(query: Tensor, value: Tensor, capability: tuple[int, int]) -> bool:
-    """Whether fla dispatches forward and backward to flash-qla, by the rules of its own dispatch."""
+def _takes_flash_qla(query: Tensor, value: Tensor, gradient: bool) -> bool:
+    """Whether fla dispatches to flash-qla, by the rules of its own dispatch."""
     enabled = os.environ.get("FLA_FLASH_QLA", "1") != "0" and os.environ.get("FLA_DISABLE_BACKEND_DISPATCH", "0") != "1"
     supported = query.shape[-1] == value.shape[-1] == 128 and query.dtype in _HALF
-    return enabled and supported and capability[0] in (9, 10) and runtime.installed("flash_qla")
-
-
-def _wrong_gradients(query: Tensor, value: Tensor) -> str | None:
-    """None, or why fla's own backward is known to be wrong on this machine."""
+    if not (enabled and supported and runtime.installed("flash_qla")):
+        return False
     capability = _capability(query.device)
-    if capability[0] not in (9, 10) or _takes_flash_qla(query, value, capability):
+    return capability[0] in (9, 10) or (capability == (12, 0) and query.dtype == torch.bfloat16 and not gradient)
+
+
+def _unsupported_by_own_kernels(batch: int, heads: int, device: torch.device, gradient: bool) -> str | None:
+    """None, or why fla's own chunked kernels cannot run."""
+    if batch * heads > GRID:
+        return f"{batch} rows of {heads} heads: fla launches at most {GRID} together"
+    if runtime.strictly_deterministic():
+        return "deterministic algorithms are enabled, and fla chooses its tiles by timing them"
+    return _wrong_gradients(_capability(device)) if gradient else None
+
+
+def _wrong_gradients(capability: tuple[int, int]) -> str | None:
+    """None, or why fla's own backward is known to be wrong on this machine."""
+    if capability[0] not in (9, 10):
         return None
     if capability[0] == 10:
         return "an input requires a gradient, and fla's backward returned NaN on this GPU (its issue 913): install flash-qla"
@@ -79,6 +96,43 @@ def _wrong_gradients(query: Tensor, value: Tensor) -> str | None:
     )
 
 
+def _same_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the last result of a function of a tensor: the same object until another tensor comes or its values change."""
+    last: tuple[Any, ...] = (lambda: None, None, None)
+
+    def remembered(tensor: Tensor, *others: Any) -> Any:
+        nonlocal last
+        if tensor.is_inference():  # counts no versions
+            return function(tensor, *others)
+        of, key, result = last
+        now = (tensor._version, torch.is_inference_mode_enabled(), *others)  # autograd saves no tensor of inference mode
+        if of() is not tensor or key != now:
+            result = function(tensor, *others)
+            last = (weakref.ref(tensor), now, result)
+        return result
+
+    return remembered
+
+
+@_same_result
+def _bounds(cu_seqlens: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """The arguments cu_seqlens, a copy, and cu_seqlens_cpu if they are on the host.
+
+    fla and flash-qla keep the layout of the chunks by the identity of these objects and never compare their values. A tensor
+    that the caller fills again must therefore not reach them, while a new copy in every layer would be laid out every time.
+    """
+    bounds = {"cu_seqlens": cu_seqlens.to(device, torch.int64, copy=True)}
+    if cu_seqlens.device.type == "cpu":
+        bounds["cu_seqlens_cpu"] = cu_seqlens.to(torch.int64, copy=True)
+    return bounds
+
+
+@_same_result
+def _any_empty(cu_seqlens: Tensor) -> bool:
+    """Whether a document is empty. Reads from the device, once, as flash-qla does as well."""
+    return bool((cu_seqlens.diff() == 0).any())
+
+
 def unsupported(
     query: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, beta: Tensor,
     state: Tensor | None = None, cu_seqlens: Tensor | None = None,
@@ -86,11 +140,14 @@ def unsupported(
     """None, or the reason why fla cannot run this call."""
     if torch.compiler.is_compiling():
         return "a graph is being compiled, and fla is not a torch.library operator"
+    if not value.numel():
+        return f"value {list(value.shape)} is empty"
     floats = {"query": query, "key": key, "value": value, "decay": decay, "beta": beta, "state": state}
     if reason := runtime.unsupported_cuda(**floats):
         return reason
     gradient = runtime.needs_gradient(*floats.values())
-    dtypes = (*_HALF, torch.float32) if _one_token(query, cu_seqlens, gradient) else _HALF
+    one_token = _one_token(query, cu_seqlens, gradient)
+    dtypes = (*_HALF, torch.float32) if one_token else _HALF
     if reason := runtime.unsupported_dtype(*dtypes, query=query, key=key, value=value):
         return reason if query.dtype != torch.float32 else f"{reason}: fla multiplies float32 in TF32, to three digits"
     if reason := runtime.unsupported_dtype(*_HALF, torch.float32, decay=decay, beta=beta, state=state):
@@ -99,7 +156,13 @@ def unsupported(
         return f"query is {query.dtype}, key {key.dtype} and value {value.dtype}: fla takes one dtype"
     if max(key.shape[-1], value.shape[-1]) > WIDEST:
         return f"heads are {key.shape[-1]} and {value.shape[-1]} wide: fla takes at most {WIDEST}"
-    return _wrong_gradients(query, value) if gradient else None
+    if one_token:
+        return None
+    if not _takes_flash_qla(query, value, gradient):
+        return _unsupported_by_own_kernels(query.shape[0], value.shape[2], query.device, gradient)
+    if cu_seqlens is not None and _any_empty(cu_seqlens):
+        return "a document of cu_seqlens is empty: flash-qla, to which fla dispatches, assigns tokens to wrong documents"
+    return None
 
 
 def gated_delta_rule(
@@ -118,9 +181,7 @@ def gated_delta_rule(
     if _one_token(query, cu_seqlens, runtime.needs_gradient(query, key, value, decay, beta, state)):
         return fused_recurrent_gated_delta_rule(query, key, value, **options)
     if cu_seqlens is not None:
-        options["cu_seqlens"] = cu_seqlens.to(query.device, torch.int64)
-        if cu_seqlens.device.type == "cpu":
-            options["cu_seqlens_cpu"] = cu_seqlens.to(torch.int64)
+        options |= _bounds(cu_seqlens, query.device)
     return chunk_gated_delta_rule(query, key, value, **options)
 
 

@@ -3,7 +3,7 @@
 Its causal mask is aligned to the last key: of T queries and S keys, query i attends to keys 0 ... S - T + i. This equals our
 mask if every row starts at position S - T. Rows that start at different positions use `flash_attn_with_kvcache`, which takes
 each row's number of keys and supports neither a backward nor dropout. Packed documents and the frames of images and videos
-use `flash_attn_varlen_func`.
+use `flash_attn_varlen_func`. Its contract, line by line: docs/reference/adapters.md.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def attention(
     """query [B, T, H, K], key and value [B, P, G, K]; returns [B, T, H, K], as `attention` defines it."""
     flash_attn: Any = importlib.import_module("flash_attn")
     tokens = query.shape[1]
+    query, key, value = runtime.aligned(query), runtime.aligned(key), runtime.aligned(value)
     options = {"softmax_scale": scale, "causal": True}
     if cu_seqlens is not None:
         return _varlen(query[0], key[0], value[0], cu_seqlens, dropout_p=dropout, **options)[None]
@@ -62,7 +63,8 @@ def attention(
         return flash_attn.flash_attn_with_kvcache(query, key, value, cache_seqlens=starts + tokens, **options)
     key, value = key[:, : starts + tokens], value[:, : starts + tokens]
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return flash_attn.flash_attn_func(query, key, value, dropout_p=dropout, deterministic=deterministic, **options)
+    out = flash_attn.flash_attn_func(query, key, value, dropout_p=dropout, deterministic=deterministic, **options)
+    return runtime.align_gradient(out)
 
 
 def vision_unsupported(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> str | None:
@@ -72,18 +74,24 @@ def vision_unsupported(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens:
 
 def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> Tensor:
     """query, key, value [N, H, K]; a patch attends to its own frame, as `vision_attention` defines it."""
+    query, key, value = runtime.aligned(query), runtime.aligned(key), runtime.aligned(value)
     return _varlen(query, key, value, cu_seqlens, softmax_scale=scale, causal=False)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
-    """Attention within packed sequences. The host reads the length of the longest, which sets the size of the grid."""
+    """Attention within packed sequences. The host reads the length of the longest, which sets the size of the grid.
+
+    For a length of 1 and grouped heads flash-attn reshapes the query to one row per sequence, which fails if one is empty: 2
+    is as good a bound.
+    """
     flash_attn: Any = importlib.import_module("flash_attn")
-    longest = int(cu_seqlens.diff().max())
-    bounds = cu_seqlens.to(device=query.device, dtype=torch.int32)
+    longest = max(2, int(cu_seqlens.diff().max()))
+    bounds = cu_seqlens.to(device=query.device, dtype=torch.int32).contiguous()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return flash_attn.flash_attn_varlen_func(
+    out = flash_attn.flash_attn_varlen_func(
         query, key, value, bounds, bounds, longest, longest, deterministic=deterministic, **options
     )
+    return runtime.align_gradient(out)
 
 
 def _unsupported_tensors(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> str | None:
@@ -94,6 +102,8 @@ def _unsupported_tensors(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: 
         return f"query has heads of {width}, flash_attn takes multiples of 8"
     if value.shape[-1] != width:
         return f"value has heads of {value.shape[-1]} and query of {width}, flash_attn takes one width"
+    if not query.numel():
+        return f"query {list(query.shape)} is empty"
     if torch.compiler.is_compiling():
         return "a graph is being compiled, and flash_attn is not part of it"
     if cu_seqlens is not None and cu_seqlens.shape[0] < 2:

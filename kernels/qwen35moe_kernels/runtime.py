@@ -139,6 +139,27 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy of it, for packages that access rows 16 bytes at a time: the last dimension is
+    contiguous; the offset into the storage and the strides, of dimensions of size 1 as well, are multiples of 8 elements."""
+    *strides, last = tensor.stride()
+    if last == 1 and not tensor.storage_offset() % 8 and not any(stride % 8 for stride in strides):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def align_gradient(output: Tensor) -> Tensor:
+    """`output`, whose gradient reaches its backward contiguous and aligned, in whatever layout autograd computed it."""
+    if output.requires_grad:
+        output.register_hook(lambda gradient: aligned(gradient.contiguous()))
+    return output
+
+
+def strictly_deterministic() -> bool:
+    """Whether torch.use_deterministic_algorithms is set to raise."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 def power_of_two(size: int) -> int:
     """The smallest power of two that is at least `size`: the length of a kernel's block."""
     return 1 << max(0, size - 1).bit_length()

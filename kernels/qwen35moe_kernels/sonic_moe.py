@@ -2,6 +2,9 @@
 
 It takes our weights as [2F, D, E] and [D, F, E] views, (token, expert) assignments in the order of tokens, and int32 indices.
 `concat_layout` states that the rows of the gate come before those of the up projection. The first call of every shape tunes.
+
+The requirements of 0.1.2.post1 end at torch 2.9.1, below this library's: pip installs it only with --no-deps, which nobody has
+tried. Its contract, line by line: docs/reference/adapters.md.
 """
 
 from __future__ import annotations
@@ -15,8 +18,13 @@ from torch import Tensor
 from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.bfloat16, torch.float16)
-_OLDEST, _HOW = (0, 1, 2), "pip install 'sonic-moe>=0.1.2' (Python 3.12, CUDA 12.9)"
+_OLDEST = (0, 1, 2)
+_HOW = (
+    "its requirements end at torch 2.9.1, so that only pip install --no-deps 'sonic-moe>=0.1.2' is left (untested; it needs "
+    "quack-kernels and nvidia-cutlass-dsl 4.4.2, Python 3.12, CUDA 12.9)"
+)
 _EXPERTS = 65535  # it sorts by 16 bits of the expert's index
+_GATHERED = 1 << 32  # its sum over a token's experts computes offsets into [assignments, D] as uint32
 _PER_EXPERT = 64  # assignments: its published results are for training; below, reading the weights dominates the time
 
 
@@ -28,7 +36,7 @@ def unsupported(
         return "a tap reads expert_in, expert_act or expert_out, which this implementation does not materialise"
     if torch.compiler.is_compiling():
         return "a graph is being compiled, which sonic-moe does not support"
-    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+    if runtime.strictly_deterministic():
         return "deterministic algorithms are enabled, and sonic-moe chooses its tiles by timing them"
     tensors = {"hidden": hidden, "gate_up": gate_up, "down": down}
     reason = runtime.unsupported_cuda(**tensors, indices=indices, weights=weights)
@@ -43,14 +51,18 @@ def _unsupported_sizes(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: T
             return f"hidden is {hidden.dtype} and {name} {tensor.dtype}, sonic-moe takes one dtype"
         if not tensor.is_contiguous():
             return f"{name} is not contiguous, as sonic-moe requires"
+        if tensor.storage_offset() % 8:
+            return f"{name} begins at element {tensor.storage_offset()} of its storage, sonic-moe takes multiples of 8"
     if not indices.numel():
         return "indices is empty"
     if indices.numel() >= 1 << 31:
         return f"indices has {indices.numel()} assignments, sonic-moe takes fewer than 2^31"
+    if indices.numel() * width >= _GATHERED:
+        return f"{indices.numel()} assignments of {width} numbers, sonic-moe indexes fewer than 2^32"
     if experts > _EXPERTS:
         return f"gate_up has {experts} experts, sonic-moe sorts up to {_EXPERTS}"
     if top_k > experts:
-        return f"indices has top_k {top_k} for {experts} experts, sonic-moe sums at most one row of each expert"
+        return f"indices has top_k {top_k} for {experts} experts, sonic-moe is tuned for at most one row of each expert"
     for name, size in (("hidden", width), ("down", inner)):
         if size % 8:
             return f"{name} has rows of {size}, sonic-moe takes multiples of 8 (16 bytes)"
@@ -59,10 +71,12 @@ def _unsupported_sizes(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: T
 
 def _unsupported_device(hidden: Tensor) -> str | None:
     capability = runtime.capability(hidden)
+    if torch.version.hip:
+        return "sonic-moe supports NVIDIA's GPUs only"
     if capability is None or capability[0] == 9:
         return None
     version = f"{capability[0]}.{capability[1]}"
-    if capability[0] == 10:  # the issue is closed without naming the release of QuACK that fixed it
+    if capability[0] == 10:  # closed; the mends are in QuACK (its PRs 131 and 133), of which sonic-moe takes any version
         return f"on compute capability {version} sonic-moe can be silently wrong (its issue 63)"
     return f"sonic-moe supports compute capability 9.0 and 10.0, {hidden.device} has {version}"
 
@@ -83,13 +97,13 @@ def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weig
     tokens = torch.arange(len(hidden), device=hidden.device, dtype=torch.int32)
     with runtime.on_device_of(hidden):
         y, _ = moe_general_routing_inputs(
-            x=hidden.contiguous(), router_scores=weights.reshape(-1).float(),
+            x=runtime.aligned(hidden.contiguous()), router_scores=weights.reshape(-1).float(),
             token_indices=tokens.repeat_interleave(indices.shape[1]), expert_indices=indices.reshape(-1).to(torch.int32),
             w1=gate_up.permute(1, 2, 0), b1=None, w2=down.permute(1, 2, 0), b2=None, E=gate_up.shape[0],
             stream_id=torch.cuda.current_stream(hidden.device).cuda_stream, activation_type=ActivationType.SWIGLU,
             is_inference_mode_enabled=not runtime.needs_gradient(hidden, gate_up, down, weights), concat_layout=True,
         )  # fmt: skip
-    return y
+    return runtime.align_gradient(y)
 
 
 def register(register: Callable[..., None]) -> None:

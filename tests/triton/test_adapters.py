@@ -6,6 +6,7 @@ Forward and backward against the definitions, which implementation ran, errors o
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,73 @@ def test_one_token_goes_through_update_and_more_through_fn(conv: ModuleType, cal
     assert (updates.count, others.count) == (1, 2)
 
 
+def misaligned(x: Tensor) -> Tensor:
+    """A view of the same values that begins inside a 16-byte word, in rows that are a few elements longer."""
+    wide = x.new_zeros(*x.shape[:-1], x.shape[-1] + 5)
+    return wide[..., 5:].copy_(x)
+
+
+@pytest.mark.usefixtures("conv")
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+@pytest.mark.parametrize("taps", [2, 4])
+def test_convolution_of_misaligned_views(tokens: int, taps: int) -> None:
+    """The package checks strides of dimensions of size 1 as well, and its kernels read 16 bytes at a time."""
+    for batch in (1, 3):
+        x, weight, state = draw(batch, tokens, 16), draw(16, taps, seed=1), draw(batch, taps - 1, 16, seed=2)
+        options = {"state": misaligned(state).mT, "lengths": integers(*[tokens] * batch)}
+        assert_close("short_convolution", "causal_conv1d", (misaligned(x), weight), options, torch.float32, forward=1e-6)
+    x = draw(1, 16, 1).mT  # strides 16, 1, 1
+    options = {"cu_seqlens": integers(0, 1)}
+    assert_close("short_convolution", "causal_conv1d", (x, weight), options, torch.float32, forward=1e-6, backward=3e-6)
+
+
+@pytest.mark.usefixtures("conv")
+@pytest.mark.parametrize("layout", ["expanded", "slice", "transposed"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_gradient_of_any_layout_reaches_the_convolution(layout: str, tokens: int) -> None:
+    x, weight = draw(2, tokens, 16).requires_grad_(), draw(16, 4, seed=1)
+    gradient = {
+        "expanded": torch.ones(()).expand(2, tokens, 16),
+        "slice": misaligned(draw(2, tokens, 16, seed=3)),
+        "transposed": draw(2, 16, tokens, seed=3).mT,
+    }[layout]
+    results = []
+    for name in ("causal_conv1d", "direct"):
+        with backends.use(short_convolution=name):
+            y, _ = backends.run("short_convolution", x, weight)
+        results.append(torch.autograd.grad(y, x, gradient)[0])
+    assert (results[0] - results[1]).abs().max() <= 3e-6 * results[1].abs().max()
+
+
+@pytest.mark.parametrize("version", ["1.6.2.post1", "1.7.0"])
+def test_packed_documents_in_both_versions(version: str) -> None:
+    """Before 1.7 the kernel reads past seq_idx, and refuses an initial state beside it."""
+    with installed("causal_conv1d", ("short_convolution",), version):
+        args, bounds = (draw(1, 130, 16), draw(16, 4, seed=1)), integers(0, 65, 65, 66, 130)
+        options = {"cu_seqlens": bounds}
+        assert_close("short_convolution", "causal_conv1d", args, options, torch.float32, forward=1e-6, backward=3e-6)
+
+
+def test_versions_of_causal_conv1d(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen35moe_kernels import causal_conv1d
+
+    x, weight = draw(1, 6, 8).requires_grad_(), draw(8, 4)
+    monkeypatch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: False)
+    for version, words in (("1.5.3.post1", "before 1.6 sums the gradient of weight atomically"), ("1.6.0", None)):
+        with installed("causal_conv1d", ("short_convolution",), version):
+            causal_conv1d._sums_atomically.cache_clear()
+            reason = refusal("short_convolution", "causal_conv1d", x, weight)
+            assert reason is None if words is None else words in (reason or "")
+            assert refusal("short_convolution", "causal_conv1d", x.detach(), weight) is None
+    causal_conv1d._sums_atomically.cache_clear()
+    if importlib.util.find_spec("causal_conv1d") is None:
+        assert not causal_conv1d._sums_atomically()
+        causal_conv1d._sums_atomically.cache_clear()
+    with installed("causal_conv1d", ("short_convolution",), "1.3.0"):
+        old = refusal("short_convolution", "causal_conv1d", x.detach(), weight)
+    assert (old or "").startswith("causal-conv1d 1.3.0 is installed, 1.4 or newer is needed")
+
+
 @pytest.mark.usefixtures("conv")
 def test_convolution_unsupported() -> None:
     def reason(x: Tensor, weight: Tensor, **options: Any) -> str | None:
@@ -103,6 +171,9 @@ def test_convolution_unsupported() -> None:
     assert reason(x, draw(8, 1)) == "weight has 1 taps, causal_conv1d takes 2 to 4"
     assert reason(draw(1, 6, 12), draw(12, 4)) == "x has 12 channels, causal_conv1d takes multiples of 8"
     assert reason(x.double(), weight) == "x is float64, not one of float32, bfloat16, float16"
+    assert reason(draw(2, 0, 8), weight) == "x [2, 0, 8] is empty"
+    huge = reason(x[:, :1].expand(1, 1 << 29, 8), weight)
+    assert huge == "x has 4294967296 elements, causal_conv1d indexes fewer than 2^32"
     packed = reason(x, weight, cu_seqlens=bounds, state=draw(2, 8, 3))
     assert packed == "state: causal_conv1d takes no initial state for packed documents (cu_seqlens)"
     with backends.use(short_convolution="causal_conv1d"), pytest.raises(ValueError, match="cannot run .* 5 taps"):
@@ -135,6 +206,33 @@ def test_attention_of_packed_documents_and_heads_of_256() -> None:
     args, options = attention_case(1, 12, 12, 0, integers(0, 1, 4, 12))
     assert_close("attention", "flash_attn", args, options, BF16, **BOUND)
     args, options = attention_case(1, 5, 5, 0, width=256)
+    assert_close("attention", "flash_attn", args, options, BF16, **BOUND)
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("start", [0, 4])
+def test_attention_of_misaligned_views(start: int) -> None:
+    """flash-attn copies 16 bytes at a time and does not check that it may."""
+    args, options = attention_case(2, 3, 3 + start, start)
+    assert_close("attention", "flash_attn", tuple(misaligned(x) for x in args), options, BF16, **BOUND)
+    views = tuple(x.mT.contiguous().mT for x in args)  # the last dimension is not contiguous
+    assert_close("attention", "flash_attn", views, options, BF16, **BOUND)
+    query = args[0].clone().requires_grad_()
+    gradient, results = misaligned(draw(2, 3, 6, 16, seed=7, dtype=BF16)), []
+    for name in ("flash_attn", "eager"):
+        with backends.use(attention=name):
+            out = backends.run("attention", query, *args[1:], **options)
+        results.append(torch.autograd.grad(out, query, gradient)[0])
+    assert (results[0] - results[1]).abs().max() <= 2**-6 * results[1].abs().max()
+
+
+@pytest.mark.usefixtures("flash")
+def test_documents_of_one_token_beside_an_empty_one() -> None:
+    """With a longest length of 1 and grouped heads, flash-attn reshapes the query to one row per document."""
+    args, options = attention_case(1, 2, 2, 0, integers(0, 1, 1, 2))
+    assert_close("attention", "flash_attn", args, options, BF16, **BOUND)
+    strided = torch.stack([integers(0, 1, 2), integers(9, 9, 9)], dim=1).int()[:, 0]
+    args, options = attention_case(1, 2, 2, 0, strided)
     assert_close("attention", "flash_attn", args, options, BF16, **BOUND)
 
 
@@ -199,6 +297,7 @@ def test_attention_unsupported() -> None:
     assert reason((args[:2] + (args[2][..., :8],), options)).startswith("value has heads of 8 and query of 16")
     assert reason(attention_case(1, 3, 3, 0, width=264)) == "query has heads of 264, flash_attn takes up to 256"
     assert reason(attention_case(1, 3, 3, 0, width=12)) == "query has heads of 12, flash_attn takes multiples of 8"
+    assert reason(attention_case(2, 0, 3, 0)) == "query [2, 0, 6, 16] is empty"
     beyond = reason((args, options | {"starts": 7}))
     assert beyond == "starts 7: 3 more tokens do not fit into the 9 positions of key"
     ragged = (args, options | {"starts": integers(6, 2)})

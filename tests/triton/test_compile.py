@@ -18,7 +18,9 @@ if sys.platform != "linux":
     pytest.skip("Triton's wheel brings ptxas for Linux only", allow_module_level=True)
 
 SIZES = {"W": 4, "G": 16, "H": 32, "K": 128, "V": 128}  # C = 8192
-INTEGERS = ("T", "rows", "C", "V", "x_row", "x_token")
+HIDDEN, HEAD, EXPERTS, TOP_K = 2048, 256, 256, 8
+STRIDES = tuple(f"{x}_{axis}" for x in ("query", "key") for axis in ("row", "token", "head"))
+INTEGERS = ("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "x_row", "x_token", *STRIDES)
 FLOAT32 = ("dweight", "recurrent_state", "recurrent_state_after", "A_log", "dt_bias", "norm_weight")
 
 
@@ -28,13 +30,13 @@ def kernel(module: str, name: str, arguments: str, warps: int = 4, single: str =
     for argument in arguments.split():
         if argument in INTEGERS:
             types[argument] = "i32"
-        elif argument == "eps":
+        elif argument in ("eps", "sign"):
             types[argument] = "fp32"
         else:
-            integers = {"lengths": "i64", "bounds": "i64", "document": "i32"}
+            integers = {"lengths": "i64", "bounds": "i64", "document": "i32", "indices": "i64"}
             wide = argument in FLOAT32 or argument in single.split()
             types[argument] = "*" + integers.get(argument, "fp32" if wide else "bf16")
-    aligned = tuple(argument for argument in types if argument not in ("T", "rows", "eps"))
+    aligned = tuple(argument for argument in types if argument not in ("T", "rows", "N", "eps", "sign"))
     return Kernel(f"qwen35moe_kernels.{module}_kernels", name, types, constants, warps, aligned=aligned)
 
 
@@ -75,12 +77,29 @@ def kernels() -> list[Kernel]:
             kernel("step", "step_kernel", tensors, warps, "" if whole else "y", **SIZES, BK=SIZES["K"], BV=columns,
                    WHOLE=whole)
         )  # fmt: skip
-    return compilations
+    return [*compilations, *decoder_kernels()]
+
+
+def decoder_kernels() -> list[Kernel]:
+    """The norms of the residual stream and of heads, the rotation, and the router's choice for one token and for many."""
+    from qwen35moe_kernels import norm, router
+
+    result = []
+    for width in (HIDDEN, HEAD):
+        for name, tensors in (("forward_kernel", "x weight y"), ("backward_kernel", "dy x weight dx dweight")):
+            block = {"BR": norm._ELEMENTS // width, "BD": width}
+            result.append(kernel("norm", name, f"{tensors} rows D x_row eps", single="dweight", **block))
+    rotated = f"query key cos sin query_after key_after T H G K HALF sign {' '.join(STRIDES)}"
+    result.append(kernel("rotary", "rotary_kernel", rotated, 1, "cos sin", BK=HEAD, BHALF=32))
+    for tokens in (1, router._ELEMENTS // EXPERTS):
+        shape = {"TOP_K": TOP_K, "BN": tokens, "BE": EXPERTS, "BK": TOP_K}
+        result.append(kernel("router", "choose_kernel", "logits indices weights N E", **shape))
+    return result
 
 
 def test_kernels_compile_for_hopper_without_spills() -> None:
     usage = compiled(kernels())
-    assert len(usage) == 11
+    assert len(usage) == 18
     assert not [kernel for kernel in usage if kernel.local], usage
     assert max(kernel.shared for kernel in usage) <= 48 << 10, usage  # what every GPU gives without a request for more
 

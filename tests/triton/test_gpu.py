@@ -61,6 +61,40 @@ def test_gated_norm(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 1025, 2048), (1, 2048), (2, 65, 16, 256)], ids=str)
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check("rms_norm", (draw(*shape, dtype=dtype), 0.2 * draw(shape[-1], seed=2)), {"eps": 1e-6}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 1025])
+def test_rotary(tokens: int, dtype: torch.dtype) -> None:
+    """Heads of 256, of which 64 entries are rotated. The backward is the kernel with the negative angle."""
+    angle = 3 * draw(2, tokens, 32, seed=2)
+    args = draw(2, tokens, 16, 256, dtype=dtype), draw(2, tokens, 2, 256, seed=1, dtype=dtype), angle.cos(), angle.sin()
+    leaves = [x.requires_grad_() for x in args[:2]]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    with backends.use(rotary="triton"):
+        ours = backends.run("rotary", *args)
+    theirs = backends.cases("rotary")[0](*exact, *(x.double() for x in args[2:]))
+    pairs = (ours, leaves), (theirs, exact)
+    gradients = [torch.autograd.grad(sum(x.double().square().sum() for x in out), of) for out, of in pairs]
+    for a, b in (*zip(ours, theirs, strict=True), *zip(*gradients, strict=True)):
+        assert (a - b).abs().max() <= 4 * ROUNDED[dtype] * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 1025])
+def test_router(tokens: int, dtype: torch.dtype) -> None:
+    hidden, weight = draw(tokens, 2048, dtype=dtype), 0.02 * draw(256, 2048, seed=1, dtype=dtype)
+    with backends.use(router="triton"):
+        logits, weights, indices = backends.run("router", hidden, weight, top_k=8)
+    expected = logits.float().softmax(-1).topk(8).values
+    expected = expected / expected.sum(-1, keepdim=True)
+    assert (weights - expected).abs().max() <= 2 * ROUNDED[dtype] and (logits.gather(1, indices).diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gates", ["ordinary", "transformers", "hard"])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_one_token(batch: int, gates: str, dtype: torch.dtype) -> None:
@@ -73,7 +107,11 @@ def test_auto_takes_the_kernels() -> None:
     with torch.no_grad(), backends.ran() as ran:
         backends.run("delta_net_step", *args, **options)
         backends.run("gated_rms_norm", draw(3, K), draw(3, K), draw(K), eps=1e-6)
-    assert ran.counts == {("delta_net_step", "triton"): 1, ("gated_rms_norm", "triton"): 1}
+        backends.run("rms_norm", draw(3, K), draw(K), eps=1e-6)
+        backends.run("router", draw(3, K), draw(C, K), top_k=8)
+        backends.run("rotary", draw(1, 3, 2, K), draw(1, 3, 1, K), draw(1, 3, 32), draw(1, 3, 32))
+    names = ("delta_net_step", "gated_rms_norm", "rms_norm", "router", "rotary")
+    assert ran.counts == {(name, "triton"): 1 for name in names}
 
 
 @pytest.mark.parametrize("package", ["causal_conv1d", "flash_attn"])

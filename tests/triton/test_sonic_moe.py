@@ -1,5 +1,5 @@
-"""The adapter to sonic-moe, with a stand-in of its signature and checks, by the documentation of 0.1.2, the first release with
-`concat_layout`.
+"""The adapter to sonic-moe, with a stand-in of the signature and checks of the source of 0.1.2.post1 (see
+docs/reference/adapters.md). 0.1.2 is the first release with `concat_layout`.
 
 The stand-in computes with our definition. It does not show the package's own arithmetic.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from qwen35moe import backends, ops
 from qwen35moe.backends.operation import TABLE
 from tests.support.kernel_checks import assert_close, draw, refusal
-from tests.support.stand_ins import require
+from tests.support.stand_ins import received, require, require_aligned
 
 loop_experts = ops.experts.definition
 
@@ -43,10 +43,14 @@ def moe_general_routing_inputs(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """In the package's letters: x [T, H], router_scores, token_indices and expert_indices [TK], w1 [2I, H, E], w2 [H, I, E];
     returns o [T, H] and the number of assignments per expert. Tokens may have different numbers of assignments."""
-    require(not torch.compiler.is_compiling(), "assert not torch.compiler.is_compiling()")
+    require(not torch.compiler.is_compiling(), "assert not torch.compiler.is_compiling()", AssertionError)
+    require((b1 is None) == (b2 is None), "b1 and b2 has to be None or not None at the same time!", AssertionError)
     require(b1 is None and b2 is None and activation_type == ActivationType.SWIGLU, "not in this stand-in")
     require(x.dtype in (torch.bfloat16, torch.float16) and x.dtype == w1.dtype == w2.dtype, "bfloat16 or float16")
-    require(router_scores.dtype == torch.float32 and x.is_contiguous(), "router_scores float32, x contiguous")
+    require(x.is_contiguous() and router_scores.is_contiguous(), "x and router_scores contiguous")
+    require_aligned(x, w1.permute(2, 0, 1), w2.permute(2, 0, 1))
+    require(router_scores.numel() * x.shape[1] < 1 << 32, "offsets of its sum over experts are uint32")
+    router_scores = router_scores.float()
     require(token_indices.dtype == expert_indices.dtype == torch.int32, "int32 indices")
     require(bool((token_indices.diff() >= 0).all()), "token_indices is already SORTED ascendingly")
     require(len(token_indices) == len(expert_indices) == len(router_scores) > 0, "one length")
@@ -56,14 +60,19 @@ def moe_general_routing_inputs(
     require(w1.shape == (2 * w2.shape[1], w2.shape[0], E) and w2.shape[2] == E, "w1 (2I, H, E), w2 (H, I, E)")
     require(stream_id == STREAM, "the current stream")
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, router_scores, w1, w2))
-    require(not (gradient and is_inference_mode_enabled), "h was not kept for the backward")
+    require(not (gradient and is_inference_mode_enabled), "h was not kept for the backward", AttributeError)
     gate_up = w1.permute(2, 0, 1)
     if not concat_layout:  # rows of gate and up alternate
         gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], dim=1)
     rows = loop_experts(x[token_indices.long()], gate_up, w2.permute(2, 0, 1), expert_indices.long()[:, None],
                         torch.ones_like(router_scores)[:, None])  # fmt: skip
     out = torch.zeros_like(x, dtype=torch.float32).index_add(0, token_indices.long(), rows.float() * router_scores[:, None])
-    return out.to(x.dtype), torch.bincount(expert_indices, minlength=E).int()
+
+    def check(dout: Tensor) -> None:
+        require(dout.is_contiguous(), "one of the last two strides must be 1")
+        require_aligned(dout)
+
+    return received(out.to(x.dtype), check), torch.bincount(expert_indices, minlength=E).int()
 
 
 @contextmanager
@@ -115,6 +124,24 @@ def test_forward_and_backward(size: tuple[int, ...]) -> None:
     assert_close("experts", "sonic_moe", (*args[:3], repeated, args[4]), {}, BF16, forward=2**-6, backward=2**-5)
 
 
+@pytest.mark.usefixtures("sonic")
+def test_views_that_are_not_aligned() -> None:
+    hidden, gate_up, down, indices, weights = problem()
+    shifted = hidden.new_zeros(9, 19)[:, 3:].copy_(hidden)
+    row = hidden.new_zeros(19)[3:].copy_(hidden[0])[None]  # contiguous, but misaligned
+    for x, n in ((shifted, 9), (row, 1)):
+        args = (x, gate_up, down, indices[:n], weights[:n])
+        assert_close("experts", "sonic_moe", args, {}, BF16, forward=2**-6, backward=2**-5)
+    moved = gate_up.new_zeros(gate_up.numel() + 3)[3:].view(gate_up.shape)
+    reason = refusal("experts", "sonic_moe", hidden, moved, down, indices, weights)
+    assert reason == "gate_up begins at element 3 of its storage, sonic-moe takes multiples of 8"
+    leaf = hidden.clone().requires_grad_()
+    with backends.use(experts="sonic_moe"):
+        out = backends.run("experts", leaf, gate_up, down, indices, weights)
+    out.sum().backward()  # the gradient is an expanded scalar
+    assert leaf.grad is not None
+
+
 def test_auto_takes_it_for_many_assignments_and_it_keeps_nothing_without_a_gradient(sonic: ModuleType, calls) -> None:
     many, few = problem(tokens=96), problem(tokens=95)
     with backends.ran() as ran, calls(sonic, "moe_general_routing_inputs") as recorded:
@@ -144,6 +171,8 @@ def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None
     assert reason(*problem(tokens=0)) == "indices is empty"
     assert reason(*problem(width=20)) == "hidden has rows of 20, sonic-moe takes multiples of 8 (16 bytes)"
     assert reason(*problem(inner=12)) == "down has rows of 12, sonic-moe takes multiples of 8 (16 bytes)"
+    many = reason(hidden, gate_up, down, indices[:1].expand(1 << 27, 2), weights)
+    assert many == "268435456 assignments of 16 numbers, sonic-moe indexes fewer than 2^32"
     wide = indices.repeat(1, 2)
     assert reason(hidden, gate_up, down, wide, weights.repeat(1, 2)).startswith("indices has top_k 4 for 3 experts")
     with monkeypatch.context() as patch:
@@ -158,6 +187,8 @@ def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None
         assert words in reason(hidden, gate_up, down, indices, weights)
     monkeypatch.setattr("qwen35moe_kernels.runtime.capability", lambda tensor: (9, 0))
     assert reason(hidden, gate_up, down, indices, weights) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # an MI300 is 9.4
+    assert reason(hidden, gate_up, down, indices, weights) == "sonic-moe supports NVIDIA's GPUs only"
 
 
 def test_a_missing_or_old_package_is_reported() -> None:

@@ -17,7 +17,7 @@ from qwen35moe.ops.linear import linear
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T by a form; the backward has torch's own products: dx = dy W, dW = dy^T x."""
+    """y = x W^T by a form; dx = dy W, dW = dy^T x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, form: products.Form) -> Tensor:
@@ -32,7 +32,8 @@ class _Linear(torch.autograd.Function):
         if grad is None:
             return None, None, None
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        return grad @ weight if needs_x else None, grad.t() @ x if needs_weight else None, None
+        dx = products.input_gradient(grad, weight) if needs_x else None
+        return dx, products.weight_gradient(grad, x) if needs_weight else None, None
 
 
 def pick(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:

@@ -29,6 +29,7 @@ SMALL = 1 << 18  # numbers in a weight below which torch's own product runs: all
 ROWS = (1, 4, 16, 64)  # upper ends of the kinds of calls that are measured apart
 _FEW = 64  # rows up to which `transposed` is tried
 _BLOCK = 1 << 20  # numbers of a weight that are widened at once: 4 MB in float32
+_GRADIENT_BLOCK = 1 << 19  # the same in a backward, where the result or its terms are as large: 2 MB
 _SAMPLE = 1 << 22  # numbers of a weight that a measurement reads at once, and
 _OPERATIONS = 1 << 27  # products that it computes: about 2 ms
 _SLOW = 1 << 25  # the same where torch's own products are slow
@@ -136,17 +137,16 @@ def refusal(name: str, rows: int, weight: Tensor) -> str | None:
     return None if only_thread() else "another thread runs, and the switch of oneDNN is the process's"
 
 
-def candidates(rows: int, weight: Tensor) -> list[str]:
-    """The forms that are compared for a plain weight. The first one runs unless another is clearly faster."""
-    if weight.dtype == torch.float32:
-        names = ["onednn", "torch"]
-    elif weight.dtype in _HALF and multiplies(weight.dtype):
-        names = ["torch", "gemv", "transposed", "widened"]
-    elif weight.dtype in _HALF:
-        names = ["torch", "widened"] if rows <= ROWS[1] else ["widened", "torch"]
-    else:
-        names = ["torch"]
-    return [name for name in names if refusal(name, rows, weight) is None]
+def candidates(dtype: torch.dtype, rows: int) -> list[str]:
+    """The forms that are compared for plain weights. The first one runs unless another is clearly faster."""
+    if dtype == torch.float32 and has_onednn():
+        return ["onednn", "torch"]
+    if dtype not in _HALF:
+        return ["torch"]
+    if not multiplies(dtype):
+        return ["torch", "widened"] if rows <= ROWS[1] else ["widened", "torch"]
+    few = dtype == torch.bfloat16
+    return ["torch", *["gemv"] * (few and rows == 1), *["transposed"] * (few and rows <= _FEW), "widened"]
 
 
 def fastest(rows: int, weight: Tensor) -> str:
@@ -163,10 +163,11 @@ def fastest(rows: int, weight: Tensor) -> str:
 
 
 def _measure(kind: int, rows: int, weight: Tensor) -> str:
-    """Time the forms on parts of this weight, other ones in each round, so that they come from memory."""
-    names, width = candidates(rows, weight), weight.shape[1]
-    if len(names) == 1:
-        return names[0]
+    """Time the forms on parts of this weight, other ones in each round, so that they come from memory. Not now if one of them
+    cannot run now."""
+    names, width = candidates(weight.dtype, rows), weight.shape[1]
+    if len(names) == 1 or any(refusal(name, rows, weight) for name in names):
+        return "torch"
     rows = min(rows, 2 * ROWS[-1])
     operations = _OPERATIONS if weight.dtype == torch.float32 or multiplies(weight.dtype) else _SLOW
     step = max(1, min(len(weight), _SAMPLE // width, max(operations // (width * rows), 64)))
@@ -181,8 +182,7 @@ def _measure(kind: int, rows: int, weight: Tensor) -> str:
     with torch.no_grad():
         forms = {name: partial(run, name) for name in names}
         name = measured.fastest("linear", f"{str(weight.dtype)[6:]}, {title}", forms)
-    if not (rows == 1 and "gemv" not in names and weight.dtype == torch.bfloat16 and multiplies(torch.bfloat16)):
-        _CHOSEN[weight.dtype, kind] = name  # else again once no other thread runs
+    _CHOSEN[weight.dtype, kind] = name
     return name
 
 
@@ -197,13 +197,60 @@ def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
     weight may be packed.
     """
+    return form_of(x, weight)(x, weight, out)
+
+
+def form_of(x: Tensor, weight: Tensor) -> Form:
+    """The form that `product` runs; it depends on x's number of rows, on the weight's dtype, size and layout."""
     if weight.is_mkldnn and plain(x):
-        return packed_product(x, weight, out)
+        return packed_product
     if not x.is_cpu or weight.dtype is torch.float64 or weight.numel() < SMALL or not plain(x, weight):
-        return torch_product(x, weight, out)
+        return torch_product
     name = choice_of("linear")
     if name is None:
         name = fastest(len(x), weight)
     elif name not in FORMS or refusal(name, len(x), weight):
         name = "torch"  # a form of others is for `linear`; one that cannot run here is refused there
-    return FORMS[name](x, weight, out)
+    return FORMS[name]
+
+
+def input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad [N, F] times weight [F, D], the gradient of x in x W^T; [N, D], written into `out` if it is passed."""
+    if not _widens(grad, weight):
+        return torch.mm(grad, weight) if out is None else torch.mm(grad, weight, out=out)
+    step, wide = _gradient_step(weight), grad.float()
+    total = wide.new_empty(len(grad), weight.shape[1])
+    block = wide.new_empty(min(step, len(weight)), weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step]
+        torch.addmm(
+            total, wide[:, start : start + step], block[: len(rows)].copy_(rows), beta=0 if start == 0 else 1, out=total
+        )
+    return total.to(grad.dtype) if out is None else out.copy_(total)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad [N, F] transposed times x [N, D], the gradient of W in x W^T; [F, D], written into `out` if it is passed."""
+    if not _widens(grad, x):
+        return torch.mm(grad.t(), x) if out is None else torch.mm(grad.t(), x, out=out)
+    out = x.new_empty(grad.shape[1], x.shape[1]) if out is None else out
+    step, wide_x, wide_grad = _gradient_step(out), x.float(), grad.float()
+    block = wide_x.new_empty(min(step, len(out)), x.shape[1])
+    for start in range(0, len(out), step):
+        rows = out[start : start + step]
+        rows.copy_(torch.mm(wide_grad[:, start : start + step].t(), wide_x, out=block[: len(rows)]))
+    return out
+
+
+def _gradient_step(weight: Tensor) -> int:
+    return max(1, _GRADIENT_BLOCK // max(1, weight.shape[1]))
+
+
+def _widens(*tensors: Tensor) -> bool:
+    """Whether the products of a backward run in float32, a block at a time: in half precision on a processor without such
+    products, where torch's own for dy W is up to 100 times slower. A form that the user chose for `linear` holds here too."""
+    dtype = tensors[0].dtype
+    if dtype not in _HALF or not all(x.is_cpu and x.dtype is dtype for x in tensors) or not plain(*tensors):
+        return False
+    choice = choice_of("linear")
+    return choice == "widened" or (choice is None and not multiplies(dtype))

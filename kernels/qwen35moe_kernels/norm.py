@@ -1,0 +1,115 @@
+"""RMS norm in Triton, forward and backward: y = x / sqrt(mean(x^2) + eps) * (1 + weight).
+
+x [..., D], weight [D]; y [..., D] in x's dtype, rounded once at the end. x may be a part of wider rows, as the queries beside
+their gates are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen35moe_kernels import runtime
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ELEMENTS, _ELEMENTS_BACKWARD = 4096, 4096  # of x in one program
+_WIDEST = 16384
+_PROGRAMS = 1024  # of the backward, at most: each loops over its rows and writes one partial sum of the weight's gradient
+
+
+def unsupported(x: Tensor, weight: Tensor, *, eps: float) -> str | None:
+    """None, or the reason why these kernels cannot run this call."""
+    if x.shape[-1] > _WIDEST:
+        return f"x has rows of {x.shape[-1]}, one program holds {_WIDEST}"
+    return runtime.unsupported_device(x=x, weight=weight) or runtime.unsupported_dtype(*_FLOATS, x=x, weight=weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """y; see the top of this file."""
+    if torch.compiler.is_compiling() or runtime.needs_gradient(x, weight):
+        return _operation(x, weight, eps)
+    return _forward(x, weight, eps)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as [rows, D] with contiguous rows: a view where the leading axes are evenly spaced."""
+    try:
+        rows = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _blocks(elements: int, rows: Tensor) -> tuple[int, dict[str, int]]:
+    """Number of blocks, and the block's shape."""
+    width = runtime.power_of_two(rows.shape[1])
+    block = min(max(1, elements // width), runtime.power_of_two(len(rows)))
+    return runtime.parts(len(rows), block), {"BR": block, "BD": width, "num_warps": 8 if width > 4096 else 4}
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    kernels = runtime.kernels("norm_kernels")
+
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        rows = _rows(x)
+        blocks, shape = _blocks(_ELEMENTS, rows)
+        with runtime.on_device_of(x):
+            kernels.forward_kernel[(blocks,)](rows, weight.contiguous(), y, *rows.shape, rows.stride(0), eps, **shape)
+    return y
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    kernels = runtime.kernels("norm_kernels")
+
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not dx.numel():
+        return dx, torch.zeros_like(weight)
+    rows = _rows(x)
+    blocks, shape = _blocks(_ELEMENTS_BACKWARD, rows)
+    programs = min(blocks, _PROGRAMS)
+    partial_sums = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
+    tensors = dy.contiguous(), rows, weight.contiguous(), dx, partial_sums
+    with runtime.on_device_of(x):
+        kernels.backward_kernel[(programs,)](*tensors, *rows.shape, rows.stride(0), eps, **shape)
+    return dx, partial_sums.sum(0).to(weight.dtype)
+
+
+_ARGUMENTS = "Tensor x, Tensor weight, float eps"
+_operation = torch.library.custom_op(
+    "qwen35moe_kernels::rms_norm", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+)
+_gradient = torch.library.custom_op(
+    "qwen35moe_kernels::rms_norm_backward", _backward, mutates_args=(), schema=f"(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+
+
+@_operation.register_fake
+def _shape(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_gradient.register_fake
+def _gradient_shapes(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradient(dy, *ctx.saved_tensors, ctx.eps), None
+
+
+_operation.register_autograd(_differentiate, setup_context=_save)
+
+
+def register(register: Callable[..., None]) -> None:
+    """Registers ahead of the PyTorch forms."""
+    missing, place = runtime.missing(), runtime.place("cpu")
+    register("rms_norm", "triton", rms_norm, unsupported, before=place, missing=missing, **runtime.FIRST_ORDER)
