@@ -84,6 +84,8 @@ def test_a_packed_model_computes_as_the_plain_one_and_is_unpacked_exactly() -> N
             step = model(IDS[:, -1:], cache=cache).logits
     assert_close(step, truth[:, -1:], 1e-5)
     assert ran.counts["experts", "sorted"] == 4
+    with torch.no_grad():
+        assert_close(model(IDS, logits_to_keep=1).logits, truth[:, -1:], 1e-5)
     again = model.pack_weights()
     assert (again.weights, again.matrices, again.nbytes) == (0, 0, 0)
     undone = model.unpack_weights()
