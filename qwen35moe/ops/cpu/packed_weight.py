@@ -300,7 +300,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.linear.default: _linear, _aten.mm.default: _mm, _aten.matmul.default: _mm, _aten.addmm.default: _addmm,
     _aten.mv.default: _mv, _aten.t.default: _transpose, _aten.clone.default: _clone, _aten._to_copy.default: _converted,
     _aten.bmm.default: _bmm, _aten.expand.default: _repeated, _aten.view.default: _repeated,
-    _aten._unsafe_view.default: _repeated, _aten.detach.default: lambda weight: weight.shared(), _aten.alias.default: lambda weight: weight.shared(),
+    _aten._unsafe_view.default: _repeated, _aten.detach.default: lambda weight: weight.shared(),
+    _aten.alias.default: lambda weight: weight.shared(),
 }  # fmt: skip
 
 
