@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qwen35moe.ops.cpu import products
 
-# Weights are packed for this number of rows; for 1 the layout stays plain. Measured in float32 (Zen 4 as AVX2): packed for 8,
-# 64 or 512, products of 2 to 32 rows take 0.7 to 0.95 of the time of plain weights, for 512 the least by 1 to 5 %; one row
+# The number of rows for which weights are packed; for 1 the layout stays plain. Measured in float32 (Zen 4 as AVX2): packed for
+# 8, 64 or 512, products of 2 to 32 rows take 0.7 to 0.95 of the time of plain weights, for 512 the least by 1 to 5 %; one row
 # takes 1.2 times that of a plain weight through oneDNN. In bfloat16 (Zen 5) 512 is also the fastest for one row.
 ROWS = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
