@@ -264,8 +264,6 @@ def pick(
     """SDPA for few queries on a CPU, without going through the other forms: a cached token takes few microseconds."""
     if torch.compiler.is_compiling() or ACTIVE_TAPS or query.shape[1] >= _FEW or not query.is_cpu:
         return None
-    if attention.candidates[0].device != "cpu":
-        return None  # another package's form comes first
     return "torch" if interpreter() is None and forward_ad._current_level < 0 else None
 
 
