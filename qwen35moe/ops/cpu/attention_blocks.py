@@ -168,7 +168,7 @@ def _one_row(
     for g in range(0, groups, _GROUPS):
         heads = slice(g, g + _GROUPS)
         rows = _ROWS * max(1 + (positions >= _LONG), torch.get_num_threads() // min(groups, _GROUPS))
-        step = max(1, rows // repeats)
+        step = max(1, min(rows // repeats, max(64, tokens // 16)))  # a block's products with hidden keys are lost
         for start in range(0, tokens, step):
             part = q[heads, :, start : start + step]
             last = min(positions, first + start + part.shape[2])
@@ -243,7 +243,7 @@ def fastest(dtype: torch.dtype, width: int, kind: str) -> str:
     name = _CHOSEN.get((dtype, width, kind))
     if name is None:
         tokens, positions = _KINDS[kind]
-        query, key, value = (torch.ones(1, n, h, width, dtype=dtype) for n, h in ((tokens, 4), (positions, 2), (positions, 2)))
+        query, key, value = (torch.ones(1, n, h, width, dtype=dtype) for n, h in ((tokens, 8), (positions, 2), (positions, 2)))
         forms = {"torch": sdpa_attention, "blocks": attention_blocks}
         if dtype == torch.bfloat16 and products.multiplies(dtype):
             forms["bf16_blocks"] = attention_bf16_blocks
