@@ -146,7 +146,8 @@ def test_the_choice(monkeypatch):
 
     inputs = draw(270, 270, torch.float32)
     assert ran(inputs) == "blocks"
-    assert ran(draw(1, 4100, torch.float32), starts=4099) == ran(draw(5, 190, torch.float32), starts=185) == "blocks"
+    assert ran(draw(1, 4100, torch.bfloat16), starts=4099) == ran(draw(5, 190, torch.float32), starts=185) == "blocks"
+    assert ran(draw(1, 4100, torch.float32), starts=4099) == "torch"
     assert ran(draw(100, 100, torch.float32)) == ran(draw(1, 900, torch.float32), starts=899) == "torch"
     assert ran(inputs, cu_seqlens=torch.tensor([0, 70, 270])) == "torch"
     monkeypatch.setattr(module, "fastest", lambda dtype, width, kind: "torch")

@@ -4,8 +4,8 @@
     bf16_blocks  products in bfloat16, for processors that have them
 
 The query heads of a key head are rows of one product, and the key heads are its batch. A block of queries meets only the keys
-up to its end, whereas SDPA on a CPU computes up to 512 keys behind it, in bfloat16 too with products in float32 on processors
-without AMX. Softmax is exact, block by block (Milakov and Gimelshein 2018): no [T, P] tensor exists. No backward.
+up to its end; SDPA, which has no causal form for a part of the queries, computes the hidden scores of a cached chunk as well.
+Softmax is exact, block by block (Milakov and Gimelshein 2018): at most 4 MB of scores exist at once. No backward.
 
 Which of them runs in place of SDPA is measured on this machine: see `fastest`.
 """
@@ -36,7 +36,7 @@ _LONG = 1024  # keys from which a block of queries has twice as many rows
 # Kinds of calls, in which the forms are measured apart: queries and keys of the measurement.
 _KINDS = {
     "one query, 4096 keys or more": (1, 4096), "few queries, 16 times as many keys or more": (4, 2048),
-    "256 queries or more": (512, 512), "1024 queries or more": (1024, 1024),
+    "256 queries or more": (512, 512), "1536 queries or more": (2048, 2048),
 }  # fmt: skip
 
 _CHOSEN: dict[tuple[torch.dtype, int, str], str] = {}  # (dtype, width of a head, kind of call) -> the fastest form
@@ -222,9 +222,9 @@ def kind_of(query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None) -> str
         tokens = positions = tokens // max(1, len(cu_seqlens) - 1)
     one, few, short, long = _KINDS
     if tokens >= 256:
-        return long if tokens >= 1024 else short
-    if tokens == 1:
-        return one if positions >= 4096 else None
+        return long if tokens >= 1536 else short
+    if tokens == 1:  # in float32 there is nothing to convert, and SDPA reads keys and values as fast
+        return one if positions >= 4096 and query.dtype != torch.float32 else None
     return few if positions >= 16 * tokens else None
 
 
@@ -243,7 +243,9 @@ def fastest(dtype: torch.dtype, width: int, kind: str) -> str:
     name = _CHOSEN.get((dtype, width, kind))
     if name is None:
         tokens, positions = _KINDS[kind]
-        query, key, value = (torch.ones(1, n, h, width, dtype=dtype) for n, h in ((tokens, 8), (positions, 2), (positions, 2)))
+        groups = 2 if tokens < _LONG else 1
+        shapes = (tokens, 4 * groups), (positions, groups), (positions, groups)
+        query, key, value = (torch.ones(1, *shape, width, dtype=dtype) for shape in shapes)
         forms = {"torch": sdpa_attention, "blocks": attention_blocks}
         if dtype == torch.bfloat16 and products.multiplies(dtype):
             forms["bf16_blocks"] = attention_bf16_blocks
