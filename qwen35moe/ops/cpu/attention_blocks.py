@@ -57,7 +57,7 @@ class _Buffers:
             count *= size
         buffer = self.tensors.get(name)
         if buffer is None or buffer.numel() < count:
-            buffer = self.tensors[name] = torch.empty(count, dtype=dtype)
+            buffer = self.tensors[name] = torch.empty(count, dtype=dtype, device="cpu")
         return buffer[:count].view(shape)
 
 
@@ -67,8 +67,8 @@ def _hide(scores: Tensor, first: int, start: int, repeats: int) -> None:
     hidden = start + scores.shape[-1] - first - 1  # keys behind the first query
     if hidden > 0:
         m = scores.shape[1] // repeats
-        query = torch.arange(first, first + m)[:, None]
-        behind = torch.arange(start, start + scores.shape[-1])[-hidden:] > query
+        query = torch.arange(first, first + m, device="cpu")[:, None]
+        behind = torch.arange(start, start + scores.shape[-1], device="cpu")[-hidden:] > query
         scores.unflatten(1, (repeats, m))[..., -behind.shape[-1] :].masked_fill_(behind, float("-inf"))
 
 
@@ -245,7 +245,7 @@ def fastest(dtype: torch.dtype, width: int, kind: str) -> str:
         tokens, positions = _KINDS[kind]
         groups = 2 if tokens < _LONG else 1
         shapes = (tokens, 4 * groups), (positions, groups), (positions, groups)
-        query, key, value = (torch.ones(1, *shape, width, dtype=dtype) for shape in shapes)
+        query, key, value = (torch.ones(1, *shape, width, dtype=dtype, device="cpu") for shape in shapes)
         forms = {"torch": sdpa_attention, "blocks": attention_blocks}
         if dtype == torch.bfloat16 and products.multiplies(dtype):
             forms["bf16_blocks"] = attention_bf16_blocks
@@ -307,6 +307,8 @@ def pick(
     """SDPA for small calls on a CPU, without going through the other forms: a cached token takes few microseconds."""
     if torch.compiler.is_compiling() or ACTIVE_TAPS or not query.is_cpu or kind_of(query, key, cu_seqlens) is not None:
         return None
+    if attention.candidates[0].device != "cpu":
+        return None  # another package's form comes first
     return "torch" if interpreter() is None and forward_ad._current_level < 0 else None
 
 
