@@ -307,8 +307,6 @@ def pick(
     """SDPA for small calls on a CPU, without going through the other forms: a cached token takes few microseconds."""
     if torch.compiler.is_compiling() or ACTIVE_TAPS or not query.is_cpu or kind_of(query, key, cu_seqlens) is not None:
         return None
-    if attention.candidates[0].device != "cpu":
-        return None  # another package's form comes first
     return "torch" if interpreter() is None and forward_ad._current_level < 0 else None
 
 
