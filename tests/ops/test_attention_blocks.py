@@ -135,8 +135,8 @@ def test_what_it_cannot_run():
 
 @torch.no_grad()
 def test_the_choice(monkeypatch):
-    """Long calls run what was measured as the fastest, short ones and short documents SDPA."""
-    monkeypatch.setattr(module, "fastest", lambda dtype, width, tokens: "blocks")
+    """Long calls, and few queries with many keys, run what was measured as the fastest; small ones and short documents SDPA."""
+    monkeypatch.setattr(module, "fastest", lambda dtype, width, kind: "blocks")
     monkeypatch.setattr(module, "_SMALL", 1 << 16)
 
     def ran(inputs: list[Tensor], **options) -> str:
@@ -144,21 +144,23 @@ def test_the_choice(monkeypatch):
             ops.attention(*inputs, scale=SCALE, **options)
         return recorded.calls[0].name
 
-    inputs = draw(200, 200, torch.float32)
+    inputs = draw(270, 270, torch.float32)
     assert ran(inputs) == "blocks"
-    assert ran(draw(100, 100, torch.float32)) == ran(draw(1, 200, torch.float32), starts=199) == "torch"
-    assert ran(inputs, cu_seqlens=torch.tensor([0, 70, 200])) == "torch"
-    monkeypatch.setattr(module, "fastest", lambda dtype, width, tokens: "torch")
+    assert ran(draw(1, 4100, torch.bfloat16), starts=4099) == ran(draw(5, 190, torch.float32), starts=185) == "blocks"
+    assert ran(draw(1, 4100, torch.float32), starts=4099) == "torch"
+    assert ran(draw(100, 100, torch.float32)) == ran(draw(1, 900, torch.float32), starts=899) == "torch"
+    assert ran(inputs, cu_seqlens=torch.tensor([0, 70, 270])) == "torch"
+    monkeypatch.setattr(module, "fastest", lambda dtype, width, kind: "torch")
     assert ran(inputs) == "torch"
 
 
 def test_the_measurement(monkeypatch):
-    """One measurement for each dtype, width and range of queries; none in deterministic mode, as the suite runs."""
+    """One measurement for each dtype, width and kind of call; none in deterministic mode, as the suite runs."""
     monkeypatch.setattr(module, "_CHOSEN", {})
-    monkeypatch.setattr(module, "_LONG", 64)
+    monkeypatch.setattr(module, "_KINDS", {"few": (2, 30), "many": (20, 20)})
     monkeypatch.setattr(module.measured, "MEASURED", {})
-    assert module.fastest(torch.bfloat16, 20, 10) == "torch" and not module.measured.MEASURED
+    assert module.fastest(torch.bfloat16, 20, "few") == "torch" and not module.measured.MEASURED
     monkeypatch.setattr(module.measured, "allowed", lambda: True)
-    names = {module.fastest(torch.bfloat16, 20, tokens) for tokens in (10, 20, 64, 80)}
+    names = {module.fastest(torch.bfloat16, 20, kind) for kind in ("few", "many", "few")}
     assert names <= {"torch", "blocks", "bf16_blocks"}
     assert len(module.measured.MEASURED["attention"]) == 2

@@ -4,8 +4,8 @@
     bf16_blocks  products in bfloat16, for processors that have them
 
 The query heads of a key head are rows of one product, and the key heads are its batch. A block of queries meets only the keys
-up to its end, whereas SDPA on a CPU computes up to 512 keys behind it, in bfloat16 too with products in float32 on processors
-without AMX. Softmax is exact, block by block (Milakov and Gimelshein 2018): no [T, P] tensor exists. No backward.
+up to its end; SDPA, which has no causal form for a part of the queries, computes the hidden scores of a cached chunk as well.
+Softmax is exact, block by block (Milakov and Gimelshein 2018): at most 4 MB of scores exist at once. No backward.
 
 Which of them runs in place of SDPA is measured on this machine: see `fastest`.
 """
@@ -29,13 +29,17 @@ from qwen35moe.taps.active import ACTIVE as ACTIVE_TAPS
 _ROWS = 256  # rows (queries times query heads) per key head and thread in a product, twice as many for long inputs
 _KEYS = 512  # keys in a block: a block of scores is 0.5 MB for each key head
 _GROUPS = 8  # key heads computed at once
+_SCORES = 1 << 20  # scores for which all keys are one block: 4 MB
 _SAMPLED = 16  # the estimate of a row's maximum reads one key of so many
-_FEW = 128  # queries per document, below which SDPA runs
-_SMALL = 1 << 26  # products of numbers in the scores, below which all forms take a few milliseconds and SDPA runs
-_LONG = 1024  # queries from which the forms are measured again
-_HALF = (torch.bfloat16, torch.float16)
+_SMALL = 1 << 23  # products of numbers in the scores, below which all forms take well under a millisecond and SDPA runs
+_LONG = 1024  # keys from which a block of queries has twice as many rows
+# Kinds of calls, in which the forms are measured apart: queries and keys of the measurement.
+_KINDS = {
+    "one query, 4096 keys or more": (1, 4096), "few queries, 16 times as many keys or more": (4, 2048),
+    "256 queries or more": (512, 512), "1536 queries or more": (2048, 2048),
+}  # fmt: skip
 
-_CHOSEN: dict[tuple[torch.dtype, int, bool], str] = {}  # (dtype, width of a head, whether long) -> the fastest form
+_CHOSEN: dict[tuple[torch.dtype, int, str], str] = {}  # (dtype, width of a head, kind of call) -> the fastest form
 
 Block = Callable[[Tensor, Tensor, Tensor, int, float, "_Buffers"], Tensor]
 
@@ -68,24 +72,32 @@ def _hide(scores: Tensor, first: int, start: int, repeats: int) -> None:
         scores.unflatten(1, (repeats, m))[..., -behind.shape[-1] :].masked_fill_(behind, float("-inf"))
 
 
+def _widened(x: Tensor, name: str, buffers: _Buffers) -> Tensor:
+    """Keys or values [G, keys, K] in float32, in memory in the order that they have: head or key first."""
+    if x.dtype is torch.float32:
+        return x
+    if x.stride(0) < x.stride(1):
+        x = x.transpose(0, 1)
+        return buffers.take(name, tuple(x.shape)).copy_(x).transpose(0, 1)
+    return buffers.take(name, tuple(x.shape)).copy_(x)
+
+
 def _wide_block(query: Tensor, key: Tensor, value: Tensor, first: int, scale: float, buffers: _Buffers) -> Tensor:
     """Attention of a block of queries [G, R, m, K], the first at position `first`, to key [G, P, K] and value [G, P, V], with
     products in float32. Returns [G, R m, V] in float32."""
     G, R, m, K = query.shape
-    positions, V = value.shape[1:]
     q = buffers.take("query", (G, R, m, K)).copy_(query).mul_(scale).view(G, R * m, K)
-    out = buffers.take("out", (G, R * m, V))
-    largest = total = q.new_empty(0)
-    for start in range(0, positions, _KEYS):
-        k, v = (x[:, start : start + _KEYS] for x in (key, value))
-        if k.dtype != torch.float32:
-            k, v = (buffers.take(name, tuple(x.shape)).copy_(x) for name, x in (("key", k), ("value", v)))
-        scores = torch.bmm(q, k.mT, out=buffers.take("scores", (G, R * m, k.shape[1])))
+    if q.shape[0] * q.shape[1] * key.shape[1] <= _SCORES:
+        return _at_once(q, key, value, first, R, buffers)
+    out = buffers.take("out", (*q.shape[:2], value.shape[-1])).zero_()
+    largest = total = out.new_empty(0)
+    for start in range(0, key.shape[1], _KEYS):
+        k, v = (_widened(x[:, start : start + _KEYS], name, buffers) for x, name in ((key, "key"), (value, "value")))
+        scores = torch.bmm(q, k.mT, out=buffers.take("scores", (*q.shape[:2], k.shape[1])))
         _hide(scores, first, start, R)
         maximum = scores.amax(-1, keepdim=True)
         if start == 0:  # every query attends to the first key, so that this maximum is finite
             largest, total = maximum, scores.sub_(maximum).exp_().sum(-1, keepdim=True)
-            out.zero_()  # torch.bmm is slower than torch.baddbmm
         else:
             maximum = torch.maximum(largest, maximum)
             decrease = (largest - maximum).exp_()
@@ -94,6 +106,22 @@ def _wide_block(query: Tensor, key: Tensor, value: Tensor, first: int, scale: fl
             out.mul_(decrease)
         torch.baddbmm(out, scores, v, out=out)
     return out.div_(total)
+
+
+def _at_once(q: Tensor, key: Tensor, value: Tensor, first: int, repeats: int, buffers: _Buffers) -> Tensor:
+    """As `_wide_block`, of scaled float32 queries [G, R m, K], with one softmax over all keys."""
+    step = key.shape[1] if key.dtype is torch.float32 else _KEYS  # what is converted to float32 at once
+    scores = buffers.take("scores", (*q.shape[:2], key.shape[1]))
+    for start in range(0, key.shape[1], step):
+        keys = slice(start, start + step)
+        torch.bmm(q, _widened(key[:, keys], "key", buffers).mT, out=scores[..., keys])
+    _hide(scores, first, 0, repeats)
+    torch.softmax(scores, -1, out=scores)
+    out = buffers.take("out", (*q.shape[:2], value.shape[-1])).zero_()
+    for start in range(0, key.shape[1], step):
+        keys = slice(start, start + step)
+        torch.baddbmm(out, scores[..., keys], _widened(value[:, keys], "value", buffers), out=out)  # torch.bmm is slower
+    return out
 
 
 def _bf16_block(query: Tensor, key: Tensor, value: Tensor, first: int, scale: float, buffers: _Buffers) -> Tensor:
@@ -140,7 +168,7 @@ def _one_row(
     for g in range(0, groups, _GROUPS):
         heads = slice(g, g + _GROUPS)
         rows = _ROWS * max(1 + (positions >= _LONG), torch.get_num_threads() // min(groups, _GROUPS))
-        step = max(1, rows // repeats)
+        step = max(1, min(rows // repeats, max(64, tokens // 16)))  # a block's products with hidden keys are lost
         for start in range(0, tokens, step):
             part = q[heads, :, start : start + step]
             last = min(positions, first + start + part.shape[2])
@@ -185,36 +213,51 @@ def _cannot_multiply_bf16(
     return _cannot(query, key, value, scale=scale, starts=starts, cu_seqlens=cu_seqlens, dropout=dropout)
 
 
+def kind_of(query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None) -> str | None:
+    """The kind of a call in `_KINDS`; None for those in which SDPA is as fast, or the difference too small to measure."""
+    tokens, positions = query.shape[1], key.shape[1]
+    if query.numel() * positions < _SMALL:
+        return None
+    if cu_seqlens is not None:
+        tokens = positions = tokens // max(1, len(cu_seqlens) - 1)
+    one, few, short, long = _KINDS
+    if tokens >= 256:
+        return long if tokens >= 1536 else short
+    if tokens == 1:  # in float32 there is nothing to convert, and SDPA reads keys and values as fast
+        return one if positions >= 4096 and query.dtype != torch.float32 else None
+    return few if positions >= 16 * tokens else None
+
+
 def _slower(name: str, query: Tensor, key: Tensor, cu_seqlens: Tensor | None) -> str | None:
-    tokens = query.shape[1] // (1 if cu_seqlens is None else max(1, len(cu_seqlens) - 1))
-    if tokens < _FEW:
-        return f"{tokens} queries per document, SDPA is as fast below {_FEW}"
-    if query.numel() * min(key.shape[1], tokens) < _SMALL:
-        return "a small call, in which SDPA is as fast"
-    best = fastest(query.dtype, query.shape[-1], tokens)
+    kind = kind_of(query, key, cu_seqlens)
+    if kind is None:
+        return "SDPA is as fast in small calls, and below 256 queries unless there are 16 times as many keys"
+    best = fastest(query.dtype, query.shape[-1], kind)
     return None if best == name else f"{best} is as fast or faster for this dtype and number of queries on this machine"
 
 
-def fastest(dtype: torch.dtype, width: int, tokens: int) -> str:
-    """The fastest form for heads of this width: measured once for each dtype and width, and again for long inputs."""
+def fastest(dtype: torch.dtype, width: int, kind: str) -> str:
+    """The fastest form for heads of this width: measured once for each dtype, width and kind of call."""
     if not measured.allowed():
         return "torch"
-    kind = (dtype, width, tokens >= _LONG)
-    if kind not in _CHOSEN:
-        size = _LONG if kind[2] else _LONG // 2
-        query, key, value = (torch.ones(1, size, heads, width, dtype=dtype, device="cpu") for heads in (4, 2, 2))
+    name = _CHOSEN.get((dtype, width, kind))
+    if name is None:
+        tokens, positions = _KINDS[kind]
+        groups = 2 if tokens < _LONG else 1
+        shapes = (tokens, 4 * groups), (positions, groups), (positions, groups)
+        query, key, value = (torch.ones(1, *shape, width, dtype=dtype, device="cpu") for shape in shapes)
         forms = {"torch": sdpa_attention, "blocks": attention_blocks}
         if dtype == torch.bfloat16 and products.multiplies(dtype):
             forms["bf16_blocks"] = attention_bf16_blocks
         calls = {name: partial(_timed, form, query, key, value) for name, form in forms.items()}
-        title = f"{str(dtype)[6:]}, heads of width {width}, {'' if kind[2] else 'fewer than '}{_LONG} queries"
         with torch.no_grad():
-            _CHOSEN[kind] = measured.fastest("attention", title + (" or more" if kind[2] else ""), calls)
-    return _CHOSEN[kind]
+            name = measured.fastest("attention", f"{str(dtype)[6:]}, heads of width {width}, {kind}", calls)
+        _CHOSEN[dtype, width, kind] = name
+    return name
 
 
 def _timed(form: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, number: int) -> Tensor:
-    return form(query, key, value, scale=query.shape[-1] ** -0.5)
+    return form(query, key, value, scale=query.shape[-1] ** -0.5, starts=key.shape[1] - query.shape[1])
 
 
 def _blocks_slower(
@@ -261,8 +304,8 @@ def pick(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, starts: int | Tensor = 0, cu_seqlens: Tensor | None = None,
     dropout: float = 0.0,
 ) -> str | None:
-    """SDPA for few queries on a CPU, without going through the other forms: a cached token takes few microseconds."""
-    if torch.compiler.is_compiling() or ACTIVE_TAPS or query.shape[1] >= _FEW or not query.is_cpu:
+    """SDPA for small calls on a CPU, without going through the other forms: a cached token takes few microseconds."""
+    if torch.compiler.is_compiling() or ACTIVE_TAPS or not query.is_cpu or kind_of(query, key, cu_seqlens) is not None:
         return None
     return "torch" if interpreter() is None and forward_ad._current_level < 0 else None
 
