@@ -5,6 +5,7 @@ On a CPU the definition spends most of its time on page faults: each of its temp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,17 +21,35 @@ _BLOCK = 1 << 18  # numbers in the rows of one block: 1 MB in float32 stays in c
 
 
 @rms_norm.implementation("cpu", device="cpu", compiles=False, differentiable=False, transforms=())
-@without_autocast
 def rms_norm_cpu(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """`rms_norm` without a backward."""
+    """`rms_norm` without a backward.
+
+    One token takes few calls of PyTorch functions: after the products of a decode step have emptied the caches, each call costs
+    about 10 us, whatever its size. Hence the scale is a number of Python.
+    """
+    if x.numel() != weight.numel() or not x.numel() or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
+        return _rows(x, weight, eps)
+    if torch._C._len_torch_dispatch_stack():  # of a mode that may have tensors without values
+        return _rows(x, weight, eps)
+    wide = x if x.dtype is torch.float32 or x.dtype is torch.float64 else x.float()
+    row = wide.reshape(-1)
+    square = torch.dot(row, row).item() / row.shape[0] + eps
+    scale = square**-0.5 if square > 0 else math.inf if square == 0 else math.nan
+    factor = torch.rsub(weight.to(wide.dtype), scale, alpha=-scale)  # scale (1 + weight)
+    return wide.mul(factor).to(x.dtype)
+
+
+@without_autocast
+def _rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dtype = wide_dtype(x)
     factor = 1.0 + weight.to(dtype)
     if x.numel() <= _BLOCK:
         wide = x.to(dtype)
-        return (wide * _scale(wide, eps)).mul_(factor).to(x.dtype)
+        out = torch.empty_like(wide)
+        return torch.mul(wide, _scale(wide, eps, out), out=out).mul_(factor).to(x.dtype)
 
     def norm(rows: Tensor, out: Tensor) -> None:
-        torch.mul(rows, _scale(rows, eps), out=out).mul_(factor)
+        torch.mul(rows, _scale(rows, eps, out), out=out).mul_(factor)
 
     return _by_blocks(norm, x)
 
@@ -108,12 +127,13 @@ def _by_blocks(function: Callable[..., None], x: Tensor, *others: Tensor) -> Ten
     return out.view(x.shape)
 
 
-def _scale(rows: Tensor, eps: float, work: Tensor | None = None) -> Tensor:
+def _scale(rows: Tensor, eps: float, work: Tensor) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last axis [..., 1]. work: memory for the squares, which may not be that of `rows`."""
-    squares = torch.linalg.vecdot(rows, rows) if work is None else torch.mul(rows, rows, out=work).sum(-1)
+    squares = torch.mul(rows, rows, out=work).sum(-1)
     return squares.div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None]
 
 
 def normalise_(rows: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, in place."""
-    return rows.mul_(_scale(rows, eps))
+    squares = torch.linalg.vecdot(rows, rows)
+    return rows.mul_(squares.div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None])
