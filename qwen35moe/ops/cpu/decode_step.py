@@ -8,9 +8,8 @@ from torch import Tensor
 
 from qwen35moe.ops.cpu.norm import normalise_
 from qwen35moe.ops.decode_step import delta_net_step
-from qwen35moe.ops.delta_rule import decay_and_beta
 from qwen35moe.ops.norm import l2_norm
-from qwen35moe.ops.precision import without_autocast
+from qwen35moe.ops.precision import wide_dtype, without_autocast
 
 SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")  # tapped values that it does not materialise
 
@@ -26,13 +25,15 @@ def delta_net_step_cpu(
     """The step without a backward, rounded once at the end. It overwrites temporaries, never its arguments: a snapshot of the
     cache may share the recurrent state."""
     H, K, V = recurrent_state.shape[1:]
-    decay, beta = decay_and_beta(a, b, A_log, dt_bias)
-    dtype = torch.promote_types(decay.dtype, qkv.dtype)
+    dtype = wide_dtype(qkv, a, A_log)
+    # As in `decay_and_beta`, here in fewer calls, each of which costs about 10 us when the caches hold no instruction of it.
+    alpha = F.softplus(a.to(dtype) + dt_bias.to(dtype)).mul_(A_log.to(dtype).exp()).neg_().exp_()
+    beta = b.to(dtype).sigmoid()
     window = torch.cat([conv_state.mT.to(qkv.dtype), qkv[:, None]], dim=1)  # [B, W, C]
     mixed = F.silu((window.to(dtype) * conv_weight.T.to(dtype)).sum(1), inplace=True)
     batch, keys = len(mixed), 2 * groups * K
     qk, v = mixed[:, :keys].view(batch, 2, groups, K), mixed[:, keys:].view(batch, H, V)  # `split` and `unflatten` are Python
-    core, recurrent_state = one_token(qk, v, decay.exp_(), beta, recurrent_state.to(dtype))
+    core, recurrent_state = one_token(qk, v, alpha, beta, recurrent_state.to(dtype))
     normed = normalise_(core, eps * K).mul_(norm_weight.to(dtype)).mul_(F.silu(gate.to(dtype)))  # of core = sqrt(K) o_t
     return normed.to(qkv.dtype), window[:, 1:].mT, recurrent_state
 
