@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qwen35moe import ops
+from qwen35moe import backends, ops
 from qwen35moe.cache import DeltaNetState, DeltaNetUpdate, LayerState
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.cache.rollback import Segment
@@ -175,6 +175,8 @@ class GatedDeltaNet(FP32Parameters):
             return None
         if not is_plain(self.conv1d, ShortConvolution) or not is_plain(self.norm, GatedRMSNorm):
             return None
+        if not backends.is_builtin("short_convolution", "gated_delta_rule", "gated_rms_norm", caller=self):
+            return None  # an implementation of others may take no state, or counts its calls
         decay, beta = self.gates(a, b)
         conv_state, recurrent_state = (None, None) if state is None else state.read()
         normed = qkv.new_empty(gate.shape)

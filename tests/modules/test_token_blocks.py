@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwen35moe import Config, backends, taps
+from qwen35moe import Config, backends, ops, taps
 from qwen35moe.cache import DeltaNetState, DeltaNetUpdate
 from qwen35moe.models.plan import plan_layout
 from qwen35moe.models.text import Qwen3_5MoeTextModel
@@ -58,7 +58,7 @@ def test_blocks_of_tokens_agree_with_all_tokens_at_once(model: Any, tokens: int,
 
 
 @torch.no_grad()
-def test_a_tap_sees_every_inner_value_once(model: Any) -> None:
+def test_a_tap_gets_every_inner_value_once(model: Any) -> None:
     layer, x = model.layers[0].linear_attn, randn(3, 131, 24)
     for name in ("conv", "query", "core", "state", "decay"):
         with taps.record(model, f"layers.0.linear_attn.{name}") as recorded:
@@ -83,3 +83,20 @@ def test_hooks_and_subclasses_get_all_tokens(model: Any) -> None:
     out, _, calls = run(layer, x, None)
     assert calls == 1 and torch.allclose(out, expected, rtol=0, atol=1e-12)
     assert isinstance(layer, nn.Module)
+
+
+@torch.no_grad()
+def test_an_implementation_of_others_gets_all_tokens(model: Any) -> None:
+    layer, x = model.layers[0].linear_attn, randn(3, 131, 24)
+    expected, tokens = run(layer, x, None)[0], []
+
+    def mine(query: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        tokens.append(query.shape[1])
+        return ops.gated_delta_rule.definition(query, *args, **kwargs)
+
+    backends.register("gated_delta_rule", "mine", mine, before="chunked_cpu")
+    try:
+        out = run(layer, x, None)[0]
+    finally:
+        backends.unregister("gated_delta_rule", "mine")
+    assert tokens == [131] and torch.allclose(out, expected, rtol=0, atol=1e-12)
