@@ -100,7 +100,7 @@ class GatedDeltaNet(FP32Parameters):
         assert state is None or isinstance(state, DeltaNetState)
         qkv, z = project(self.in_proj_qkv, x), project(self.in_proj_z, x)
         a, b = project(self.in_proj_a, x), project(self.in_proj_b, x)
-        qkv, gate = tap(self, "qkv", qkv), tap(self, "gate", z.unflatten(-1, (self.heads, self.value_width)))
+        qkv, gate = tap(self, "qkv", qkv), tap(self, "gate", z.reshape(*x.shape[:-1], self.heads, self.value_width))
         weights = None
         step = self.decode_step(qkv, gate, a, b, context, state) or self._in_blocks(qkv, gate, a, b, context, state)
         if step is not None:

@@ -164,3 +164,16 @@ def test_the_form_of_rms_norm_runs_without_gradients_only():
         with torch.no_grad():
             backends.run("rms_norm", randn(2, 24, dtype=torch.float32), weight, eps=1e-6)
     assert [call.name for call in ran.calls] == ["torch", "cpu"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2560), (7,), (1, 3, 0)], ids=str)
+def test_rms_norm_of_one_token(shape):
+    """Also of zeros, infinities and NaN, with and without epsilon, and with a weight in a wider dtype."""
+    x, weight = randn(*shape), randn(shape[-1], seed=1)
+    for dtype, bound in ((torch.float64, EXACT), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+        compare(rms_norm_cpu, ops.rms_norm.definition, (x.to(dtype), weight.float()), {"eps": 1e-6}, bound)
+        for row in (torch.zeros_like(x), torch.full_like(x, math.inf), torch.full_like(x, math.nan)):
+            for eps in (0.0, 1e-6):
+                actual = rms_norm_cpu(row.to(dtype), weight.to(dtype), eps=eps)
+                expected = ops.rms_norm.definition(row.to(dtype), weight.to(dtype), eps=eps)
+                assert torch.equal(actual.isnan(), expected.isnan()) and torch.equal(actual.nan_to_num(), expected.nan_to_num())

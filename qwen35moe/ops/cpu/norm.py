@@ -5,6 +5,7 @@ On a CPU the definition spends most of its time on page faults: each of its temp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +21,28 @@ _BLOCK = 1 << 18  # numbers in the rows of one block: 1 MB in float32 stays in c
 
 
 @rms_norm.implementation("cpu", device="cpu", compiles=False, differentiable=False, transforms=())
-@without_autocast
 def rms_norm_cpu(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """`rms_norm` without a backward."""
+    """`rms_norm` without a backward.
+
+    One token takes few calls of PyTorch functions: after the products of a decode step have emptied the caches, each call costs
+    about 10 us, whatever its size. Hence the scale is a number of Python.
+    """
+    if x.numel() != weight.numel() or not x.numel() or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
+        return _rows(x, weight, eps)
+    if torch._C._len_torch_dispatch_stack():  # of a mode that may have tensors without values
+        return _rows(x, weight, eps)
+    wide = x if x.dtype is torch.float32 or x.dtype is torch.float64 else x.float()
+    row = wide.reshape(-1)
+    square = torch.dot(row, row).item() / row.shape[0] + eps
+    scale = square**-0.5 if square > 0 else math.inf if square == 0 else math.nan
+    factor = torch.rsub(weight.to(wide.dtype), scale, alpha=-scale)  # scale (1 + weight)
+    return wide.mul(factor).to(x.dtype)
+
+
+@without_autocast
+def _rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dtype = wide_dtype(x)
     factor = 1.0 + weight.to(dtype)
-    if x.numel() <= _BLOCK:
-        wide = x.to(dtype)
-        return (wide * _scale(wide, eps)).mul_(factor).to(x.dtype)
 
     def norm(rows: Tensor, out: Tensor) -> None:
         torch.mul(rows, _scale(rows, eps), out=out).mul_(factor)
@@ -56,7 +71,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         factor = weight.to(wide_dtype(x, gate))
 
         def norm(rows: Tensor, gates: Tensor, out: Tensor) -> None:
-            torch.mul(rows, _scale(rows, eps, out), out=out).mul_(factor).mul_(F.silu(gates, inplace=True))
+            torch.mul(rows, _scale(rows, eps), out=out).mul_(factor).mul_(F.silu(gates, inplace=True))
 
         return _by_blocks(norm, x, gate)
 
@@ -85,35 +100,37 @@ class _GatedRMSNorm(torch.autograd.Function):
         return d_x.view(x.shape), d_gate.view(gate.shape), d_weight.to(weight.dtype), None
 
 
-def _by_blocks(function: Callable[..., None], x: Tensor, *others: Tensor) -> Tensor:
-    """Apply `function` to blocks of rows in `wide_dtype`. It writes its result into its last argument and may overwrite the
-    blocks of `others`, copies in memory that is used for every block; that of x may be a view.
+def _by_blocks(function: Callable[..., None], *tensors: Tensor) -> Tensor:
+    """Apply `function` to blocks of rows in `wide_dtype`: copies, which it may overwrite, but the first one may be a view.
 
-    New memory for each block would cost as much as the arithmetic where the allocator gives it back to the system in between.
+    It writes its result into its last argument, which may be the first one. The copies of all blocks are in the same memory.
     """
-    dtype, width = wide_dtype(x, *others), x.shape[-1]
-    flat = [tensor.reshape(-1, width) for tensor in (x, *others)]
+    x, dtype, width = tensors[0], wide_dtype(*tensors), tensors[0].shape[-1]
+    if x.numel() <= _BLOCK:
+        wide = [tensor.to(dtype, copy=True, memory_format=torch.contiguous_format) for tensor in tensors]
+        function(*wide, wide[0])
+        return wide[0].to(x.dtype)
+    flat = [tensor.reshape(-1, width) for tensor in tensors]
     out, step = torch.empty_like(flat[0], memory_format=torch.contiguous_format), max(1, _BLOCK // max(1, width))
-    narrow = x.dtype != dtype
-    result, *copies = (out.new_empty(min(step, len(out)), width, dtype=dtype) for _ in range(len(flat) + 1))
+    viewed = x.dtype == dtype
+    copies = [out.new_empty(min(step, len(out)), width, dtype=dtype) for _ in flat[viewed:]]
     for start in range(0, len(out), step):
         rows, target = [tensor[start : start + step] for tensor in flat], out[start : start + step]
-        count = len(target)
-        wide = [copy[:count].copy_(part) for copy, part in zip(copies[1 - narrow :], rows[1 - narrow :], strict=True)]
-        if narrow:
-            function(*wide, result[:count])
-            target.copy_(result[:count])
-        else:
+        wide = [copy[: len(target)].copy_(part) for copy, part in zip(copies, rows[viewed:], strict=True)]
+        if viewed:
             function(rows[0], *wide, target)
+        else:
+            function(*wide, wide[0])
+            target.copy_(wide[0])
     return out.view(x.shape)
 
 
-def _scale(rows: Tensor, eps: float, work: Tensor | None = None) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last axis [..., 1]. work: memory for the squares, which may not be that of `rows`."""
-    squares = torch.linalg.vecdot(rows, rows) if work is None else torch.mul(rows, rows, out=work).sum(-1)
-    return squares.div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None]
+def _scale(rows: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last axis [..., 1]."""
+    return torch.linalg.vecdot(rows, rows).div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None]
 
 
 def normalise_(rows: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, in place."""
-    return rows.mul_(_scale(rows, eps))
+    squares = torch.linalg.vecdot(rows, rows)  # not by `_scale`: a decode step has a limit of Python calls
+    return rows.mul_(squares.div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None])
