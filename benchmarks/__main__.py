@@ -10,7 +10,7 @@ from types import ModuleType
 
 import benchmarks
 
-TOOLS = ("compare", "numerics", "rerun", "routing_numerics", "synthetic")  # the modules of `tools` that are commands
+TOOLS = ("compare", "numerics", "report", "rerun", "routing_numerics", "synthetic")  # the modules of `tools` that are commands
 
 
 def suites() -> list[str]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.tools.common import Report, Timing, arguments, fresh_process
+import torch
+
+from benchmarks.tools.common import Report, Timing, arguments, fresh_process, limit_dtypes
 
 FIRST, REST = "import time; start = time.perf_counter()", "print(time.perf_counter() - start)"
 PROGRAMS = {
@@ -20,7 +22,7 @@ PROGRAMS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(__doc__).parse_args(argv)
-    report = Report("imports", rounds=options.rounds)
+    report = Report("imports", rounds=options.rounds, dtypes=limit_dtypes(options, torch.float32))
     with report.case("import/process") as case:
         rounds = [{name: fresh_process("-c", program) for name, program in PROGRAMS.items()} for _ in range(options.rounds + 1)]
         case.timings = {name: Timing(tuple(times[name] for times in rounds[1:])) for name in PROGRAMS}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.text_4b.peers import peer
-from benchmarks.tools.common import Case, Report, Timing, arguments, fresh_process, in_turns
+from benchmarks.tools.common import Case, Report, Timing, arguments, fresh_process, in_turns, limit_dtypes
 from benchmarks.tools.memory import PeakSampler, stored_bytes, usage, warm, weight_files
 
 IMPLEMENTATIONS = ("transformers", "ours", "copied")
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.worker:
         print(json.dumps(TASKS[options.worker](options)), flush=True)
         return 0
-    report = Report("loading", rounds=options.rounds)  # timed by the workers, each in its own process
+    dtypes = limit_dtypes(options, torch.bfloat16)
+    report = Report("loading", rounds=options.rounds, dtypes=dtypes)  # timed by the workers, each in its own process
     files, experts = weight_files(options.checkpoint), expert_bytes(options.checkpoint)
     layout = "per_expert" if experts["per_expert"] else "grouped"
     place = "" if options.device == "cpu" else "/gpu"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.tools.common import Report, arguments
+from benchmarks.tools.common import Report, arguments, limit_dtypes
 from qwen35moe.processing import ImageProcessor
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     theirs, ours = Qwen2VLImageProcessorPil(**published), ImageProcessor()
     images = random_images(options.images)
     batches = [images[start : start + options.batch] for start in range(0, len(images), options.batch)]
-    report = Report("processing", device=options.device, rounds=options.rounds)
+    report = Report("processing", rounds=options.rounds, dtypes=limit_dtypes(options, torch.float32))
     with report.case(f"images/N{options.images}/1MP") as case:
         for batch in (images[:3], images[-2:]):
             case.check("ours", ours(batch)["pixel_values"], theirs(batch, return_tensors="pt")["pixel_values"], bound=0.0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.tools.common import Report, arguments, fresh_process
+from benchmarks.tools.common import Report, arguments, fresh_process, limit_dtypes
 from benchmarks.tools.memory import usage
 from qwen35moe.config import Config, VisionConfig
 from qwen35moe.modules.vision import Qwen3_5MoeVisionModel
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(growth(towers(config, [options.growth_of])[options.growth_of], GRIDS[options.prompt])))
         return 0
     names = [options.prompt] if options.prompt else list(GRIDS)
-    report, memory = Report("vision", rounds=options.rounds), {}
+    report, memory = Report("vision", rounds=options.rounds, dtypes=limit_dtypes(options, torch.bfloat16)), {}
     report.extra["memory_growth_mib"] = memory
     if options.only != "memory":
         measure_time(report, config, names, options.warmup)
@@ -63,8 +63,15 @@ def measure_time(report: Report, config: VisionConfig, names: Sequence[str], war
             for library, (answer, truth) in answers.items():
                 case.check(library, answer, truth, bound=0.1)
             pixels, grid = prompt(GRIDS[name], config)
+            case.limits, case.needed["flops"] = report.limits_of("bf16"), linear_flops(implementations["ours"], len(pixels))
             runs = {library: _run(tower, pixels, grid) for library, tower in implementations.items()}
             case.time(runs, baseline="transformers", warmup=warmup)
+
+
+def linear_flops(tower: Any, patches: int) -> float:
+    """Operations of the linear maps: every patch through the blocks, a quarter of them through the merger of 2 x 2."""
+    maps = {name: module.weight.numel() for name, module in tower.named_modules() if isinstance(module, torch.nn.Linear)}
+    return float(sum(2 * count * patches // (4 if name.startswith("merger") else 1) for name, count in maps.items()))
 
 
 def _config(depth: int | None) -> VisionConfig:

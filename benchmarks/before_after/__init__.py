@@ -28,8 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.before_after.scenarios import GROUPS, Scenario
-from benchmarks.tools import limits
-from benchmarks.tools.common import ROOT, Case, Report, Timing, arguments, in_turns
+from benchmarks.tools.common import ROOT, Case, Report, Timing, arguments, in_turns, limit_dtypes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BOUND = {"bf16": 2e-2, "fp32": 1e-5}  # relative error between two answers whose sums run in another order
@@ -53,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ids = [scenario.id for group in GROUPS.values() for scenario in group.scenarios]
         parser.error(f"--only {options.only}: there are {', '.join(ids)}")
     checkouts = {"before": options.before, "after": ROOT} if options.before else {"after": ROOT}
-    report = Report("before_after", device=options.device, rounds=options.rounds)
+    dtypes = () if options.calls else limit_dtypes(options, DTYPES[options.dtype])
+    report = Report("before_after", device=options.device, rounds=options.rounds, dtypes=dtypes)
     report.extra["commits"] = {name: commit(folder) for name, folder in checkouts.items()}
     print(", ".join(f"{name} {revision}" for name, revision in report.extra["commits"].items()))
     with ExitStack() as stack:
@@ -61,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.calls:
             report.extra["calls"] = count_calls(workers)
         else:
-            report.extra["limits"] = limits.measured(options.device, DTYPES[options.dtype])
-            print(", ".join(f"{key} {value:.4g}" for key, value in report.extra["limits"].items()))
             for name, scenarios in chosen.items():
                 compare_group(report, name, scenarios, workers, options)
     return report.finish(options)

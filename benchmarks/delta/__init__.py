@@ -25,7 +25,8 @@ from benchmarks.delta import layers, operations
 from benchmarks.delta.plot import draw
 from benchmarks.delta.scenarios import DTYPES, FULL_SIZE, GATES, MODES, Comparison, Scenario, Sizes
 from benchmarks.delta.targets import scenarios, verdicts
-from benchmarks.tools.common import Case, Report, Timing, arguments, interleave, peak_bytes, saved_bytes, touch
+from benchmarks.tools.common import Case, Report, Timing, arguments, interleave, limit_dtypes, touch
+from benchmarks.tools.memory import peak_bytes, saved_bytes
 from qwen35moe.backends.verification import BOUNDS
 
 COMPARISONS: dict[str, Callable[[Scenario, str, Sizes], Comparison]] = {
@@ -37,10 +38,12 @@ WHOLE_LAYER = 2  # times the bounds of one operation: a layer rounds its values 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    report = Report("delta", device=options.device, rounds=options.rounds)
+    dtypes = limit_dtypes(options, DTYPES[options.dtype])
+    report = Report("delta", device=options.device, rounds=options.rounds, dtypes=dtypes)
     copied = copy_rate(options.device) if options.device.startswith("cuda") else None
     for scenario in choose(options):
         with report.case(scenario.id) as case:
+            case.limits = report.limits_of(scenario.dtype)
             run(case, scenario, copied, warmup=options.warmup)
     rows = verdicts(report.cases, options.device)
     report.extra["targets"] = rows
@@ -105,6 +108,7 @@ def run(case: Case, scenario: Scenario, copied: float | None = None, sizes: Size
     comparison = COMPARISONS[scenario.operation](scenario, case.device, sizes)
     case.facts.update(asdict(scenario), auto=comparison.auto)
     case.refused.update(comparison.refused)
+    case.needed.update(needed(scenario, comparison))
     truth = comparison.truth()
     runs = {
         name: partial(implementation.answer, scenario.mode, comparison.cotangents)
@@ -129,6 +133,17 @@ def run(case: Case, scenario: Scenario, copied: float | None = None, sizes: Size
     case.time(runs, baseline=comparison.baseline, warmup=warmup)
     for name, timing in case.timings.items():
         _rates(case.figures.setdefault(name, {}), timing, scenario, comparison, copied)
+
+
+def needed(scenario: Scenario, comparison: Comparison) -> dict[str, float]:
+    """The least bytes and operations of a whole layer: each weight once, and its products; the rule is not counted."""
+    weights = {w.data_ptr(): w for w in comparison.weights if w.dim() == 2}  # both libraries' are the same memory
+    if scenario.operation not in ("layer", "step") or not weights:
+        return {}
+    passes = 3 if scenario.mode == "train" else 1
+    rows = scenario.batch * (1 if scenario.operation == "step" else scenario.tokens)
+    flops = 2.0 * passes * rows * sum(w.numel() for w in weights.values())
+    return {"nbytes": float(comparison.moved or sum(w.nbytes for w in weights.values())), "flops": flops}
 
 
 def _rates(figures: dict[str, float], timing: Timing, scenario: Scenario, comparison: Comparison, copied: float | None) -> None:

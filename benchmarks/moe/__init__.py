@@ -15,13 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.moe import report as pages
 from benchmarks.moe import roofline, targets
@@ -29,11 +25,14 @@ from benchmarks.moe.cases import BUNDLED, DTYPES, SKEWS, TOKENS, Case, shapes
 from benchmarks.moe.implementations import AUTO, implementations
 from benchmarks.moe.measure import measure
 from benchmarks.tools import limits
-from benchmarks.tools.common import SCHEMA, arguments, output_path, warn_if_busy
+from benchmarks.tools.common import SCHEMA, arguments, output_path, warn_if_busy, write_report
+from benchmarks.tools.load import OtherLoad
+from benchmarks.tools.load import sentence as load_sentence
 from benchmarks.tools.machine import environment, header
+from benchmarks.tools.memory import free_memory
 from qwen35moe.files import write_text
 
-OUTPUTS = ("--json", "--plot", "--markdown", "--append")  # paths of the results, which a rerun does not repeat
+OUTPUTS = ("--json", "--plot", "--markdown", "--append", "--profile")  # paths of the results, which a rerun does not repeat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,14 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = list(choose(options, parser))
     head = {"schema": SCHEMA, "benchmark": "moe", "environment": environment(), "arguments": repeatable(words)}
     print(header(head["environment"]))
-    report = {**head, **run(cases, options)}
+    load = OtherLoad()
+    report = {**head, **run(cases, options), "load": load.as_dict()}
+    print(load_sentence(report["load"]))
     warn_if_busy(report["cases"])
     if options.append and options.json and options.json.exists():
         report = merged(json.loads(options.json.read_text(encoding="utf-8")), report)
     if options.targets:
         print("\n" + targets.table(report))
-    if options.json:
-        write_text(options.json, json.dumps(report, indent=1) + "\n")
+    write_report(options, report)
     if options.markdown:
         write_text(options.markdown, pages.markdown(report))
     if options.plot:
@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", choices=("no", "yes", "both"), default="no", help="forward + backward")
     parser.add_argument("--weights", choices=("cold", "warm"), default="cold", help="warm: the same weights every time")
     parser.add_argument("--cache", type=float, help="MB that cold weights exceed; default 4 times the last-level cache")
-    parser.add_argument("--only", help="implementations, with commas, by name or by the first word of it")
+    parser.add_argument("--only", help="implementations, with commas, by name, by the first word of it, or =NAME")
     parser.add_argument("--impl", action="append", default=[], help="[NAME=]package.module:function, any number of times")
     parser.add_argument("--breakdown", action="store_true", help="also time each step of the sorted form by itself")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure the peak memory")
@@ -122,8 +122,9 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> dict[str, Any]:
         forms = {name: form for name, form in forms.items() if name == AUTO or name.startswith("transformers ")}
     elif options.only:
         only = options.only.split(",")
-        forms = {name: form for name, form in forms.items() if name in only or name.split()[0] in only}
-    roofs: dict[str, dict[str, float]] = {}
+        exact = {word.removeprefix("=") for word in only if word.startswith("=")}
+        forms = {name: form for name, form in forms.items() if name in only or name in exact or name.split()[0] in only}
+    roofs: dict[str, limits.Limits] = {}
     rows = []
     cache_bytes = int(4 * limits.last_level_cache() if options.cache is None else options.cache * 1e6)
     for case in cases:
@@ -132,13 +133,17 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> dict[str, Any]:
         if needed > room:
             print(f"{case.id}: not run, weights need {needed / 1e9:.1f} GB, --memory-limit allows {room / 1e9:.1f} GB")
             continue
-        roof = roofs.setdefault(case.dtype, {}) or limits.measured(options.device, DTYPES[case.dtype])
-        roofs[case.dtype] = roof
+        if case.dtype not in roofs:
+            roofs[case.dtype] = limits.measured(options.device, DTYPES[case.dtype])
+            print(f"{case.dtype} {limits.sentence(roofs[case.dtype])}", flush=True)
+        roof = roofs[case.dtype]
         row = measure(
             case, forms, roof, device=options.device, rounds=options.rounds, seconds=options.seconds,
             cache_bytes=cache_bytes, with_breakdown=options.breakdown, memory=options.memory,
         )
         row["roof_s"] = roofline.limit(row, roof)
+        if fast := targets.best(row):
+            row["transformers_best"] = fast[0]
         rows.append(row)
         print("\n".join(pages.table(row)), flush=True)
     return {"roofline": next(iter(roofs.values()), {}), "rooflines": roofs, "cases": rows}
@@ -151,14 +156,3 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"--append: the file's {key} differs ({old.get(key)!r}, now {new[key]!r}): write another file")
     ids = {row["id"] for row in new["cases"]}
     return {**new, "cases": [row for row in old["cases"] if row["id"] not in ids] + new["cases"]}
-
-
-def free_memory(device: str) -> float:
-    """Bytes."""
-    if device.startswith("cuda"):
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return float(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

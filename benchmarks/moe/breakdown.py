@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen35moe import ops
-from qwen35moe.ops.cpu.sorted_experts import project
+from qwen35moe.ops.cpu.products import product
 
 router = ops.router.definition
 
@@ -61,13 +61,13 @@ def _once(
     parts = [(expert, x, p) for expert, (x, p) in enumerate(zip(rows.split(counts), pre.split(counts), strict=True)) if len(x)]
     with timed("up"):
         for expert, x, p in parts:
-            project(x, gate_up[expert], p)
+            product(x, gate_up[expert], p)
     with timed("activation"):
         act = F.silu(pre[:, :inner]) * pre[:, inner:]
     with timed("down"):
         for expert, (a, y) in enumerate(zip(act.split(counts), out.split(counts), strict=True)):
             if len(a):
-                project(a, down[expert], y)
+                product(a, down[expert], y)
     with timed("combine"):
         F.embedding_bag(places, out, mode="sum", per_sample_weights=weights.to(out.dtype))
     return taken

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe import backends, ops
+from benchmarks.moe.packed import Packed, by_hand, by_library
+from qwen35moe import Qwen3_5MoeForCausalLM, backends, ops
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
 COPIES = 2 << 30  # the most bytes of weights that a form may copy
 ZEROS = 64 << 30  # the most bytes of zeros that a backward may write
-AUTO, PRODUCTS = "ours", "products alone"
+AUTO = "ours"
 TAPPED = "tapped"  # the form for active taps, which is not measured
 
 
@@ -35,6 +36,10 @@ def implementations(device: str, extra: list[str]) -> dict[str, Form | str]:
         forms[f"transformers {kind}"] = _made(lambda kind=kind: transformers_experts(kind), "transformers")
     for name, (package, make) in ADAPTERS.items():
         forms[name] = _made(make, package) if device.startswith("cuda") else f"{package} runs on a GPU, this is {device}"
+    missing = "" if hasattr(Qwen3_5MoeForCausalLM, "pack_weights") else "this version of the library has no packed experts"
+    forms |= {"ours packed": Packed(by_library, missing), "packed by hand": Packed(by_hand)}
+    if "ours zentorch" not in forms:
+        forms["zentorch"] = "this version of the library has no adapter to it"
     for text in extra:
         forms[text.rpartition("=")[0] or text] = _imported(text)
     return forms
@@ -49,17 +54,18 @@ def reasons(name: str, form: Form, arguments: tuple[Tensor, ...]) -> str | None:
     filled = arguments[3].unique().numel() * (arguments[1].numel() + arguments[2].numel()) * arguments[1].element_size()
     if name in ("transformers eager", "ours loop") and arguments[1].requires_grad and filled > ZEROS:
         return f"its backward writes a zero gradient of all experts for every expert hit, {filled / 1e9:.0f} GB"
+    if isinstance(form, Packed):
+        return form.refusal(arguments[1])
     if name.startswith("ours "):
         entry = next(entry for entry in backends.implementations("experts") if entry.name == name[5:])
         return entry.refusal(arguments, {})
     return None
 
 
-def products(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Only the matrix products of the case, on arbitrary rows: the part of a form's time that cannot be saved.
+def training_products(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Only the six products of a forward and backward, by torch.mm on arbitrary rows.
 
-    If the weights require gradients, also the four products of the backward, in a second loop over the experts. The
-    weights' gradients are in fresh memory, as in every form.
+    The weights' gradients are in fresh memory, as in every form.
     """
     counts = torch.bincount(indices.reshape(-1), minlength=gate_up.shape[0]).tolist()
     largest, inner = max(counts), down.shape[-1]
@@ -70,8 +76,6 @@ def products(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, wei
     for expert, n in hit:
         torch.mm(rows[:n], gate_up[expert].t(), out=up[:n])
         torch.mm(act[:n], down[expert].t(), out=out[:n])
-    if not gate_up.requires_grad:
-        return out
     to_gate_up, to_down = torch.empty_like(gate_up), torch.empty_like(down)
     for expert, n in hit:
         torch.mm(rows[:n], down[expert], out=act[:n])

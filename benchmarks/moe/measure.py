@@ -10,8 +10,10 @@ from torch import Tensor
 
 from benchmarks.moe.breakdown import breakdown
 from benchmarks.moe.cases import DTYPES, Case, rotation
-from benchmarks.moe.implementations import PRODUCTS, Form, products, reasons
+from benchmarks.moe.implementations import Form, reasons, training_products
+from benchmarks.moe.packed import PRODUCTS, Packed, bare_products, forget
 from benchmarks.moe.roofline import limit, work
+from benchmarks.tools import limits
 from benchmarks.tools.common import Timing, interleave, relative_error
 from qwen35moe import ops
 from qwen35moe.backends.verification import BOUNDS
@@ -43,16 +45,22 @@ def measure(
         rows[name] = {"skipped": reason} if reason else check(form)
         if not reason and rows[name]["wrong"] is None:
             running[name] = lambda form=form: run(form, following(), case.train)
-    running[PRODUCTS] = lambda: run(products, following(), False)
+    alone: Mapping[str, Form] = {f"{PRODUCTS}, torch": training_products} if case.train else bare_products(inputs[1][0])
+    for name, form in alone.items():
+        running[name] = lambda form=form: run(form, following(), False)
+    if any(isinstance(form, Packed) for name, form in (*forms.items(), *alone.items()) if name in running):
+        for _ in range(copies):
+            Packed(lambda *arguments: arguments[0])(*following())  # packs the other sets of weights before anything is timed
     trial = interleave(running, rounds=1, warmup=0, device=device)
     fits = int(seconds / max(sum(timing.min for timing in trial.values()), 1e-9))
     timings = interleave(running, rounds=max(3, min(rounds, fits)), warmup=0, device=device)
     grads = [x.numel() * x.element_size() for x in inputs[1:3]] if case.train else []
     for name, timing in timings.items():
         row = rows.setdefault(name, {"error": None, "wrong": None})
-        row.update(_speed(timing, needed, limit(dict(needed), dict(roof))))
-        if memory and name != PRODUCTS:
+        row.update(_speed(timing, needed, roof))
+        if memory and not name.startswith(PRODUCTS):
             row["peak_bytes"] = peak(running[name], device, grads)
+    forget()
     result = {"id": case.id, "case": vars(case), **needed, "weight_copies": copies, "implementations": rows}
     if with_breakdown:
         hidden, gate_up, down, indices, weights = (x.detach() for x in inputs)
@@ -70,11 +78,12 @@ def run(form: Form, inputs: Arguments, train: bool) -> object:
         return torch.autograd.grad(out, leaves, inputs[0].detach())
 
 
-def _speed(timing: Timing, needed: Mapping[str, float], roof: float) -> dict[str, Any]:
+def _speed(timing: Timing, needed: Mapping[str, float], roof: Mapping[str, Any]) -> dict[str, Any]:
+    shares = limits.share(roof, timing.min, needed["bytes"], needed["flops"])
     return {
         "min_s": timing.min, "median_s": timing.median, "runs": len(timing.seconds), "seconds": list(timing.seconds),
         "tflops": needed["flops"] / timing.min / 1e12, "gbps": needed["bytes"] / timing.min / 1e9,
-        "of_roofline": roof / timing.min,
+        "of_roofline": limit(dict(needed), roof) / timing.min, "of_read": shares["of_read"], "of_product": shares["of_product"],
     }
 
 

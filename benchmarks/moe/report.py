@@ -22,8 +22,8 @@ def table(row: Mapping[str, Any]) -> Iterator[str]:
         error = f"  error {one['error']:.0e}" if one.get("error") is not None else ""
         yield (
             f"  {name:<26} min {one['min_s'] * 1e3:9.3f} ms  median {one['median_s'] * 1e3:9.3f} of {one['runs']}"
-            f"  {one['tflops']:7.3f} TFLOP/s  {one['gbps']:7.1f} GB/s  {one['of_roofline']:4.0%} of roofline{memory}{error}"
-            f"{noise(one)}"
+            f"  {one['tflops']:7.3f} TFLOP/s  {one['gbps']:7.1f} GB/s  {one['of_roofline']:4.0%} of {_limit(one)}{memory}"
+            f"{error}{noise(one)}"
         )
     for name, one in rows.items():
         if reason := one.get("wrong") or one.get("skipped"):
@@ -32,11 +32,19 @@ def table(row: Mapping[str, Any]) -> Iterator[str]:
         yield "  breakdown, ms: " + ", ".join(f"{step} {s * 1e3:.3f}" for step, s in row["breakdown"].items())
 
 
+def _limit(one: Mapping[str, Any]) -> str:
+    """The limit that the implementation is nearer to."""
+    if "of_read" not in one:
+        return "roofline"  # a report of an older version
+    return "read" if one["of_read"] >= one["of_product"] else "products"
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a page: environment, roofline, a row per case and implementation."""
-    roof = ", ".join(f"{key} {value:.4g}" for key, value in report["roofline"].items())
+    numbers = ((key, value) for key, value in report["roofline"].items() if isinstance(value, int | float))
+    roof = ", ".join(f"{key} {value:.4g}" for key, value in numbers)
     text = [f"{header(report['environment'])}", "", f"Measured limits: {roof}.", ""]
-    text += ["| case | implementation | min ms | median ms | TFLOP/s | GB/s | of roofline | peak MB |", "|" + "---|" * 8]
+    text += ["| case | implementation | min ms | median ms | TFLOP/s | GB/s | of the limit | peak MB |", "|" + "---|" * 8]
     for row in report["cases"]:
         for name, one in row["implementations"].items():
             if not one.get("min_s"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from benchmarks.moe.cases import DTYPES, Case
@@ -23,6 +26,6 @@ def work(case: Case, indices: Tensor) -> dict[str, float]:
     return {"flops": 3 * flops, "bytes": (2 * distinct + experts) * expert + 2 * tokens, "distinct_experts": distinct}
 
 
-def limit(work: dict[str, float], roof: dict[str, float]) -> float:
-    """The least seconds on this machine: bytes over the copy bandwidth, flops over the product's peak."""
-    return max(work["bytes"] / roof["copy_gbps"] / 1e9, work["flops"] / roof["matmul_tflops"] / 1e12)
+def limit(work: Mapping[str, float], roof: Mapping[str, Any]) -> float:
+    """The least seconds on this machine: bytes over the read bandwidth, flops over the rate of the fastest product."""
+    return max(work["bytes"] / roof["read_gbps"] / 1e9, work["flops"] / roof["product_tflops"] / 1e12)

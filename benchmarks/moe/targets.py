@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.moe.cases import Case
-from benchmarks.moe.implementations import AUTO, PRODUCTS, TRANSFORMERS
+from benchmarks.moe.implementations import AUTO, TRANSFORMERS
 
 PRESETS = ("35b-a3b", "moe-4.54b")
 FORWARD = {1: (1.5, 1.5), 8: (1.15, 1.3), 64: (1.05, 1.1), 512: (1.0, 1.1), 2048: (1.3, 1.05), 8192: (1.5, 1.1)}
@@ -34,9 +34,19 @@ def best(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     return min(timed, key=lambda form: form[1]["min_s"]) if timed else None
 
 
+def fastest(row: Mapping[str, Any]) -> tuple[str, float]:
+    """The name and seconds of the fastest form of a case, bare products included."""
+    seconds = {name: one["min_s"] for name, one in row["implementations"].items() if one.get("min_s")}
+    name = min(seconds, key=seconds.__getitem__)
+    return name, seconds[name]
+
+
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: case, transformers' best, ours, ratio, target, verdict, and the bound that the products alone set."""
-    lines = ["| case | transformers' best, ms | ours, ms | ratio | target | verdict | products alone allow |"]
+    """Markdown: case, transformers' best, ours, ratio, target, verdict, and the ratio of the fastest known form.
+
+    That is the fastest of all measured implementations and of the bare products in every form: not a bound of the machine.
+    """
+    lines = ["| case | transformers' best, ms | ours, ms | ratio | target | verdict | fastest known form |"]
     lines.append("|" + "---|" * 7)
     for row in report["cases"]:
         case, theirs, ours = row["case"], best(row), row["implementations"].get(AUTO, {})
@@ -44,8 +54,8 @@ def table(report: Mapping[str, Any]) -> str:
         if case["preset"] not in PRESETS or goals is None or theirs is None or not ours.get("min_s"):
             continue
         goal, ratio = goals[PRESETS.index(case["preset"])], theirs[1]["min_s"] / ours["min_s"]
-        alone = row["implementations"].get(PRODUCTS, {}).get("min_s")
-        limit = f"{theirs[1]['min_s'] / alone:.2f}x" if alone else ""
+        name, fast = fastest(row)
+        limit = f"{theirs[1]['min_s'] / fast:.2f}x ({name})"
         name = f"{case['preset']}, {case['tokens']} tokens" + (", forward + backward" if case["train"] else "")
         times = f"{theirs[1]['min_s'] * 1e3:.2f} ({theirs[0][13:]}) | {ours['min_s'] * 1e3:.2f} | {ratio:.2f}x"
         lines.append(f"| {name} | {times} | >= {goal}x | {verdict(ratio >= goal)} | {limit} |")

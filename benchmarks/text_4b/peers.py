@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ class Ours:
         self.routing = indices
         yield
         self.routing = None
+
+
+class Packed(Ours):
+    """qwen35moe with packed weights."""
+
+    def load(self, folder: Path) -> None:
+        self.model = self.cls.from_pretrained(folder, weights="packed").eval()
 
 
 class Transformers:
@@ -98,26 +105,35 @@ class Transformers:
 
 
 def peer(name: str) -> Any:
-    return {"ours": Ours, "transformers": Transformers}[name]()
+    return {"ours": Ours, "ours packed": Packed, "transformers": Transformers}[name]()
 
 
 @torch.inference_mode()
 def truth(folder: Path, ids: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Logits [keep, vocabulary] of the last tokens and the routing [layers, tokens, top_k], all in float32.
 
-    It is transformers' code. One layer at a time is converted to float32 while it runs, with the tensors that the files
-    store in float32 (loading in bfloat16 has rounded A_log).
+    It is transformers' code, with the tensors that the files store in float32 (loading in bfloat16 has rounded A_log).
     """
     transformers = Transformers()
     transformers.load(folder)
-    model, exact, chosen = transformers.model, float32_tensors(folder), []
+    hidden, chosen = widened(transformers.model, ids, float32_tensors(folder))
+    return head(transformers.model, hidden[0, -keep:]), chosen
+
+
+def widened(model: Any, ids: Tensor, exact: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Last hidden states [B, T, D] of transformers' model in float32, and its routing [layers, B * T, top_k].
+
+    One layer at a time is converted to float32 while it runs. exact: tensors to take instead, by their names on disk.
+    """
+    chosen: list[Tensor] = []
     narrow: dict[str, Tensor] = {}
+    hooks: list[Any] = []
 
     def widen(name: str) -> Any:
         def hook(module: nn.Module, args: tuple) -> None:
             for key, parameter in module.named_parameters():
                 narrow[key] = parameter.data
-                parameter.data = exact.get(f"model.language_model.{name}.{key}", parameter.data).float()
+                parameter.data = (exact or {}).get(f"model.language_model.{name}.{key}", parameter.data).float()
 
         return hook
 
@@ -125,16 +141,24 @@ def truth(folder: Path, ids: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         for key, parameter in module.named_parameters():
             parameter.data = narrow.pop(key)
 
-    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output.float())
+    hooks.append(model.model.embed_tokens.register_forward_hook(lambda module, args, output: output.float()))
     parts = {f"layers.{i}": layer for i, layer in enumerate(model.model.layers)}
     for name, module in {**parts, "norm": model.model.norm}.items():
-        module.register_forward_pre_hook(widen(name))
-        module.register_forward_hook(restore)
+        hooks.append(module.register_forward_pre_hook(widen(name)))
+        hooks.append(module.register_forward_hook(restore))
     for layer in parts.values():
-        layer.mlp.gate.register_forward_hook(lambda module, args, output: chosen.append(output[2]))
-    hidden = model.model(ids, use_cache=False).last_hidden_state[0, -keep:]
+        if hasattr(layer.mlp, "gate"):
+            hooks.append(layer.mlp.gate.register_forward_hook(lambda module, args, output: chosen.append(output[2])))
+    hidden = model.model(ids, use_cache=False).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    return hidden, torch.stack(chosen) if chosen else torch.empty(0)
+
+
+def head(model: Any, hidden: Tensor) -> Tensor:
+    """Logits in float32 of hidden states [N, D], by parts of the vocabulary."""
     rows = model.lm_head.weight.split(1 << 14)
-    return torch.cat([hidden @ part.float().T for part in rows], dim=-1), torch.stack(chosen)
+    return torch.cat([hidden @ part.float().T for part in rows], dim=-1)
 
 
 def float32_tensors(folder: Path) -> dict[str, Tensor]:

@@ -125,7 +125,7 @@ TASKS = {"measure": measure, "cold": cold, "answer": answer, "profile": profile}
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.text_4b.worker")
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("peer", choices=("ours", "transformers", "truth"))
+    parser.add_argument("peer", choices=("ours", "ours packed", "transformers", "truth"))
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--decode", type=int, default=16)
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--kernels", help="a module to import that registers implementations with our backends")
     options = parser.parse_args(argv)
-    if options.kernels and options.peer == "ours":
+    if options.kernels and options.peer.startswith("ours"):
         importlib.import_module(options.kernels)
     print(json.dumps(TASKS[options.task](options)), flush=True)
     return 0

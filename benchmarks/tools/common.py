@@ -27,7 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.tools.machine import environment, header
+from benchmarks.tools import limits
+from benchmarks.tools.load import OtherLoad
+from benchmarks.tools.load import sentence as load_sentence
+from benchmarks.tools.machine import RESULTS, environment, header, profile_name
 from qwen35moe.figures import new_figure, save_figure
 from qwen35moe.files import file_to_write, write_text
 
@@ -47,8 +50,19 @@ def arguments(description: str | None, *, rounds: int = 9) -> argparse.ArgumentP
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=at_least_one, default=rounds, help="runs of each implementation")
     parser.add_argument("--json", type=output_path, help="write the report here")
+    parser.add_argument(
+        "--profile", type=profile_name, metavar="NAME",
+        help="the machine's kind, for example zen4-avx2, zen5-avx512, sapphire-rapids-amx, graviton: stored in the report, "
+        "which without --json is benchmarks/results/NAME/SUITE.json (`python -m benchmarks report` shows them side by side)",
+    )
+    parser.add_argument("--no-limits", dest="limits", action="store_false", help="do not measure the machine's limits")
     parser.add_argument("--plot", type=output_path, help="draw the ratios here (PNG; needs matplotlib)")
     return parser
+
+
+def limit_dtypes(options: argparse.Namespace, *dtypes: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes in which a suite measures the machine's limits: none with --no-limits."""
+    return dtypes if options.limits else ()
 
 
 def at_least_one(text: str) -> int:
@@ -190,33 +204,6 @@ def _cuda_seconds(function: Callable[[], object], device: str) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def saved_bytes(function: Callable[[], object], besides: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward of `function()`: each storage once, without those of `besides` (weights)."""
-    excluded = {tensor.untyped_storage().data_ptr() for tensor in besides}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in excluded:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function()  # keeps the saved tensors alive, so that no address is used twice
-    del output
-    return sum(saved.values())
-
-
-def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """The most memory that `function()` allocates at once on a CUDA device, beyond what was allocated before."""
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    function()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
 @dataclass
 class Case:
     """One measured scenario: errors first, then times of the implementations whose answers are right.
@@ -235,6 +222,8 @@ class Case:
     wrong: dict[str, str] = field(default_factory=dict)
     timings: dict[str, Timing] = field(default_factory=dict)
     baseline: str | None = None
+    needed: dict[str, float] = field(default_factory=dict)  # nbytes, flops: what every implementation has to read and compute
+    limits: limits.Limits | None = None
 
     def check(self, name: str, actual: Tensor, expected: Tensor, *, bound: float) -> None:
         """Compare an implementation's answer with the expected one; above the bound it is not timed."""
@@ -254,6 +243,10 @@ class Case:
             return None
         return self.timings[name].min / self.timings[self.baseline].min
 
+    def shares(self, seconds: float) -> dict[str, float]:
+        """Rates of a run, and shares of the machine's limits (`tools.limits.share`); empty where these are not known."""
+        return limits.share(self.limits, seconds, **self.needed) if self.limits and self.needed else {}
+
     def as_dict(self) -> dict[str, Any]:
         implementations = {}
         for name in {**self.errors, **self.wrong, **self.timings}:
@@ -266,8 +259,9 @@ class Case:
                 "runs": len(timing.seconds) if timing else 0,
                 "ratio": self.ratio(name),
                 **self.figures.get(name, {}),
+                **(self.shares(timing.min) if timing else {}),
             }
-        optional = {"facts": self.facts, "refused": self.refused}
+        optional = {"facts": self.facts, "refused": self.refused, "needed": self.needed}
         more = {key: value for key, value in optional.items() if value}
         return {"id": self.id, "baseline": self.baseline, **more, "implementations": implementations}
 
@@ -282,7 +276,7 @@ class Case:
             ratio = "" if row["ratio"] is None else f"  {row['ratio']:6.3f}x"
             times = f"min {_readable(row['min_s'])}  median {_readable(row['median_s'])} of {row['runs']}"
             figures = "".join(f"  {key} {value:.4g}" for key, value in self.figures.get(name, {}).items())
-            yield f"  {name:<24} {times}{ratio}{error}{figures}{noise(row)}"
+            yield f"  {name:<24} {times}{ratio}{error}{limits.share_text(row)}{figures}{noise(row)}"
         for name, reason in self.refused.items():
             yield f"  {name:<24} not run: {reason}"
 
@@ -314,14 +308,38 @@ def warn_if_busy(cases: Iterable[Mapping[str, Any]]) -> bool:
 
 
 class Report:
-    """The cases of one benchmark, printed as they finish; `finish` writes JSON and plot and gives the exit status."""
+    """The cases of one benchmark, printed as they finish; `finish` writes JSON and plot and gives the exit status.
 
-    def __init__(self, name: str, *, device: str = "cpu", rounds: int = 9) -> None:
+    dtypes: those of the cases. The machine's limits in them are measured at the beginning and again at the end, and the best
+    counts; () measures none.
+    """
+
+    def __init__(self, name: str, *, device: str = "cpu", rounds: int = 9, dtypes: Sequence[torch.dtype] = ()) -> None:
         self.name, self.device, self.rounds = name, device, rounds
         self.cases: list[Case] = []
         self.extra: dict[str, Any] = {}  # further keys of the JSON file
         self.environment = environment()
         print(header(self.environment))
+        self._load, self._dtypes = OtherLoad(), dtypes
+        self.limits = limits.of_all(device, dtypes)
+        self._print_limits()
+
+    def _print_limits(self) -> None:
+        for name, row in self.limits.items():
+            print(f"{name} {limits.sentence(row)}", flush=True)
+
+    def limits_of(self, dtype: str) -> limits.Limits | None:
+        """The limits in a dtype (bf16, fp32, ...), None if they were not measured."""
+        return self.limits.get(dtype)
+
+    def close_limits(self) -> None:
+        """Measure the limits again: the machine may have been busy at the beginning."""
+        if self._dtypes:
+            again = limits.of_all(self.device, self._dtypes)
+            for name, row in self.limits.items():
+                row.update(limits.better(row, again[name]))
+            self._dtypes = ()
+            self._print_limits()
 
     @contextmanager
     def case(self, id: str) -> Iterator[Case]:
@@ -334,16 +352,33 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         cases = [case.as_dict() for case in self.cases]
-        return {"schema": SCHEMA, "benchmark": self.name, "environment": self.environment, "cases": cases, **self.extra}
+        head = {"schema": SCHEMA, "benchmark": self.name, "environment": self.environment}
+        measured = {"limits": self.limits} if self.limits else {}
+        return {**head, **measured, "cases": cases, **self.extra}
 
     def finish(self, options: argparse.Namespace) -> int:
         """Write the files that the options name; 1 if an implementation was wrong."""
+        self.close_limits()
+        self.extra["load"] = self._load.as_dict()
+        print(load_sentence(self.extra["load"]))
         warn_if_busy(self.as_dict()["cases"])
-        if options.json:
-            write_text(options.json, json.dumps(self.as_dict(), indent=1) + "\n")
+        write_report(options, self.as_dict())
         if options.plot:
             plot(self.as_dict(), options.plot)
         return int(any(case.wrong for case in self.cases))
+
+
+def write_report(options: argparse.Namespace, report: Mapping[str, Any]) -> None:
+    """The JSON file that --json or --profile names, with the name of the machine's profile."""
+    profile = getattr(options, "profile", None)
+    path = options.json
+    if path is None and profile:
+        path = RESULTS / profile / f"{getattr(options, 'result_name', report['benchmark'])}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path:
+        named = {"profile": profile} if profile else {}
+        write_text(path, json.dumps({**named, **report}, indent=1) + "\n")
+        print(f"written: {path}")
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "triton", "safetensors", "flash-linear-attention", "causal-conv1d", "flash-attn")
+RESULTS = Path(__file__).resolve().parents[1] / "results"  # a folder for each profile
+PACKAGES = ("torch", "transformers", "triton", "safetensors", "flash-linear-attention", "causal-conv1d", "flash-attn",
+            "zentorch")
 
 
 def environment() -> dict[str, object]:
@@ -58,3 +62,12 @@ def _memory_gib() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def profile_name(text: str) -> str:
+    """An argument's name of a machine's kind: processor family and instruction set, never the name of a host."""
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9_]+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no profile: lower-case words with hyphens, for example zen4-avx2")
+    if text == platform.node().lower():
+        raise argparse.ArgumentTypeError(f"{text!r} is the name of this host: name its processor, for example zen4-avx2")
+    return text

@@ -1,4 +1,4 @@
-"""Resident memory of a process; the files of a checkpoint, and the page cache's share of them. Linux only."""
+"""Memory of a process and of a function; the files of a checkpoint, and the page cache's share of them. Linux only."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 
@@ -97,3 +100,41 @@ class PeakSampler:
         self._stopped.set()
         self._thread.join()
         return max(self.anonymous, usage()["RssAnon"])
+
+
+def saved_bytes(function: Callable[[], object], besides: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward of `function()`: each storage once, without those of `besides` (weights)."""
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function()  # keeps the saved tensors alive, so that no address is used twice
+    del output
+    return sum(saved.values())
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int:
+    """The most memory that `function()` allocates at once on a CUDA device, beyond what was allocated before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def free_memory(device: str) -> float:
+    """Bytes."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return float(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

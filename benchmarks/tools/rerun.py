@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.tools.compare import read
 
-_WRITING = ("--json", "--plot", "--markdown", "--append")
+_WRITING = ("--json", "--plot", "--markdown", "--append", "--profile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,8 @@ from benchmarks.delta import plot as delta_plot
 from benchmarks.delta import targets
 from benchmarks.delta.scenarios import GATES, Scenario, Sizes, draw_gates
 from benchmarks.tools import numerics
-from benchmarks.tools.common import Case, Timing, saved_bytes
+from benchmarks.tools.common import Case, Timing
+from benchmarks.tools.memory import saved_bytes
 from qwen35moe import backends
 from qwen35moe.ops.cpu.delta_rule import gated_delta_rule_torch
 

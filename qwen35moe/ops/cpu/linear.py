@@ -40,7 +40,10 @@ def pick(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """The form that "auto" runs, without asking each one: a projection of one token takes few microseconds."""
     if torch.compiler.is_compiling():
         return None
-    if not weight.is_mkldnn:
+    if weight.is_mkldnn:
+        if x.dtype is not weight.dtype or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
+            return None
+    else:
         if not x.is_cpu or weight.numel() < products.SMALL or x.dtype is not weight.dtype:
             return "torch"
         if not products.plain(x, weight) or torch.is_autocast_enabled("cpu"):
@@ -65,14 +68,17 @@ def _run(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _unsupported(name: str, x: Tensor, weight: Tensor) -> str | None:
     if weight.is_mkldnn:
-        return None if name == "packed" else "the weight is packed"
-    if not products.plain(x, weight):
+        if name != "packed":
+            return "the weight is packed"
+        if not products.plain(x):
+            return "a tensor is a subclass, or a mode sees torch's operators"
+    elif not products.plain(x, weight):
         return "a tensor is a subclass, or a mode sees torch's operators"
     if x.dtype is not weight.dtype:
         return f"x is {x.dtype}, the weight {weight.dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is enabled"
-    return products.refusal(name, x.numel() // max(1, x.shape[-1]), weight)
+    return None if weight.is_mkldnn else products.refusal(name, x.numel() // max(1, x.shape[-1]), weight)
 
 
 def _slower(name: str, x: Tensor, weight: Tensor) -> str | None:

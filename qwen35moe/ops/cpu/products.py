@@ -6,7 +6,7 @@
     transposed   (W x^T)^T, for a few bfloat16 rows
     widened      half precision with the weight converted to float32, a block at a time: for processors without products in half
                  precision (AVX2), where torch's own are a quarter as fast as those in float32
-    packed       a weight in oneDNN's own layout (see `pack`), for a few rows
+    packed       a weight in oneDNN's own layout (see `packed_weight`), for a few rows
 
 The torch operators of oneDNN are made for torch's compiler and are not part of its public API.
 """
@@ -17,6 +17,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +48,14 @@ def torch_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
 
 
 def onednn_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """oneDNN's product, also of a packed weight."""
+    """oneDNN's product, also of a tensor in oneDNN's layout."""
     y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return y if out is None else out.copy_(y)
+
+
+def packed_product(x: Tensor, weight: Any, out: Tensor | None = None) -> Tensor:
+    """oneDNN's product of a PackedMatrix, or of a tensor in oneDNN's layout."""
+    return onednn_product(x, getattr(weight, "packed", weight), out)
 
 
 def gemv_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -84,7 +90,7 @@ def widened_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Ten
 
 FORMS: dict[str, Form] = {
     "torch": torch_product, "onednn": onednn_product, "gemv": gemv_product, "transposed": transposed_product,
-    "widened": widened_product, "packed": onednn_product,
+    "widened": widened_product, "packed": packed_product,
 }  # fmt: skip
 
 
@@ -196,8 +202,8 @@ def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
 def form_of(x: Tensor, weight: Tensor) -> Form:
     """The form that `product` runs; it depends on x's number of rows, on the weight's dtype, size and layout."""
-    if weight.is_mkldnn:
-        return onednn_product
+    if weight.is_mkldnn and plain(x):
+        return packed_product
     if not x.is_cpu or weight.dtype is torch.float64 or weight.numel() < SMALL or not plain(x, weight):
         return torch_product
     name = choice_of("linear")
