@@ -25,7 +25,7 @@ from qwen35moe.ops.cpu.products import Form, form_of, input_gradient, weight_gra
 from qwen35moe.ops.precision import wide_dtype
 
 _BLOCK = 256  # rows of several experts between two passes over a buffer: a few MB, which fit in cache
-_BACKWARD_BLOCK = 64  # the same in the backward, whose buffers add to the peak of memory: about 1 MB, which fit in L2
+_BACKWARD_BLOCK = 64  # the same in the backward, whose buffers add to the peak of memory: about 1 MB
 _PIECE = 1024  # rows of one expert at once: shorter pieces make slower products, longer ones touch more new memory
 _KEPT = 32 << 20  # bytes of all assignments' rows up to which they are kept and summed in one pass: 0.3 ms instead of
 #                   6 for 512 tokens, k = 8, D = 2048 (2 cores of Zen 4); above, new memory would cost more than that
