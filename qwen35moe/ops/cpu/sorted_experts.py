@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.cpu.products import form_of, input_gradient, product, weight_gradient
+from qwen35moe.ops.cpu.products import Form, form_of, input_gradient, weight_gradient
 from qwen35moe.ops.precision import wide_dtype
 
 _BLOCK = 256  # rows of several experts between two passes over a buffer: a few MB, which fit in cache
-_BACKWARD_BLOCK = 64  # the same in the backward, whose buffers add to the peak of memory: about 1 MB, which fit in L2
+_BACKWARD_BLOCK = 64  # the same in the backward, whose buffers add to the peak of memory: about 1 MB
 _PIECE = 1024  # rows of one expert at once: shorter pieces make slower products, longer ones touch more new memory
 _KEPT = 32 << 20  # bytes of all assignments' rows up to which they are kept and summed in one pass: 0.3 ms instead of
 #                   6 for 512 tokens, k = 8, D = 2048 (2 cores of Zen 4); above, new memory would cost more than that
@@ -52,7 +52,8 @@ class Block(NamedTuple):
     """Consecutive experts and their assignments."""
 
     assignments: slice  # in sorted order
-    parts: tuple[tuple[int, slice], ...]  # (expert, its rows within the block)
+    experts: list[int]
+    sizes: list[int]  # the number of rows of each of these experts
 
     @property
     def size(self) -> int:
@@ -79,15 +80,19 @@ def sort_assignments(
 def _blocks(pieces: Sequence[tuple[int, int]], block: int) -> Iterator[Block]:
     """pieces: (expert, number of rows), in order."""
     start = size = 0
-    parts: list[tuple[int, slice]] = []
+    parts: list[tuple[int, int]] = []
     for expert, count in pieces:
         if parts and size + count > block:
-            yield Block(slice(start, start + size), tuple(parts))
+            yield _block(start, size, parts)
             start, size, parts = start + size, 0, []
-        parts.append((expert, slice(size, size + count)))
+        parts.append((expert, count))
         size += count
     if parts:
-        yield Block(slice(start, start + size), tuple(parts))
+        yield _block(start, size, parts)
+
+
+def _block(start: int, size: int, parts: Sequence[tuple[int, int]]) -> Block:
+    return Block(slice(start, start + size), [expert for expert, _ in parts], [count for _, count in parts])
 
 
 def _one_token(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -124,22 +129,30 @@ def _forward(
     out = hidden.new_empty(assignments if one_pass else largest, width)
     total = None if one_pass else hidden.new_zeros(tokens, width, dtype=dtype)
     scaled = None if one_pass else hidden.new_empty(largest, width, dtype=dtype)
+    forms: tuple[dict[int, Form], dict[int, Form]] = {}, {}
     for block in blocks:
         size = block.size
         z = z_buffer[:size] if saved is None else z_buffer[block.assignments]
         y = out[block.assignments] if one_pass else out[:size]
         torch.index_select(hidden, 0, token[block.assignments], out=x[:size])
-        for expert, rows in block.parts:
-            product(x[rows], gate_up[expert], z[rows])
+        _multiply(block, x[:size], gate_up, z, forms[0])
         gate, up = z.chunk(2, dim=-1)
         torch.ops.aten.silu.out(gate, out=h[:size]).mul_(up)
-        for expert, rows in block.parts:
-            product(h[rows], down[expert], y[rows])
+        _multiply(block, h[:size], down, y, forms[1])
         if total is not None and scaled is not None:
             total.index_add_(0, token[block.assignments], scaled[:size].copy_(y).mul_(scales[block.assignments]))
     if total is not None:
         return total.to(hidden.dtype)
     return _sum_by_token(order, out, weights)
+
+
+def _multiply(block: Block, x: Tensor, weights: Tensor, out: Tensor, forms: dict[int, Form]) -> None:
+    """Write x W^T into `out` for the rows of each expert of a block; `forms` keeps the form of each number of rows."""
+    for expert, n, rows, result in zip(block.experts, block.sizes, x.split(block.sizes), out.split(block.sizes), strict=True):
+        weight, form = weights[expert], forms.get(n)
+        if form is None:
+            form = forms[n] = form_of(rows, weight)
+        form(rows, weight, result)
 
 
 def _sums_in_one_pass(hidden: Tensor, top_k: int) -> bool:
@@ -157,6 +170,28 @@ def _sum_by_token(order: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(positions, rows, mode="sum", per_sample_weights=weights)
 
 
+class _Inputs(NamedTuple):
+    """The values behind the gradients of a block; the last three are in sorted order."""
+
+    grad: Tensor
+    hidden: Tensor
+    gate_up: Tensor
+    down: Tensor
+    saved: Tensor  # z [N k, 2F]
+    token: Tensor  # [N k]
+    scales: Tensor  # [N k, 1]
+
+
+class _Gradients(NamedTuple):
+    """Memory for the results; None for one not needed. Rows of dx [N k, D] are summed at the end, or added to `total`."""
+
+    gate_up: Tensor | None
+    down: Tensor | None
+    scales: Tensor  # [N k]
+    dx: Tensor | None
+    total: Tensor | None  # [N, D], float32 at least
+
+
 def _backward(
     grad: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, saved: Tensor,
     needs_grad: Sequence[bool],
@@ -164,44 +199,54 @@ def _backward(
     """Gradients of hidden, gate_up, down and weights; an empty tensor for those whose `needs_grad` is False."""
     dtype, top_k, (width, inner) = wide_dtype(hidden), indices.shape[1], down.shape[1:]
     order, blocks = sort_assignments(indices, gate_up.shape[0], _BACKWARD_BLOCK)
-    token, scales = order // top_k, weights.reshape(-1)[order].to(dtype)[:, None]
     needs_hidden, needs_gate_up, needs_down, needs_weights = needs_grad
     d_gate_up, d_down = _empty_unless_needed((gate_up, down), needs_grad[1:3])
-    one_pass = needs_hidden and _sums_in_one_pass(hidden, top_k)
-    all_dx = hidden.new_empty(order.numel(), width) if one_pass else None  # of all assignments
-    total = hidden.new_zeros(hidden.shape if needs_hidden and not one_pass else 0, dtype=dtype)
-    d_scales = weights.new_zeros(order.numel(), dtype=dtype)
     _zero_unused((d_gate_up, d_down), blocks, gate_up.shape[0])
+    one_pass = _sums_in_one_pass(hidden, top_k)
+    inputs = _Inputs(grad, hidden, gate_up, down, saved, order // top_k, weights.reshape(-1)[order].to(dtype)[:, None])
+    results = _Gradients(
+        d_gate_up if needs_gate_up else None, d_down if needs_down else None, weights.new_zeros(order.numel(), dtype=dtype),
+        hidden.new_empty(order.numel(), width) if needs_hidden and one_pass else None,
+        hidden.new_zeros(hidden.shape, dtype=dtype) if needs_hidden and not one_pass else None,
+    )  # fmt: skip
     largest = max((block.size for block in blocks), default=0)
-    buffer = hidden.new_empty(largest, width)  # dy, then x, then dx
-    inner_buffer, dz = (hidden.new_empty(largest, n) for n in (inner, 2 * inner))  # b, then w h
+    buffers = [hidden.new_empty(largest, n) for n in (width, inner, 2 * inner)]
     for block in blocks:
-        size, tokens = block.size, token[block.assignments]
-        scale, z, d_scale = scales[block.assignments], saved[block.assignments], d_scales[block.assignments]
-        block_rows, h = buffer[:size], inner_buffer[:size]
-        pieces = [slice(n, min(n + _BACKWARD_BLOCK, size)) for n in range(0, size, _BACKWARD_BLOCK)]
-        torch.index_select(grad, 0, tokens, out=block_rows)
-        for expert, rows in block.parts:
-            input_gradient(block_rows[rows], down[expert], h[rows])
-        for n in pieces:
-            d_scale[n] = _swiglu_backward(z[n], h[n], scale[n], dz[n])
-        if needs_down:
-            for expert, rows in block.parts:
-                weight_gradient(block_rows[rows], h[rows], d_down[expert])
-        if needs_gate_up:
-            torch.index_select(hidden, 0, tokens, out=block_rows)
-            for expert, rows in block.parts:
-                weight_gradient(dz[rows], block_rows[rows], d_gate_up[expert])
-        if needs_hidden:
-            dx = block_rows if all_dx is None else all_dx[block.assignments]
-            for expert, rows in block.parts:
-                input_gradient(dz[rows], gate_up[expert], dx[rows])
-            for n in pieces if all_dx is None else ():
-                total.index_add_(0, tokens[n], dx[n].to(dtype))
-    del buffer, inner_buffer, dz  # before the result in the narrower dtype is allocated
-    d_weights = torch.empty_like(d_scales).scatter_(0, order, d_scales).view(indices.shape).to(weights.dtype)
-    d_hidden = total.to(hidden.dtype) if all_dx is None else _sum_by_token(order, all_dx, hidden.new_ones(indices.shape))
+        _block_backward(block, inputs, results, *(buffer[: block.size] for buffer in buffers))
+    del buffers  # before the gradient of hidden in its own dtype is allocated
+    d_hidden = hidden.new_empty(0) if results.total is None else results.total.to(hidden.dtype)
+    if results.dx is not None:
+        d_hidden = _sum_by_token(order, results.dx, hidden.new_ones(indices.shape))
+    d_weights = torch.empty_like(results.scales).scatter_(0, order, results.scales).view(indices.shape).to(weights.dtype)
     return d_hidden, d_gate_up, d_down, d_weights if needs_weights else weights.new_empty(0)
+
+
+def _block_backward(block: Block, inputs: _Inputs, results: _Gradients, rows: Tensor, h: Tensor, dz: Tensor) -> None:
+    """The gradients of a block in the buffers rows [n, D] (dy, then x, then dx), h [n, F] (b, then w h) and dz [n, 2F]."""
+    tokens, scales, z = (x[block.assignments] for x in (inputs.token, inputs.scales, inputs.saved))
+    pieces = [slice(n, min(n + _BACKWARD_BLOCK, block.size)) for n in range(0, block.size, _BACKWARD_BLOCK)]
+    by_expert, h_by_expert, dz_by_expert = (x.split(block.sizes) for x in (rows, h, dz))
+    torch.index_select(inputs.grad, 0, tokens, out=rows)
+    for expert, dy, b in zip(block.experts, by_expert, h_by_expert, strict=True):
+        input_gradient(dy, inputs.down[expert], b)
+    d_scales = results.scales[block.assignments]
+    for n in pieces:
+        d_scales[n] = _swiglu_backward(z[n], h[n], scales[n], dz[n])
+    if results.down is not None:
+        for expert, dy, wh in zip(block.experts, by_expert, h_by_expert, strict=True):
+            weight_gradient(dy, wh, results.down[expert])
+    if results.gate_up is not None:
+        torch.index_select(inputs.hidden, 0, tokens, out=rows)
+        for expert, x, d in zip(block.experts, by_expert, dz_by_expert, strict=True):
+            weight_gradient(d, x, results.gate_up[expert])
+    if results.dx is None and results.total is None:
+        return
+    dx = rows if results.dx is None else results.dx[block.assignments]
+    for expert, d, out in zip(block.experts, dz_by_expert, dx.split(block.sizes), strict=True):
+        input_gradient(d, inputs.gate_up[expert], out)
+    if results.total is not None:
+        for n in pieces:
+            results.total.index_add_(0, tokens[n], dx[n].to(results.total.dtype))
 
 
 def _empty_unless_needed(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
@@ -211,7 +256,7 @@ def _empty_unless_needed(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -
 
 def _zero_unused(grads: Sequence[Tensor], blocks: Sequence[Block], num_experts: int) -> None:
     """The gradients of experts that no token chose are zero; the others are written once, by their product."""
-    chosen = {expert for block in blocks for expert, _ in block.parts}
+    chosen = {expert for block in blocks for expert in block.experts}
     for grad in grads:
         if grad.numel():
             for expert in set(range(num_experts)) - chosen:
