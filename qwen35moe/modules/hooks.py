@@ -16,8 +16,9 @@ from torch.nn.modules import module as _module
 
 from qwen35moe import ops
 from qwen35moe.ops.cpu.packed_weight import PackedMatrix
-from qwen35moe.ops.cpu.products import SMALL
+from qwen35moe.ops.cpu.products import ROWS, SMALL
 
+FEW = ROWS[-1]  # rows with which a small projection calls its module
 _ORDINARY = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 # Hooks of every module of the process. The dicts are never rebound, so that this is one look at each.
 GLOBAL_PRE_HOOKS = _module._global_forward_pre_hooks
@@ -70,7 +71,8 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), with x in the dtype of its weight: `ops.linear`, unless something is attached to the module."""
     weight: Any = linear._parameters.get("weight")
     if weight is not None and weight.dtype is x.dtype:
-        if (not x.is_cpu or weight.numel() < SMALL) and ops.linear.is_ordinary(linear):
+        small = weight.numel() < SMALL and x.numel() <= FEW * weight.shape[-1]
+        if (small or not x.is_cpu) and ops.linear.is_ordinary(linear):
             return linear(x)
         if is_plain(linear, nn.Linear) and (type(weight) is nn.Parameter or type(weight) is PackedMatrix):
             return ops.linear(x, weight, linear.bias, caller=linear)

@@ -44,7 +44,7 @@ def pick(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
         if x.dtype is not weight.dtype or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
             return None
     else:
-        if not x.is_cpu or weight.numel() < products.SMALL or x.dtype is not weight.dtype:
+        if not x.is_cpu or x.dtype is not weight.dtype:
             return "torch"
         if not products.plain(x, weight) or torch.is_autocast_enabled("cpu"):
             return "torch"
@@ -94,7 +94,7 @@ _WITHOUT_GRADIENT = ("packed", "gemv")
 
 def _missing(name: str) -> str | None:
     """The reason why a form cannot be of use on this machine."""
-    if name != "widened" and not products.has_onednn():
+    if name not in ("split", "widened") and not products.has_onednn():
         return "this build of torch has no oneDNN"
     if name in ("gemv", "transposed") and not products.multiplies(torch.bfloat16):
         return "oneDNN has no bfloat16 products on this processor, so torch uses its own"
@@ -117,6 +117,6 @@ def _register(name: str) -> None:
     )(run)
 
 
-for _name in ("packed", "gemv", "transposed", "onednn", "widened"):
+for _name in ("packed", "gemv", "transposed", "onednn", "split", "widened"):
     _register(_name)
 linear.pick = pick
