@@ -1,4 +1,4 @@
-"""Fast paths for qwen35moe: own Triton kernels, and adapters to causal_conv1d, flash_attn, fla and sonic-moe.
+"""Fast paths for qwen35moe: own Triton kernels, and adapters to causal_conv1d, flash_attn, fla, sonic-moe, zentorch.
 
 This package never imports qwen35moe. `qwen35moe.backends` imports it on first use and passes its `register` to the modules
 below. Each implementation is registered with an `unsupported` function, which takes the arguments of the call and returns
@@ -18,7 +18,7 @@ __all__ = ["register"]
 # next to it.
 MODULES = (
     "convolution", "norm", "rotary", "router", "gated_norm", "step", "causal_conv1d", "flash_attn", "delta_rule", "fla",
-    "experts", "sonic_moe",
+    "experts", "sonic_moe", "zentorch",
 )  # fmt: skip
 
 

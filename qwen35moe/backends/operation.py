@@ -141,11 +141,12 @@ class Operation(Generic[Params, Result]):
         self.definition_name, self.composes = name, tuple(composes)
         self.entries: list[Implementation] = []
         self.candidates: tuple[Implementation, ...] = ()  # available on this machine
+        self.builtin = True  # whether all candidates are of this library in plain PyTorch
         self.replaced = False  # whether "auto" may run an implementation that others have registered
         self.replaced_parts: tuple[str, ...] = ()  # those of `composes` that are `replaced`
         self.last: Implementation | None = None  # of the last call, and those that were passed over for it
         self.refused: PassedOver = ()
-        self.pick: Callable[..., str | None] | None = None  # the name of what "auto" runs; None: go through the candidates
+        self.pick: Callable[..., str | None] | None = None  # what "auto" runs of built-in candidates; None: go through them
         self.check: Callable[[str, tuple, dict[str, Any]], None] | None = None  # of the arguments of a call without `caller`
         self.reasons: dict[str, str] = {}  # implementation -> why it was passed over last, for describe()
         fields = checked(definition, self.name, name, definition, None, None, ())
@@ -198,7 +199,7 @@ class Operation(Generic[Params, Result]):
                 return entry, ()
             if any(choice_of(other, caller) for other in self.composes):
                 return self.find(self.definition_name), ()
-        if self.pick is not None and not self.replaced and (name := self.pick(*args, **kwargs)) is not None:
+        if self.pick is not None and self.builtin and (name := self.pick(*args, **kwargs)) is not None:
             return self.named[name], ()
         refused: PassedOver = ()
         on_cpu = args[0].is_cpu
@@ -287,6 +288,7 @@ class Operation(Generic[Params, Result]):
         """Replace the list of implementations and the candidates."""
         self.entries = list(entries)
         self.candidates = tuple(entry for entry in self.entries if not entry.missing)
+        self.builtin = all(entry.builtin for entry in self.candidates)
         self.named = {entry.name: entry for entry in self.candidates}
         first = next((i for i, entry in enumerate(self.candidates) if not entry.conditional), len(self.candidates))
         self.replaced = any(not entry.own for entry in self.candidates[: first + 1])  # those behind it never run

@@ -2,7 +2,8 @@
 
 The error of a tensor a against the reference b is max|a-b| / max|b|. An implementation passes a case if the largest error of
 its outputs and of its gradients is within `BOUNDS` for the dtype, or within twice the error of the definition in that dtype,
-whichever is larger, and if it has left its arguments unchanged. It is called as the modules call it, with every keyword.
+whichever is larger, and if it has left the bits of its arguments unchanged: callers go on using their tensors. It is called as
+the modules call it, with every keyword.
 Integer outputs (the indices of the router) must be equal: cases of such operations have no ties.
 """
 
@@ -44,7 +45,7 @@ class Row:
     forward: float = 0.0
     backward: float = 0.0
     reason: str | None = None  # it did not run: why it does not support the case
-    failure: str | None = None  # it raised this error
+    failure: str | None = None  # it raised this error, or which arguments it changed
 
     @property
     def ok(self) -> bool:
@@ -150,19 +151,26 @@ def compare(
                 yield replace(row, reason=reason)
                 continue
             try:
-                names = [p.name for p in parameters]
-                result = _run(entry.fn, arguments, None, seed, backward=entry.differentiable, names=names)
+                result = _run(entry.fn, arguments, None, seed, entry.differentiable, names=[p.name for p in parameters])
                 forward, backward = _errors(result, reference)
+            except ChangedArguments as error:
+                yield replace(row, forward=float("inf"), failure=str(error))
             except Exception as error:  # reported as a row, so that the other implementations are compared too
                 yield replace(row, forward=float("inf"), failure=f"{type(error).__name__}: {error}")
-                continue
-            yield replace(row, forward=forward, backward=backward)
+            else:
+                yield replace(row, forward=forward, backward=backward)
+
+
+class ChangedArguments(Exception):
+    """An implementation has changed arguments that its caller goes on using."""
 
 
 def _copies(arguments: Arguments, dtype: torch.dtype | None, grad: bool = True) -> Arguments:
-    """Copies of the arguments as leaves; floats in `dtype` if not None."""
+    """Copies of the arguments as leaves, also of those in tuples and lists; floats in `dtype` if not None."""
 
     def copy(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return [copy(x) for x in value] if isinstance(value, list) else tuple(map(copy, value))
         if not isinstance(value, Tensor):
             return value
         if not value.is_floating_point():
@@ -190,13 +198,15 @@ def _run(
     names: Sequence[str] | None = None,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Outputs, and the gradients of every floating-point input for a fixed random gradient of the outputs, which is the same
-    for every implementation (None without a backward). With the parameters' `names`: ValueError if `fn` changes an argument."""
+    for every implementation (None without a backward). With the parameters' `names`: ChangedArguments if the forward or the
+    backward changes one."""
     args, kwargs = _copies(arguments, dtype, grad=backward)
-    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+    inputs = [x for x in _tensors((*args, *kwargs.values())) if x.is_floating_point()]
+    before = None if names is None else _named_bits((args, kwargs), names)
     with torch.set_grad_enabled(backward):
         outputs = list(_tensors(fn(*args, **kwargs)))
     if names is not None:
-        _check_unchanged(arguments, (args, kwargs), names)
+        _check_unchanged(before, _named_bits((args, kwargs), names))
     if not backward:
         return outputs, None
     generator = torch.Generator().manual_seed(seed + 1)
@@ -210,15 +220,31 @@ def _run(
     if not roots or not inputs:
         return outputs, []
     grads = torch.autograd.grad(roots, inputs, d_outputs, allow_unused=True)
+    if names is not None:
+        _check_unchanged(before, _named_bits((args, kwargs), names))
     return outputs, [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
-def _check_unchanged(before: Arguments, after: Arguments, names: Sequence[str]) -> None:
-    """ValueError if a tensor of `after` is not equal to that of `before`: the caller may go on using it."""
-    pairs = [*zip(names, before[0], after[0], strict=False), *((n, x, after[1][n]) for n, x in before[1].items())]
-    changed = [name for name, x, y in pairs if isinstance(x, Tensor) and not torch.equal(x, y)]
+def _named_bits(arguments: Arguments, names: Sequence[str]) -> dict[str, list[tuple[object, Tensor]]]:
+    """Argument -> the layout of each of its tensors, and a copy of its bits."""
+    args, kwargs = arguments
+    values = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {
+        name: [((x.dtype, x.shape, x.stride()), x.detach().reshape(-1).clone().view(torch.uint8)) for x in _tensors(value)]
+        for name, value in values.items()
+    }
+
+
+def _check_unchanged(before: Any, after: Any) -> None:
+    """ChangedArguments if a tensor has other bits or another shape: NaN equals the same NaN, and -0.0 differs from 0.0."""
+    changed = [
+        name for name in before
+        if len(before[name]) != len(after[name])
+        or any(a[0] != b[0] or not torch.equal(a[1], b[1]) for a, b in zip(before[name], after[name], strict=True))
+    ]
     if changed:
-        raise ValueError(f"it changed its argument {', '.join(changed)}; callers go on using their tensors: write to a copy")
+        names = ", ".join(changed)
+        raise ChangedArguments(f"it changed its argument {names}; callers go on using their tensors: write to a copy")
 
 
 def _errors(result: tuple, reference: tuple) -> tuple[float, float]:

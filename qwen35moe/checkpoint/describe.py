@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qwen35moe.config import Config
 from qwen35moe.modules.unfused import UnfusedExperts
+from qwen35moe.ops.cpu.packed_weight import PackedWeight
 
 from . import names
 from .dtypes import FLOATS
@@ -70,6 +71,8 @@ def _no_plain_numbers(name: str, tensor: Any) -> Iterator[Problem]:
     elif hasattr(tensor, "full_tensor"):
         how = "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
         yield Problem("sharded", name, f"it is a {type(tensor).__name__}: gather the weights ({how}) and pass state_dict=")
+    elif isinstance(tensor, PackedWeight):
+        return  # written from plain copies
     elif type(tensor) not in (Tensor, nn.Parameter):
         way = "save the model before it is quantised or wrapped, or pass state_dict= with plain tensors"
         yield Problem("no plain tensor", name, f"it is a {type(tensor).__name__}: {way}")

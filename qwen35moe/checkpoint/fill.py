@@ -43,7 +43,7 @@ def fill(
         round_to = dtype if policy == "transformers" and parameter.is_fp32 and own_dtype != dtype else None
         report.nbytes += parameter.tensor.numel() * own_dtype.itemsize
         reads: Sequence[Read] = plan.reads
-        may_map = device.type == "cpu" and weights == "map" and round_to is None
+        may_map = device.type == "cpu" and weights != "copy" and round_to is None
         value = None
         if may_map and all(_can_map(read, own_dtype) for read in reads):
             value, reads = _mapped(plan, own_dtype, files, stitcher)

@@ -59,6 +59,15 @@ def new_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     return view_of(pages, 0, shape, dtype)
 
 
+def forget(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that nothing reads again, though its mapping goes on. Pages of a file stay in the page
+    cache; pages that the tensor shares with others are left alone."""
+    page, begin, end = mmap.PAGESIZE, tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    begin, end = begin + -begin % page, end - end % page
+    if hasattr(mmap, "MADV_DONTNEED") and begin < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
 @contextmanager
 def opened(files: set[Path]) -> Iterator[dict[Path, int]]:
     """Descriptors for reading, by path; closed on exit."""

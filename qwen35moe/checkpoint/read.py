@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from qwen35moe.config import Config
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
+from qwen35moe.models.packed_weights import pack_weights
+from qwen35moe.ops.cpu.packed_weight import refusal
 
 from . import names
 from .assemble import Match, Plan, match
@@ -34,6 +36,7 @@ from .finite import not_finite
 from .folder import CONFIG, GENERATION_CONFIG, MAX_SETTINGS_BYTES, config_of
 from .headers import INDEX, SINGLE, Header, StoredTensor, read_headers, read_object
 from .hub import folder_of
+from .memory import forget
 from .parameters import ModelParameter, parameters_of, parts_in
 from .plausible import implausible
 from .problems import CheckpointError, Problem, check_choice
@@ -81,7 +84,8 @@ def load_model(
         list places whole layers on several devices, see `device_map.py`; every parameter is read straight to its own.
     config: used instead of config.json, for instance with another rope; always of the whole checkpoint.
     weights: "map" uses the files as memory on a CPU (copy on write, the files are never written), "copy" reads them into
-        new memory: for a disk that will be removed, or files that another program overwrites in place.
+        new memory: for a disk that will be removed, or files that another program overwrites in place. "packed" maps them and
+        then packs them one by one, as `model.pack_weights()` does: for inference on a CPU.
     dtype_policy: "transformers" rounds the parameters kept in fp32 through `dtype`, the precision that transformers keeps.
     layers: numbers of the layers to load; they keep their order, and `model.source_layers` has their numbers.
     experts: ids for all layers, or {layer: ids} with the same number of ids in every layer, at least num_experts_per_tok.
@@ -97,7 +101,7 @@ def load_model(
     number or part that the checkpoint or the class does not have. A warning names weights of an unlikely meaning
     (plausible.py).
     """
-    check_choice("weights", weights, ("map", "copy"))
+    check_choice("weights", weights, ("map", "copy", "packed"))
     check_choice("dtype_policy", dtype_policy, ("native", "transformers"))
     requested = checked_dtype(dtype, as_stored=("auto",))
     selection = Selection.of(layers, experts, parts)
@@ -134,14 +138,26 @@ def _load(
     if device_map is None or scales is None or problems:
         raise CheckpointError(f"{path} does not fit {cls.__name__}:", problems)
 
+    if weights == "packed":
+        _check_packable(chosen, device_map)
     report = LoadingReport(Path(path), chosen, len(header.files), left_out=matched.left_out)
     _note_dtype(config, chosen, requested, report)
     _note_names(header, report)
     fill(matched.plans, iter(scales), chosen, device_map, weights, policy, report)
     _finish(model, matched.plans, selection, device_map)
     _note_meaning(matched.plans, scales, device_map, report)
+    if weights == "packed":
+        report.notes.append(str(pack_weights(model, forget)))
     _attach(model, generation, report)
     return model
+
+
+def _check_packable(dtype: torch.dtype, device_map: DeviceMap) -> None:
+    """ValueError, before weights are read, where they could not be packed."""
+    other = next((device for device in (*device_map.layers, device_map.head) if device.type != "cpu"), None)
+    reason = refusal(dtype) if other is None else f"weights are packed on a CPU, and some of this model are on {other}"
+    if reason is not None:
+        raise ValueError(f'weights="packed": {reason}')
 
 
 def _wanted(selection: Selection, ignore: Sequence[str]) -> Callable[[str], bool] | None:

@@ -17,12 +17,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qwen35moe.config import Config
+from qwen35moe.ops.cpu.packed_weight import PackedWeight, plain
 
 from . import names
 from .blocks import SCALE
@@ -57,8 +59,9 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, value: Tensor, dtype: torch.dtype) -> Entry:
-        """The entry of a tensor in memory."""
-        return cls(name, tuple(value.shape), dtype, lambda: (value,))
+        """The entry of a tensor in memory; of a packed weight the plain numbers, a matrix at a time."""
+        pieces = value.pieces if isinstance(value, PackedWeight) else lambda: (value,)
+        return cls(name, tuple(value.shape), dtype, pieces)
 
     @property
     def numel(self) -> int:
@@ -181,9 +184,15 @@ def _entries(parameter: ModelParameter, layout: str, multimodal: bool) -> Iterat
         return
     module, projections = experts
     for expert, rows in enumerate(value):
-        for projection, part in zip(projections, rows.chunk(len(projections)), strict=True):
+        for number, projection in enumerate(projections):
             name = names.published(names.single_expert(module, expert, projection), multimodal=multimodal)
-            yield Entry.of(name, part, part.dtype)
+            shape = (len(rows) // len(projections), rows.shape[1])
+            yield Entry(name, shape, rows.dtype, partial(_part_of, rows, number, len(projections)))
+
+
+def _part_of(rows: Tensor, number: int, parts: int) -> tuple[Tensor]:
+    """One of so many equal parts of the rows."""
+    return (plain(rows).chunk(parts)[number],)
 
 
 def _stored_dtype(parameter: ModelParameter, value: Tensor) -> torch.dtype:

@@ -15,6 +15,14 @@ from qwen35moe.config import Config, ConfigError, GenerationConfig
 from qwen35moe.models.arguments import takes
 from qwen35moe.models.device_map import DeviceMap, Devices, plan_device_map
 from qwen35moe.models.generation_inputs import GenerateInputs, StreamInputs, keywords
+from qwen35moe.models.packed_weights import (
+    WeightPacking,
+    pack_weights,
+    packed_weights,
+    refuse_conversion,
+    refuse_packed,
+    unpack_weights,
+)
 from qwen35moe.models.pretrained import FromPretrained
 from qwen35moe.modules.initialise import Draws, Initialised, draw_module, resets_itself
 from qwen35moe.modules.moe import Experts, SparseMoeBlock
@@ -86,6 +94,7 @@ class PretrainedModel(FromPretrained, Initialised):
         The devices run one after the other in one process, without torchrun: for models that do not fit one device. See
         `qwen35moe.models.device_map`. `model.to(device)` moves everything to one device again.
         """
+        refuse_packed(self, "place()")
         device_map = plan_device_map(self, devices)
         for name, module in self.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
@@ -105,6 +114,7 @@ class PretrainedModel(FromPretrained, Initialised):
                     module.__dict__["hf_device_map"] = device_map.by_module(module)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        refuse_conversion(self, fn)
         super()._apply(fn, recurse)
         if self.device_map is not None and len({p.device for p in self.parameters()}) == 1:
             self.set_device_map(None)  # .to(device) has moved all layers to one device
@@ -121,6 +131,7 @@ class PretrainedModel(FromPretrained, Initialised):
         """Makes every expert an MLP of three nn.Linear, `mlp.experts.7.gate_proj` and so on, whose weights are views of the
         grouped parameters; the forward calls them. Create optimizers and adapters afterwards. See
         `qwen35moe.modules.unfused`."""
+        refuse_packed(self, "unfuse_experts()")
         for block in self.modules():
             if isinstance(block, SparseMoeBlock) and isinstance(block.experts, Experts):
                 block.experts = UnfusedExperts(block.experts)
@@ -133,6 +144,32 @@ class PretrainedModel(FromPretrained, Initialised):
             if isinstance(block, SparseMoeBlock) and isinstance(block.experts, UnfusedExperts):
                 block.experts = block.experts.fuse()
         self.name_parts()
+
+    def pack_weights(self) -> WeightPacking:
+        """Packs every nn.Linear and all experts for products of a few rows on a CPU, for inference, in place; returns what it
+        did.
+
+        One weight after the other: its plain memory is released once it is packed. Weights that cannot be packed or would gain
+        nothing stay plain, and the result counts them: small ones, those of subclasses of nn.Linear, a head that shares the
+        embedding, unfused experts. Saving and `state_dict` give plain weights. `.to()` to another dtype or device,
+        `load_state_dict`, `unfuse_experts`, a backward, torch.compile and torch.export raise ValueError: `unpack_weights`
+        first. Optimizers keep plain copies alive: create them afterwards.
+
+        ValueError, before anything is packed: oneDNN cannot pack the dtype on this processor, or a weight has a gradient.
+        """
+        return pack_weights(self)
+
+    def unpack_weights(self) -> WeightPacking:
+        """Reverts `pack_weights`, weight by weight: the same bits, in new parameters. Does nothing to plain weights."""
+        return unpack_weights(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        refuse_packed(self, "load_state_dict()")
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def extra_repr(self) -> str:
+        packed = packed_weights(self)
+        return f"packed weights: {len(packed)}" if packed else super().extra_repr()
 
     def name_parts(self) -> None:
         """Stores in each module its path, by which `backends.ran()` names layers."""

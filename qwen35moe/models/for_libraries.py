@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qwen35moe.backends.values import unbatched, values_known
 from qwen35moe.compat import short
 from qwen35moe.config import Config
+from qwen35moe.models.packed_weights import refuse_packed
 from qwen35moe.models.trainer import save_whole_checkpoints
 from qwen35moe.modules.decoder import DecoderLayer
 from qwen35moe.modules.hooks import device_of
@@ -215,6 +216,7 @@ class ForLibraries(nn.Module):
         embedding = self.get_input_embeddings()
         if new_num_tokens is None and pad_to_multiple_of is None:
             return embedding
+        refuse_packed(self, "resize_token_embeddings()")
         rows = embedding.weight.shape[0] if new_num_tokens is None else new_num_tokens
         for name, value in (("new_num_tokens", rows), ("pad_to_multiple_of", pad_to_multiple_of or 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -58,8 +58,8 @@ class FromPretrained(ForLibraries):
         config: used instead of config.json: any kind of configuration that `Config.of` reads.
         layers, experts, parts: of the checkpoint only these, by the checkpoint's numbers.
         ignore: patterns of tensors that are left out, as ["score.*"]. check: whether weights are searched for NaN and infinity.
-        weights: "map" uses the files as memory on a CPU, "copy" reads them. dtype_policy: "transformers" rounds the parameters
-            kept in fp32 through `dtype`, as transformers does.
+        weights: "map" uses the files as memory on a CPU, "copy" reads them, "packed" packs them as `pack_weights` does.
+        dtype_policy: "transformers" rounds the parameters kept in fp32 through `dtype`, as transformers does.
         keywords: those of transformers' from_pretrained (docs/guide/from_transformers.md), and fields of the configuration.
 
         CheckpointError lists what is missing, unexpected, of a wrong shape or damaged. ValueError or TypeError: an argument.

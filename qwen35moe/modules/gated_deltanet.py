@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qwen35moe import ops
+from qwen35moe import backends, ops
 from qwen35moe.cache import DeltaNetState, DeltaNetUpdate, LayerState
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.cache.rollback import Segment
@@ -27,6 +27,9 @@ from qwen35moe.taps import patched, tap, tapped
 
 # The methods that a fused decode step replaces.
 _FUSED = ("_heads", "gates", "_gates", "delta_rule")
+_INNER = ("conv", "query", "key", "value", "decay", "beta", "core", "state", "scores")  # tapped values, one of each per forward
+_BLOCK = 1 << 22  # numbers of the convolution's output that are computed at once: 16 MB in float32
+_ALIGNED = 32  # tokens: a block starts where a chunk of the delta rule does
 
 
 @fusible
@@ -99,7 +102,7 @@ class GatedDeltaNet(FP32Parameters):
         a, b = project(self.in_proj_a, x), project(self.in_proj_b, x)
         qkv, gate = tap(self, "qkv", qkv), tap(self, "gate", z.unflatten(-1, (self.heads, self.value_width)))
         weights = None
-        step = self.decode_step(qkv, gate, a, b, context, state)
+        step = self.decode_step(qkv, gate, a, b, context, state) or self._in_blocks(qkv, gate, a, b, context, state)
         if step is not None:
             normed, after = step
         else:
@@ -152,6 +155,40 @@ class GatedDeltaNet(FP32Parameters):
             return None
         normed, conv_state, recurrent_state = result
         return normed[:, None], DeltaNetUpdate(conv_state, self._tapped_state(recurrent_state))
+
+    def _in_blocks(
+        self, qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, context: LayerContext, state: DeltaNetState | None
+    ) -> tuple[Tensor, DeltaNetUpdate] | None:
+        """The normed output [B, T, H, V] and the state after many tokens on a CPU, a block of tokens at a time from the
+        convolution to the norm, each from the state after the one before; None where `forward` computes all tokens at once.
+
+        The values in between then lie in memory that is used again. For more than 32 MB the allocator maps new pages at every
+        call, whose first use costs as much as the convolution.
+        """
+        layout = context.layout
+        size = max(_ALIGNED, _BLOCK // (layout.rows * qkv.shape[-1]) // _ALIGNED * _ALIGNED)
+        if layout.tokens <= size or not qkv.is_cpu or layout.lengths is not None or layout.cu_seqlens is not None:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or context.record or context.attentions:
+            return None
+        if tapped(self, _INNER) or not keeps(self, GatedDeltaNet, _FUSED):
+            return None
+        if not is_plain(self.conv1d, ShortConvolution) or not is_plain(self.norm, GatedRMSNorm):
+            return None
+        if not backends.is_builtin("short_convolution", "gated_delta_rule", "gated_rms_norm", caller=self):
+            return None  # an implementation of others may take no state, or counts its calls
+        decay, beta = self.gates(a, b)
+        conv_state, recurrent_state = (None, None) if state is None else state.read()
+        normed = qkv.new_empty(gate.shape)
+        for start in range(0, layout.tokens, size):
+            block = slice(start, start + size)
+            mixed, conv_state = self.conv1d(qkv[:, block], conv_state, None, None)
+            core, recurrent_state = self.delta_rule(
+                *self._heads(mixed), decay[:, block], beta[:, block], recurrent_state, None
+            )
+            normed[:, block] = self.norm(core, gate[:, block])
+        assert conv_state is not None and recurrent_state is not None
+        return normed, DeltaNetUpdate(conv_state, recurrent_state)
 
     def delta_rule(
         self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from qwen35moe import ops
+from qwen35moe.ops.cpu.packed_weight import PackedMatrix
 from qwen35moe.ops.cpu.products import SMALL
 
 _ORDINARY = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -71,7 +72,7 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     if weight is not None and weight.dtype is x.dtype:
         if (not x.is_cpu or weight.numel() < SMALL) and ops.linear.is_ordinary(linear):
             return linear(x)
-        if is_plain(linear, nn.Linear) and type(weight) is nn.Parameter:
+        if is_plain(linear, nn.Linear) and (type(weight) is nn.Parameter or type(weight) is PackedMatrix):
             return ops.linear(x, weight, linear.bias, caller=linear)
         return linear(x)
     if weight is None:

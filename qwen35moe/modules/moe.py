@@ -18,6 +18,7 @@ from qwen35moe import ops
 from qwen35moe.config import TextConfig
 from qwen35moe.modules.hooks import GLOBAL_PRE_HOOKS, in_dtype_of, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise
+from qwen35moe.ops.cpu.packed_weight import PackedExperts
 from qwen35moe.ops.experts import Tap, router_choice
 from qwen35moe.routing import ForcedRouting, RouterOutput
 from qwen35moe.taps import patched, tap, tapped
@@ -81,7 +82,10 @@ class Router(Initialised):
 
 
 class Experts(Initialised):
-    """All experts of a layer: gate_up_proj [E, 2F, D] (gate rows first), down_proj [E, D, F]. See `ops.experts`."""
+    """All experts of a layer: gate_up_proj [E, 2F, D] (gate rows first), down_proj [E, D, F]. See `ops.experts`.
+
+    `model.pack_weights()` makes both a PackedExperts: a tensor of this shape that holds one packed matrix for each expert.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -104,7 +108,8 @@ class Experts(Initialised):
 
     def extra_repr(self) -> str:
         experts, width, inner = self.down_proj.shape
-        return f"num_experts={experts}, hidden_size={width}, intermediate_size={inner}"
+        packed = ", packed" if isinstance(self.down_proj, PackedExperts) else ""
+        return f"num_experts={experts}, hidden_size={width}, intermediate_size={inner}{packed}"
 
 
 class RouteLater:

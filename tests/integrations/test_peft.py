@@ -386,3 +386,32 @@ def test_generation_sees_the_virtual_tokens(name: str) -> None:
         model.generate(input_ids=expected, max_new_tokens=5, cache=cache)
     plain = model.get_base_model().generate(tokens(), max_new_tokens=5)  # peft has put our method back
     assert torch.equal(plain, tiny(eos_token_id=None).generate(tokens(), max_new_tokens=5))
+
+
+@pytest.mark.parametrize("pack_first", [True, False])
+def test_adapters_on_packed_weights(pack_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward is that of the plain model; training and merging are refused until the weights are unpacked."""
+    monkeypatch.setattr("qwen35moe.models.packed_weights.SMALL", 200)
+    targets: dict[str, Any] = {"target_modules": ["q_proj", "out_proj"], "target_parameters": EXPERTS[:1]}
+    settings = peft.LoraConfig(r=3, **targets, init_lora_weights=False)
+    models = []
+    for packed in (False, True):
+        model = tiny("experts")
+        if packed and pack_first:
+            model.pack_weights()
+        torch.manual_seed(0)
+        models.append(peft.get_peft_model(model, settings).eval())
+        if packed and not pack_first:
+            assert models[1].base_model.model.pack_weights().weights > 5
+    ids = tokens(2, 9)
+    plain, adapted = models
+    with torch.no_grad():
+        assert_close(adapted(input_ids=ids).logits, plain(input_ids=ids).logits, 1e-5)
+    with pytest.raises(ValueError, match="no gradient through packed weights"):
+        adapted(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(ValueError, match=r"unpack_weights\(\)"):
+        adapted.merge_and_unload()
+    if not pack_first:
+        adapted.base_model.model.unpack_weights()
+        with torch.no_grad():
+            assert_close(adapted.merge_and_unload()(input_ids=ids).logits, plain(input_ids=ids).logits, 1e-5)

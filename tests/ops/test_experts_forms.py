@@ -107,7 +107,7 @@ def test_500_random_cases_agree_with_the_loop_in_float64() -> None:
 def test_block_sizes_do_not_change_the_sorted_form(block: int, piece: int, kept: int) -> None:
     values = draw("random", 3, torch.float64)
     expected = output_and_gradients(loop_experts, values)
-    sizes = dict(_BLOCK=block, _PIECE=piece, _KEPT=kept)
+    sizes = dict(_BLOCK=block, _BACKWARD_BLOCK=piece, _PIECE=piece, _KEPT=kept)
     with mock.patch.multiple(sorted_module, **sizes), torch.no_grad():
         assert_close(sorted_experts(*values), expected[0], 1e-13)
     with mock.patch.multiple(sorted_module, **sizes):

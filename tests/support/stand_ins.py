@@ -1,18 +1,20 @@
-"""Stand-ins for packages that need a GPU: their signatures and checks, with plain PyTorch inside.
+"""Stand-ins for packages that need a GPU or another processor: their signatures and checks, with plain PyTorch inside.
 
-A stand-in raises where the package's source raises or its kernels would fail (causal_conv1d 1.7 and 1.6, flash-attn 2.8;
-docs/reference/adapters.md names the lines), with the same class of error; it changes the same arguments in place, returns the
-same dtypes and layouts, checks the gradient that its backward receives, and has no other arguments. A function of the package
-without a backward returns a tensor without one. It does not show the package's own arithmetic.
+A stand-in raises where the package's source raises or its kernels would fail (causal_conv1d 1.7 and 1.6, flash-attn 2.8,
+zentorch 2.13; docs/reference/adapters.md names the lines), with the same class of error; it changes the same arguments in
+place, returns the same dtypes and layouts, checks the gradient that its backward receives, and has no other arguments. A
+function of the package without a backward returns a tensor without one. It does not show the package's own arithmetic.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -250,6 +252,94 @@ def flash_attn_with_kvcache(
         _softmax_attention(q[i], k_cache[i, :end], v_cache[i, :end], softmax_scale, causal, 0.0) for i, end in enumerate(ends)
     ]
     return torch.stack(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------- zentorch
+
+
+class Zentorch:
+    """The operator of zentorch 2.13 and what it does with weights, by ZENDNNL_MATMUL_WEIGHT_CACHE at its first call.
+
+    2 or unset: it overwrites an expert's weights with its own layout, once, and reads that from then on. 1: it keeps a copy in
+    that layout, which it finds by the address of the weights and uses even if they have changed. 0: it copies at every call.
+    """
+
+    def __init__(self, mode: int | None = None) -> None:
+        self.mode = mode  # None: by the environment
+        self.reordered: set[int] = set()
+        self.copies: dict[int, Tensor] = {}
+        self.calls: list[tuple[Tensor, ...]] = []
+        self.running = False
+
+    def zentorch_fused_moe(
+        self, output: Tensor, input: Tensor, w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | None,
+        topk_weights: Tensor, topk_id: Tensor, skip_weighted: bool, act: str,
+    ) -> None:  # fmt: skip
+        """output and input [T, H], w13 [E, 2I, H], w2 [E, H, I], topk_weights and topk_id [T, K]."""
+        if self.mode is None:
+            self.mode = int(os.environ.get("ZENDNNL_MATMUL_WEIGHT_CACHE", "2"))
+        require(not self.running, "one scratch buffer: not for several threads")
+        require(w13_bias is None and w2_bias is None and not skip_weighted and act == "silu", "not in this stand-in")
+        require(input.dtype in (torch.float32, torch.bfloat16), "input[0] must be float32 or bfloat16")
+        require(input.dtype == output.dtype == w13.dtype == w2.dtype, "one dtype")
+        require(topk_weights.dtype == torch.float32, "expected scalar type Float")
+        require(topk_id.dtype == torch.int32, "expected scalar type Int")
+        require(all(x.is_contiguous() for x in (output, input, w13, w2, topk_weights, topk_id)), "wrong silently: strides")
+        require(bool((output == 0).all()), "zero-initialized")
+        require(0 <= int(topk_id.min()) and int(topk_id.max()) < len(w13), "wrong silently: indices")
+        require(len(topk_id.unique()) > 1, "only 1 expert(s) received tokens")
+        self.running = True
+        self.calls.append((output, input, w13, w2, topk_weights, topk_id))
+        experts = len(w13)
+        gate_up, down = (torch.stack([self._plain(w[e]) for e in range(experts)]).float() for w in (w13, w2))
+        gate, up = torch.einsum("th,eih->tei", input.float(), gate_up).chunk(2, dim=-1)
+        rows = torch.einsum("tei,ehi->teh", (F.silu(gate) * up).to(input.dtype).float(), down).to(input.dtype).float()
+        mixed = rows.new_zeros(len(input), experts).scatter_add(1, topk_id.long(), topk_weights)
+        output.add_(torch.einsum("te,teh->th", mixed, rows).to(output.dtype))
+        self.running = False
+
+    def _plain(self, weight: Tensor) -> Tensor:
+        address = weight.data_ptr()
+        if self.mode == 0:
+            return weight
+        if self.mode == 1:
+            return self.copies.setdefault(address, weight.clone())
+        if address not in self.reordered:
+            self.reordered.add(address)
+            weight.copy_(weight.clone().T.reshape(weight.shape))
+        return weight.reshape(weight.shape[::-1]).T
+
+
+@contextmanager
+def zentorch_installed(folder: Path, stand_in: Zentorch, version: str = "2.13.0.2", name: str = "zentorch") -> Iterator[None]:
+    """The stand-in as an installed package in an empty folder, and the adapter as after the start of Python."""
+    from qwen35moe.backends.operation import TABLE
+    from qwen35moe_kernels import zentorch as adapter
+
+    (folder / "zentorch.py").touch()
+    known, before = importlib.metadata.version, backends.implementations("experts")
+
+    def installed_version(query: str) -> str:
+        if query not in ("zentorch", "zentorch-weekly"):
+            return known(query)
+        if query != name:
+            raise importlib.metadata.PackageNotFoundError(query)
+        return version
+
+    with ExitStack() as stack:
+        for owner, attribute, value in (
+            (importlib.metadata, "version", installed_version), (torch.ops, "zentorch", stand_in),
+            (torch, "__version__", "2.13.1+cpu"), (adapter, "_package", None), (adapter, "_read", {}), (adapter, "_tried", {}),
+            (adapter, "_compared", set()), (adapter, "_AVX512", True),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(owner, attribute, value))
+        stack.enter_context(mock.patch.object(sys, "path", [str(folder), *sys.path]))
+        stack.enter_context(mock.patch.dict(os.environ))
+        stack.enter_context(mock.patch.dict(sys.modules))
+        importlib.invalidate_caches()
+        stack.callback(TABLE["experts"].assign, before)
+        _register_again(adapter, "zentorch", ("experts",))
+        yield
 
 
 # -------------------------------------------------------------------------------------------------------------- installing

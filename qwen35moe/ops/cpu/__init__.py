@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from . import (  # noqa: F401  each registers implementations
     attention,
+    attention_blocks,
     convolution,
     decode_step,
     delta_rule,

@@ -97,8 +97,10 @@ class _Convolution(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         work, out = _Sums(x, weight), torch.empty_like(x, memory_format=torch.contiguous_format)
         for start, end in work.blocks():
-            total = work.sums(x, before, start, end)
-            out[:, start:end] = F.silu(total, inplace=True)
+            if out.dtype == work.columns.dtype:
+                F.silu(work.sums(x, before, start, end, out[:, start:end])[0], inplace=True)
+            else:
+                out[:, start:end] = F.silu(work.sums(x, before, start, end)[0], inplace=True)
         return out
 
     @staticmethod
@@ -113,12 +115,13 @@ class _Convolution(torch.autograd.Function):
         for start, end in reversed(list(work.blocks())):
             size = end - start
             d_y = grads[0][:, start:end].to(work.columns.dtype)
-            d_sums = torch.ops.aten.silu_backward(d_y, work.sums(x, before, start, end))
+            total, inputs = work.sums(x, before, start, end)
+            d_sums = torch.ops.aten.silu_backward(d_y, total)
             d_inputs[:, size : size + past] = d_inputs[:, :past].clone()  # gradients from the next block
             d_inputs[:, :size] = 0
             for w in range(past + 1):
                 d_inputs[:, w : w + size].addcmul_(d_sums, work.columns[w])
-                d_columns[w] += torch.mul(d_sums, work.inputs[:, w : w + size], out=work.total[:, :size]).sum((0, 1))
+                d_columns[w] += torch.mul(d_sums, inputs[:, w : w + size], out=total).sum((0, 1))
             d_x[:, start:end] = d_inputs[:, past : past + size]
         return d_x, d_columns.T.to(weight.dtype), d_inputs[:, :past].to(before.dtype)
 
@@ -137,15 +140,22 @@ class _Sums:
     def blocks(self) -> Iterator[tuple[int, int]]:
         return ((start, min(start + self.step, self.tokens)) for start in range(0, self.tokens, self.step))
 
-    def sums(self, x: Tensor, before: Tensor, start: int, end: int) -> Tensor:
-        """s_t for t = start ... end - 1; fills `inputs`."""
-        size, from_x = end - start, min(start, self.past)  # of the W - 1 inputs before the block, those that are in x
-        self.inputs[:, : self.past - from_x] = before[:, start:]
-        self.inputs[:, self.past - from_x : self.past + size] = x[:, start - from_x : end]
-        total = torch.mul(self.inputs[:, :size], self.columns[0], out=self.total[:, :size])
+    def sums(
+        self, x: Tensor, before: Tensor, start: int, end: int, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """s_t for t = start ... end - 1, in `out` or else in memory of this object, and the inputs: a view of x where x has
+        them all in the dtype of the sums."""
+        size = end - start
+        if start >= self.past and x.dtype == self.columns.dtype:
+            inputs = x[:, start - self.past : end]
+        else:
+            inputs, from_x = self.inputs[:, : self.past + size], min(start, self.past)  # from x, of the W - 1 before the block
+            inputs[:, : self.past - from_x] = before[:, start:]
+            inputs[:, self.past - from_x :] = x[:, start - from_x : end]
+        total = torch.mul(inputs[:, :size], self.columns[0], out=self.total[:, :size] if out is None else out)
         for w in range(1, self.past + 1):
-            total.addcmul_(self.inputs[:, w : w + size], self.columns[w])
-        return total
+            total.addcmul_(inputs[:, w : w + size], self.columns[w])
+        return total, inputs
 
 
 def _last_inputs(before: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:

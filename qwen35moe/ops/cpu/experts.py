@@ -25,7 +25,29 @@ def _gathering_is_slower(
     return None if copied <= _COPIED else f"it would copy {copied} bytes of weights, the limit is {_COPIED}"
 
 
-@experts.implementation("gathered", unsupported_tap, before="tapped", slower=_gathering_is_slower)
+PACKED = "the experts are packed"
+
+
+def _packed(gate_up: Tensor, down: Tensor) -> bool:
+    """An adapter on one of the two makes it plain, as a sum."""
+    return gate_up.is_mkldnn or down.is_mkldnn
+
+
+def _unsupported(*args: Tensor, tap: Tap | None = None) -> str | None:
+    """The reason why a form that reads the experts as one plain tensor, without a tap, cannot run."""
+    return PACKED if _packed(args[1], args[2]) else unsupported_tap(tap=tap)
+
+
+def _cannot_sort(*args: Tensor, tap: Tap | None = None) -> str | None:
+    if _packed(args[1], args[2]):
+        if torch.is_autocast_enabled("cpu"):
+            return f"{PACKED}, and autocast is enabled"
+        if torch.is_grad_enabled() and any(x.requires_grad for x in args):
+            return f"{PACKED}, which has no backward, and an input requires a gradient"
+    return unsupported_tap(tap=tap)
+
+
+@experts.implementation("gathered", _unsupported, before="tapped", slower=_gathering_is_slower)
 def gathered_experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Tap | None = None
 ) -> Tensor:
@@ -46,6 +68,8 @@ def _cannot_group(
 ) -> str | None:
     if tap is not None:
         return NOT_MATERIALISED
+    if _packed(gate_up, down):
+        return PACKED
     if hidden.dtype not in (torch.float32, torch.bfloat16):
         return f"grouped_mm supports float32 and bfloat16, hidden is {hidden.dtype}"
     if torch.compiler.is_compiling() and hidden.dtype != torch.bfloat16:
@@ -79,4 +103,4 @@ def grouped_experts(
     return (by_choice.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(hidden.dtype)
 
 
-experts.implementation("sorted", unsupported_tap, before="tapped", transforms=(), double_backward=False)(sorted_experts)
+experts.implementation("sorted", _cannot_sort, before="tapped", transforms=(), double_backward=False)(sorted_experts)

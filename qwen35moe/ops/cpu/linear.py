@@ -17,7 +17,7 @@ from qwen35moe.ops.linear import linear
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T by a form; the backward has torch's own products: dx = dy W, dW = dy^T x."""
+    """y = x W^T by a form; dx = dy W, dW = dy^T x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, form: products.Form) -> Tensor:
@@ -32,14 +32,18 @@ class _Linear(torch.autograd.Function):
         if grad is None:
             return None, None, None
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        return grad @ weight if needs_x else None, grad.t() @ x if needs_weight else None, None
+        dx = products.input_gradient(grad, weight) if needs_x else None
+        return dx, products.weight_gradient(grad, x) if needs_weight else None, None
 
 
 def pick(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """The form that "auto" runs, without asking each one: a projection of one token takes few microseconds."""
     if torch.compiler.is_compiling():
         return None
-    if not weight.is_mkldnn:
+    if weight.is_mkldnn:
+        if x.dtype is not weight.dtype or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
+            return None
+    else:
         if not x.is_cpu or weight.numel() < products.SMALL or x.dtype is not weight.dtype:
             return "torch"
         if not products.plain(x, weight) or torch.is_autocast_enabled("cpu"):
@@ -64,14 +68,17 @@ def _run(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _unsupported(name: str, x: Tensor, weight: Tensor) -> str | None:
     if weight.is_mkldnn:
-        return None if name == "packed" else "the weight is packed"
-    if not products.plain(x, weight):
+        if name != "packed":
+            return "the weight is packed"
+        if not products.plain(x):
+            return "a tensor is a subclass, or a mode sees torch's operators"
+    elif not products.plain(x, weight):
         return "a tensor is a subclass, or a mode sees torch's operators"
     if x.dtype is not weight.dtype:
         return f"x is {x.dtype}, the weight {weight.dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is enabled"
-    return products.refusal(name, x.numel() // max(1, x.shape[-1]), weight)
+    return None if weight.is_mkldnn else products.refusal(name, x.numel() // max(1, x.shape[-1]), weight)
 
 
 def _slower(name: str, x: Tensor, weight: Tensor) -> str | None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.cpu.products import product
+from qwen35moe.ops.cpu.products import input_gradient, product, weight_gradient
 from qwen35moe.ops.losses import IGNORE, counting_rows, linear_cross_entropy
 from qwen35moe.ops.precision import wide_dtype, without_autocast
 
@@ -77,9 +77,9 @@ def _backward(
         d_logits = torch.ops.aten._log_softmax_backward_data(d_log, log_probabilities, 1, log_probabilities.dtype)
         d_logits = d_logits.to(hidden.dtype)
         if needs_hidden:
-            torch.mm(d_logits, weight, out=d_hidden[rows])
+            input_gradient(d_logits, weight, d_hidden[rows])
         if d_weight is not None:
-            d_weight += d_logits.t() @ x
+            d_weight += weight_gradient(d_logits, x)
     return d_hidden, hidden.new_empty(0) if d_weight is None else d_weight.to(weight.dtype)
 
 

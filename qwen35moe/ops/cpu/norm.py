@@ -26,9 +26,13 @@ def rms_norm_cpu(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     dtype = wide_dtype(x)
     factor = 1.0 + weight.to(dtype)
     if x.numel() <= _BLOCK:
-        wide = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        return normalise_(wide, eps).mul_(factor).to(x.dtype)
-    return _by_blocks(lambda rows: normalise_(rows, eps).mul_(factor), x)
+        wide = x.to(dtype)
+        return (wide * _scale(wide, eps)).mul_(factor).to(x.dtype)
+
+    def norm(rows: Tensor, out: Tensor) -> None:
+        torch.mul(rows, _scale(rows, eps), out=out).mul_(factor)
+
+    return _by_blocks(norm, x)
 
 
 @gated_rms_norm.implementation("cpu", device="cpu", compiles=False, transforms=(), double_backward=False)
@@ -51,8 +55,8 @@ class _GatedRMSNorm(torch.autograd.Function):
         ctx.eps = eps
         factor = weight.to(wide_dtype(x, gate))
 
-        def norm(rows: Tensor, gates: Tensor) -> Tensor:
-            return normalise_(rows, eps).mul_(factor).mul_(F.silu(gates, inplace=True))
+        def norm(rows: Tensor, gates: Tensor, out: Tensor) -> None:
+            torch.mul(rows, _scale(rows, eps, out), out=out).mul_(factor).mul_(F.silu(gates, inplace=True))
 
         return _by_blocks(norm, x, gate)
 
@@ -81,18 +85,35 @@ class _GatedRMSNorm(torch.autograd.Function):
         return d_x.view(x.shape), d_gate.view(gate.shape), d_weight.to(weight.dtype), None
 
 
-def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Apply `function` to blocks of rows. It gets copies in `wide_dtype`, which it may overwrite."""
-    dtype = wide_dtype(*tensors)
-    flat = [x.reshape(-1, x.shape[-1]) for x in tensors]
-    out = torch.empty_like(flat[0])
-    step = max(1, _BLOCK // max(1, out.shape[-1]))
-    for start in range(0, out.shape[0], step):
-        out[start : start + step] = function(*(x[start : start + step].to(dtype, copy=True) for x in flat))
-    return out.view(tensors[0].shape)
+def _by_blocks(function: Callable[..., None], x: Tensor, *others: Tensor) -> Tensor:
+    """Apply `function` to blocks of rows in `wide_dtype`. It writes its result into its last argument and may overwrite the
+    blocks of `others`, copies in memory that is used for every block; that of x may be a view.
+
+    New memory for each block would cost as much as the arithmetic where the allocator gives it back to the system in between.
+    """
+    dtype, width = wide_dtype(x, *others), x.shape[-1]
+    flat = [tensor.reshape(-1, width) for tensor in (x, *others)]
+    out, step = torch.empty_like(flat[0], memory_format=torch.contiguous_format), max(1, _BLOCK // max(1, width))
+    narrow = x.dtype != dtype
+    result, *copies = (out.new_empty(min(step, len(out)), width, dtype=dtype) for _ in range(len(flat) + 1))
+    for start in range(0, len(out), step):
+        rows, target = [tensor[start : start + step] for tensor in flat], out[start : start + step]
+        count = len(target)
+        wide = [copy[:count].copy_(part) for copy, part in zip(copies[1 - narrow :], rows[1 - narrow :], strict=True)]
+        if narrow:
+            function(*wide, result[:count])
+            target.copy_(result[:count])
+        else:
+            function(rows[0], *wide, target)
+    return out.view(x.shape)
+
+
+def _scale(rows: Tensor, eps: float, work: Tensor | None = None) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last axis [..., 1]. work: memory for the squares, which may not be that of `rows`."""
+    squares = torch.linalg.vecdot(rows, rows) if work is None else torch.mul(rows, rows, out=work).sum(-1)
+    return squares.div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None]
 
 
 def normalise_(rows: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, in place."""
-    squares = torch.linalg.vecdot(rows, rows)
-    return rows.mul_(squares.div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None])
+    return rows.mul_(_scale(rows, eps))

@@ -6,7 +6,7 @@
     transposed   (W x^T)^T, for a few bfloat16 rows
     widened      half precision with the weight converted to float32, a block at a time: for processors without products in half
                  precision (AVX2), where torch's own are a quarter as fast as those in float32
-    packed       a weight in oneDNN's own layout (see `pack`), for a few rows
+    packed       a weight in oneDNN's own layout (see `packed_weight`), for a few rows
 
 The torch operators of oneDNN are made for torch's compiler and are not part of its public API.
 """
@@ -17,6 +17,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ SMALL = 1 << 18  # numbers in a weight below which torch's own product runs: all
 ROWS = (1, 4, 16, 64)  # upper ends of the kinds of calls that are measured apart
 _FEW = 64  # rows up to which `transposed` is tried
 _BLOCK = 1 << 20  # numbers of a weight that are widened at once: 4 MB in float32
+_GRADIENT_BLOCK = 1 << 19  # the same in a backward, where the result or its terms are as large: 2 MB
 _SAMPLE = 1 << 22  # numbers of a weight that a measurement reads at once, and
 _OPERATIONS = 1 << 27  # products that it computes: about 2 ms
 _SLOW = 1 << 25  # the same where torch's own products are slow
@@ -46,9 +48,14 @@ def torch_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
 
 
 def onednn_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """oneDNN's product, also of a packed weight."""
+    """oneDNN's product, also of a tensor in oneDNN's layout."""
     y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return y if out is None else out.copy_(y)
+
+
+def packed_product(x: Tensor, weight: Any, out: Tensor | None = None) -> Tensor:
+    """oneDNN's product of a PackedMatrix, or of a tensor in oneDNN's layout."""
+    return onednn_product(x, getattr(weight, "packed", weight), out)
 
 
 def gemv_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -83,7 +90,7 @@ def widened_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Ten
 
 FORMS: dict[str, Form] = {
     "torch": torch_product, "onednn": onednn_product, "gemv": gemv_product, "transposed": transposed_product,
-    "widened": widened_product, "packed": onednn_product,
+    "widened": widened_product, "packed": packed_product,
 }  # fmt: skip
 
 
@@ -190,13 +197,60 @@ def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
     weight may be packed.
     """
-    if weight.is_mkldnn:
-        return onednn_product(x, weight, out)
+    return form_of(x, weight)(x, weight, out)
+
+
+def form_of(x: Tensor, weight: Tensor) -> Form:
+    """The form that `product` runs; it depends on x's number of rows, on the weight's dtype, size and layout."""
+    if weight.is_mkldnn and plain(x):
+        return packed_product
     if not x.is_cpu or weight.dtype is torch.float64 or weight.numel() < SMALL or not plain(x, weight):
-        return torch_product(x, weight, out)
+        return torch_product
     name = choice_of("linear")
     if name is None:
         name = fastest(len(x), weight)
     elif name not in FORMS or refusal(name, len(x), weight):
         name = "torch"  # a form of others is for `linear`; one that cannot run here is refused there
-    return FORMS[name](x, weight, out)
+    return FORMS[name]
+
+
+def input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad [N, F] times weight [F, D], the gradient of x in x W^T; [N, D], written into `out` if it is passed."""
+    if not _widens(grad, weight):
+        return torch.mm(grad, weight) if out is None else torch.mm(grad, weight, out=out)
+    step, wide = _gradient_step(weight), grad.float()
+    total = wide.new_empty(len(grad), weight.shape[1])
+    block = wide.new_empty(min(step, len(weight)), weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step]
+        torch.addmm(
+            total, wide[:, start : start + step], block[: len(rows)].copy_(rows), beta=0 if start == 0 else 1, out=total
+        )
+    return total.to(grad.dtype) if out is None else out.copy_(total)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad [N, F] transposed times x [N, D], the gradient of W in x W^T; [F, D], written into `out` if it is passed."""
+    if not _widens(grad, x):
+        return torch.mm(grad.t(), x) if out is None else torch.mm(grad.t(), x, out=out)
+    out = x.new_empty(grad.shape[1], x.shape[1]) if out is None else out
+    step, wide_x, wide_grad = _gradient_step(out), x.float(), grad.float()
+    block = wide_x.new_empty(min(step, len(out)), x.shape[1])
+    for start in range(0, len(out), step):
+        rows = out[start : start + step]
+        rows.copy_(torch.mm(wide_grad[:, start : start + step].t(), wide_x, out=block[: len(rows)]))
+    return out
+
+
+def _gradient_step(weight: Tensor) -> int:
+    return max(1, _GRADIENT_BLOCK // max(1, weight.shape[1]))
+
+
+def _widens(*tensors: Tensor) -> bool:
+    """Whether the products of a backward run in float32, a block at a time: in half precision on a processor without such
+    products, where torch's own for dy W is up to 100 times slower. A form that the user chose for `linear` holds here too."""
+    dtype = tensors[0].dtype
+    if dtype not in _HALF or not all(x.is_cpu and x.dtype is dtype for x in tensors) or not plain(*tensors):
+        return False
+    choice = choice_of("linear")
+    return choice == "widened" or (choice is None and not multiplies(dtype))

