@@ -84,6 +84,8 @@ def test_a_packed_model_computes_as_the_plain_one_and_is_unpacked_exactly() -> N
             step = model(IDS[:, -1:], cache=cache).logits
     assert_close(step, truth[:, -1:], 1e-5)
     assert ran.counts["experts", "sorted"] == 4
+    with torch.no_grad():
+        assert_close(model(IDS, logits_to_keep=1).logits, truth[:, -1:], 1e-5)
     again = model.pack_weights()
     assert (again.weights, again.matrices, again.nbytes) == (0, 0, 0)
     undone = model.unpack_weights()
@@ -328,8 +330,8 @@ def test_loading_packed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the page counts of /proc")
-@pytest.mark.parametrize("growth", [anonymous_growth, peak_growth])
-def test_memory_of_loading_packed(growth: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("how", "growth"), [("packed", anonymous_growth), ("packed", peak_growth), ("map", anonymous_growth)])
+def test_memory_of_packing(how: str, growth: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The packed weights and less than a layer: mapped files are read weight by weight, and their pages given back."""
     monkeypatch.setattr(packed_weights, "SMALL", 1 << 16)
     sizes: dict[str, Any] = dict(hidden_size=520, moe_intermediate_size=260, num_experts=11)
@@ -339,7 +341,9 @@ def test_memory_of_loading_packed(growth: Any, tmp_path: Path, monkeypatch: pyte
     layer = 11 * 3 * 520 * 260 * 4
 
     def load() -> Any:
-        model = Qwen3_5MoeForCausalLM.from_pretrained(tmp_path / "large", weights="packed")
+        model = Qwen3_5MoeForCausalLM.from_pretrained(tmp_path / "large", weights=how)
+        if how == "map":
+            model.pack_weights()
         assert len(packed_weights.packed_weights(model)) == 6
         return model
 

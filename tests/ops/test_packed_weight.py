@@ -43,10 +43,14 @@ def test_unpacking_gives_the_bits_back(shape: tuple[int, ...], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", SUPPORTED)
-@pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 3), (0,), (2, 65)])
+@pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 3), (0,), (2, 65), (2, -1, 3), (4, -1, 2, 3)])
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_the_product_is_that_of_the_plain_weight(grad: Any, rows: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, weight, bias = draw(*rows, WIDTH, dtype=dtype), draw(FEATURES, WIDTH, dtype=dtype), draw(FEATURES, dtype=dtype)
+    """-1 in rows: x is a part of a larger tensor, no view of rows."""
+    x = draw(*(abs(n) + 1 if -1 in rows else n for n in rows), WIDTH, dtype=dtype)
+    if -1 in rows:
+        x = x[:, -1:, ..., 1:, :] if len(rows) > 3 else x[:, -1:]
+    weight, bias = draw(FEATURES, WIDTH, dtype=dtype), draw(FEATURES, dtype=dtype)
     expected, packed = F.linear(x.double(), weight.double()), pack(weight)
     with grad():
         for y in (F.linear(x, packed), ops.linear(x, packed), F.linear(x, packed, bias) - bias):
@@ -98,8 +102,9 @@ def test_a_tap_reads_the_values_of_packed_experts() -> None:
 
 def test_a_backward_through_packed_weights_is_refused() -> None:
     x, packed = draw(3, WIDTH).requires_grad_(), pack(draw(FEATURES, WIDTH))
-    for y in (F.linear(x, packed), ops.linear(x, packed), F.linear(x, packed, draw(FEATURES))):
-        with pytest.raises(ValueError, match=r"no gradient through packed weights.*unpack_weights"):
+    parts = draw(3, 4, WIDTH).requires_grad_()
+    for y in (F.linear(x, packed), ops.linear(x, packed), F.linear(x, packed, draw(FEATURES)), F.linear(parts[:, 1:3], packed)):
+        with pytest.raises(ValueError, match=r"unpack_weights\(\) first"):
             y.sum().backward()
     indices, weights = torch.tensor([[4, 1], [0, 4], [1, 0]]), draw(3, 2)
     y = ops.experts(x, pack(draw(EXPERTS, 26, WIDTH)), pack(draw(EXPERTS, WIDTH, 13)), indices, weights)

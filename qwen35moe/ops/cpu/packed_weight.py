@@ -104,6 +104,9 @@ class PackedWeight(Tensor):
     def _no_memory(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(f"a packed weight has no plain memory to share or to point to: {WAY_OUT}")
 
+    def is_shared(self) -> bool:
+        return False
+
     data_ptr = untyped_storage = storage = share_memory_ = pin_memory = numpy = tolist = _no_memory
 
 
@@ -162,23 +165,24 @@ class PackedExperts(PackedWeight):
 
 
 class _Transposed(Tensor):
-    """The transpose of a PackedMatrix inside F.linear."""
+    """The transpose of a PackedMatrix inside F.linear, [D, F], or repeated for a batch, [..., D, F]."""
 
     matrix: PackedMatrix
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     __torch_dispatch__ = PackedWeight.__torch_dispatch__
 
     @classmethod
-    def of(cls, matrix: PackedMatrix) -> _Transposed:
-        weight = Tensor._make_wrapper_subclass(cls, tuple(matrix.shape[::-1]), dtype=matrix.dtype, device=matrix.device)
+    def of(cls, matrix: PackedMatrix, batch: Sequence[int] = ()) -> _Transposed:
+        shape = (*batch, *matrix.shape[::-1])
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=matrix.dtype, device=matrix.device)
         weight.matrix = matrix
         return weight
 
     def shared(self) -> _Transposed:
-        return _Transposed.of(self.matrix)
+        return _Transposed.of(self.matrix, self.shape[:-2])
 
     def to_dense(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.matrix.to_dense().t()
+        return self.matrix.to_dense().t().expand(self.shape)
 
 
 def _wrapper(cls: Any, shape: Sequence[int], dtype: torch.dtype, trainable: bool) -> Any:
@@ -236,8 +240,8 @@ def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
     if type(weight) is not PackedMatrix or isinstance(x, PackedWeight | _Transposed) or not _same(x, weight):
         return NotImplemented
     y = products.packed_product(x.reshape(-1, x.shape[-1]), weight)
-    if x.dim() != 2:  # autograd takes no view as the result of aten.mm
-        y = y.view(*x.shape[:-1], weight.shape[0])
+    if x.dim() != 2:  # autograd takes no view as the result of aten.mm or bmm
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
     return y if bias is None else y + bias
 
 
@@ -247,6 +251,17 @@ def _mm(x: Tensor, weight: Any) -> Any:
     if type(weight) is PackedMatrix:
         raise ValueError(f"there is no gradient through packed weights: {WAY_OUT}")
     return NotImplemented
+
+
+def _bmm(x: Tensor, weight: Any) -> Any:
+    """F.linear of an x [B, T, D] that is no view of rows repeats the weight for the batch."""
+    return _linear(x, weight.matrix) if type(weight) is _Transposed else NotImplemented
+
+
+def _repeated(weight: Any, sizes: Sequence[int], **rest: Any) -> Any:
+    if type(weight) is not _Transposed or tuple(sizes[-2:]) != tuple(weight.shape[-2:]):
+        return NotImplemented
+    return _Transposed.of(weight.matrix, sizes[:-2])
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -259,7 +274,7 @@ def _mv(weight: Any, x: Tensor) -> Any:
 
 
 def _transpose(weight: Any) -> Any:
-    if type(weight) is _Transposed:
+    if type(weight) is _Transposed and weight.dim() == 2:
         return weight.matrix.shared()  # a new tensor: autograd notes that it is a view
     return _Transposed.of(weight) if type(weight) is PackedMatrix else NotImplemented
 
@@ -284,7 +299,9 @@ def _same(x: Tensor, weight: Tensor) -> bool:
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.linear.default: _linear, _aten.mm.default: _mm, _aten.matmul.default: _mm, _aten.addmm.default: _addmm,
     _aten.mv.default: _mv, _aten.t.default: _transpose, _aten.clone.default: _clone, _aten._to_copy.default: _converted,
-    _aten.detach.default: lambda weight: weight.shared(), _aten.alias.default: lambda weight: weight.shared(),
+    _aten.bmm.default: _bmm, _aten.expand.default: _repeated, _aten.view.default: _repeated,
+    _aten._unsafe_view.default: _repeated, _aten.detach.default: lambda weight: weight.shared(),
+    _aten.alias.default: lambda weight: weight.shared(),
 }  # fmt: skip
 
 
