@@ -9,7 +9,8 @@ tried first, and the fastest one runs, in inference mode. The answer: logits aft
 routing of a float32 run, against transformers in float32. Rows of a batch continue one prompt with tokens of their own.
 
 The weights that are read: those of every linear map once (of a tied embedding as the head), and of the experts the distinct
-ones that the rows chose in the answer's run. Without --layers the model has as many layers as fit into memory twice.
+ones that the rows chose in the answer's run. Without --layers the model has as many layers as fit into memory twice; with fewer
+layers than the preset the vocabulary is smaller in proportion, so that the ratios are those of the whole model.
 """
 
 from __future__ import annotations
@@ -116,11 +117,11 @@ def decode(
 ) -> None:
     """Check and time one cached token of each row."""
     text = model.config.text_config
-    setting, tried = best_setting(peers["transformers"], prompt(16, text.vocab_size), batch)
+    setting, tried = best_setting(peers["transformers"], prompt(4, text.vocab_size), batch)
     routing = check(case, peers, text.vocab_size, dtype, batch, skip=not options.answer)
     case.facts.update(
-        model=options.model, layers=text.num_hidden_layers, context=options.context, batch=batch, dtype=dtype,
-        transformers_setting=str(setting), transformers_seconds=tried,
+        model=options.model, layers=text.num_hidden_layers, vocabulary=text.vocab_size, context=options.context,
+        batch=batch, dtype=dtype, transformers_setting=str(setting), transformers_seconds=tried,
     )
     case.needed.update(work(model, routing, batch))
     ids = prompt(options.context, text.vocab_size, seed=1)

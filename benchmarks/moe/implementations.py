@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.moe.packed import Packed, by_hand, by_library
-from qwen35moe import Qwen3_5MoeForCausalLM, backends, ops
+from benchmarks.moe.packed import Packed, by_hand
+from qwen35moe import backends, ops
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
@@ -36,10 +36,7 @@ def implementations(device: str, extra: list[str]) -> dict[str, Form | str]:
         forms[f"transformers {kind}"] = _made(lambda kind=kind: transformers_experts(kind), "transformers")
     for name, (package, make) in ADAPTERS.items():
         forms[name] = _made(make, package) if device.startswith("cuda") else f"{package} runs on a GPU, this is {device}"
-    missing = "" if hasattr(Qwen3_5MoeForCausalLM, "pack_weights") else "this version of the library has no packed experts"
-    forms |= {"ours packed": Packed(by_library, missing), "packed by hand": Packed(by_hand)}
-    if "ours zentorch" not in forms:
-        forms["zentorch"] = "this version of the library has no adapter to it"
+    forms |= {"ours packed": Packed(ops.experts, library=True), "packed by hand": Packed(by_hand)}
     for text in extra:
         forms[text.rpartition("=")[0] or text] = _imported(text)
     return forms

@@ -32,6 +32,7 @@ def measure(
 
     Each implementation runs `rounds` times in turns, less often (3 at least) if that would take more than `seconds`.
     """
+    forget()  # packed matrices of a case that failed
     following, copies = rotation(case, device, cache_bytes)
     inputs = following()
     needed = work(case, inputs[3])
@@ -48,9 +49,10 @@ def measure(
     alone: Mapping[str, Form] = {f"{PRODUCTS}, torch": training_products} if case.train else bare_products(inputs[1][0])
     for name, form in alone.items():
         running[name] = lambda form=form: run(form, following(), False)
-    if any(isinstance(form, Packed) for name, form in (*forms.items(), *alone.items()) if name in running):
+    packed = [form for name, form in (*forms.items(), *alone.items()) if name in running and isinstance(form, Packed)]
+    for library in {form.library for form in packed}:
         for _ in range(copies):
-            Packed(lambda *arguments: arguments[0])(*following())  # packs the other sets of weights before anything is timed
+            Packed(lambda *arguments: arguments[0], library)(*following())  # all sets of weights, before anything is timed
     trial = interleave(running, rounds=1, warmup=0, device=device)
     fits = int(seconds / max(sum(timing.min for timing in trial.values()), 1e-9))
     timings = interleave(running, rounds=max(3, min(rounds, fits)), warmup=0, device=device)

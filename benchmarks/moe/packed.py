@@ -4,46 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.tools.limits import pack
-from qwen35moe import ops
-from qwen35moe.ops.cpu import products
+from qwen35moe.ops.cpu import packed_weight, products
 
 PRODUCTS = "products alone"  # beginning of the names of the bare products
-Matrices = tuple[list[Tensor], list[Tensor]]
 
 
 class Packed:
     """A form that packs each set of weights once, before it is timed, and then runs `function` on the packed matrices."""
 
-    def __init__(
-        self, function: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor, Tensor], Tensor], missing: str = ""
-    ) -> None:
-        self.function, self.missing = function, missing  # missing: why it cannot run in this version of the library
+    def __init__(self, function: Callable[[Tensor, Any, Any, Tensor, Tensor], Tensor], library: bool = False) -> None:
+        """library: packed as `model.pack_weights()` does, else matrix by matrix for the case's number of rows."""
+        self.function, self.library = function, library
 
     def refusal(self, gate_up: Tensor) -> str | None:
         """The reason why these weights cannot be packed."""
-        if self.missing:
-            return self.missing
         if not gate_up.is_cpu:
             return f"packed weights are for CPUs, the weights are on {gate_up.device}"
         if gate_up.requires_grad:
             return "packed weights are for inference"
+        if self.library:
+            return packed_weight.refusal(gate_up.dtype)
         if pack(gate_up[0, :2], 1) is None:
             return f"oneDNN has no products of {gate_up.dtype} on this processor: nothing can be packed"
         return None
 
-    def matrices(self, gate_up: Tensor, down: Tensor, rows: int) -> Matrices:
+    def matrices(self, gate_up: Tensor, down: Tensor, rows: int) -> Any:
         """The packed matrices of one set of weights; another set of the case is packed at its first use."""
-        key = (gate_up.data_ptr(), rows)
+        key = (gate_up.data_ptr(), self.library)
         if key not in _PACKED:
-            for old in [old for old in _PACKED if old[1] != rows]:
-                del _PACKED[old]  # of another case
-            _PACKED[key] = _packed(gate_up, rows), _packed(down, rows)
+            both = (gate_up, down)
+            _PACKED[key] = [packed_weight.pack(weight) if self.library else _packed(weight, rows) for weight in both]
         return _PACKED[key]
 
     def __call__(self, hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -51,7 +48,7 @@ class Packed:
         return self.function(hidden, up, back, indices, weights)
 
 
-_PACKED: dict[tuple[int, int], Matrices] = {}  # (address of the weights, rows) -> matrices, shared by all forms
+_PACKED: dict[tuple[int, bool], Any] = {}  # (address of the weights, by the library) -> both packed weights of a case
 
 
 def _packed(weights: Tensor, rows: int) -> list[Tensor]:
@@ -76,11 +73,6 @@ def by_hand(hidden: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], indice
             scaled = product(F.silu(gate) * value, down[expert], None) * weights.reshape(-1)[rows, None]
             out.index_add_(0, token, scaled.float())
     return out.to(hidden.dtype)
-
-
-def by_library(hidden: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], indices: Tensor, weights: Tensor) -> Tensor:
-    """`ops.experts` with sequences of packed matrices."""
-    return ops.experts(hidden, list(up), list(down), indices, weights)  # pyright: ignore[reportArgumentType]
 
 
 def bare(

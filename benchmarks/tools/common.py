@@ -271,7 +271,7 @@ class Case:
         for name, row in self.as_dict()["implementations"].items():
             error = "" if row["error"] is None else f"  error {row['error']:.1e}"
             if row["min_s"] is None:
-                yield f"  {name:<24} not timed: {row['wrong'] or 'did not run'}"
+                yield f"  {name:<24} not timed{error}: {row['wrong']}" if row["wrong"] else f"  {name:<24} not timed{error}"
                 continue
             ratio = "" if row["ratio"] is None else f"  {row['ratio']:6.3f}x"
             times = f"min {_readable(row['min_s'])}  median {_readable(row['median_s'])} of {row['runs']}"

@@ -9,7 +9,7 @@ share of the measured limit that ours reaches, where the result holds it: of rea
 others used more than a tenth of a core during the run. --all shows every implementation.
 
 A marker is a line `<!-- results: SUITE ... [profile=NAME,...] [only=BEGINNING,...] -->`; the table reaches to
-`<!-- end of results -->`.
+`<!-- end of results -->`. `<!-- results: moe profile=NAME table=targets -->` is the table of `moe --targets`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.moe import targets
 from benchmarks.tools import load
 from benchmarks.tools.common import ROOT, output_path
 from benchmarks.tools.compare import read
@@ -92,7 +93,8 @@ def page(reports: Reports, suites: Sequence[str], names: Sequence[str], every: b
     if not cells:
         return ""
     lines = [f"- **{name}**: {machine(reports[name], suites)}" for name in shown]
-    lines += ["", f"| case | implementation | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
+    second = "target" if suites == ["cpu_targets"] else "implementation"
+    lines += ["", f"| case | {second} | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
     for (case, implementation), columns in cells.items():
         lines.append(f"| {case} | {implementation} | {' | '.join(columns.get(name, '') for name in shown)} |")
     return "\n".join(lines)
@@ -121,7 +123,12 @@ def machine(of: Mapping[str, Mapping[str, Any]], suites: Sequence[str]) -> str:
 
 
 def rows(report: Mapping[str, Any], every: bool) -> Iterator[tuple[str, str, str]]:
-    """(case, implementation, cell) of the implementations that were timed or were wrong."""
+    """(case, implementation, cell) of those that were timed or were wrong; of `cpu_targets` (work, target, cell)."""
+    for row in report.get("rows", ()):
+        share_of = f" ({row['share']})" if row["share"] else ""
+        yield row["work"], row["target"], f"{row['text']}{share_of}, {row['verdict']}" if row["measured"] else row["verdict"]
+    if "rows" in report:
+        return
     for case in report["cases"]:
         implementations = case["implementations"]
         base = baseline(case)
@@ -160,6 +167,9 @@ def rewritten(text: str, reports: Reports) -> str:
         named = dict(word.split("=", 1) for word in words if "=" in word)
         names = [name for name in named["profile"].split(",") if name in reports] if "profile" in named else list(reports)
         only = named["only"].split(",") if "only" in named else []
+        if named.get("table") == "targets":
+            made = "\n\n".join(targets.table(reports[name]["moe"]) for name in names if "moe" in reports[name])
+            return f"{match[1]}\n{made or 'Not measured yet.'}\n\n{match[4]}"
         made = page(reports, [word for word in words if "=" not in word], names, only=only)
         return f"{match[1]}\n{made or 'Not measured yet.'}\n\n{match[4]}"
 

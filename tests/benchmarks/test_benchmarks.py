@@ -39,7 +39,7 @@ def test_a_wrong_answer_is_not_timed() -> None:
     assert set(ran) == {"right"}
     row = case.as_dict()["implementations"]["wrong"]
     assert row["min_s"] is None and row["ratio"] is None and "bound 1e-05" in row["wrong"]
-    assert any("not timed: relative error 2.5e-02" in line for line in case.table())
+    assert any("not timed  error 2.5e-02: relative error 2.5e-02" in line for line in case.table())
 
 
 def test_errors_are_relative_and_a_nan_is_infinitely_wrong() -> None:

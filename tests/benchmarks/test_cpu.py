@@ -181,6 +181,14 @@ def test_the_results_of_the_repository_have_profiles(capsys: pytest.CaptureFixtu
     assert main(["report", "--profiles", "abacus"]) == 2
 
 
+def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
+    """After new results: `python -m benchmarks report --write`."""
+    reports = report.found(RESULTS)
+    for name in report.PAGES:
+        text = (report.ROOT / name).read_text(encoding="utf-8")
+        assert report.rewritten(text, reports) == text, name
+
+
 def test_the_report_shows_machines_side_by_side() -> None:
     def one(ratio: float, **more: Any) -> dict[str, Any]:
         rows = {"transformers a": {"min_s": 3.0 * ratio}, "transformers b": {"min_s": ratio}, "ours": {"min_s": 1.0, **more}}

@@ -210,6 +210,9 @@ def test_every_implementations_that_can_run_is_right_and_has_a_peak() -> None:
         assert f"{PRODUCTS}, torch" in timed
         assert set(ADAPTERS) <= {name for name, one in rows.items() if one.get("skipped")}
         assert set(row) >= {"id", "flops", "bytes", "distinct_experts", "weight_copies"}
+    packed = {name: forms[name] for name in ("ours packed", "packed by hand")}
+    rows = measure(Case("tiny", 9, dtype="fp32"), packed, ROOF, memory=False, **quick)["implementations"]
+    assert all(rows[name].get("min_s") or "oneDNN" in rows[name]["skipped"] for name in packed), rows
     few = measure(Case("tiny", 9), {"ours sorted": forms["ours sorted"]}, ROOF, **quick)
     assert few["implementations"]["ours sorted"]["peak_bytes"] > 0
 
