@@ -15,7 +15,7 @@ from qwen35moe.backends import measured
 from qwen35moe.modules import hooks
 from qwen35moe.ops.cpu import products
 
-FORMS = ("torch", "onednn", "gemv", "transposed", "widened", "packed")
+FORMS = ("torch", "split", "onednn", "gemv", "transposed", "widened", "packed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -26,7 +26,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 def multiplies(name: str, dtype: torch.dtype, rows: int) -> bool:
     """Whether a form is for these; fewer than `products.refusal` refuses, which looks at threads and switches too."""
     return {
-        "torch": True, "onednn": dtype == torch.float32 and products.has_onednn(),
+        "torch": True, "split": dtype == torch.float32,
+        "onednn": dtype == torch.float32 and rows == 1 and products.has_onednn(),
         "gemv": dtype == torch.bfloat16 and rows == 1, "transposed": dtype == torch.bfloat16 and rows <= 64,
         "widened": dtype in (torch.bfloat16, torch.float16),
     }[name]  # fmt: skip
@@ -72,6 +73,14 @@ class TestForms:
         assert products.FORMS[name](x, weight, whole[1:-1]).data_ptr() == whole[1:-1].data_ptr()
         assert error(whole[1:-1], x, weight) < bound and whole[[0, -1]].isnan().all()
 
+    @pytest.mark.parametrize("rows", [1, 2, 67])
+    def test_a_split_product_has_torchs_error(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Parts that divide the weight, that leave a rest, and one part, which is torch's product."""
+        monkeypatch.setattr(products, "_PART", 8)
+        for size in (48, 43, 13):
+            weight, x = draw(size, 310), draw(rows, 310, seed=1)
+            assert error(products.split_product(x, weight), x, weight) < 4e-7
+
     def test_blocks_of_a_widened_weight(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Blocks that do not divide the weight, and rows wider than a block."""
         weight, x = draw(43, 31, dtype=torch.bfloat16), draw(6, 31, dtype=torch.bfloat16, seed=1)
@@ -109,9 +118,7 @@ class TestOperation:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_gradients(self, dtype: torch.dtype) -> None:
-        name = "onednn" if dtype == torch.float32 else "widened"
-        if name == "onednn" and not products.has_onednn():
-            pytest.skip("no oneDNN in this build of torch")
+        name = "split" if dtype == torch.float32 else "widened"
         x, weight, grad = draw(2, 5, 31, dtype=dtype), draw(43, 31, dtype=dtype, seed=1), draw(2, 5, 43, dtype=dtype, seed=2)
         for needs in ((True, True), (True, False), (False, True)):
             leaves = [t.clone().requires_grad_(n) for t, n in zip((x, weight), needs, strict=True)]
@@ -127,7 +134,7 @@ class TestOperation:
                     assert (ours.grad - theirs.grad).abs().max() / scale < (1e-6 if dtype == torch.float32 else 1e-2)
 
     def test_a_second_derivative(self, any_size: dict) -> None:
-        choose(any_size, torch.float32, "onednn" if products.has_onednn() else "torch")
+        choose(any_size, torch.float32, "split")
         x, weight = draw(5, 31).requires_grad_(), draw(43, 31, seed=1).requires_grad_()
         first = torch.autograd.grad(ops.linear(x, weight).square().sum(), x, create_graph=True)[0]
         second = torch.autograd.grad(first.sum(), weight)[0]
@@ -144,12 +151,10 @@ class TestOperation:
 
 
 class TestChoice:
-    @pytest.mark.parametrize("name", ["torch", "onednn"])
+    @pytest.mark.parametrize("name", ["torch", "split"])
     def test_it_follows_the_measurement_and_is_made_once(
         self, name: str, any_size: dict, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        if not products.has_onednn():
-            pytest.skip("no oneDNN in this build of torch")
         kinds = []
 
         def measure(forms: dict) -> measured.Measured:
@@ -163,7 +168,8 @@ class TestChoice:
         with backends.ran() as ran:
             for rows in (1, 1, 3, 4, 5, 16, 64, 65, 300, 1):
                 ops.linear(draw(rows, 31), weight)
-        assert ran.counts["linear", name] == 10 and kinds == [{"onednn", "torch"}] * 5
+        one_row = {"onednn"} if products.has_onednn() else set()
+        assert ran.counts["linear", name] == 10 and kinds == [{"split", "torch"} | one_row, *[{"split", "torch"}] * 4]
         titles = ["1 row", "up to 4 rows", "up to 16 rows", "up to 64 rows", "more than 64 rows"]
         assert list(measured.MEASURED["linear"]) == [f"float32, {title}" for title in titles]
         assert f"measured: float32, up to 4 rows: {name} (ms: " in backends.describe("linear")
@@ -188,7 +194,7 @@ class TestChoice:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_torch_runs_where_others_must_see_its_operators(self, dtype: torch.dtype, any_size: dict) -> None:
         """Autocast, counters of operations, subclasses, float64."""
-        choose(any_size, dtype, "onednn" if dtype == torch.float32 else "widened")
+        choose(any_size, dtype, "split" if dtype == torch.float32 else "widened")
         x, weight = draw(3, 31, dtype=dtype), draw(43, 31, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16):
             assert ops.linear(x, weight).dtype == torch.bfloat16
@@ -204,7 +210,7 @@ class TestChoice:
         assert ops.linear(x.double(), weight.double()).dtype == torch.float64
 
     def test_transforms(self, any_size: dict) -> None:
-        choose(any_size, torch.float32, "onednn" if products.has_onednn() else "torch")
+        choose(any_size, torch.float32, "split")
         x, weight = draw(2, 5, 31), draw(43, 31)
         torch.testing.assert_close(torch.vmap(lambda x: ops.linear(x, weight))(x), F.linear(x, weight))
         grad = torch.func.grad(lambda w: ops.linear(x, w).sum())(weight)
@@ -214,7 +220,7 @@ class TestChoice:
 
     @pytest.mark.usefixtures("fresh_dynamo")
     def test_a_compiled_graph_has_torchs_product(self, any_size: dict) -> None:
-        choose(any_size, torch.float32, "onednn" if products.has_onednn() else "torch")
+        choose(any_size, torch.float32, "split")
         x, weight = draw(3, 31), draw(43, 31)
         compiled = torch.compile(lambda x, w: ops.linear(x, w), backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
@@ -225,7 +231,7 @@ class TestChoice:
         x, weight = draw(3, 31, dtype=torch.bfloat16), draw(43, 31, dtype=torch.bfloat16)
         widened, plain = products.widened_product(x, weight), products.torch_product(x, weight)
         assert torch.equal(products.product(x, weight), widened)
-        for name in ("torch", "onednn", "packed"):
+        for name in ("torch", "onednn", "split", "packed"):
             with backends.use(linear=name):
                 assert torch.equal(products.product(x, weight), plain)
 
@@ -245,7 +251,7 @@ def doubled(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("attached", ["hook", "subclass", "forward", "parametrization"])
 def test_what_is_attached_to_a_linear_runs(attached: str, any_size: dict) -> None:
-    choose(any_size, torch.float32, "onednn" if products.has_onednn() else "torch")
+    choose(any_size, torch.float32, "split")
     linear, x = nn.Linear(31, 43, bias=True), draw(3, 31)
     plain = linear(x)
     if attached == "hook":

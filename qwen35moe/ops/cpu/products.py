@@ -106,8 +106,8 @@ def widened_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Ten
 
 
 FORMS: dict[str, Form] = {
-    "torch": torch_product, "split": split_product, "onednn": onednn_product, "gemv": gemv_product, "transposed": transposed_product,
-    "widened": widened_product, "packed": packed_product,
+    "torch": torch_product, "split": split_product, "onednn": onednn_product, "gemv": gemv_product,
+    "transposed": transposed_product, "widened": widened_product, "packed": packed_product,
 }  # fmt: skip
 
 
