@@ -134,8 +134,8 @@ def _missing() -> str | None:
 
 
 def register(register: Callable[..., None]) -> None:
-    """Registers ahead of torch's scaled_dot_product_attention."""
-    missing = _missing()
-    options = {"before": "torch", "missing": missing, **runtime.FIRST_ORDER}
-    register("attention", "flash_attn", attention, attention_unsupported, skips=("scores",), **options)
-    register("vision_attention", "flash_attn", vision_attention, vision_unsupported, **options)
+    """Registers ahead of the PyTorch forms."""
+    options = {"missing": _missing(), **runtime.FIRST_ORDER}
+    skips = ("scores",)
+    register("attention", "flash_attn", attention, attention_unsupported, before="bf16_blocks", skips=skips, **options)
+    register("vision_attention", "flash_attn", vision_attention, vision_unsupported, before="torch", **options)

@@ -34,17 +34,16 @@ def delta_net_step_cpu(
     batch, keys = len(mixed), 2 * groups * K
     qk, v = mixed[:, :keys].view(batch, 2, groups, K), mixed[:, keys:].view(batch, H, V)  # `split` and `unflatten` are Python
     core, recurrent_state = one_token(qk, v, alpha, beta, recurrent_state.to(dtype))
-    normed = normalise_(core, eps * K).mul_(norm_weight.to(dtype)).mul_(F.silu(gate.to(dtype)))  # of core = sqrt(K) o_t
+    normed = normalise_(core, eps).mul_(norm_weight.to(dtype)).mul_(F.silu(gate.to(dtype)))
     return normed.to(qkv.dtype), window[:, 1:].mT, recurrent_state
 
 
 def one_token(qk: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of the delta rule, without the scale of the output, that reads the state once:
-    S_t^T q_t = (alpha_t S_{t-1})^T q_t + (k_t . q_t) w_t.
+    """One token of the delta rule that reads the state once: S_t^T q_t = (alpha_t S_{t-1})^T q_t + (k_t . q_t) w_t.
 
     w_t = beta_t (v_t - (alpha_t S_{t-1})^T k_t). qk [B, 2, G, K]: the query above the key, not normalised; v [B, H, V]; alpha =
-    exp(decay) and beta [B, H]; state [B, H, K, V]; one dtype, float32 at least. Returns S_t^T q_t [B, H, V], sqrt(K) times the
-    output of the rule, and the state S_t after the token.
+    exp(decay) and beta [B, H]; state [B, H, K, V]; one dtype, float32 at least. Returns the output [B, H, V] and the state
+    after the token.
     """
     B, H, K, V = state.shape
     rows, G = B * H, qk.shape[2]
@@ -53,5 +52,5 @@ def one_token(qk: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor)
     query_read, key_read = torch.bmm(unit, decayed).chunk(2, dim=1)
     write = torch.sub(v.reshape(rows, 1, V), key_read).mul_(beta.reshape(rows, 1, 1))
     query, key = unit.chunk(2, dim=1)
-    output = query_read.addcmul_(torch.linalg.vecdot(query, key)[..., None], write)
+    output = query_read.addcmul_(torch.linalg.vecdot(query, key)[..., None], write).mul_(K**-0.5)
     return output.reshape(B, H, V), decayed.baddbmm_(key.mT, write).view(state.shape)

@@ -36,7 +36,7 @@ def _one_token(
     q, k, v, decay, beta = widen(query, key, value, decay, beta)
     state = initial_state(state, q, v)
     output, state = one_token(torch.cat([q, k], dim=1), v[:, 0], decay[:, 0].exp(), beta[:, 0], state)
-    return output[:, None].mul_(q.shape[-1] ** -0.5).to(value.dtype), state
+    return output[:, None].to(value.dtype), state
 
 
 def chunked_gated_delta_rule(
