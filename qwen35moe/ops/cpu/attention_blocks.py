@@ -24,6 +24,7 @@ from qwen35moe.backends.transforms import forward_ad, interpreter
 from qwen35moe.ops.attention import attention
 from qwen35moe.ops.cpu import products
 from qwen35moe.ops.cpu.attention import sdpa_attention
+from qwen35moe.ops.precision import wide_dtype
 from qwen35moe.taps.active import ACTIVE as ACTIVE_TAPS
 
 _ROWS = 256  # rows (queries times query heads) per key head and thread in a product, twice as many for long inputs
@@ -45,19 +46,20 @@ Block = Callable[[Tensor, Tensor, Tensor, int, float, "_Buffers"], Tensor]
 
 
 class _Buffers:
-    """Memory that every block reuses: fresh pages cost as much as the softmax."""
+    """Memory that every block reuses: fresh pages cost as much as the softmax. dtype: of the arithmetic, float32 at least."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self.tensors: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor, valid until the name is taken again."""
         count = 1
         for size in shape:
             count *= size
         buffer = self.tensors.get(name)
         if buffer is None or buffer.numel() < count:
-            buffer = self.tensors[name] = torch.empty(count, dtype=dtype, device="cpu")
+            buffer = self.tensors[name] = torch.empty(count, dtype=dtype or self.dtype, device="cpu")
         return buffer[:count].view(shape)
 
 
@@ -74,7 +76,7 @@ def _hide(scores: Tensor, first: int, start: int, repeats: int) -> None:
 
 def _widened(x: Tensor, name: str, buffers: _Buffers) -> Tensor:
     """Keys or values [G, keys, K] in float32, in memory in the order that they have: head or key first."""
-    if x.dtype is torch.float32:
+    if x.dtype is buffers.dtype:
         return x
     if x.stride(0) < x.stride(1):
         x = x.transpose(0, 1)
@@ -110,7 +112,7 @@ def _wide_block(query: Tensor, key: Tensor, value: Tensor, first: int, scale: fl
 
 def _at_once(q: Tensor, key: Tensor, value: Tensor, first: int, repeats: int, buffers: _Buffers) -> Tensor:
     """As `_wide_block`, of scaled float32 queries [G, R m, K], with one softmax over all keys."""
-    step = key.shape[1] if key.dtype is torch.float32 else _KEYS  # what is converted to float32 at once
+    step = key.shape[1] if key.dtype is buffers.dtype else _KEYS  # what is converted to float32 at once
     scores = buffers.take("scores", (*q.shape[:2], key.shape[1]))
     for start in range(0, key.shape[1], step):
         keys = slice(start, start + step)
@@ -179,7 +181,7 @@ def _one_row(
 def _in_blocks(
     block: Block, query: Tensor, key: Tensor, value: Tensor, scale: float, starts: int | Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
-    out, buffers = query.new_empty(*query.shape[:3], value.shape[-1]), _Buffers()
+    out, buffers = query.new_empty(*query.shape[:3], value.shape[-1]), _Buffers(wide_dtype(query))
     firsts = starts.tolist() if isinstance(starts, Tensor) else [starts] * len(query)
     for q, k, v, o, first in zip(query, key, value, out, firsts, strict=True):
         if cu_seqlens is None:
