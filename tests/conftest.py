@@ -24,6 +24,10 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+    # A CUDA build of torch gives fake tensors a CUDA device that does not exist. Autograd then starts a thread for it, and fails
+    # in the forked children of later tests. (Fake CUDA tensors have a process of their own, tests/support/fake_gpu.py.)
+    torch._C._ensureCUDADeviceGuardSet = lambda: None  # type: ignore[attr-defined]
+
 # `make test` runs one process per core: more threads would compete for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -245,8 +245,8 @@ def fastest(dtype: torch.dtype, width: int, kind: str) -> str:
     name = _CHOSEN.get((dtype, width, kind))
     if name is None:
         tokens, positions = _KINDS[kind]
-        groups = 2 if tokens < _LONG else 1
-        shapes = (tokens, 4 * groups), (positions, groups), (positions, groups)
+        heads, groups = (8, 2) if tokens < _LONG else (2, 1)  # long calls take tenths of a second
+        shapes = (tokens, heads), (positions, groups), (positions, groups)
         query, key, value = (torch.ones(1, *shape, width, dtype=dtype, device="cpu") for shape in shapes)
         forms = {"torch": sdpa_attention, "blocks": attention_blocks}
         if dtype == torch.bfloat16 and products.multiplies(dtype):
