@@ -24,8 +24,8 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-    # A CUDA build of torch gives fake tensors a CUDA device that does not exist. Autograd then starts a thread for it, and fails
-    # in the forked children of later tests. (Fake CUDA tensors have a process of their own, tests/support/fake_gpu.py.)
+    # A CUDA build of torch gives fake tensors a CUDA device that does not exist. Autograd starts a thread for it, and then
+    # fails in the forked children of later tests. (Fake CUDA tensors have their own process, tests/support/fake_gpu.py.)
     torch._C._ensureCUDADeviceGuardSet = lambda: None  # type: ignore[attr-defined]
 
 # `make test` runs one process per core: more threads would compete for the cores.
