@@ -218,7 +218,7 @@ def unsupported(
         if not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
             return f"{name} is not an ordinary tensor on the CPU"
     if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
-        return "a dispatch mode or autocast is active, which would not see what zentorch computes"
+        return "a dispatch mode or autocast is active, which does not reach what zentorch computes"
     if reason := runtime.unsupported_dtype(*_BOUNDS, **tensors):
         return reason
     if hidden.dtype == torch.bfloat16 and not _AVX512:

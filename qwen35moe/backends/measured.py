@@ -47,14 +47,13 @@ def fastest(operation: str, kind: str, forms: Mapping[str, Callable[[int], objec
 
 
 def measure(forms: Mapping[str, Callable[[int], object]]) -> Measured:
-    """Run the forms in turn, ROUNDS times after one run that is not counted."""
+    """Run the forms in turn, ROUNDS times, and keep the shortest time of each: the first round also prepares memory."""
     seconds = dict.fromkeys(forms, float("inf"))
-    for number in range(-1, ROUNDS):
+    for number in range(ROUNDS):
         for name, form in forms.items():
             start = time.perf_counter()
             form(number)
-            if number >= 0:
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
     first = next(iter(forms))
     best = min(seconds, key=seconds.__getitem__)
     return Measured(seconds, best if seconds[first] > GAIN * seconds[best] else first)

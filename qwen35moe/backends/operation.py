@@ -86,8 +86,10 @@ class Implementation:
 
     def refusal(self, args: tuple, kwargs: Mapping[str, Any], caller: Any = None) -> str | None:
         """The reason why this implementation cannot run this call, or None."""
-        if self.device is not None and args[0].device.type != self.device:
-            return f"{self.first} is on {args[0].device}, not on a {self.device.upper()}"
+        if self.device is not None:
+            device = (args[0] if args else kwargs[self.first]).device
+            if device.type != self.device:
+                return f"{self.first} is on {device}, not on a {self.device.upper()}"
         if not self.compiles and torch.compiler.is_compiling():
             return "a graph is being compiled"
         for name, default in self.absent.items():
@@ -178,15 +180,12 @@ class Operation(Generic[Params, Result]):
         return self(*args, caller=_INSIDE, **kwargs)
 
     def is_ordinary(self, caller: torch.nn.Module) -> bool:
-        """Whether nobody has chosen, registered or is recording an implementation: where the definition would run anyway, the
-        caller may call it directly."""
+        """Whether nobody has chosen or registered an implementation or records calls: the caller may run the definition."""
         if CHOICES or recomputing or RECORDING or self.replaced or torch.compiler.is_compiling():
             return False
         return "backend_choices" not in caller.__dict__
 
-    def choose(
-        self, args: tuple, kwargs: dict[str, Any], caller: Any
-    ) -> tuple[Implementation, PassedOver]:
+    def choose(self, args: tuple, kwargs: dict[str, Any], caller: Any) -> tuple[Implementation, PassedOver]:
         """The implementation for these arguments, and the candidates that were passed over for it."""
         if not loaded:
             prepare()  # before the candidates are read: torch.compile would keep the list before registration
@@ -202,7 +201,7 @@ class Operation(Generic[Params, Result]):
         if self.pick is not None and self.builtin and (name := self.pick(*args, **kwargs)) is not None:
             return self.named[name], ()
         refused: PassedOver = ()
-        on_cpu = args[0].is_cpu
+        on_cpu = (args[0] if args else kwargs[self.candidates[0].first]).is_cpu
         for entry in self.candidates:
             if entry.device == "cpu" and not on_cpu:
                 continue  # no reason is made up at every call on a GPU

@@ -61,7 +61,7 @@ def chosen_weights(logits: Tensor, indices: Tensor) -> Tensor:
 NOT_MATERIALISED = "a tap reads expert_in, expert_act or expert_out, which this implementation does not materialise"
 
 
-def unsupported_tap(*args: Tensor, tap: Tap | None = None) -> str | None:
+def unsupported_tap(tap: Tap | None) -> str | None:
     """The reason why an implementation that does not materialise tapped values cannot run, None without an active tap."""
     return None if tap is None else NOT_MATERIALISED
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -111,3 +112,12 @@ def test_checks_under_transforms_and_in_a_graph() -> None:
         return ops.experts(MOE["hidden"], MOE["gate_up"], MOE["down"], indices, MOE["weights"])
 
     assert torch.allclose(torch.vmap(of)(indices), torch.stack([of(indices[0]), of(indices[1])]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("operation", backends.OPERATIONS)
+def test_every_argument_may_be_passed_by_name(operation: str) -> None:
+    args, options = next(iter(backends.cases(operation)[1](torch.float32, "cpu", torch.Generator().manual_seed(0))))
+    named = dict(zip(inspect.signature(TABLE[operation].definition).parameters, args, strict=False))
+    expected, actual = TABLE[operation](*args, **options), TABLE[operation](**named, **options)
+    pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -150,6 +150,16 @@ class TestOperation:
             ops.linear(draw(3, 5), draw(4, 5))
 
 
+    def test_a_weight_that_is_not_contiguous(self, any_size: dict) -> None:
+        """oneDNN would copy it at every call."""
+        choose(any_size, torch.float32, "onednn")
+        weight, x = draw(43, 62)[:, 31:], draw(1, 31)
+        with backends.ran() as ran:
+            y = ops.linear(x, weight)
+        assert ran.counts["linear", "torch"] == 1 and error(y, x, weight) < 2e-6
+        assert (products.refusal("onednn", 1, weight) or "").startswith("the weight is not contiguous")
+
+
 class TestChoice:
     @pytest.mark.parametrize("name", ["torch", "split"])
     def test_it_follows_the_measurement_and_is_made_once(

@@ -202,7 +202,7 @@ def _cannot(
     if query.dtype is torch.float64 or not query.dtype is key.dtype is value.dtype:
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}, not all float32 or half precision"
     if not products.plain(query, key, value):
-        return "a tensor is a subclass, or a mode sees torch's operators"
+        return "a tensor is a subclass, or a dispatch mode is active"
     return "autocast is enabled" if torch.is_autocast_enabled("cpu") else None
 
 

@@ -33,18 +33,22 @@ def _packed(gate_up: Tensor, down: Tensor) -> bool:
     return gate_up.is_mkldnn or down.is_mkldnn
 
 
-def _unsupported(*args: Tensor, tap: Tap | None = None) -> str | None:
+def _unsupported(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Tap | None = None
+) -> str | None:
     """The reason why a form that reads the experts as one plain tensor, without a tap, cannot run."""
-    return PACKED if _packed(args[1], args[2]) else unsupported_tap(tap=tap)
+    return PACKED if _packed(gate_up, down) else unsupported_tap(tap)
 
 
-def _cannot_sort(*args: Tensor, tap: Tap | None = None) -> str | None:
-    if _packed(args[1], args[2]):
+def _cannot_sort(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, tap: Tap | None = None
+) -> str | None:
+    if _packed(gate_up, down):
         if torch.is_autocast_enabled("cpu"):
             return f"{PACKED}, and autocast is enabled"
-        if torch.is_grad_enabled() and any(x.requires_grad for x in args):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, gate_up, down, weights)):
             return f"{PACKED}, which has no backward, and an input requires a gradient"
-    return unsupported_tap(tap=tap)
+    return unsupported_tap(tap)
 
 
 @experts.implementation("gathered", _unsupported, before="tapped", slower=_gathering_is_slower)

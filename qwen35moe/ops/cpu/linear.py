@@ -37,7 +37,7 @@ class _Linear(torch.autograd.Function):
 
 
 def pick(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    """The form that "auto" runs, without asking each one: a projection of one token takes few microseconds."""
+    """The form that "auto" runs, without going through the list: a projection of one token takes few microseconds."""
     if torch.compiler.is_compiling():
         return None
     if weight.is_mkldnn:
@@ -71,9 +71,9 @@ def _unsupported(name: str, x: Tensor, weight: Tensor) -> str | None:
         if name != "packed":
             return "the weight is packed"
         if not products.plain(x):
-            return "a tensor is a subclass, or a mode sees torch's operators"
+            return "a tensor is a subclass, or a dispatch mode is active"
     elif not products.plain(x, weight):
-        return "a tensor is a subclass, or a mode sees torch's operators"
+        return "a tensor is a subclass, or a dispatch mode is active"
     if x.dtype is not weight.dtype:
         return f"x is {x.dtype}, the weight {weight.dtype}"
     if torch.is_autocast_enabled("cpu"):

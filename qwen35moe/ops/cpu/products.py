@@ -34,8 +34,8 @@ _FEW = 64  # rows up to which `transposed` is tried
 _PART = 256  # rows of a weight in one of the products of `split`
 _BLOCK = 1 << 20  # numbers of a weight that are widened at once: 4 MB in float32
 _GRADIENT_BLOCK = 1 << 19  # the same in a backward, where the result or its terms are as large: 2 MB
-_SAMPLE = 1 << 22  # numbers of a weight that a measurement reads at once, and
-_OPERATIONS = 1 << 27  # products that it computes: about 2 ms
+_SAMPLE = 3 << 20  # numbers of a weight that a measurement reads at once, and
+_OPERATIONS = 3 << 25  # products that it computes: about 1.5 ms
 _SLOW = 1 << 25  # the same where torch's own products are slow
 _HALF = (torch.bfloat16, torch.float16)
 _TENSORS = (Tensor, nn.Parameter)
@@ -68,7 +68,7 @@ def split_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
     if parts < 2:
         return torch_product(x, weight, out)
     whole, out = parts * _PART, x.new_empty(len(x), len(weight)) if out is None else out
-    y = torch.bmm(x.expand(parts, -1, -1), weight[:whole].view(parts, _PART, -1).mT)
+    y = torch.bmm(x.expand(parts, -1, -1), weight[:whole].view(parts, _PART, weight.shape[1]).mT)
     out[:, :whole].unflatten(1, (parts, _PART)).copy_(y.transpose(0, 1))
     if whole < len(weight):
         torch.mm(x, weight[whole:].t(), out=out[:, whole:])
@@ -148,6 +148,8 @@ def refusal(name: str, rows: int, weight: Tensor) -> str | None:
             return f"the weight is {dtype}, not float32"
         if rows != 1:
             return f"{rows} rows: from two on oneDNN's error is up to 2.2 times torch's"
+        if not weight.is_contiguous():
+            return "the weight is not contiguous: oneDNN would copy it at every call"
         return None if has_onednn() else "this build of torch has no oneDNN"
     if dtype != torch.bfloat16:
         return f"the weight is {dtype}, not bfloat16"
@@ -199,7 +201,7 @@ def _measure(kind: int, rows: int, weight: Tensor) -> str:
     parts = max(1, len(weight) // step)
 
     def run(name: str, number: int) -> Tensor:
-        start = (number + 1) * len(names) + names.index(name)
+        start = number * len(names) + names.index(name)
         return FORMS[name](x, weight[(start % parts) * step :][:step], None)
 
     title = ("1 row", *(f"up to {end} rows" for end in ROWS[1:]), f"more than {ROWS[-1]} rows")[kind]
@@ -211,8 +213,8 @@ def _measure(kind: int, rows: int, weight: Tensor) -> str:
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether these are ordinary tensors with values in memory: no subclass (sharded, quantised, fake), and no mode that is to
-    see torch's own operators, such as a counter of operations."""
+    """Whether these are ordinary tensors with values in memory: no subclass (sharded, quantised, fake), and no dispatch mode,
+    such as a counter of operations, which handles torch's own operators."""
     return all(type(x) in _TENSORS for x in tensors) and not torch._C._len_torch_dispatch_stack()
 
 
