@@ -6,8 +6,10 @@
 
 One long-lived process for each checkout times on request, in turns; imports and warm-up do not count. Both draw the same
 weights (digests are compared) and get the same inputs. The answers come first: bit-equal or within a stated bound, otherwise
-the scenario is not timed. Ratios are of minima; below 1 is faster than before. --calls counts the Python calls into the
-package for one cached token in a Gated DeltaNet layer with its experts.
+the scenario is not timed. Ratios are of minima; below 1 is faster than before. On CPU each process chooses some forms by
+measurement, so two processes of one commit may differ in their last bits; with --deterministic none is measured, and bits
+differ only where the arithmetic differs. --calls counts the Python calls into the package for one cached token in a Gated
+DeltaNet layer with its experts.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help=f"beginnings of ids, with commas: {', '.join(GROUPS)}, text/decode, ...")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--warmup", type=int, default=1, help="requests to each process that do not count")
+    parser.add_argument("--deterministic", action="store_true", help="both processes use deterministic algorithms")
     parser.add_argument("--calls", action="store_true", help="only count Python calls of one decoded layer")
     options = parser.parse_args(None if argv is None else list(argv))
     if options.before is None and not options.calls:
@@ -58,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{name} {revision}" for name, revision in report.extra["commits"].items()))
     with ExitStack() as stack:
         workers = {name: stack.enter_context(started(folder, options.device)) for name, folder in checkouts.items()}
+        if options.deterministic:
+            for worker in workers.values():
+                worker("deterministic")
         if options.calls:
             report.extra["calls"] = count_calls(workers)
         else:

@@ -33,6 +33,11 @@ class Worker:
         self.scenario: dict[str, Any] = {}
         self.generator = torch.Generator()
 
+    def deterministic(self) -> dict[str, Any]:
+        """Only deterministic algorithms from now on, and nothing that is chosen by measurement."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return {}
+
     def build(self, preset: str, changes: dict[str, Any], dtype: str) -> dict[str, Any]:
         """A model with the library's initial weights; returns a digest of them and their bytes."""
         self.model = self.cache = None
