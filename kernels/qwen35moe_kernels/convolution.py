@@ -55,7 +55,7 @@ class _Call:
         self.batch, self.tokens, self.channels = x.shape
         self.taps = weight.shape[-1]
         self.rows = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.state = None if state is None else state.mT.contiguous()
+        self.state = None if state is None else state.transpose(1, 2).contiguous()
         self.lengths, self.bounds, self.document = lengths, None, None
         if cu_seqlens is not None:
             self.bounds = cu_seqlens.to(x.device)
@@ -126,7 +126,7 @@ def _backward(
     kernels = runtime.kernels("convolution_kernels")
 
     call = _Call(x, weight, state, lengths, cu_seqlens)
-    dy, dafter = dy.contiguous(), dafter.mT.contiguous()
+    dy, dafter = dy.contiguous(), dafter.transpose(1, 2).contiguous()
     grid, blocks = call.tiles(_TOKENS_BACKWARD)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial_sums = torch.empty(grid[2] * grid[0], call.taps, call.channels, dtype=torch.float32, device=x.device)
@@ -142,7 +142,7 @@ def _backward(
                 dy, dafter, *call.pointers("x", "weight", "state", "lengths", "document", "bounds"), dstate, *call.sizes,
                 **call.flags, BC=call.block,
             )  # fmt: skip
-    return dx, partial_sums.sum(0).T.to(weight.dtype).contiguous(), dstate
+    return dx, partial_sums.sum(0).t().to(weight.dtype).contiguous(), dstate
 
 
 def _no_state(x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class _Schedule:
 
         self.order, assignments = order, order.numel()
         every_expert = torch.arange(experts, device=order.device, dtype=torch.int32)
-        by_row = indices.reshape(-1)[order].to(torch.int32)
+        by_row = indices.reshape(-1).index_select(0, order).to(torch.int32)
         self.ends = torch.searchsorted(by_row, every_expert, right=True, out_int32=True)
         # ceil(c / rows) <= (c + rows - 1) / rows, summed over the experts with an assignment
         self.count = (assignments + min(experts, assignments) * (rows - 1)) // rows
