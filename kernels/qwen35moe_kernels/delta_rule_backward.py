@@ -39,7 +39,7 @@ from qwen35moe_kernels.delta_rule_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def attend_back(
     query, key, sums, norms, d_output, d_writes, spans, tokens, total, q_token, q_head, k_token, k_head, scale,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
@@ -61,7 +61,7 @@ def attend_back(
     store_rows(d_writes + h * V, product(scores, d_out, ROUND, WIDEN), t, end, H * V, first, V, M, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def recur_back(
     query, key, beta, inverse, sums, norms, d_output, d_writes, d_final, d_states, d_initial, bounds, first_chunks,
     tokens, total, q_token, q_head, k_token, k_head, scale, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
@@ -106,7 +106,7 @@ def _through_length(gradient, x, length):
     return length[:, None] * (gradient - unit * tl.sum(unit * gradient, axis=1)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def queries_back(
     query, key, sums, norms, states, writes, d_output, d_query, d_units, d_decay, spans, tokens, total,
     q_token, q_head, k_token, k_head, scale, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -150,7 +150,7 @@ def queries_back(
     store_rows(d_units + g * K, d_k, t, end, G * K, 0, K, M, KP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def keys_back(
     key, value, beta, sums, norms, states, writes, d_writes, d_states, d_units, d_key, d_value, d_decay, d_beta, spans,
     tokens, total, k_token, k_head, v_token, v_head, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
