@@ -41,7 +41,7 @@ def decoding(torch: Any, kept: bool = False, **options: Any) -> Callable[[], obj
     inputs = StreamInputs(prompt.ids, **{"max_new_tokens": STEPS, "eos_token_id": [7, 9], **options})
     MadeUp.started = 0
     # The ids of a prompt are checked at the call, which reads them.
-    with mock.patch.object(loop, "read_prompt", lambda *_, **__: prompt), mock.patch.object(loop, "late_copy", lambda _: MadeUp):
+    with mock.patch.multiple(loop, read_prompt=lambda *_, **__: prompt, late_copy=lambda _: MadeUp):
         run = loop._Run(small(torch), inputs, keeps_cache=kept)
     assert run.reads.behind and run.masks_always == kept
     if run.state.uniforms is not None:
@@ -57,8 +57,8 @@ def decoding(torch: Any, kept: bool = False, **options: Any) -> Callable[[], obj
 
 SAMPLED = {"do_sample": True, "seed": 7, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
 PENALISED = {
-    "repetition_penalty": 1.2, "presence_penalty": 0.5, "min_new_tokens": 4, "suppress_tokens": [3], "begin_suppress_tokens": [4],
-    "bad_words_ids": [[5], [6, 7]],
+    "repetition_penalty": 1.2, "presence_penalty": 0.5, "min_new_tokens": 4, "suppress_tokens": [3],
+    "begin_suppress_tokens": [4], "bad_words_ids": [[5], [6, 7]],
 }  # fmt: skip
 SCENARIOS: dict[str, Callable[[Any], Callable[[], object]]] = {
     "generate": lambda torch: decoding(torch),
