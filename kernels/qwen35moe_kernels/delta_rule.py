@@ -21,7 +21,10 @@ from qwen35moe_kernels import runtime
 
 CHUNK = 64
 WIDEST = 256  # a program holds [K, 32] elements of the recurrent state in registers
-WIDEST_FLOAT32_BACK = 64  # `queries_back` in float32 at K = 128 takes 288 KiB of shared memory; a Hopper GPU has 227
+# KiB of shared memory, forward and backward, by the largest width: bfloat16 on Hopper GPUs and on others, and float32.
+_SHARED_HOPPER = {128: (65, 102), 256: (105, 174)}
+_SHARED_HALF = {128: (39, 48), 256: (65, 80)}
+_SHARED_FLOAT32 = {64: (49, 74), 128: (65, 106), 256: (105, 178)}
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -66,6 +69,12 @@ def blocks(value: Tensor) -> Blocks:
     if value.is_cuda and not hopper and torch.version.hip is None:
         options["maxnreg"] = 255
     return Blocks(*(_power_of_two(value.shape[-1], most) for most in columns), options)
+
+
+def shared_memory(width: int, dtype: torch.dtype, hopper: bool, back: bool) -> int:
+    """Bytes of shared memory that the kernels take for keys of a width, as compiled by Triton 3.7, rounded up."""
+    table = _SHARED_FLOAT32 if dtype == torch.float32 else _SHARED_HOPPER if hopper else _SHARED_HALF
+    return next(sizes[back] for most, sizes in table.items() if width <= most) << 10
 
 
 class Chunks(NamedTuple):
@@ -269,8 +278,11 @@ def unsupported(
         return f"query is {query.dtype}, key {key.dtype} and value {value.dtype}: the kernels take one dtype"
     if key.shape[-1] > WIDEST:
         return f"keys are {key.shape[-1]} wide: a program holds the state of keys up to {WIDEST} wide"
-    if query.dtype == torch.float32 and key.shape[-1] > WIDEST_FLOAT32_BACK and runtime.needs_gradient(*floats.values()):
-        return f"float32 keys are {key.shape[-1]} wide: with a gradient, shared memory suffices up to {WIDEST_FLOAT32_BACK}"
+    back = runtime.needs_gradient(*floats.values())
+    needed, most = shared_memory(key.shape[-1], query.dtype, runtime.hopper(query), back), runtime.shared_memory(query)
+    if needed > most:
+        kind, way = str(query.dtype).removeprefix("torch."), " with a gradient" if back else ""
+        return f"{kind} keys {key.shape[-1]} wide{way} take {needed >> 10} KiB of shared memory, {query.device} has {most >> 10}"
     return "query has no tokens" if query.shape[1] == 0 else None
 
 

@@ -18,10 +18,12 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from tests.support import fake_gpu_generation
+from tests.support.launches import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Operators that launch nothing: they make views, allocate, or read sizes.
@@ -99,9 +101,11 @@ def run(capability: tuple[int, int], scenarios: list[str]) -> dict[str, dict[str
                 elsewhere.update(name for x in tensors if not x.is_cuda and x.dim())
             return out
 
+    properties = next(SimpleNamespace(shared_memory_per_block_optin=n) for at, n in TARGETS.values() if at == capability)
     real = runtime.kernels
     patches = [
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(runtime, "on_device_of", lambda _: nullcontext()),
         mock.patch.object(runtime, "kernels", lambda file: Module(launches, file, real(file))),

@@ -18,8 +18,9 @@ def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="cuda")
 
 
-def delta_rule(tokens: int = 130, rows: int = 2, packed: bool = False, back: bool = True, width: int = K, dtype: str = "bfloat16"
-) -> None:  # fmt: skip
+def delta_rule(
+    tokens: int = 130, rows: int = 2, packed: bool = False, back: bool = True, width: int = K, dtype: str = "bfloat16"
+) -> None:
     from qwen35moe_kernels.delta_rule import delta_rule as forward
     from qwen35moe_kernels.delta_rule import delta_rule_back
 
@@ -31,7 +32,8 @@ def delta_rule(tokens: int = 130, rows: int = 2, packed: bool = False, back: boo
     decay, beta = new(rows, tokens, H, dtype=torch.float32), new(rows, tokens, H, dtype=kind)
     output, final, *saved = forward._init_fn(query, key, value, decay, beta, state, bounds)
     if back:
-        delta_rule_back._init_fn(new(*output.shape, dtype=kind), torch.empty_like(final), query, key, value, beta, bounds, *saved)
+        d_output, d_final = new(*output.shape, dtype=kind), torch.empty_like(final)
+        delta_rule_back._init_fn(d_output, d_final, query, key, value, beta, bounds, *saved)
 
 
 def experts(tokens: int, keep: bool = True, dtype: str = "bfloat16") -> None:

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -130,7 +129,7 @@ class Recorder:
         if devices != {self.inside}:
             raise AssertionError(f"{name}: tensors on {devices}, launched on {self.inside}")
 
-        def compile_or_count(key: str, signature: Any, device: Any, constants: Any, options: Any, attrs: Any, warmup: Any) -> Any:
+        def compile_or_count(key: str, signature: Any, device: Any, constants: Any, options: Any, attrs: Any, _: Any) -> Any:
             if (name, key) not in self.seen:
                 self.seen.add((name, key))
                 build = self.request.build and (not self.request.only or name in self.request.only)

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -240,6 +241,7 @@ def gpu() -> Iterator[None]:
         for owner, name, value in (
             (torch.cuda, "_lazy_init", lambda: None), (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "is_available", lambda: True), (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+            (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(shared_memory_per_block_optin=227 << 10)),
             (torch.cuda, "synchronize", lambda *_: LOG.reads.append(f"synchronize at {where()}")),
             (torch.Tensor, "tolist", _tolist), (F, "scaled_dot_product_attention", _attention),
             (runtime, "on_device_of", lambda _: nullcontext()), (runtime, "kernels", lambda file: Kernels(real(file))),

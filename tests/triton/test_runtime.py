@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,3 +82,51 @@ def test_the_order_of_preference_without_importing_triton(interpret: str) -> Non
 def test_describe_lists_the_packages() -> None:
     text = backends.describe()
     assert "causal_conv1d" in text and "flash_attn" in text and "triton" in text
+
+
+class OnGpu:
+    """A tensor's properties that the choice of tiles reads."""
+
+    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("capability", "kib", "stages"), [((8, 9), 99, 3), ((8, 0), 163, 4), ((9, 0), 227, 4), ((9, 0), 48, 0)])
+def test_the_experts_tiles_follow_the_shared_memory(
+    capability: tuple[int, int], kib: int, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """stages: of the product with the widest tile; 0: no pipeline fits. tests/triton/test_launches.py compiles them."""
+    from qwen35moe_kernels import experts
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=kib << 10))
+    monkeypatch.setattr(runtime, "_shared_memory", runtime._shared_memory.__wrapped__)
+    assert runtime.shared_memory(OnGpu()) == kib << 10
+    assert runtime.shared_memory(torch.zeros(1)) >= 1 << 30
+    assert runtime.hopper(OnGpu()) == (capability == (9, 0))
+    table = experts._fitting.__wrapped__(torch.bfloat16, kib << 10, runtime.hopper(OnGpu()))
+    if not stages:
+        assert table == ()
+        monkeypatch.setattr(runtime, "shared_memory", lambda _: kib << 10)
+        x, indices = torch.zeros(2, 24), torch.zeros(2, 1, dtype=torch.int64)
+        reason = experts.unsupported(x.bfloat16(), x, x, indices, torch.zeros(2, 1))
+        assert reason == "a program may use 48 KiB of shared memory on cpu, the kernels need 49"
+        return
+    tiles = experts._tiles(OnGpu(), 1000, 1)
+    assert tiles.product.stages == stages and tiles.up.stages == stages
+
+
+def test_shared_memory_without_the_property(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm builds of torch have another name for it."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block=64 << 10))
+    assert runtime._shared_memory.__wrapped__(0) == 64 << 10
+
+
+def test_the_delta_rule_says_which_keys_are_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen35moe_kernels import delta_rule
+
+    monkeypatch.setattr(runtime, "shared_memory", lambda _: 99 << 10)
+    monkeypatch.setattr(runtime, "unsupported_device", lambda **_: None)
+    x, gates = torch.zeros(1, 3, 2, 128), torch.zeros(1, 3, 2)
+    assert delta_rule.unsupported(x, x, x, decay=gates, beta=gates) is None
+    reason = delta_rule.unsupported(x, x, x.requires_grad_(), decay=gates, beta=gates)
+    assert reason == "float32 keys 128 wide with a gradient take 106 KiB of shared memory, cpu has 99"
