@@ -1,4 +1,4 @@
-"""RMS norm in Triton, forward and backward: y = x / sqrt(mean(x^2) + eps) * (1 + weight).
+"""RMS norm in Triton, forward and backward: y = x / sqrt(mean(x^2) + eps) * (1 + weight). Also after an addition, forward.
 
 x [..., D], weight [D]; y [..., D] in x's dtype, rounded once at the end. x may be a part of wider rows, as the queries beside
 their gates are.
@@ -32,6 +32,33 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     if torch.compiler.is_compiling() or runtime.needs_gradient(x, weight):
         return _operation(x, weight, eps)
     return _forward(x, weight, eps)
+
+
+def unsupported_add(residual: Tensor, change: Tensor, weight: Tensor, *, eps: float) -> str | None:
+    """None, or the reason why the kernel of the sum and its norm cannot run this call."""
+    if residual.shape != change.shape:
+        return f"change {list(change.shape)} would be broadcast over residual {list(residual.shape)}"
+    tensors = {"residual": residual, "change": change, "weight": weight}
+    if residual.shape[-1] > _WIDEST:
+        return f"residual has rows of {residual.shape[-1]}, one program holds {_WIDEST}"
+    return runtime.unsupported_device(**tensors) or runtime.unsupported_dtype(*_FLOATS, **tensors)
+
+
+def add_rms_norm(residual: Tensor, change: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """residual + change and its norm, both in residual's dtype."""
+    return (_add_operation if torch.compiler.is_compiling() else _added)(residual, change, weight, eps)
+
+
+def _added(residual: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    kernel = runtime.kernels("norm_kernels").add_kernel
+
+    total, y = (torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) for _ in range(2))
+    if y.numel():
+        rows = residual.reshape(-1, residual.shape[-1]).contiguous()
+        blocks, shape = _blocks(_ELEMENTS, rows)
+        with runtime.on_device_of(residual):
+            kernel[(blocks,)](rows, change.contiguous(), weight.contiguous(), total, y, *rows.shape, eps, **shape)
+    return total, y
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -109,7 +136,22 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _operation.register_autograd(_differentiate, setup_context=_save)
 
 
+_add_operation = torch.library.custom_op(
+    "qwen35moe_kernels::add_rms_norm", _added, mutates_args=(),
+    schema="(Tensor residual, Tensor change, Tensor weight, float eps) -> (Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_add_operation.register_fake
+def _add_shapes(residual: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+
+
 def register(register: Callable[..., None]) -> None:
     """Registers ahead of the PyTorch forms."""
     missing, place = runtime.missing(), runtime.place("cpu")
     register("rms_norm", "triton", rms_norm, unsupported, before=place, missing=missing, **runtime.FIRST_ORDER)
+    register(
+        "add_rms_norm", "triton", add_rms_norm, unsupported_add, before=runtime.place("torch"), missing=missing,
+        differentiable=False, transforms=(),
+    )  # fmt: skip
