@@ -18,8 +18,9 @@ from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = 4  # of x: more rows read the weights too often from the cache
-_COLUMNS, _DEPTH = 4, 2048  # rows of a weight in one program, and numbers of each that it loads at once
-_DEPTH_TWO = 1024  # with two weights
+# Rows of each weight in one program, of one weight and of two, and numbers of them that it loads at once. At D = 2048 a
+# thread then starts all its loads, 16 bytes each, before it waits for the first.
+_COLUMNS, _COLUMNS_TWO, _DEPTH = 4, 2, 1024
 _ELEMENTS = 2048  # of silu_mul in one program
 
 
@@ -72,7 +73,7 @@ def _projected(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     D, rows = x.shape[-1], _count(x)
     if not rows:
         return out
-    block = _block(D, _DEPTH)
+    block = _block(D, _COLUMNS)
     blocks = sum(runtime.parts(len(w), block["BN"]) for w in weights)
     absent = 4 - len(weights)
     tensors = *weights, *weights[:1] * absent, *out, *out[:1] * absent
@@ -99,7 +100,7 @@ def _swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
         with runtime.on_device_of(x):
             kernels.silu_mul_kernel[(runtime.parts(y.numel(), _ELEMENTS),)](gate, up, y, y.numel(), B=_ELEMENTS)
         return y
-    block = _block(D, _DEPTH_TWO)
+    block = _block(D, _COLUMNS_TWO)
     with runtime.on_device_of(x):
         kernels.swiglu_kernel[(runtime.parts(inner, block["BN"]) * rows,)](
             x.contiguous(), gate_weight, up_weight, y, rows, inner, D=D, **block
@@ -107,8 +108,8 @@ def _swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     return y
 
 
-def _block(D: int, depth: int) -> dict[str, int]:
-    return {"BN": _COLUMNS, "BK": min(depth, runtime.power_of_two(D)), "num_warps": 4}
+def _block(D: int, columns: int) -> dict[str, int]:
+    return {"BN": columns, "BK": min(_DEPTH, runtime.power_of_two(D)), "num_warps": 4}
 
 
 _operation = torch.library.custom_op(

@@ -8,25 +8,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _dots(x, weight, row, n, F, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """The products [BN], float32, of row `row` of x [rows, D] with the rows n of weight [F, D]."""
+def _project(x, weight, y, row, block, F, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """BN columns of row `row` of y [rows, F] = x weight^T."""
+    n = block * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    total = tl.zeros([BN, BK], dtype=tl.float32)
     at = weight + n.to(tl.int64)[:, None] * D + k[None, :]
+    total = tl.zeros([BN, BK], dtype=tl.float32)
     for start in range(0, D, BK):
         in_k = k < D - start
         value = tl.load(x + row * D + start + k, mask=in_k, other=0.0).to(tl.float32)
-        matrix = tl.load(at + start, mask=(n < F)[:, None] & in_k[None, :], other=0.0).to(tl.float32)
-        total += value[None, :] * matrix
-    return tl.sum(total, axis=1)
-
-
-@triton.jit
-def _project(x, weight, y, row, block, F, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """BN columns of one row of y [rows, F]."""
-    n = block * BN + tl.arange(0, BN)
-    total = _dots(x, weight, row, n, F, D, BN, BK)
-    tl.store(y + row * F + n, total.to(y.dtype.element_ty), mask=n < F)
+        total += value[None, :] * tl.load(at + start, mask=(n < F)[:, None] & in_k[None, :], other=0.0).to(tl.float32)
+    tl.store(y + row * F + n, tl.sum(total, axis=1).to(y.dtype.element_ty), mask=n < F)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -55,8 +47,18 @@ def swiglu_kernel(x, gate_weight, up_weight, y, rows, F, D: tl.constexpr, BN: tl
     """BN columns of one row of y [rows, F] = silu(x W_gate^T) * (x W_up^T)."""
     row = (tl.program_id(0) % rows).to(tl.int64)
     n = tl.program_id(0) // rows * BN + tl.arange(0, BN)
-    gate = _dots(x, gate_weight, row, n, F, D, BN, BK)
-    up = _dots(x, up_weight, row, n, F, D, BN, BK)
+    k = tl.arange(0, BK)
+    at = n.to(tl.int64)[:, None] * D + k[None, :]
+    gates = tl.zeros([BN, BK], dtype=tl.float32)
+    ups = tl.zeros([BN, BK], dtype=tl.float32)
+    for start in range(0, D, BK):  # both weights in one loop: no load waits for the sum of the other product
+        in_k = k < D - start
+        mask = (n < F)[:, None] & in_k[None, :]
+        value = tl.load(x + row * D + start + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
+        gates += value * tl.load(gate_weight + at + start, mask=mask, other=0.0).to(tl.float32)
+        ups += value * tl.load(up_weight + at + start, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.sum(gates, axis=1)
+    up = tl.sum(ups, axis=1)
     tl.store(y + row * F + n, (gate / (1.0 + tl.exp(-gate)) * up).to(y.dtype.element_ty), mask=n < F)
 
 

@@ -77,11 +77,12 @@ def rotary_cases(dtype: torch.dtype, device: str, generator: torch.Generator) ->
 
 
 def norm_rotary_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
-    """The heads of `rotary_cases` with the weights of their norms."""
+    """Some of the head rotated, and all of it."""
     draw = Draw(dtype, device, generator)
-    for (query, key, cos, sin), _ in rotary_cases(dtype, device, generator):
-        K = query.shape[-1]
-        yield (query, key, cos, sin, 0.3 * draw(K), 0.3 * draw(K)), {"eps": 1e-6}
+    for B, T, H, G, K, half in ((2, 3, 4, 1, 16, 5), (1, 1, 2, 3, 12, 6)):
+        angle = 6.3 * draw.uniform(B, T, half)
+        rotation = draw.cast(angle.cos(), draw.wide), draw.cast(angle.sin(), draw.wide)
+        yield (draw(B, T, H, K), draw(B, T, G, K), *rotation, 0.3 * draw(K), 0.3 * draw(K)), {"eps": 1e-6}
 
 
 def attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
@@ -112,7 +113,7 @@ def linear_cases(dtype: torch.dtype, device: str, generator: torch.Generator) ->
 def projections_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
     """Three weights and four; few rows and several."""
     draw = Draw(dtype, device, generator)
-    for shape, sizes in (((2, 1, 12), (5, 7, 3)), ((1, 33), (40, 9, 6, 2)), ((6, 8), (5, 3, 4, 7))):
+    for shape, sizes in (((2, 1, 12), (5, 7, 3)), ((1, 33), (10, 9, 6, 2)), ((6, 8), (5, 3, 4, 7))):
         yield (draw(*shape), *(draw(F, shape[-1]) for F in sizes)), {}
 
 

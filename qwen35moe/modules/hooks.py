@@ -82,11 +82,14 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     return linear(in_dtype_of(weight, x))
 
 
-def weight_of(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
+def weight_of(module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = None) -> Tensor | None:
     """The weight of a module without a bias, for a fused operation that reads it without calling the module. None where the
-    call may compute something else than the forward of `kind`, and for a weight that is no ordinary tensor."""
+    call may compute something else than the forward of `kind`, for a weight that is no ordinary tensor, and for one that does
+    not have `dtype`, if that is not None."""
     weight: Any = module._parameters.get("weight")
-    if weight is None or type(weight) is PackedMatrix or hasattr(type(weight), "__tensor_flatten__"):
+    if weight is None or (dtype is not None and weight.dtype is not dtype):
+        return None
+    if type(weight) is PackedMatrix or hasattr(type(weight), "__tensor_flatten__"):
         return None
     return weight if is_plain(module, kind) and module._parameters.get("bias") is None else None
 
@@ -94,7 +97,7 @@ def weight_of(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
 def fused_projections(caller: nn.Module, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...] | None:
     """The products of x with the weights of the linears by a fused implementation of `ops.projections`; None where the caller
     runs them one by one."""
-    weights = [] if torch.is_grad_enabled() else [weight_of(linear, nn.Linear) for linear in linears]
+    weights = [] if torch.is_grad_enabled() else [weight_of(linear, nn.Linear, x.dtype) for linear in linears]
     if not weights or any(weight is None for weight in weights):
         return None
     return ops.projections.fused(x, *weights, caller=caller)  # pyright: ignore[reportArgumentType]

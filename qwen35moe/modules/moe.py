@@ -45,7 +45,7 @@ class MLP(Initialised):
 
     def _fused_act(self, x: Tensor) -> Tensor | None:
         """silu(gate x) * up x by a fused implementation of `ops.swiglu`; None where `forward` composes it."""
-        gate, up = weight_of(self.gate_proj, nn.Linear), weight_of(self.up_proj, nn.Linear)
+        gate, up = weight_of(self.gate_proj, nn.Linear, x.dtype), weight_of(self.up_proj, nn.Linear, x.dtype)
         if torch.is_grad_enabled() or gate is None or up is None:
             return None
         return ops.swiglu.fused(x, gate, up, caller=self)
@@ -217,7 +217,7 @@ class SparseMoeBlock(Initialised):
     def _fused_sum(self, residual: Tensor, routed: Tensor, shared: Tensor, rows: Tensor) -> Tensor | None:
         """residual plus the output of the block by a fused implementation of `ops.add_shared_expert`; None where `forward`
         composes it. It reads the weight of shared_expert_gate without calling it, and materialises no output."""
-        weight = weight_of(self.shared_expert_gate, nn.Linear)
+        weight = weight_of(self.shared_expert_gate, nn.Linear, rows.dtype)
         if weight is None or tapped(self, ("shared", "output")):
             return None
         total = ops.add_shared_expert.fused(residual.view_as(rows), routed, shared, rows, weight, caller=self)

@@ -20,10 +20,13 @@ SEQUENCE = {
     "attention": ["torch"], "experts": ["triton"], "gated_delta_rule": ["triton"], "gated_rms_norm": ["triton"],
     "rms_norm": ["triton"], "rotary": ["triton"], "router": ["triton"], "short_convolution": ["triton"],
 }  # fmt: skip
-STEP = {name: SEQUENCE[name] for name in ("attention", "experts", "rms_norm", "rotary", "router")}
-STEP |= {"delta_net_step": ["triton"]}
+FUSED = ("add_rms_norm", "add_shared_expert", "norm_rotary", "swiglu")  # composed where a gradient may be needed
+WITHOUT_GRADIENT = {name: SEQUENCE[name] for name in SEQUENCE if name != "rotary"} | dict.fromkeys(FUSED, ["triton"])
+STEP = {name: SEQUENCE[name] for name in ("attention", "experts", "rms_norm", "router")}
+STEP |= dict.fromkeys((*FUSED, "delta_net_step", "projections"), ["triton"])
 CHOSEN = {
-    "prefill": SEQUENCE, "masked": SEQUENCE, "training": SEQUENCE | {"linear_cross_entropy": ["torch"]},
+    "prefill": WITHOUT_GRADIENT, "masked": WITHOUT_GRADIENT,
+    "training": SEQUENCE | {"linear_cross_entropy": ["torch"]},
     "decode": STEP, "decode_static": STEP, "decode_35b": STEP,
 }  # fmt: skip
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qwen35moe import Config, Qwen3_5MoeForCausalLM, backends, taps
+from qwen35moe import backends
+from tests.modules.test_fused import CALLS, FUSED, small_model
 from tests.support.kernel_checks import DEVICE, DTYPES, ROUNDED, assert_close, draw, judged, refusal
 
 pytest.importorskip("triton")
-FUSED = ("add_rms_norm", "projections", "norm_rotary", "swiglu", "add_shared_expert")
 EPS = {"eps": 1e-6}
 
 
@@ -22,9 +22,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several blocks in every loop, the last one incomplete."""
     from qwen35moe_kernels import linear, norm
 
-    for module, name, size in (
-        (linear, "_DEPTH", 8), (linear, "_DEPTH_TWO", 16), (linear, "_ELEMENTS", 16), (norm, "_ELEMENTS", 64),
-    ):  # fmt: skip
+    for module, name, size in ((linear, "_DEPTH", 16), (linear, "_ELEMENTS", 16), (norm, "_ELEMENTS", 64)):
         monkeypatch.setattr(module, name, size)
     yield
 
@@ -113,69 +111,20 @@ def test_one_operator_in_a_compiled_graph(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ in a model
 
 
-@pytest.fixture
-def model() -> Qwen3_5MoeForCausalLM:
-    text = dict(
-        model_type="qwen3_5_moe_text", vocab_size=61, hidden_size=24, num_hidden_layers=2, head_dim=16,
-        layer_types=["linear_attention", "full_attention"], num_attention_heads=6, num_key_value_heads=2,
-        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12, num_experts=5,
-        num_experts_per_tok=2, moe_intermediate_size=10, shared_expert_intermediate_size=14,
-    )
-    return Qwen3_5MoeForCausalLM(Config.from_dict(text)).init_weights(seed=3).to(DEVICE)
-
-
 @torch.no_grad()
-def logits(model: nn.Module, implementation: str) -> tuple[Tensor, dict[str, int]]:
-    """Those of three tokens and then of one, and how often each of FUSED ran in Triton."""
-    choices = {"choice": backends.use(**dict.fromkeys(FUSED, implementation))}
-    with choices["choice"], backends.ran() as ran:
-        cache = model.new_cache(1)
-        first = model(torch.tensor([[5, 9, 7]], device=DEVICE), cache=cache).logits
-        second = model(torch.tensor([[4]], device=DEVICE), cache=cache).logits
-    return torch.cat([first, second], dim=1), {name: ran.counts[name, "triton"] for name in FUSED}
+def test_a_decoded_token_of_a_model_with_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/modules/test_fused.py` tests where the modules step aside."""
+    from qwen35moe_kernels import linear
 
+    for name in ("_COLUMNS", "_COLUMNS_TWO", "_DEPTH"):
+        monkeypatch.setattr(linear, name, 128)
+    model = small_model().to(DEVICE)
 
-EVERY = {"add_rms_norm": 4, "projections": 4, "norm_rotary": 2, "swiglu": 4, "add_shared_expert": 4}  # 2 layers, 2 calls
+    def logits(name: str) -> Tensor:
+        with backends.use(**dict.fromkeys(FUSED, name)):
+            return model(torch.tensor([[4]], device=DEVICE), cache=model.new_cache(1)).logits
 
-
-def test_a_model_with_all_of_them(model: Qwen3_5MoeForCausalLM) -> None:
-    fused, counts = logits(model, "triton")
-    composed, none = logits(model, "torch")
-    assert counts == EVERY and not any(none.values())
+    with backends.ran() as ran:
+        fused, composed = logits("triton"), logits("torch")
+    assert {name: ran.counts[name, "triton"] for name in FUSED} == CALLS
     assert (fused - composed).abs().max() <= 1e-5 * composed.abs().max()
-
-
-PARTS = {  # a module of layer 1 -> the operations that read or replace it, and so step aside
-    "post_attention_layernorm": ["add_rms_norm"], "self_attn.k_norm": ["norm_rotary"], "self_attn.v_proj": ["projections"],
-    "mlp.shared_expert.up_proj": ["swiglu"], "mlp.shared_expert_gate": ["add_shared_expert"], "mlp": ["add_shared_expert"],
-    "mlp.shared_expert": [], "self_attn": [], "mlp.gate": [],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_a_hook_on_a_module_that_is_read_without_a_call(model: Qwen3_5MoeForCausalLM, name: str) -> None:
-    def scaled(module: nn.Module, args: object, output: Any) -> Any:
-        return (1.25 * output[0] + 0.2, *output[1:]) if isinstance(output, tuple) else 1.25 * output + 0.2
-
-    plain, _ = logits(model, "triton")
-    model.model.layers[1].get_submodule(name).register_forward_hook(scaled)
-    fused, counts = logits(model, "triton")
-    composed, _ = logits(model, "torch")
-    assert (fused - composed).abs().max() <= 1e-5 * composed.abs().max()
-    assert name == "mlp.gate" or (fused - plain).abs().max() > 1e-3 * plain.abs().max()
-    calls = {operation: EVERY[operation] - (2 if operation in PARTS[name] else 0) for operation in FUSED}
-    assert counts == calls
-
-
-@pytest.mark.parametrize("value", ["shared", "output", "routed"])
-def test_a_tap_on_a_value_that_is_not_materialised(model: Qwen3_5MoeForCausalLM, value: str) -> None:
-    def tapped(implementation: str) -> tuple[Tensor, dict[str, int], dict[str, Tensor]]:
-        with taps.patch(model, {f"layers.1.mlp.{value}": lambda x: 1.5 * x}), taps.record(model, f"layers.*.mlp.{value}") as seen:
-            return *logits(model, implementation), dict(seen)
-
-    fused, counts, values = tapped("triton")
-    composed, _, expected = tapped("torch")
-    assert (fused - composed).abs().max() <= 1e-5 * composed.abs().max()
-    assert values.keys() == expected.keys()
-    assert all((values[key] - expected[key]).abs().max() <= 1e-5 * expected[key].abs().max() for key in expected)
-    assert counts["add_shared_expert"] == (4 if value == "routed" else 0) and counts["add_rms_norm"] == 4
