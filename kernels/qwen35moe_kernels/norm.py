@@ -61,11 +61,11 @@ def _added(residual: Tensor, change: Tensor, weight: Tensor, eps: float) -> tupl
     return total, y
 
 
-def _rows(x: Tensor) -> Tensor:
+def spaced_rows(x: Tensor) -> Tensor:
     """x as [rows, D] with contiguous rows: a view where the leading axes are evenly spaced."""
     try:
         rows = x.view(-1, x.shape[-1])
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # ValueError: of fake tensors
         return x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -82,7 +82,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
-        rows = _rows(x)
+        rows = spaced_rows(x)
         blocks, shape = _blocks(_ELEMENTS, rows)
         with runtime.on_device_of(x):
             kernels.forward_kernel[(blocks,)](rows, weight.contiguous(), y, *rows.shape, rows.stride(0), eps, **shape)
@@ -95,7 +95,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not dx.numel():
         return dx, torch.zeros_like(weight)
-    rows = _rows(x)
+    rows = spaced_rows(x)
     blocks, shape = _blocks(_ELEMENTS_BACKWARD, rows)
     programs = min(blocks, _PROGRAMS)
     partial_sums = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)

@@ -96,6 +96,13 @@ def attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator)
         yield (query, key, value), {"scale": K**-0.5, "starts": starts, "cu_seqlens": bounds}
 
 
+def sigmoid_gate_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Heads, whose gates lie beside other numbers, and rows."""
+    draw = Draw(dtype, device, generator)
+    yield (draw(2, 3, 5, 8), draw(2, 3, 5, 2, 8)[..., 1, :]), {}
+    yield (draw(7, 130), draw(7, 130)), {}
+
+
 def vision_attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
     """Frames of different sizes, an empty one, and one frame."""
     draw = Draw(dtype, device, generator)
@@ -222,6 +229,7 @@ CASES: dict[str, Callable[..., Cases]] = {
     "rotary": rotary_cases,
     "norm_rotary": norm_rotary_cases,
     "attention": attention_cases,
+    "sigmoid_gate": sigmoid_gate_cases,
     "vision_attention": vision_attention_cases,
     "linear": linear_cases,
     "projections": projections_cases,

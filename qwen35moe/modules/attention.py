@@ -60,7 +60,11 @@ class GatedAttention(Initialised):
             dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         core, weights = self._attend(query, key, value, context)
-        out = project(self.o_proj, (core * gate.sigmoid()).flatten(2))
+        composed = core.is_cpu and ops.sigmoid_gate.is_ordinary(self) or torch.is_grad_enabled()
+        gated = None if composed else ops.sigmoid_gate.fused(core, gate, caller=self)
+        if gated is None:
+            gated = core * gate.sigmoid()
+        out = project(self.o_proj, gated.flatten(2))
         return tap(self, "output", out), state, weights
 
     def extra_repr(self) -> str:

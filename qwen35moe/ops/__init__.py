@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from . import cpu, delta_chunked
 from .arguments import check_direct_calls
-from .attention import attention
+from .attention import attention, sigmoid_gate
 from .convolution import short_convolution
 from .decode_step import delta_net_step
 from .delta_rule import gated_delta_rule
@@ -43,6 +43,7 @@ __all__ = [
     "rotary",
     "router",
     "short_convolution",
+    "sigmoid_gate",
     "swiglu",
     "vision_attention",
 ]

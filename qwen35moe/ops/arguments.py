@@ -25,6 +25,7 @@ AXES = {
     "rotary": "query B T H K, key B T G K, cos B T R/2, sin B T R/2",
     "norm_rotary": "query B T H K, key B T G K, cos B T R/2, sin B T R/2, query_weight K, key_weight K",
     "attention": "query B T H K, key B P G K, value B P G V",
+    "sigmoid_gate": "x ... V, gate ... V",
     "vision_attention": "query N H K, key N H K, value N H K",
     "linear": "x ... D, weight F D, bias F",
     "projections": "x ... D, first F1 D, second F2 D, third F3 D, fourth F4 D",

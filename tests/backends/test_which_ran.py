@@ -24,7 +24,8 @@ ON_A_CPU = {
     "linear_cross_entropy": ("torch", "torch"),
 }
 
-FUSED = ("add_rms_norm", "projections", "norm_rotary", "swiglu", "add_shared_expert")  # the modules compose them on a CPU
+# The modules compose these on a CPU.
+FUSED = ("add_rms_norm", "projections", "norm_rotary", "sigmoid_gate", "swiglu", "add_shared_expert")
 
 
 def model() -> Qwen3_5MoeForConditionalGeneration:

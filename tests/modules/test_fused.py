@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from qwen35moe import Config, Qwen3_5MoeForCausalLM, backends, taps
 from qwen35moe.backends.operation import TABLE
 
-FUSED = ("add_rms_norm", "projections", "norm_rotary", "swiglu", "add_shared_expert")
-CALLS = {"add_rms_norm": 2, "projections": 2, "norm_rotary": 1, "swiglu": 2, "add_shared_expert": 2}  # of one forward
+FUSED = ("add_rms_norm", "projections", "norm_rotary", "sigmoid_gate", "swiglu", "add_shared_expert")
+# Calls in one forward of two layers, one with attention.
+CALLS = {"add_rms_norm": 2, "projections": 2, "norm_rotary": 1, "sigmoid_gate": 1, "swiglu": 2, "add_shared_expert": 2}
 
 
 def small_model() -> Qwen3_5MoeForCausalLM:

@@ -102,6 +102,7 @@ def with_tokens(name: str, T: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         "projections": ((x, draw(5, 8, grad=False), draw(3, 8, seed=1, grad=False), draw(4, 8, seed=2, grad=False)), {}),
         "swiglu": ((x, draw(5, 8, grad=False), draw(5, 8, seed=1, grad=False)), {}),
         "add_shared_expert": ((x, gate, 0.5 * gate, x.flip(0), gate[:1]), {}),
+        "sigmoid_gate": ((x, gate), {}),
         "linear": ((x, draw(5, 8, grad=False), gate[0, :5]), {}),
         "rotary": ((draw(2, T, 4, 8, grad=False), draw(2, T, 2, 8, grad=False), angle.cos(), angle.sin()), {}),
         "norm_rotary": (

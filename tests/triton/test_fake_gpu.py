@@ -20,7 +20,8 @@ SEQUENCE = {
     "attention": ["torch"], "experts": ["triton"], "gated_delta_rule": ["triton"], "gated_rms_norm": ["triton"],
     "rms_norm": ["triton"], "rotary": ["triton"], "router": ["triton"], "short_convolution": ["triton"],
 }  # fmt: skip
-FUSED = ("add_rms_norm", "add_shared_expert", "norm_rotary", "swiglu")  # composed where a gradient may be needed
+# Composed where a gradient may be needed.
+FUSED = ("add_rms_norm", "add_shared_expert", "norm_rotary", "sigmoid_gate", "swiglu")
 WITHOUT_GRADIENT = {name: SEQUENCE[name] for name in SEQUENCE if name != "rotary"} | dict.fromkeys(FUSED, ["triton"])
 STEP = {name: SEQUENCE[name] for name in ("attention", "experts", "rms_norm", "router")}
 STEP |= dict.fromkeys((*FUSED, "delta_net_step", "projections"), ["triton"])

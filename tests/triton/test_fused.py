@@ -20,9 +20,12 @@ EPS = {"eps": 1e-6}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several blocks in every loop, the last one incomplete."""
-    from qwen35moe_kernels import linear, norm
+    from qwen35moe_kernels import linear, norm, sigmoid_gate
 
-    for module, name, size in ((linear, "_DEPTH", 16), (linear, "_ELEMENTS", 16), (norm, "_ELEMENTS", 64)):
+    for module, name, size in (
+        (linear, "_DEPTH", 16), (linear, "_ELEMENTS", 16), (norm, "_ELEMENTS", 64), (sigmoid_gate, "_ELEMENTS", 64),
+        (sigmoid_gate, "_WIDTH", 32),
+    ):  # fmt: skip
         monkeypatch.setattr(module, name, size)
     yield
 
@@ -65,7 +68,7 @@ def test_no_rows() -> None:
     x, weight = draw(0, 8), draw(5, 8)
     for operation, args, options in (
         ("add_rms_norm", (x, x, weight[0]), EPS), ("projections", (x, weight, weight, weight[:3]), {}),
-        ("swiglu", (x, weight, weight), {}), ("add_shared_expert", (x, x, x, x, weight[:1]), {}),
+        ("swiglu", (x, weight, weight), {}), ("add_shared_expert", (x, x, x, x, weight[:1]), {}), ("sigmoid_gate", (x, x), {}),
         ("norm_rotary", (draw(2, 0, 4, 8), draw(2, 0, 2, 8), draw(2, 0, 3), draw(2, 0, 3), weight[0], weight[1]), EPS),
     ):  # fmt: skip
         assert judged(operation, "triton", args, options, torch.float32).forward == 0.0
@@ -84,6 +87,7 @@ def test_unsupported_names_the_argument() -> None:
         ):  # fmt: skip
             assert refusal(operation, "triton", *args).startswith("autocast is enabled")
     assert "would be broadcast" in refusal("add_rms_norm", "triton", x, x[:1], weight[0], **EPS)
+    assert "would be broadcast" in refusal("sigmoid_gate", "triton", x, x[:1])
     for operation in FUSED:  # under gradients the modules compose the operations that have a backward
         args, options = next(iter(backends.cases(operation)[1](torch.float32, DEVICE, torch.Generator())))
         assert "no backward" in refusal(operation, "triton", args[0].requires_grad_(), *args[1:], **options)
@@ -97,6 +101,7 @@ OPERATORS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "add_rms_norm": lambda: (draw(3, 8), draw(3, 8), draw(8), 1e-6),
     "projections": lambda: (draw(3, 8), [draw(5, 8), draw(2, 8), draw(7, 8)]),
     "swiglu": lambda: (draw(3, 8), draw(5, 8), draw(5, 8)),
+    "sigmoid_gate": lambda: (draw(3, 8), draw(3, 8)),
     "add_shared_expert": lambda: (*(draw(3, 8) for _ in range(4)), draw(1, 8)),
     "norm_rotary": lambda: (draw(2, 3, 4, 8), draw(2, 3, 2, 8), draw(2, 3, 3), draw(2, 3, 3), draw(8), draw(8), 1e-6),
 }

@@ -97,6 +97,7 @@ def test_fused_operations(tokens: int, dtype: torch.dtype) -> None:
         ("projections", (rows[0], *weights), {}), ("projections", (rows[0], *weights[1:]), {}),
         ("swiglu", (rows[0], weights[0][:F], weights[1][:F]), {}),
         ("add_shared_expert", (*rows, weights[2][:1]), {}),
+        ("sigmoid_gate", (draw(1, tokens, 16, 256, seed=5, dtype=dtype), heads[0]), {}),
         ("norm_rotary", (*heads, angle.cos(), angle.sin(), *norms), {"eps": 1e-6}),
     ):  # fmt: skip
         check(name, args, options, dtype, differentiable=False)
