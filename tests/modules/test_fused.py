@@ -134,7 +134,8 @@ def test_a_tapped_value_is_materialised(model: Qwen3_5MoeForCausalLM, value: str
     def run(implementation: str) -> tuple[Tensor, dict[str, int], dict[str, Tensor]]:
         places = {f"layers.1.mlp.{value}": lambda x: 1.5 * x}
         with taps.patch(model, places), taps.record(model, f"layers.*.mlp.{value}") as values:
-            return *logits(model, implementation), {key: values[key] for key in values}
+            out, counts = logits(model, implementation)
+            return out, counts, {key: values[key] for key in values}
 
     fused, counts, values = run("fused")
     composed, _, expected = run("torch")
