@@ -237,7 +237,7 @@ class Cache:
         check_prompt(self._ids, self._lengths, input_ids, attention_mask)
 
     def freeze(self, rows: Tensor) -> None:
-        """For decoding loops on a GPU, until `settle`: a forward leaves the Gated DeltaNet states of those rows alone where `rows`
+        """For decoding loops on a GPU, until `settle`: a forward leaves the Gated DeltaNet state of a row as it is where `rows`
         [B] bool, read at that time and on the device, is True. Positions and lengths go on until `settle` sets them right, so
         that what attention layers have stored of such a row lies behind its tokens. Not for a cache that records tokens."""
         if self.record:
