@@ -252,7 +252,7 @@ def restore_attention(weights: Tensor, layout: TokenLayout) -> Tensor:
     together = row[:, :, None] == row[:, None]
     if layout.valid is not None:
         together = together & layout.valid[:, :, None] & layout.valid[:, None]
-    # Pairs of a query and a key of other rows, and of padding, go to one more row, which is cut off: no size depends on a value.
+    # Pairs of a query and a key of other rows, and of padding, go to one more row, which is cut off.
     target = torch.where(together, row[:, :, None], layout.shape[0])
     whole = weights.new_zeros(layout.shape[0] + 1, size, size, weights.shape[1])
     index = (target, column[:, :, None].expand_as(target), column[:, None].expand_as(target))
