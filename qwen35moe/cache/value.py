@@ -231,6 +231,15 @@ class Cache:
         """
         check_prompt(self._ids, self._lengths, input_ids, attention_mask)
 
+    def settle(self, lengths: Sequence[int], seen: int) -> None:
+        """After calls with masks of which the host did not read how many tokens they held: the lengths of the rows, which the
+        device has already, and the columns that count."""
+        self._common_length = lengths[0] if min(lengths) == max(lengths) else None
+        self._longest, self.seen = max(lengths), seen
+        for layer in self._layers:
+            if isinstance(layer, KVCache):
+                layer.length = self._longest
+
     # --------------------------------------------------------------------------------------------------- edits by hand
 
     def replace_state(self, layer: int, new: LayerState) -> None:
