@@ -58,7 +58,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(value: Tensor) -> Blocks:
-    """The blocks for a call. docs/reference/kernels.md has the registers and spills on each architecture.
+    """The blocks for a call. docs/reference/gpu_architectures.md has the registers and spills on each architecture.
 
     A Hopper GPU multiplies from shared memory. On others the operands take registers too, so that blocks are smaller; ptxas
     12.8 and 12.9 then give `queries_back` and `keys_back` 32 registers and spill everything, unless a limit is set.
@@ -68,13 +68,14 @@ def blocks(value: Tensor) -> Blocks:
     options = {"num_warps": 8, "num_stages": 1}
     if value.is_cuda and not hopper and torch.version.hip is None:
         options["maxnreg"] = 255
-    return Blocks(*(_power_of_two(value.shape[-1], most) for most in columns), options)
+    outputs, attend, recur, back = (_power_of_two(value.shape[-1], most) for most in columns)
+    return Blocks(outputs, attend, recur, back, options)
 
 
 def shared_memory(width: int, dtype: torch.dtype, hopper: bool, back: bool) -> int:
     """Bytes of shared memory that the kernels take for keys of a width, as compiled by Triton 3.7, rounded up."""
     table = _SHARED_FLOAT32 if dtype == torch.float32 else _SHARED_HOPPER if hopper else _SHARED_HALF
-    return next(sizes[back] for most, sizes in table.items() if width <= most) << 10
+    return next(pair[back] for most, pair in table.items() if width <= most) << 10
 
 
 class Chunks(NamedTuple):
@@ -282,7 +283,8 @@ def unsupported(
     needed, most = shared_memory(key.shape[-1], query.dtype, runtime.hopper(query), back), runtime.shared_memory(query)
     if needed > most:
         kind, way = str(query.dtype).removeprefix("torch."), " with a gradient" if back else ""
-        return f"{kind} keys {key.shape[-1]} wide{way} take {needed >> 10} KiB of shared memory, {query.device} has {most >> 10}"
+        sizes = f"{needed >> 10} KiB of shared memory, {query.device} has {most >> 10}"
+        return f"{kind} keys {key.shape[-1]} wide{way} take {sizes}"
     return "query has no tokens" if query.shape[1] == 0 else None
 
 

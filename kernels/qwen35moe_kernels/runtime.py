@@ -194,7 +194,8 @@ def _shared_memory(index: int) -> int:
             return int(value)
     from triton.runtime import driver
 
-    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+    active: Any = driver.active
+    return int(active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def unsupported_capability(package: str, tensor: Tensor, least: tuple[int, int]) -> str | None:

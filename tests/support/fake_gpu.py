@@ -18,12 +18,10 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from tests.support import fake_gpu_generation
-from tests.support.launches import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Operators that launch nothing: they make views, allocate, or read sizes.
@@ -32,6 +30,9 @@ NO_LAUNCH = frozenset(
     "as_strided detach unfold lift_fresh chunk diagonal _reshape_alias empty new_empty empty_like empty_strided "
     "new_empty_strided sym_size sym_stride sym_numel sym_storage_offset device".split()
 )
+
+# Bytes of shared memory that one program may use, by compute capability.
+SHARED_MEMORY = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (12, 0): 99 << 10}
 
 
 def reports(*scenarios: str, capability: tuple[int, int] = (9, 0), timeout: float = 600.0) -> dict[str, dict[str, Any]]:
@@ -101,11 +102,10 @@ def run(capability: tuple[int, int], scenarios: list[str]) -> dict[str, dict[str
                 elsewhere.update(name for x in tensors if not x.is_cuda and x.dim())
             return out
 
-    properties = next(SimpleNamespace(shared_memory_per_block_optin=n) for at, n in TARGETS.values() if at == capability)
     real = runtime.kernels
     patches = [
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties),
+        mock.patch.object(runtime, "shared_memory", lambda _: SHARED_MEMORY[capability]),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(runtime, "on_device_of", lambda _: nullcontext()),
         mock.patch.object(runtime, "kernels", lambda file: Module(launches, file, real(file))),

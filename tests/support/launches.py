@@ -157,7 +157,8 @@ def _build(function: Any, signature: Any, constants: Any, options: Any, attrs: A
         registers, local = _usage(binary.asm["cubin"])
         return {"registers": registers, "local": local, "shared": binary.metadata.shared, "waits": _waits(binary.asm["ptx"])}
     text = binary.asm["amdgcn"]
-    registers, local = (int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size"))  # type: ignore[index]
+    names = "vgpr_count", "private_segment_fixed_size"
+    registers, local = (int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in names)  # type: ignore[index]
     return {"registers": registers, "local": local, "shared": binary.metadata.shared}
 
 

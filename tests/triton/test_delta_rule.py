@@ -249,9 +249,7 @@ def test_unsupported() -> None:
     wide = draw(1, 3, 1, 300)
     assert "keys are 300 wide: a program holds the state of keys up to 256 wide" in (reason(query=wide, key=wide) or "")
     wide = draw(1, 3, 1, 65)
-    assert reason(query=wide, key=wide) is None  # without a gradient
-    narrow = reason(query=wide, key=wide.requires_grad_())
-    assert narrow == "float32 keys are 65 wide: with a gradient, shared memory suffices up to 64"
+    assert reason(query=wide, key=wide.requires_grad_()) is None  # tests/triton/test_runtime.py has a limit of shared memory
     assert reason(query=wide.bfloat16(), key=wide.bfloat16(), value=values["value"].bfloat16()) is None
     assert reason(**{name: t[:, :0] for name, t in values.items() if name != "state"}) == "query has no tokens"
     assert reason(query=values["query"].to("meta")) == "query is on meta, not on CUDA"

@@ -62,7 +62,7 @@ def check(target: str, results: list[list[Built]]) -> None:
 def test_hopper() -> None:
     """Also that the products of a Hopper GPU with operands in registers are waited for at once: ptxas before 13.3 reuses the
     registers of such a product in flight (Triton pull request 11781)."""
-    check("sm_90", reports(requests("sm_90")))
+    check("sm_90", reports(requests("sm_90", *DELTA[1:])))
 
 
 @pytest.mark.slow
@@ -71,7 +71,8 @@ def test_other_architectures() -> None:
     heavy = ("outputs", "attend_back", "recur_back", "queries_back", "keys_back")
     few = Request("sm_89", "experts", (300,), only=PRODUCTS[:2])
     wanted = [*requests("sm_80", *heavy), *requests("sm_89", "recur_back"), few, *requests("sm_120", *heavy)]
-    results = reports(wanted)
+    *results, (prepare, *_) = reports([*wanted, Request("sm_90", "delta_rule", only=("delta_rule_forward.prepare",))])
+    assert prepare.registers and prepare.local <= BUDGETS["sm_90"].delta["prepare"]
     for target, part in (("sm_80", results[:2]), ("sm_89", results[2:5]), ("sm_120", results[5:])):
         check(target, part)
 

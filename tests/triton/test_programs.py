@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -45,7 +44,9 @@ def delta_rule(new: Callable[..., Tensor], tokens: int, bounds: Tensor | None, r
     delta_rule_back._init_fn(new(*output.shape), torch.zeros_like(final), query, key, value, beta, bounds, *saved)
 
 
-def convolution(new: Callable[..., Tensor], rows: int, tokens: int, lengths: Tensor | None, bounds: Tensor | None, C: int) -> None:
+def convolution(
+    new: Callable[..., Tensor], rows: int, tokens: int, lengths: Tensor | None, bounds: Tensor | None, C: int
+) -> None:
     from qwen35moe_kernels import convolution as module
 
     x, weight, states = new(rows, tokens, C), new(C, 4), new(rows if bounds is None else len(bounds) - 1, C, 3)

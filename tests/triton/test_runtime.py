@@ -90,7 +90,9 @@ class OnGpu:
     is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(("capability", "kib", "stages"), [((8, 9), 99, 3), ((8, 0), 163, 4), ((9, 0), 227, 4), ((9, 0), 48, 0)])
+@pytest.mark.parametrize(
+    ("capability", "kib", "stages"), [((8, 9), 99, 3), ((8, 0), 163, 4), ((9, 0), 227, 4), ((9, 0), 48, 0)]
+)
 def test_the_experts_tiles_follow_the_shared_memory(
     capability: tuple[int, int], kib: int, stages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
