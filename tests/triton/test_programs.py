@@ -91,8 +91,8 @@ def step(new: Callable[..., Tensor], batch: int, G: int, H: int, K: int, V: int)
 
 
 SMALL: dict[str, Callable[[Callable[..., Tensor]], None]] = {
-    "delta_rule": lambda new: delta_rule(new, 70, None, 2, (1, 2, 12, 40)),
-    "delta_rule, packed": lambda new: delta_rule(new, 79, ints(0, 0, 3, 79), 1, (1, 2, 12, 40)),
+    "delta_rule": lambda new: delta_rule(new, 10, None, 2, (1, 2, 12, 40)),
+    "delta_rule, packed": lambda new: delta_rule(new, 68, ints(0, 0, 3, 68), 1, (1, 2, 12, 20)),
     "convolution": lambda new: convolution(new, 2, 37, None, None, 144),
     "convolution, lengths": lambda new: convolution(new, 2, 37, ints(37, 5), None, 144),
     "convolution, packed": lambda new: convolution(new, 1, 37, None, ints(0, 1, 4, 37), 144),
