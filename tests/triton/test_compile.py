@@ -54,7 +54,7 @@ def kernels() -> list[Kernel]:
         compilations += [
             kernel("convolution", "forward_kernel", f"{inputs} y {sizes}", **block, **full, BT=convolution._TOKENS),
             kernel("convolution", "backward_kernel", f"dy dafter {inputs} dx dweight {sizes}", **block, **full,
-                   BT=convolution._TOKENS_BACKWARD),
+                   BT=convolution._TOKENS_BACKWARD, BW=SIZES["W"]),
         ]  # fmt: skip
     compilations += [
         kernel("convolution", "conv_state_kernel", f"x state lengths bounds after {sizes}", **full),
