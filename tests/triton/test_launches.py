@@ -6,6 +6,7 @@ and stages that it chooses for the device. `python -m tests.triton.test_launches
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from qwen35moe_kernels.delta_rule import shared_memory
+from tests.support.compile_triton import ROOT
 from tests.support.launches import TARGETS, Built, Request, reports
 
 pytest.importorskip("triton")
@@ -80,27 +82,39 @@ def test_other_architectures() -> None:
 @pytest.mark.slow
 def test_amd() -> None:
     others = [Request("gfx942", "convolution"), Request("gfx942", "decoder"), Request("gfx942", "step", (1,))]
-    *results, convolution, decoder, step = reports([*requests("gfx942", "recur_back", "queries_back", "keys_back"), *others])
+    others.append(Request("gfx942", "fused"))
+    heavy = requests("gfx942", "recur_back", "queries_back", "keys_back")
+    *results, convolution, decoder, step, fused = reports([*heavy, *others])
     check("gfx942", results)
-    assert all(built.shared <= TARGETS["gfx942"][1] and not built.local for built in (*convolution, *decoder, *step))
+    assert all(built.shared <= TARGETS["gfx942"][1] and not built.local for built in (*convolution, *decoder, *step, *fused))
+
+
+def kernels() -> set[str]:
+    """The names of all kernels that are launched, from the sources."""
+    folder = ROOT / "kernels" / "qwen35moe_kernels"
+    pattern = re.compile(r"^@triton\.jit.*\ndef ([a-z]\w*)\(", re.MULTILINE)
+    files = (*folder.glob("*_kernels.py"), folder / "delta_rule_forward.py", folder / "delta_rule_backward.py")
+    return {f"{file.stem}.{name}" for file in files for name in pattern.findall(file.read_text())}
 
 
 LENGTHS = (2, 7, 16, 63, 64, 1000, 1024, 4096)
 # Compilations of a kernel over all lengths: one for a single row, one for more; blocks of rows are rounded up to powers of two.
-VARIANTS = {"norm_kernels": 10, "gated_norm_kernels": 7, "router_kernels": 4}
+VARIANTS = {"convolution_kernels": 2, "norm_kernels": 10, "gated_norm_kernels": 7, "router_kernels": 4}
 
 
 def test_lengths_share_compilations() -> None:
     cases = [Request("sm_90", "delta_rule", (tokens, 2, packed), build=False) for packed in (False, True) for tokens in LENGTHS]
     cases += [Request("sm_90", "delta_rule", (tokens, 1), build=False) for tokens in (1, *LENGTHS)]
-    cases += [Request("sm_90", "convolution", (tokens,), build=False) for tokens in LENGTHS]
+    cases += [Request("sm_90", "convolution", (tokens,), build=False) for tokens in (1, *LENGTHS)]
     cases += [Request("sm_90", "decoder", (tokens,), build=False) for tokens in (1, *LENGTHS)]
+    cases += [Request("sm_90", "fused", (tokens,), build=False) for tokens in (1, 2, 3, 4, 16, 63, 1000)]
     cases += [Request("sm_90", "experts", (tokens,), build=False) for tokens in (300, 311, 496, 512)]
+    cases += [Request("sm_90", "experts", (2, False), build=False), Request("sm_90", "step", (1,), build=False)]
     results = reports(cases, each_once=True)
     counts: dict[str, int] = {}
     for built in sum(results, []):
         counts[built.kernel] = counts.get(built.kernel, 0) + 1
-    assert len(counts) >= 7 + 6 + 4 + 6
+    assert set(counts) == kernels()
     for kernel, count in counts.items():
         module, name = kernel.split(".")
         flags = {"delta_rule_forward": 2, "delta_rule_backward": 2, "convolution_kernels": 3}.get(module, 1)  # packed, lengths
