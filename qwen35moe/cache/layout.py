@@ -19,12 +19,26 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class FixedStep:
+    """One token per row into a static cache, by the same operations on the same memory at every step: see `cache.static`.
+
+    active [B] bool: rows that take the token; the others stay as they are. rows [B]: 0 ... B - 1. positions: how many of a
+    layer's first positions attention reads.
+    """
+
+    active: Tensor
+    rows: Tensor
+    positions: int
+
+
+@dataclass(frozen=True)
 class TokenLayout:
     """One call's tokens. `shape` is the caller's (B, T); `rows` and `tokens` are the layers'.
 
     starts: the position in the cache of each row's first new token, an int where all rows agree. lengths [rows]: new
     tokens per row, None when no row is padded. cu_seqlens: bounds of packed documents. source [rows, tokens]: the index of
-    each token in the caller's flattened rows, None when the arrangements are equal. position_ids [3, rows, tokens].
+    each token in the caller's flattened rows, None when the arrangements are equal. position_ids [3, rows, tokens]. step: of
+    a decode step of fixed shape.
     """
 
     shape: tuple[int, int]
@@ -35,6 +49,7 @@ class TokenLayout:
     lengths: Tensor | None = None
     cu_seqlens: Tensor | None = None
     source: Tensor | None = None
+    step: FixedStep | None = None
 
     @property
     def valid(self) -> Tensor | None:
