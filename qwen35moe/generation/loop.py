@@ -12,26 +12,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from ..compat import short
 from ..compat.generate import GENERATE
 from ..models.arguments import takes
 from ..models.generation_inputs import GenerateInputs, StreamInputs, expand
-from ..ops import sampling
-from .callbacks import scores_of, verdicts
+from .decoding import DecodingState
 from .defaults import end_tokens, padding_token, settings_of
-from .masks import TokenMasks
 from .output import GenerateOutput
 from .prepare import check_cache, prepared_arguments, replaced_prepare
 from .prompt import Prompt
 from .prompt import read as read_prompt
 from .settings import Settings, resolve
 from .stop import Decoder, StopStrings
-from .streams import Uniforms
 
-_MIN_COLUMNS = 64  # columns for new tokens allocated at a time, at least
 _CHECK_EVERY = 32  # steps between reads of the error flag when nothing else synchronises with the device
 
 
@@ -49,8 +44,8 @@ def generate(model: Any, inputs: GenerateInputs) -> Any:
     if streamer is not None and not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
         raise ValueError(f"the streamer {short(streamer)} has no methods put and end")
     run = _Run(model, inputs)
-    run.scores = [] if flags["output_scores"] else None
-    run.logits = [] if flags["output_logits"] else None
+    run.state.scores = [] if flags["output_scores"] else None
+    run.state.logits = [] if flags["output_logits"] else None
     try:
         if streamer is not None:
             streamer.put(run.rows.ids.cpu())
@@ -60,7 +55,7 @@ def generate(model: Any, inputs: GenerateInputs) -> Any:
     finally:
         if streamer is not None:
             streamer.end()  # after an error too: another thread may be waiting for the end
-    return run.output() if flags["return_dict_in_generate"] else run.sequences()
+    return run.output() if flags["return_dict_in_generate"] else run.state.sequences()
 
 
 @takes(StreamInputs, GENERATE)
@@ -108,26 +103,12 @@ class _Run:
         rows = self.rows.ids.shape[0]
         self._check_pad(rows)
         self.stops = self._stop_strings(inputs.tokenizer, rows)
-        self.uniforms = Uniforms(self.settings.seed, rows, self.device) if self.settings.do_sample else None
-        self.masks = TokenMasks(self.settings, self.rows, self.vocabulary)
+        self.state = DecodingState(self.settings, self.rows, self.vocabulary, self.device)
         self.cache, self.cached, self.copies = self._cache(inputs.cache, prompt)
         check_cache(self.prepare, self.cached)
         self.prompt = prompt.repeated(self.settings.n // self.copies)  # the prefill's; its state is copied afterwards
 
-        self.ids = self.rows.ids  # grows by doubling
-        self.pad = self.ids.new_tensor(0 if pad is None else pad)  # without one no row can need it
-        self.width = width  # columns of self.ids in use
-        self.eos = torch.tensor(self.settings.eos_token_ids, dtype=torch.int64, device=self.device)
-        self.done = torch.zeros(rows, dtype=torch.bool, device=self.device)
         self.finished = [False] * rows  # `done` when the host last read it
-        self.error = torch.zeros(rows, dtype=torch.bool, device=self.device)  # rows without a usable logit
-        self.scores: list[Tensor] | None = None  # of every step, where they are to be returned
-        self.logits: list[Tensor] | None = None
-        self.seen = self.generated = None
-        if self.settings.repetition_penalty is not None:
-            self.seen = sampling.seen_tokens(self.rows.ids.masked_fill(~self._real(), 0), self.vocabulary, self._real())
-        if self.settings.presence_penalty is not None:
-            self.generated = torch.zeros(rows, self.vocabulary, dtype=torch.bool, device=self.device)
 
     # ------------------------------------------------------------------------------------------------------- checks
 
@@ -195,13 +176,14 @@ class _Run:
             return
         logits = self._prefill()
         for step in range(self.settings.max_new_tokens):
-            token = self._pick(logits, step)
+            self.state.reserve()
+            self.state.pick(logits)
             last = step + 1 == self.settings.max_new_tokens
-            all_done = self._read_flags(token, last, step)
-            yield token
+            all_done = self._read_flags(last, step)
+            yield self.state.column(step)
             if all_done or last:
                 return
-            logits = self._feed(token)
+            logits = self._feed(self.state.token)
 
     @torch.no_grad()
     def _prefill(self) -> Tensor:
@@ -233,9 +215,8 @@ class _Run:
         """Runs one token of each row. Rows that have ended are padding: their state in the cache stays as it is."""
         mask = None
         if any(self.finished):
-            ended = self.done[:, None]
-            token = token.masked_fill(self.done, 0)
-            mask = torch.cat([self._past(), ~ended], 1).long()
+            token = token.masked_fill(self.state.done, 0)
+            mask = torch.cat([self._past(), ~self.state.done[:, None]], 1).long()
         return self._forward(token[:, None], mask)
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, **visual: Any) -> Tensor:
@@ -250,86 +231,23 @@ class _Run:
                 self.virtual = self.cache.seen - tokens.shape[1]
         return logits[:, -1].to(self.device)
 
-    @torch.no_grad()
-    def _pick(self, logits: Tensor, step: int) -> Tensor:
-        """One token for each row, written into self.ids; rows that end with it are marked done."""
-        wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
-        if self.logits is not None:
-            self.logits.append(wide.clone())  # a processor may write into its scores
-        scores, ids = self._penalised(wide, step), None
-        if self.uniforms is None:
-            token, best = sampling.greedy(scores), scores.amax(-1)  # NaN if any score is
-            self.error |= ~(best > -torch.inf) & ~self.done
-        else:
-            scores, ids = self._filtered(scores)
-            best = scores.amax(-1)
-            self.error |= ~((best > -torch.inf) & (best < torch.inf)) & ~self.done
-            token = sampling.sample(scores, self.uniforms.next())
-            token = token if ids is None else ids.gather(1, token[:, None])[:, 0]
-        if self.scores is not None:
-            self.scores.append(scores if ids is None else torch.full_like(wide, -torch.inf).scatter(1, ids, scores.to(wide)))
-        token = torch.where(self.done, self.pad, token)
-        if self.width == self.ids.shape[1]:
-            self.ids = functional.pad(self.ids, (0, max(self.width, _MIN_COLUMNS)))
-        self.ids[:, self.width] = token
-        self.width += 1
-        for marks in (self.seen, self.generated):
-            if marks is not None:
-                marks.scatter_(1, token.masked_fill(self.done, 0)[:, None], True)
-        self.masks.put(token)
-        if self.eos.numel():
-            self.done = self.done | torch.isin(token, self.eos)
-        so_far = None if self.scores is None else tuple(self.scores)
-        for criterion in self.settings.stopping_criteria:
-            self.done = self.done | verdicts(criterion, self.ids[:, : self.width], so_far, self.ids.shape[0])
-        return token
-
-    def _penalised(self, scores: Tensor, step: int) -> Tensor:
-        """Scores [B, vocabulary] after the penalties, the token masks and the caller's processors: greedy decoding picks
-        from them."""
-        s = self.settings
-        if s.repetition_penalty is not None and self.seen is not None:
-            scores = sampling.repetition_penalty(scores, self.seen, s.repetition_penalty)
-        if s.presence_penalty is not None and self.generated is not None:
-            scores = sampling.presence_penalty(scores, self.generated, s.presence_penalty)
-        if self.masks.active:
-            scores = self.masks.apply(scores, step)
-        for processor in s.logits_processor:
-            scores = scores_of(processor, self.ids[:, : self.width], scores)
-        return scores
-
-    def _filtered(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scores to sample from: [B, vocabulary] and None, or [B, shortlist] of some tokens and the ids of these."""
-        s, ids = self.settings, None
-        if s.temperature is not None:
-            scores = sampling.temperature(scores, s.temperature)
-        if s.top_k is not None:
-            if scores.device.type == "cpu":
-                scores, ids = sampling.shortlist(scores, s.top_k)
-            else:
-                scores = sampling.top_k(scores, s.top_k)
-        if s.top_p is not None:
-            scores = sampling.top_p(scores, s.top_p)
-        if s.min_p is not None:
-            scores = sampling.min_p(scores, s.min_p)
-        return scores, ids
-
-    def _read_flags(self, token: Tensor, last: bool, step: int) -> bool:
+    def _read_flags(self, last: bool, step: int) -> bool:
         """Copies the step's tokens and flags from the device, in one transfer; True when every row has ended."""
         if not (self.settings.can_finish_early or last or step % _CHECK_EVERY == 0):
             return False
-        tokens, done, error = torch.stack([token, self.done.long(), self.error.long()]).tolist()
-        if any(error):
-            rows = [row for row, flag in enumerate(error) if flag]
+        tokens, done, failed = self.state.report.tolist()
+        if max(failed) >= 0:
+            first = min(at for at in failed if at >= 0)
+            rows = [row for row, at in enumerate(failed) if at == first]
             raise ValueError(
-                f"no token can be chosen for rows {short(rows)} (new token {step + 1}, or shortly before): the logits hold "
-                f"NaN, +inf, or nothing but -inf{self._suspects()}"
+                f"no token can be chosen for rows {short(rows)} (new token {first + 1}): the logits hold NaN, +inf, or nothing "
+                f"but -inf{self._suspects()}"
             )
         if self.stops is not None:
             for row, new in enumerate(tokens):
                 if not self.finished[row] and self.stops.put(row, new) and not done[row]:
                     done[row] = 1
-                    self.done[row] = True
+                    self.state.end_row(row, step)
         self.finished = [bool(flag) for flag in done]
         return all(self.finished)
 
@@ -346,16 +264,9 @@ class _Run:
 
     def output(self) -> GenerateOutput:
         """The results by name; scores and logits if they were kept."""
-        scores, logits = (None if values is None else tuple(values) for values in (self.scores, self.logits))
-        return GenerateOutput(sequences=self.sequences(), scores=scores, logits=logits, past_key_values=self.cache)
-
-    def sequences(self) -> Tensor:
-        """Everything so far, [B, prompt + new]."""
-        return self.ids[:, : self.width].clone()
-
-    def _real(self) -> Tensor:
-        mask = self.rows.mask
-        return torch.ones_like(self.rows.ids, dtype=torch.bool) if mask is None else mask != 0
+        state = self.state
+        scores, logits = (None if values is None else tuple(values) for values in (state.scores, state.logits))
+        return GenerateOutput(sequences=state.sequences(), scores=scores, logits=logits, past_key_values=self.cache)
 
     def _past(self) -> Tensor:
         """The mask [B, positions seen] of the tokens in the cache, without the virtual ones."""
