@@ -196,6 +196,9 @@ SCENARIOS: dict[str, Callable[[Any], Callable[[], object]]] = {
 
 
 if __name__ == "__main__":
+    from tests.support import fake_gpu_capture
+
+    SCENARIOS |= fake_gpu_capture.SCENARIOS
     first, *names = sys.argv[1:]
     major, minor = first.split(".")
     print(json.dumps(run((int(major), int(minor)), names)))
