@@ -138,6 +138,7 @@ class GatedDeltaNet(FP32Parameters):
         `_FUSED`, so it is not used if one of them has hooks or has been replaced.
         """
         layout = context.layout
+        active = None if layout.step is None else layout.step.active
         if state is None or layout.tokens != 1 or layout.lengths is not None or layout.cu_seqlens is not None:
             return None
         if torch.is_grad_enabled() or context.record or context.attentions or tapped(self, ("scores",)):
@@ -150,6 +151,7 @@ class GatedDeltaNet(FP32Parameters):
             qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0], conv_state=state.conv_state, recurrent_state=state.recurrent_state,
             conv_weight=self.conv1d.weight.squeeze(1), A_log=self.A_log, dt_bias=self.dt_bias,
             norm_weight=self.norm.weight, groups=self.groups, eps=self.norm.eps, caller=self,
+            **({} if active is None or patched(self, "state") else {"active": active}),
         )
         if result is None:
             return None

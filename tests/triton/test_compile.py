@@ -69,13 +69,13 @@ def kernels() -> list[Kernel]:
                BR=gated_norm._ELEMENTS_BACKWARD // width, single="weight"),
     ]  # fmt: skip
     tensors = "qkv gate a b conv_state recurrent_state conv_weight A_log dt_bias norm_weight"
-    tensors += " y conv_state_after recurrent_state_after eps"
+    tensors += " y conv_state_after recurrent_state_after active eps"
     for columns in (width, step._COLUMNS):
         whole = columns == width
         warps = step._warps(SIZES["K"] * columns)
         compilations.append(
             kernel("step", "step_kernel", tensors, warps, "" if whole else "y", **SIZES, BK=SIZES["K"], BV=columns,
-                   WHOLE=whole)
+                   WHOLE=whole, IN_PLACE=True)
         )  # fmt: skip
     return [*compilations, *decoder_kernels()]
 

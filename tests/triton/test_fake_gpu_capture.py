@@ -1,0 +1,37 @@
+"""A decode step of fixed shape on fake CUDA tensors: what a Hopper GPU would run, that nothing waits for the device, and that
+two steps run the same operations with the same arguments. Needs a CUDA build of torch, as `test_fake_gpu.py` does."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.fake_gpu import reports
+
+pytest.importorskip("triton")
+if torch.version.cuda is None or torch.cuda.is_available() or sys.platform != "linux":
+    pytest.skip("needs a CUDA build of torch on a machine without a GPU", allow_module_level=True)
+
+CHOSEN = {name: ["triton"] for name in ("delta_net_step", "experts", "rms_norm", "rotary", "router")}
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, dict[str, Any]]:
+    return reports("static_step_35b", "equal_steps")
+
+
+@pytest.mark.parametrize("scenario", ["static_step_35b", "equal_steps"])
+def test_nothing_waits_and_the_kernels_are_chosen(scenario: str, report: dict[str, dict[str, Any]]) -> None:
+    """In equal_steps the scenario itself compares the two steps."""
+    result = report[scenario]
+    assert result["failure"] is None, "a value was read on the host, the steps differ, or a call failed"
+    assert CHOSEN.items() <= result["chosen"].items() and not result["elsewhere"]
+
+
+def test_the_states_are_written_in_place(report: dict[str, dict[str, Any]]) -> None:
+    """No copies and at most one `where` for each DeltaNet layer, of its conv_state; 10 attention layers have a mask each."""
+    most = report["static_step_35b"]["most"]
+    assert most.get("copy_", 0) == 0 and most["where"] <= 30 + 12, most
