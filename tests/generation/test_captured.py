@@ -182,7 +182,7 @@ REASONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "tap": (lambda model: taps.patch(model, {"layers.0.output": abs}).__enter__(), "taps are active"),
     "ran": (lambda model: backends.ran().__enter__(), "backends.ran() records the calls"),
-    "compiled": (lambda model: setattr(model.model.norm, "_compiled_call_impl", abs), "norm has a forward of its own or is compiled"),
+    "compiled": (lambda model: setattr(model.lm_head, "_compiled_call_impl", abs), "has a forward of its own or is compiled"),
     "foreign": (lambda model: setattr(model, "lm_head", _Head(3, 5)), "lm_head is a _Head, which is not one of this"),
     "forward": (lambda model: setattr(model.model.norm, "forward", abs), "model.norm has a forward of its own"),
     "weight": (
