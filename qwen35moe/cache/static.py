@@ -83,6 +83,7 @@ def advance(cache: Cache, *, frozen: bool) -> None:
     """Counts one step on the host. frozen: whether some row may not have taken its token."""
     cache.seen += 1
     cache._longest += 1  # or more than the longest row
+    cache._shorter = None if frozen else cache._shorter
     cache._common_length = None if frozen or cache._common_length is None else cache._common_length + 1
     for layer in cache._layers:
         if isinstance(layer, KVCache):
@@ -92,9 +93,4 @@ def advance(cache: Cache, *, frozen: bool) -> None:
 
 def settle(cache: Cache) -> None:
     """Reads the lengths from the device after steps in which rows may have been frozen."""
-    lengths = cache._lengths.tolist()
-    cache._longest = max(lengths)
-    cache._common_length = lengths[0] if min(lengths) == max(lengths) else None
-    for layer in cache._layers:
-        if isinstance(layer, KVCache):
-            layer.length = cache._longest
+    cache.settle(cache._lengths.tolist(), cache.seen)

@@ -25,7 +25,10 @@ from ..cache.static import advance
 from ..models.static_step import StaticStep, StepMemory
 from .capturable import reason, signature
 
-__all__ = ["CapturedSteps", "Recorded", "reason"]
+__all__ = ["CapturedSteps", "Recorded", "captured_steps", "prefers_static", "reason"]
+
+_SHORT = 4  # new tokens of which none is replayed often enough to pay for a recording
+_SHARE = 10  # a cache that `generate` makes takes at most this part of a GPU's memory
 
 log = logging.getLogger("qwen35moe.generation")
 Function = Callable[[], None]
@@ -107,6 +110,7 @@ class Recordings:
         self.memory = StepMemory(cache)
         self.buckets: dict[int, Recorded] = {}
         self.logits: Tensor | None = None  # [B, vocabulary] of the last step, in memory that stays where it is
+        self.zero = torch.zeros(())  # in their dtype
 
 
 _kept: weakref.WeakKeyDictionary[Cache, Recordings] = weakref.WeakKeyDictionary()
@@ -128,8 +132,8 @@ class CapturedSteps:
 
     @torch.no_grad()
     def feed(self, token: Tensor, done: Tensor, *, frozen: bool = True) -> Tensor:
-        """Runs one token [B] of each row; rows where `done` [B] stay as they are. The logits [B, vocabulary], which the next
-        call overwrites. frozen: False where the host has read that no row is done."""
+        """Runs one token [B] of each row; rows where `done` [B] stay as they are. The logits [B, vocabulary], 0 in those rows,
+        which the next call overwrites. frozen: False where the host has read that no row is done."""
         step, kept = self.step, self.recordings
         positions, changed = step.prepare()
         if changed and (now := signature(step.model, step.cache)) != kept.signature:  # by an operation between two steps
@@ -147,8 +151,8 @@ class CapturedSteps:
         logits, kept = self.step.run(positions), self.recordings
         if kept.logits is None:
             with ordinary_tensors():
-                kept.logits = torch.empty_like(logits)
-        kept.logits.copy_(logits)
+                kept.logits, kept.zero = torch.empty_like(logits), torch.zeros_like(logits[0, 0])
+        torch.where(self.step.active[:, None], logits, kept.zero, out=kept.logits)  # as of padding in the ordinary step
 
     @torch.no_grad()
     def pick(self, pick: Callable[[Tensor], None], logits: Tensor, *, replaced: bool) -> None:
@@ -161,3 +165,29 @@ class CapturedSteps:
     def settle(self) -> None:
         """Reads the rows' lengths from the device, after the last step of a call in which rows may have been done."""
         self.step.settle()
+
+
+def captured_steps(model: Any, cache: Any, wanted: bool) -> CapturedSteps | None:
+    """The recorded steps of a call; None, and on a GPU a line in the log that says why, where it runs from Python."""
+    why = reason(model, cache) if wanted else "capture=False"
+    if why is None:
+        return CapturedSteps(model, cache)
+    if model.device.type == "cuda":
+        log.info("decode steps are not captured: %s", why)
+    return None
+
+
+def prefers_static(model: Any, rows: int, prompt: int, new: int) -> bool:
+    """Whether `generate` makes a static cache for a call that brings none and keeps none, so that its steps can be captured: it
+    has more than a few new tokens, and keys and values of the longest answer take a small part of the GPU's memory."""
+    if new <= _SHORT or reason(model) is not None:
+        return False
+    text = model.config.text_config
+    layers = text.layer_types.count("full_attention")
+    position = 2 * layers * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
+    return rows * (prompt + new) * position <= memory_of(model.device) // _SHARE
+
+
+def memory_of(device: torch.device) -> int:
+    """The memory of a GPU in bytes."""
+    return torch.cuda.get_device_properties(device).total_memory

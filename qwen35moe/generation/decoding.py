@@ -25,9 +25,10 @@ class DecodingState:
     """The rows' tokens so far and which of them have ended. B: rows, V: vocabulary.
 
     ids [B, columns]: the prompt as the caller padded it, then the new tokens; `width` columns are in use. token [B]: the last
-    step's. done [B]: rows that have ended. failed [B]: the first step at which a row had no usable logit, -1 for none. report
-    [3, B] int64: token, done and failed after the last step, for one copy to the host. step [1]: the number of new tokens.
-    scores, logits: lists of every step's [B, V] where they are to be returned, else None.
+    step's, and input [B, 1] the same for the model, 0 in rows that have ended. done [B]: rows that have ended. failed [B]: the
+    first step at which a row had no usable logit, -1 for none. report [4, B] int64: token, done, failed and input after the
+    last step, for one copy to the host. step [1]: the number of new tokens. scores, logits: lists of every step's [B, V] where
+    they are to be returned, else None.
 
     Before each `pick` the host calls `reserve`, which is no part of a captured graph.
     """
@@ -49,8 +50,8 @@ class DecodingState:
         self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=device)
         self._counters = torch.tensor([0, self.width], device=device)
         self.step, self._column = self._counters[:1], self._counters[1:]
-        self.report = torch.zeros(3, rows, dtype=torch.int64, device=device)
-        self.token = self.report[0]
+        self.report = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.token, self.input = self.report[0], self.report[3][:, None]
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
         self.failed = torch.full((rows,), -1, device=device)
         self.scores: list[Tensor] | None = None
@@ -116,7 +117,7 @@ class DecodingState:
         so_far = None if self.scores is None else tuple(self.scores)
         for criterion in self.settings.stopping_criteria:
             self.done |= verdicts(criterion, self.ids[:, : self.width], so_far, self.ids.shape[0])
-        torch.stack([token, self.done.long(), self.failed], out=self.report)
+        torch.stack([token, self.done.long(), self.failed, token.masked_fill(self.done, 0)], out=self.report)
 
     def _penalised(self, scores: Tensor) -> Tensor:
         """Scores [B, V] after the penalties, the token masks and the caller's processors: greedy decoding picks from them."""
@@ -136,13 +137,16 @@ class DecodingState:
         s, ids = self.settings, None
         if s.temperature is not None:
             scores = sampling.temperature(scores, s.temperature)
+        top_p = s.top_p
         if s.top_k is not None:
-            if scores.device.type == "cpu":
+            if scores.is_cpu:
                 scores, ids = sampling.shortlist(scores, s.top_k)
+            elif top_p is not None:
+                scores, top_p = sampling.top_k_top_p(scores, s.top_k, top_p), None
             else:
                 scores = sampling.top_k(scores, s.top_k)
-        if s.top_p is not None:
-            scores = sampling.top_p(scores, s.top_p)
+        if top_p is not None:
+            scores = sampling.top_p(scores, top_p)
         if s.min_p is not None:
             scores = sampling.min_p(scores, s.min_p)
         return scores, ids

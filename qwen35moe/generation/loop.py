@@ -18,16 +18,16 @@ from ..compat import short
 from ..compat.generate import GENERATE
 from ..models.arguments import takes
 from ..models.generation_inputs import GenerateInputs, StreamInputs, expand
+from .captured import CapturedSteps, captured_steps, prefers_static
 from .decoding import DecodingState
 from .defaults import end_tokens, padding_token, settings_of
+from .late import BEHIND, ImmediateCopy, LateReads, Read, late_copy
 from .output import GenerateOutput
 from .prepare import check_cache, prepared_arguments, replaced_prepare
 from .prompt import Prompt
 from .prompt import read as read_prompt
 from .settings import Settings, resolve
 from .stop import Decoder, StopStrings
-
-_CHECK_EVERY = 32  # steps between reads of the error flag when nothing else synchronises with the device
 
 
 @takes(GenerateInputs, GENERATE)
@@ -43,15 +43,15 @@ def generate(model: Any, inputs: GenerateInputs) -> Any:
     streamer = inputs.streamer
     if streamer is not None and not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
         raise ValueError(f"the streamer {short(streamer)} has no methods put and end")
-    run = _Run(model, inputs)
+    run = _Run(model, inputs, keeps_cache=inputs.cache is not None or flags["return_dict_in_generate"])
     run.state.scores = [] if flags["output_scores"] else None
     run.state.logits = [] if flags["output_logits"] else None
     try:
         if streamer is not None:
             streamer.put(run.rows.ids.cpu())
-        for token in run:
+        for read in run:
             if streamer is not None:
-                streamer.put(token.cpu())
+                streamer.put(torch.tensor(read.tokens, device="cpu"))
     finally:
         if streamer is not None:
             streamer.end()  # after an error too: another thread may be waiting for the end
@@ -64,7 +64,20 @@ def stream(model: Any, inputs: StreamInputs) -> Iterator[Tensor]:
 
     Arguments are checked by this call; the model runs while the iterator is read, which may stop early.
     """
-    return iter(_Run(model, expand(inputs)))
+    run = _iterated(model, inputs)
+    return (run.state.column(read.step) for read in run)
+
+
+@takes(StreamInputs, GENERATE)
+def stream_ids(model: Any, inputs: StreamInputs) -> Iterator[list[int]]:
+    """`stream` with the ids on the host: on a GPU, reading a tensor waits for all that has been launched, the copies of the
+    ids that generate() itself reads do not."""
+    return (read.tokens for read in _iterated(model, inputs))
+
+
+def _iterated(model: Any, inputs: StreamInputs) -> _Run:
+    inputs = expand(inputs)
+    return _Run(model, inputs, keeps_cache=inputs.cache is not None, iterated=True)
 
 
 def _output_flags(model: Any, inputs: GenerateInputs) -> dict[str, bool]:
@@ -83,9 +96,12 @@ def _output_flags(model: Any, inputs: GenerateInputs) -> dict[str, bool]:
 
 
 class _Run:
-    """One call of generate(): the prompt, the tokens so far, and which rows have ended."""
+    """One call of generate(): the prompt, the tokens so far, and which rows have ended.
 
-    def __init__(self, model: Any, inputs: StreamInputs) -> None:
+    keeps_cache: the cache outlives the call. iterated: the caller may stop after any step.
+    """
+
+    def __init__(self, model: Any, inputs: StreamInputs, keeps_cache: bool, iterated: bool = False) -> None:
         self.model, self.visual_inputs = model, inputs.visual_inputs
         self.prepare = replaced_prepare(model)
         self.virtual = 0  # tokens that `prepare` put in front of each row
@@ -104,11 +120,18 @@ class _Run:
         self._check_pad(rows)
         self.stops = self._stop_strings(inputs.tokenizer, rows)
         self.state = DecodingState(self.settings, self.rows, self.vocabulary, self.device)
-        self.cache, self.cached, self.copies = self._cache(inputs.cache, prompt)
+        self.cache, self.cached, self.copies = self._cache(inputs.cache, prompt, keeps_cache)
         check_cache(self.prepare, self.cached)
         self.prompt = prompt.repeated(self.settings.n // self.copies)  # the prefill's; its state is copied afterwards
 
-        self.finished = [False] * rows  # `done` when the host last read it
+        copy, behind = late_copy(self.device), self._behind(keeps_cache, iterated)
+        self.reads = LateReads(copy or ImmediateCopy, behind if copy else 0)
+        # What a row is fed after its end must not be in a cache that outlives the call. Where the host reads late, the mask is
+        # there from the first step on. On a CPU it also saves work.
+        self.masks_ended = keeps_cache or copy is None
+        self.masks_always = keeps_cache and self.reads.behind > 0 and bool(ends)
+        self.ended: list[int | None] = [None] * rows  # the step whose token was a row's last, where it has been read
+        self.captured: CapturedSteps | None = None  # set after the prefill
 
     # ------------------------------------------------------------------------------------------------------- checks
 
@@ -132,12 +155,21 @@ class _Run:
             raise ValueError(f"stop={short(list(self.settings.stop))} is searched in decoded text: pass tokenizer= too")
         return StopStrings(self.settings.stop, tokenizer, rows)
 
-    def _cache(self, cache: Any, prompt: Prompt) -> tuple[Any, tuple[int, ...], int]:
+    def _behind(self, keeps_cache: bool, iterated: bool) -> int:
+        """How many steps the host may be behind: 0 where the caller's functions take part in each step, and where a cache that
+        is kept must not hold tokens after one at which the host may end a row or the call."""
+        if self.settings.logits_processor or self.settings.stopping_criteria:
+            return 0
+        return 0 if keeps_cache and (iterated or self.stops is not None) else BEHIND
+
+    def _cache(self, cache: Any, prompt: Prompt, keeps_cache: bool) -> tuple[Any, tuple[int, ...], int]:
         """The cache to use, how many tokens of each of its rows it holds, and into how many rows each of them is copied
         after the prefill; ValueError if the rows cannot fit."""
         n, rows, new = self.settings.n, prompt.ids.shape[0], self.settings.max_new_tokens
         longest = max(prompt.lengths)
         cache = self.settings.cache if cache is None else cache
+        if cache is None and n == 1 and not keeps_cache and self.settings.capture:
+            cache = "static" if prefers_static(self.model, rows, longest, new) else None
         if isinstance(cache, str):
             if cache != "static":
                 raise ValueError(f"cache={short(cache)}: pass 'static', or a cache made with model.new_cache(batch_size)")
@@ -171,19 +203,37 @@ class _Run:
 
     # --------------------------------------------------------------------------------------------------------- steps
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Read]:
         if not self.settings.max_new_tokens:
             return
-        logits = self._prefill()
-        for step in range(self.settings.max_new_tokens):
-            self.state.reserve()
-            self.state.pick(logits)
-            last = step + 1 == self.settings.max_new_tokens
-            all_done = self._read_flags(last, step)
-            yield self.state.column(step)
-            if all_done or last:
-                return
-            logits = self._feed(self.state.token)
+        last = self.settings.max_new_tokens - 1
+        self.state.reserve()
+        self.state.pick(self._prefill())
+        if last and self.prepare is None:
+            self.captured = captured_steps(self.model, self.cache, self.settings.capture)
+        for step in range(last + 1):
+            self.reads.put(step, self.state.report)
+            for read in self.reads.take(everything=step == last):
+                over = self._consume(read) or read.step == last
+                if over:
+                    self._finish(read.step, surplus=step - read.step)
+                yield read
+                if over:
+                    return
+            self._step(replaced=self.state.reserve())
+
+    def _step(self, replaced: bool) -> None:
+        """One more token for each row. It reads nothing on the host and writes into the tensors of `state`, of which some may
+        have been replaced since the step before."""
+        state, steps = self.state, self.captured
+        if steps is None:
+            state.pick(self._feed())
+            return
+        logits = steps.feed(state.input[:, 0], state.done, frozen=self.settings.can_finish_early)
+        if state.capturable:
+            steps.pick(state.pick, logits, replaced=replaced)
+        else:
+            state.pick(logits.clone())  # the caller may keep them, and the next step writes others in their place
 
     @torch.no_grad()
     def _prefill(self) -> Tensor:
@@ -211,13 +261,12 @@ class _Run:
         return self.model.visual_arguments(self.visual_inputs, rows, self.cached)
 
     @torch.no_grad()
-    def _feed(self, token: Tensor) -> Tensor:
+    def _feed(self) -> Tensor:
         """Runs one token of each row. Rows that have ended are padding: their state in the cache stays as it is."""
         mask = None
-        if any(self.finished):
-            token = token.masked_fill(self.state.done, 0)
+        if self.masks_always or (self.masks_ended and any(end is not None for end in self.ended)):
             mask = torch.cat([self._past(), ~self.state.done[:, None]], 1).long()
-        return self._forward(token[:, None], mask)
+        return self._forward(self.state.input, mask)
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, **visual: Any) -> Tensor:
         # Router logits, where the configuration has them on, are for training and not needed here.
@@ -231,25 +280,33 @@ class _Run:
                 self.virtual = self.cache.seen - tokens.shape[1]
         return logits[:, -1].to(self.device)
 
-    def _read_flags(self, last: bool, step: int) -> bool:
-        """Copies the step's tokens and flags from the device, in one transfer; True when every row has ended."""
-        if not (self.settings.can_finish_early or last or step % _CHECK_EVERY == 0):
-            return False
-        tokens, done, failed = self.state.report.tolist()
-        if max(failed) >= 0:
-            first = min(at for at in failed if at >= 0)
-            rows = [row for row, at in enumerate(failed) if at == first]
+    def _consume(self, read: Read) -> bool:
+        """Reads a step's tokens and flags; True when every row has ended. What rows have got after their end is padding."""
+        failed = [row for row, at in enumerate(read.failed) if at == read.step and self.ended[row] is None]
+        if failed:
             raise ValueError(
-                f"no token can be chosen for rows {short(rows)} (new token {first + 1}): the logits hold NaN, +inf, or nothing "
-                f"but -inf{self._suspects()}"
+                f"no token can be chosen for rows {short(failed)} (new token {read.step + 1}): the logits hold NaN, +inf, or "
+                f"nothing but -inf{self._suspects()}"
             )
-        if self.stops is not None:
-            for row, new in enumerate(tokens):
-                if not self.finished[row] and self.stops.put(row, new) and not done[row]:
-                    done[row] = 1
-                    self.state.end_row(row, step)
-        self.finished = [bool(flag) for flag in done]
-        return all(self.finished)
+        for row, token in enumerate(read.tokens):
+            if self.ended[row] is not None:
+                read.tokens[row] = self.settings.pad_token_id or 0
+            elif self.stops is not None and self.stops.put(row, token) and not read.done[row]:
+                self.ended[row] = read.step
+                self.state.end_row(row, read.step)
+            elif read.done[row]:
+                self.ended[row] = read.step
+        return all(end is not None for end in self.ended)
+
+    def _finish(self, step: int, surplus: int) -> None:
+        """After the last step; `surplus` more have been computed, in which every row had ended."""
+        self.state.cut(step + 1)
+        if self.masks_always or self.captured is not None:
+            lengths = [
+                length + self.virtual + (step if end is None else min(end, step))
+                for length, end in zip(self.rows.lengths, self.ended, strict=True)
+            ]
+            self.cache.settle(lengths, self.cache.seen - surplus)
 
     def _suspects(self) -> str:
         """The parts of the call that may have made such logits, for a message."""

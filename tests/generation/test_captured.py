@@ -249,3 +249,100 @@ def test_a_step_that_cannot_be_recorded_runs_from_python_with_a_warning(
         assert run(model, model.new_cache(2, 30), 4) == ordinary(model, 4)
     assert [r for r in caplog.messages if "could not be recorded as a CUDA graph and runs from Python" in r]
     assert recorder.recordings == recorder.replays == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- generate
+
+PROMPTS = [[5, 9, 2, 7, 1], [3, 8], [4, 4, 6]]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "seed": 3, "temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    "penalties and masks": {
+        "repetition_penalty": 1.3, "presence_penalty": 0.4, "suppress_tokens": [7], "bad_words_ids": [[3, 4], [9]],
+        "min_new_tokens": 4, "begin_suppress_tokens": [2],
+    },
+    "scores": {"return_dict_in_generate": True, "output_scores": True},
+    "callback": {"logits_processor": [lambda ids, scores: scores.roll(1, -1) if ids.shape[1] % 2 else scores]},
+}  # fmt: skip
+
+
+def ends_of(model: Any, **settings: Any) -> list[int]:
+    """End tokens at which the rows end after different numbers of tokens."""
+    settings = {name: value for name, value in settings.items() if "return" not in name and "output" not in name}
+    out = model.generate(PROMPTS, max_new_tokens=16, eos_token_id=[], pad_token_id=0, capture=False, **settings)[:, 5:]
+    return [int(out[0, 12]), int(out[1, 5])]
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_generate_gives_the_same_tokens(model: Any, recorder: Recorder, case: str) -> None:
+    """Rows of different lengths that end at different steps, over the buckets 12 and 20."""
+    settings = SETTINGS[case]
+    options = {"max_new_tokens": 16, "pad_token_id": 0, "eos_token_id": ends_of(model, **settings), **settings}
+    if settings.get("do_sample"):  # `shortlist` of a CPU reads a number
+        options.pop("top_k")
+    expected = model.generate(PROMPTS, capture=False, **options)
+    assert recorder.warmed == 0
+    cache = model.new_cache(3, 20)
+    actual = model.generate(PROMPTS, cache=cache, **options)
+    if case == "scores":
+        for one, other in zip(actual.scores, expected.scores, strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
+        actual, expected = actual.sequences, expected.sequences
+    assert torch.equal(actual, expected)
+    steps = actual.shape[1] - 5 - 1  # the last token is not fed
+    pick = case in ("greedy", "sampled", "penalties and masks")
+    buckets = 1 + (steps > 7)  # 12 positions hold the longest prompt and 7 tokens
+    assert recorder.warmed == buckets + pick
+    assert recorder.replays == steps - buckets + pick * (steps - 1)
+    lengths = [row.index(0, 5) if 0 in row[5:] else len(row) for row in actual.tolist()]
+    held = [length - 1 - (5 - len(prompt)) for length, prompt in zip(lengths, PROMPTS, strict=True)]
+    assert cache.lengths.tolist() == held and cache.host_lengths == tuple(held)
+    assert cache.seen == actual.shape[1] - 1
+
+
+def test_generate_makes_a_static_cache_where_it_pays(
+    model: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = 10**9
+    monkeypatch.setattr(captured, "memory_of", lambda device: memory)
+    options = {"max_new_tokens": 9, "eos_token_id": [], "pad_token_id": 0}
+    expected = model.generate(PROMPTS, capture=False, **options)
+    assert recorder.warmed == 0
+    assert torch.equal(model.generate(PROMPTS, **options), expected) and recorder.warmed == 3
+    assert torch.equal(torch.stack(list(model.stream(PROMPTS, **options)), 1), expected[:, 5:]) and recorder.warmed == 6
+    model.generate(PROMPTS, **options | {"max_new_tokens": 4})  # too few
+    model.generate(PROMPTS, disable_compile=True, **options)
+    model.generate(PROMPTS, **options, do_sample=True, n=2)  # the prompt is computed once, then its rows are repeated
+    assert model.generate(PROMPTS, **options, return_dict_in_generate=True).cache.max_length is None  # it is to go on
+    assert recorder.warmed == 6
+    memory = 10
+    assert torch.equal(model.generate(PROMPTS, **options), expected) and recorder.warmed == 6
+
+
+def test_a_conversation_goes_on_with_its_recordings(model: Any, recorder: Recorder) -> None:
+    cache, ids = model.new_cache(1, 40), torch.tensor([PROMPTS[0]])
+    for turn in range(3):
+        actual = model.generate(ids, max_new_tokens=4, cache=cache, eos_token_id=[])
+        assert torch.equal(actual, model.generate(ids, max_new_tokens=4, eos_token_id=[], capture=False))
+        ids = torch.cat([actual, torch.tensor([[7 + turn, 3]])], 1)
+    # Of the model the first step in each of two buckets, of the choice the first one in each call.
+    assert recorder.warmed == 2 + 3 and cache.lengths.tolist() == [20]
+
+
+def test_the_rows_of_a_kept_cache_that_ended_are_as_without_capture(model: Any, recorder: Recorder) -> None:
+    """A second call continues rows of which one had ended early, and a stop string ends another."""
+    options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": ends_of(model)[1:]}
+    caches = model.new_cache(3, 40), model.new_cache(3, 40)
+    texts = PROMPTS
+    for _ in range(2):
+        one = model.generate(texts, cache=caches[0], **options)
+        other = model.generate(texts, cache=caches[1], capture=False, **options)
+        assert torch.equal(one, other)
+        assert torch.equal(caches[0].lengths, caches[1].lengths) and caches[0].seen == caches[1].seen
+        width = one.shape[1]
+        pads = [max(map(len, texts)) - len(text) for text in texts]
+        texts = [
+            [*row[pad : pad + int(length)], 11, 12]
+            for row, pad, length in zip(one.tolist(), pads, caches[0].lengths, strict=True)
+        ]
+        assert width
