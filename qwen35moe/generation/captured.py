@@ -11,9 +11,12 @@ none.
 
 from __future__ import annotations
 
+import gc
 import logging
+import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,28 +42,38 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.lock = threading.Lock()  # kernels of another thread on this stream would be recorded too
 
     def warm(self, function: Function) -> None:
         """Runs it on the stream of the recording."""
-        current = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        with self.lock, self._on_stream():
             function()
-        current.wait_stream(self.stream)
 
     def record(self, function: Function) -> Function:
         """A function that launches the same kernels on the same memory; `function` itself computes nothing here."""
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        with self.lock, self._on_stream():
+            gc.disable()  # it might release another graph, which is not permitted while recording
+            try:
+                # thread_local: another thread may allocate or copy meanwhile.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    function()
+                finally:
+                    graph.capture_end()
+            finally:
+                if collects:
+                    gc.enable()
+        return graph.replay
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Inside, the current stream is that of the recordings, in order with the current one outside."""
+        current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            # thread_local: another thread may allocate or copy meanwhile.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                function()
-            finally:
-                graph.capture_end()
+            yield
         current.wait_stream(self.stream)
-        return graph.replay
 
 
 _recorders: dict[torch.device, Any] = {}

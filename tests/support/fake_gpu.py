@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.support import fake_gpu_generation
+from tests.support import fake_gpu_capture, fake_gpu_generation
 
 ROOT = Path(__file__).resolve().parents[2]
 # Operators that launch nothing: they make views, allocate, or read sizes.
@@ -194,13 +194,11 @@ def masked(torch: Any) -> Callable[[], object]:
 SCENARIOS: dict[str, Callable[[Any], Callable[[], object]]] = {
     "prefill": prefill, "decode": decode, "decode_static": lambda torch: decode(torch, 300), "decode_35b": decode_35b,
     "training": training, "masked": masked, **fake_gpu_generation.SCENARIOS,
+    **fake_gpu_capture.SCENARIOS,
 }  # fmt: skip
 
 
 if __name__ == "__main__":
-    from tests.support import fake_gpu_capture
-
-    SCENARIOS |= fake_gpu_capture.SCENARIOS
     first, *names = sys.argv[1:]
     major, minor = first.split(".")
     print(json.dumps(run((int(major), int(minor)), names)))

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
+
+from tests.support.fake_gpu_generation import PENALISED, SAMPLED
 
 
 def static_step(torch: Any, layers: int = 4) -> Callable[[], object]:
@@ -83,6 +86,34 @@ def equal_steps(torch: Any) -> Callable[[], object]:
     return steps
 
 
+class Runs:
+    """In place of `captured.Recorder`: runs every step as at its recording."""
+
+    def warm(self, function: Callable[[], None]) -> None:
+        function()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        return function
+
+
+def generation(torch: Any, **options: Any) -> Callable[[], object]:
+    """generate() with the steps that it records, from the prefill to the last token."""
+    from qwen35moe.generation import captured, loop
+    from tests.support.fake_gpu_generation import decoding
+
+    call = decoding(torch, cache="static", **options)
+    steps = mock.patch.object(loop, "captured_steps", lambda model, cache, wanted: captured.CapturedSteps(model, cache))
+    # A fake tensor has no address.
+    replaced = mock.patch.multiple(captured, recorder_of=lambda device: Runs(), signature=lambda model, cache: 0)
+
+    def captured_call() -> None:
+        with steps, replaced:
+            call()
+
+    return captured_call
+
+
 SCENARIOS: dict[str, Callable[[Any], Callable[[], object]]] = {
     "static_step": static_step, "static_step_35b": lambda torch: static_step(torch, 40), "equal_steps": equal_steps,
+    "captured": generation, "captured_sampled": lambda torch: generation(torch, **SAMPLED, **PENALISED),
 }

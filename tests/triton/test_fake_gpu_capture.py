@@ -16,14 +16,15 @@ if torch.version.cuda is None or torch.cuda.is_available() or sys.platform != "l
     pytest.skip("needs a CUDA build of torch on a machine without a GPU", allow_module_level=True)
 
 CHOSEN = {name: ["triton"] for name in ("delta_net_step", "experts", "rms_norm", "rotary", "router")}
+SCENARIOS = ("static_step_35b", "equal_steps", "captured", "captured_sampled")
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, dict[str, Any]]:
-    return reports("static_step_35b", "equal_steps")
+    return reports(*SCENARIOS)
 
 
-@pytest.mark.parametrize("scenario", ["static_step_35b", "equal_steps"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_nothing_waits_and_the_kernels_are_chosen(scenario: str, report: dict[str, dict[str, Any]]) -> None:
     """In equal_steps the scenario itself compares the two steps."""
     result = report[scenario]
