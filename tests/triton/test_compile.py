@@ -7,6 +7,7 @@ regression that a small change can cause.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ if sys.platform != "linux":
 
 SIZES = {"W": 4, "G": 16, "H": 32, "K": 128, "V": 128}  # C = 8192
 HIDDEN, HEAD, EXPERTS, TOP_K = 2048, 256, 256, 8
-STRIDES = tuple(f"{x}_{axis}" for x in ("query", "key") for axis in ("row", "token", "head"))
-INTEGERS = ("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "x_row", "x_token", *STRIDES)
+STRIDES = tuple(f"{x}_{axis}" for x in ("query", "key", "value") for axis in ("row", "token", "head"))
+INTEGERS = ("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "P", "PARTS", "x_row", "x_token", *STRIDES)
 FLOAT32 = ("dweight", "recurrent_state", "recurrent_state_after", "A_log", "dt_bias", "norm_weight")
 
 
@@ -30,13 +31,13 @@ def kernel(module: str, name: str, arguments: str, warps: int = 4, single: str =
     for argument in arguments.split():
         if argument in INTEGERS:
             types[argument] = "i32"
-        elif argument in ("eps", "sign"):
+        elif argument in ("eps", "sign", "scale"):
             types[argument] = "fp32"
         else:
-            integers = {"lengths": "i64", "bounds": "i64", "document": "i32", "indices": "i64"}
+            integers = {"lengths": "i64", "starts": "i64", "bounds": "i64", "document": "i32", "indices": "i64"}
             wide = argument in FLOAT32 or argument in single.split()
             types[argument] = "*" + integers.get(argument, "fp32" if wide else "bf16")
-    aligned = tuple(argument for argument in types if argument not in ("T", "rows", "N", "eps", "sign"))
+    aligned = tuple(argument for argument in types if argument not in ("T", "rows", "N", "PARTS", "eps", "sign", "scale"))
     return Kernel(f"qwen35moe_kernels.{module}_kernels", name, types, constants, warps, aligned=aligned)
 
 
@@ -77,7 +78,18 @@ def kernels() -> list[Kernel]:
             kernel("step", "step_kernel", tensors, warps, "" if whole else "y", **SIZES, BK=SIZES["K"], BV=columns,
                    WHOLE=whole, IN_PLACE=True)
         )  # fmt: skip
-    return [*compilations, *decoder_kernels()]
+    return [*compilations, *decoder_kernels(), *decode_attention_kernels()]
+
+
+def decode_attention_kernels() -> list[Kernel]:
+    """One token over a cache in parts, and over one of a single part."""
+    strides = " ".join(f"{x}_{axis}" for x in ("query", "key", "value") for axis in ("row", "token", "head"))
+    arguments = f"query key value starts out sums scale P {strides.replace('query_token ', '')}"
+    sizes = {"R": 8, "K": HEAD, "V": HEAD, "BR": 16, "BK": HEAD, "BV": HEAD, "BN": 32, "CHUNK": 128}
+    kinds = [kernel("decode_attention", "part_kernel", arguments, single="sums" if one else "out sums", **sizes, ONE=one)
+             for one in (False, True)]  # fmt: skip
+    join = kernel("decode_attention", "join_kernel", "parts_of sums out PARTS", single="parts_of sums", V=HEAD, BV=HEAD, BP=64)
+    return [*(replace(kind, stages=2) for kind in kinds), join]
 
 
 def decoder_kernels() -> list[Kernel]:
@@ -99,7 +111,7 @@ def decoder_kernels() -> list[Kernel]:
 
 def test_kernels_compile_for_hopper_without_spills() -> None:
     usage = compiled(kernels())
-    assert len(usage) == 18
+    assert len(usage) == 21
     assert not [kernel for kernel in usage if kernel.local], usage
     assert max(kernel.shared for kernel in usage) <= 48 << 10, usage  # what every GPU gives without a request for more
 
