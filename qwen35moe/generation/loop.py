@@ -8,7 +8,8 @@ changes nothing: each row's answer is the one it gets alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -49,9 +50,10 @@ def generate(model: Any, inputs: GenerateInputs) -> Any:
     try:
         if streamer is not None:
             streamer.put(run.rows.ids.cpu())
-        for read in run:
-            if streamer is not None:
-                streamer.put(torch.tensor(read.tokens, device="cpu"))
+        with closing(iter(run)) as reads:  # after an error of the streamer, too
+            for read in reads:
+                if streamer is not None:
+                    streamer.put(torch.tensor(read.tokens, device="cpu"))
     finally:
         if streamer is not None:
             streamer.end()  # after an error too: another thread may be waiting for the end
@@ -126,12 +128,16 @@ class _Run:
 
         copy, behind = late_copy(self.device), self._behind(keeps_cache, iterated)
         self.reads = LateReads(copy or ImmediateCopy, behind if copy else 0)
-        # What a row is fed after its end must not be in a cache that outlives the call. Where the host reads late, the mask is
-        # there from the first step on. On a CPU it also saves work.
-        self.masks_ended = keeps_cache or copy is None
-        self.masks_always = keeps_cache and self.reads.behind > 0 and bool(ends)
+        # What a row is fed after its end must not be in a cache that outlives the call. Where the host reads late, the cache
+        # itself leaves such rows alone, or a mask is there from the first step on. On a CPU a mask also saves work.
+        unread = keeps_cache and self.reads.behind > 0 and bool(ends)
+        self.freezes = unread and not getattr(self.cache, "record", 0)
+        self.masks_always = unread and not self.freezes
+        self.masks_ended = not self.freezes and (keeps_cache or copy is None)
+        self.fed = 0  # new tokens of each row that the model has got
         self.ended: list[int | None] = [None] * rows  # the step whose token was a row's last, where it has been read
         self.captured: CapturedSteps | None = None  # set after the prefill
+        self.keeps_cache = keeps_cache
 
     # ------------------------------------------------------------------------------------------------------- checks
 
@@ -203,20 +209,28 @@ class _Run:
 
     # --------------------------------------------------------------------------------------------------------- steps
 
-    def __iter__(self) -> Iterator[Read]:
+    def __iter__(self) -> Generator[Read]:
         if not self.settings.max_new_tokens:
             return
-        last = self.settings.max_new_tokens - 1
         self.state.reserve()
         self.state.pick(self._prefill())
-        if last and self.prepare is None:
+        if self.settings.max_new_tokens > 1 and self.prepare is None:
             self.captured = captured_steps(self.model, self.cache, self.settings.capture)
+        try:
+            if self.freezes and self.captured is None:
+                self.cache.freeze(self.state.done)
+            yield from self._steps(last=self.settings.max_new_tokens - 1)
+        finally:
+            if self.freezes or self.masks_always or (self.captured is not None and self.keeps_cache):
+                self._settle()
+
+    def _steps(self, last: int) -> Iterator[Read]:
         for step in range(last + 1):
             self.reads.put(step, self.state.report)
             for read in self.reads.take(everything=step == last):
                 over = self._consume(read) or read.step == last
                 if over:
-                    self._finish(read.step, surplus=step - read.step)
+                    self.state.cut(read.step + 1)
                 yield read
                 if over:
                     return
@@ -230,6 +244,7 @@ class _Run:
             state.pick(self._feed())
             return
         logits = steps.feed(state.input[:, 0], state.done, frozen=self.settings.can_finish_early)
+        self.fed += 1
         if state.capturable:
             steps.pick(state.pick, logits, replaced=replaced)
         else:
@@ -266,7 +281,9 @@ class _Run:
         mask = None
         if self.masks_always or (self.masks_ended and any(end is not None for end in self.ended)):
             mask = torch.cat([self._past(), ~self.state.done[:, None]], 1).long()
-        return self._forward(self.state.input, mask)
+        logits = self._forward(self.state.input, mask)
+        self.fed += 1
+        return logits
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, **visual: Any) -> Tensor:
         # Router logits, where the configuration has them on, are for training and not needed here.
@@ -294,19 +311,21 @@ class _Run:
             elif self.stops is not None and self.stops.put(row, token) and not read.done[row]:
                 self.ended[row] = read.step
                 self.state.end_row(row, read.step)
-            elif read.done[row]:
-                self.ended[row] = read.step
+        self._note_ends(read)
         return all(end is not None for end in self.ended)
 
-    def _finish(self, step: int, surplus: int) -> None:
-        """After the last step; `surplus` more have been computed, in which every row had ended."""
-        self.state.cut(step + 1)
-        if self.masks_always or self.captured is not None:
-            lengths = [
-                length + self.virtual + (step if end is None else min(end, step))
-                for length, end in zip(self.rows.lengths, self.ended, strict=True)
-            ]
-            self.cache.settle(lengths, self.cache.seen - surplus)
+    def _note_ends(self, read: Read) -> None:
+        for row, done in enumerate(read.done):
+            if done and self.ended[row] is None:
+                self.ended[row] = read.step
+
+    def _settle(self) -> None:
+        """After the last step or an error: the cache gets the lengths that it has without the tokens after a row's end."""
+        for read in self.reads.take(everything=not all(end is not None for end in self.ended)):
+            self._note_ends(read)
+        fed = [self.fed if end is None else min(end, self.fed) for end in self.ended]
+        lengths = [length + self.virtual + new for length, new in zip(self.rows.lengths, fed, strict=True)]
+        self.cache.settle(lengths, self.cache.seen - self.fed + max(fed))
 
     def _suspects(self) -> str:
         """The parts of the call that may have made such logits, for a message."""

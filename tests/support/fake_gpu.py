@@ -103,6 +103,7 @@ def run(capability: tuple[int, int], scenarios: list[str]) -> dict[str, dict[str
     patches = [
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
+        mock.patch.object(runtime, "_shared_memory", lambda index: 227 << 10),  # of a Hopper
         mock.patch.object(runtime, "on_device_of", lambda _: nullcontext()),
         mock.patch.object(runtime, "kernels", lambda file: Module(launches, file, real(file))),
     ]

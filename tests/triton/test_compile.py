@@ -21,7 +21,10 @@ if sys.platform != "linux":
 SIZES = {"W": 4, "G": 16, "H": 32, "K": 128, "V": 128}  # C = 8192
 HIDDEN, HEAD, EXPERTS, TOP_K = 2048, 256, 256, 8
 STRIDES = tuple(f"{x}_{axis}" for x in ("query", "key", "value") for axis in ("row", "token", "head"))
-INTEGERS = ("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "P", "PARTS", "x_row", "x_token", *STRIDES)
+INTEGERS = (
+    *("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "F1", "F2", "F3", "F4", "F", "size", "gate_row", "x_row"),
+    *("x_token", "P", "PARTS", *STRIDES),
+)
 FLOAT32 = ("dweight", "recurrent_state", "recurrent_state_after", "A_log", "dt_bias", "norm_weight")
 
 
@@ -55,7 +58,7 @@ def kernels() -> list[Kernel]:
         compilations += [
             kernel("convolution", "forward_kernel", f"{inputs} y {sizes}", **block, **full, BT=convolution._TOKENS),
             kernel("convolution", "backward_kernel", f"dy dafter {inputs} dx dweight {sizes}", **block, **full,
-                   BT=convolution._TOKENS_BACKWARD),
+                   BT=convolution._TOKENS_BACKWARD, BW=SIZES["W"]),
         ]  # fmt: skip
     compilations += [
         kernel("convolution", "conv_state_kernel", f"x state lengths bounds after {sizes}", **full),
@@ -78,13 +81,13 @@ def kernels() -> list[Kernel]:
             kernel("step", "step_kernel", tensors, warps, "" if whole else "y", **SIZES, BK=SIZES["K"], BV=columns,
                    WHOLE=whole, IN_PLACE=True)
         )  # fmt: skip
-    return [*compilations, *decoder_kernels(), *decode_attention_kernels()]
+    return [*compilations, *decoder_kernels(), *fused_kernels(), *decode_attention_kernels()]
 
 
 def decode_attention_kernels() -> list[Kernel]:
     """One token over a cache in parts, and over one of a single part."""
-    strides = " ".join(f"{x}_{axis}" for x in ("query", "key", "value") for axis in ("row", "token", "head"))
-    arguments = f"query key value starts out sums scale P {strides.replace('query_token ', '')}"
+    strides = " ".join(STRIDES).replace("query_token ", "")
+    arguments = f"query key value starts out sums scale P {strides}"
     sizes = {"R": 8, "K": HEAD, "V": HEAD, "BR": 16, "BK": HEAD, "BV": HEAD, "BN": 32, "CHUNK": 128}
     kinds = [kernel("decode_attention", "part_kernel", arguments, single="sums" if one else "out sums", **sizes, ONE=one)
              for one in (False, True)]  # fmt: skip
@@ -101,7 +104,7 @@ def decoder_kernels() -> list[Kernel]:
         for name, tensors in (("forward_kernel", "x weight y"), ("backward_kernel", "dy x weight dx dweight")):
             block = {"BR": norm._ELEMENTS // width, "BD": width}
             result.append(kernel("norm", name, f"{tensors} rows D x_row eps", single="dweight", **block))
-    rotated = f"query key cos sin query_after key_after T H G K HALF sign {' '.join(STRIDES)}"
+    rotated = f"query key cos sin query_after key_after T H G K HALF sign {' '.join(STRIDES[:6])}"
     result.append(kernel("rotary", "rotary_kernel", rotated, 1, "cos sin", BK=HEAD, BHALF=32))
     for tokens in (1, router._ELEMENTS // EXPERTS):
         shape = {"TOP_K": TOP_K, "BN": tokens, "BE": EXPERTS, "BK": TOP_K}
@@ -109,9 +112,28 @@ def decoder_kernels() -> list[Kernel]:
     return result
 
 
+def fused_kernels() -> list[Kernel]:
+    """The fused kernels of a decoded token."""
+    from qwen35moe_kernels import linear, norm, sigmoid_gate
+
+    projections = linear._block(HIDDEN, linear._COLUMNS)
+    swiglu = linear._block(HIDDEN, linear._COLUMNS_TWO)
+    sizes = " ".join(f"{name}{number}" for name in "wyF" for number in (1, 2, 3, 4)).replace("F1", "rows F1")
+    rotated = f"query key cos sin query_weight key_weight query_after key_after T H G K HALF eps {' '.join(STRIDES[:6])}"
+    return [
+        kernel("linear", "projections_kernel", f"x {sizes}", projections.pop("num_warps"), D=HIDDEN, **projections),
+        kernel("linear", "swiglu_kernel", "x gate_weight up_weight y rows F", swiglu.pop("num_warps"), D=HIDDEN, **swiglu),
+        kernel("linear", "silu_mul_kernel", "gate up y size", B=linear._ELEMENTS),
+        kernel("norm", "add_kernel", "residual change weight total y rows D eps", BR=norm._ELEMENTS // HIDDEN, BD=HIDDEN),
+        kernel("rotary", "norm_rotary_kernel", rotated, 1, "cos sin", BK=HEAD, BHALF=32),
+        kernel("sigmoid_gate", "gate_kernel", "x gate y rows V x_row gate_row", BR=sigmoid_gate._ELEMENTS // HEAD, BV=HEAD),
+        kernel("shared_expert", "add_kernel", "residual routed shared x gate_weight out D", BD=HIDDEN),
+    ]
+
+
 def test_kernels_compile_for_hopper_without_spills() -> None:
     usage = compiled(kernels())
-    assert len(usage) == 21
+    assert len(usage) == 28
     assert not [kernel for kernel in usage if kernel.local], usage
     assert max(kernel.shared for kernel in usage) <= 48 << 10, usage  # what every GPU gives without a request for more
 
