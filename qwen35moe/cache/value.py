@@ -238,7 +238,7 @@ class Cache:
 
         Tokens that came as embeddings fit every prompt.
         """
-        check_prompt(self._ids, self._lengths, input_ids, attention_mask)
+        check_prompt(self._ids, self._read_lengths(), input_ids, attention_mask)
 
     def freeze(self, rows: Tensor) -> None:
         """For decoding loops on a GPU, until `settle`: a forward leaves the Gated DeltaNet state of a row as it is where `rows`

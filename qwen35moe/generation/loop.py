@@ -22,7 +22,7 @@ from ..models.generation_inputs import GenerateInputs, StreamInputs, expand
 from .captured import CapturedSteps, captured_steps, prefers_static
 from .decoding import DecodingState
 from .defaults import end_tokens, padding_token, settings_of
-from .late import BEHIND, ImmediateCopy, LateReads, Read, late_copy
+from .late import BEHIND, ImmediateCopy, LateReads, Read, late_copy, to_device
 from .output import GenerateOutput
 from .prepare import check_cache, prepared_arguments, replaced_prepare
 from .prompt import Prompt
@@ -44,12 +44,12 @@ def generate(model: Any, inputs: GenerateInputs) -> Any:
     streamer = inputs.streamer
     if streamer is not None and not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
         raise ValueError(f"the streamer {short(streamer)} has no methods put and end")
-    run = _Run(model, inputs, keeps_cache=inputs.cache is not None or flags["return_dict_in_generate"])
+    run = _Run(model, inputs, keeps_cache=_of_caller(inputs.cache) or flags["return_dict_in_generate"])
     run.state.scores = [] if flags["output_scores"] else None
     run.state.logits = [] if flags["output_logits"] else None
     try:
         if streamer is not None:
-            streamer.put(run.rows.ids.cpu())
+            streamer.put(run.rows.host_ids)
         with closing(iter(run)) as reads:  # after an error of the streamer, too
             for read in reads:
                 if streamer is not None:
@@ -79,7 +79,12 @@ def stream_ids(model: Any, inputs: StreamInputs) -> Iterator[list[int]]:
 
 def _iterated(model: Any, inputs: StreamInputs) -> _Run:
     inputs = expand(inputs)
-    return _Run(model, inputs, keeps_cache=inputs.cache is not None, iterated=True)
+    return _Run(model, inputs, keeps_cache=_of_caller(inputs.cache), iterated=True)
+
+
+def _of_caller(cache: Any) -> bool:
+    """Whether the cache of a call is there after it: "static" is made for the call."""
+    return cache is not None and not isinstance(cache, str)
 
 
 def _output_flags(model: Any, inputs: GenerateInputs) -> dict[str, bool]:
@@ -190,7 +195,8 @@ class _Run:
             raise ValueError(f"the cache is for {cache.batch_size} rows, the prompt has {rows}{more}")
         if copies > 1 and cache.max_length is not None:
             raise ValueError(f"n={n}: a cache of fixed length keeps its {rows} rows; make one with new_cache({rows * n}, ...)")
-        cached = tuple(int(length) for length in cache.lengths.tolist())
+        cached = getattr(cache, "host_lengths", None)
+        cached = tuple(int(length) for length in (cache.lengths.tolist() if cached is None else cached))
         rows_of_cache = prompt.repeated(n // copies)
         for row, (held, length) in enumerate(zip(cached, rows_of_cache.lengths, strict=True)):
             if held >= length:
@@ -204,7 +210,7 @@ class _Run:
                 f"the prompt of {longest} tokens {what} the cache's max_length={cache.max_length}: "
                 "make a longer one, or pass new_cache(batch_size) without max_length"
             )
-        cache.check_prompt(rows_of_cache.ids, rows_of_cache.mask)  # ValueError where it holds another text
+        cache.check_prompt(rows_of_cache.host_ids, rows_of_cache.host_mask)  # ValueError where it holds another text
         return cache, cached, copies
 
     # --------------------------------------------------------------------------------------------------------- steps
@@ -258,8 +264,12 @@ class _Run:
         tokens = tokens[:, tokens.shape[1] - max(counts) :]
         mask = None
         if min(counts) != max(counts):
-            new = self._right(max(counts), torch.tensor(counts, device=self.device))
-            tokens, mask = tokens.masked_fill(~new, 0), torch.cat([self._past(), new], 1).long()
+            # In CPU memory, where the model lays out the tokens; a `prepare` gets it on the model's device.
+            new = _right(max(counts), torch.tensor(counts, device="cpu"))
+            past = _right(self.cache.seen, torch.tensor(self.cached, device="cpu"))
+            mask = torch.cat([past, new], 1).long()
+            tokens = tokens.masked_fill(to_device(~new, self.device), 0)
+            mask = mask if self.prepare is None else to_device(mask, self.device)
         logits = self._forward(tokens, mask, **self._visual_arguments())
         if self.copies > 1:
             rows = torch.arange(logits.shape[0], device="cpu").repeat_interleave(self.copies)
@@ -346,11 +356,12 @@ class _Run:
 
     def _past(self) -> Tensor:
         """The mask [B, positions seen] of the tokens in the cache, without the virtual ones."""
-        return self._right(self.cache.seen - self.virtual, self.cache.lengths.to(self.device) - self.virtual)
+        return _right(self.cache.seen - self.virtual, self.cache.lengths.to(self.device) - self.virtual)
 
-    def _right(self, width: int, lengths: Tensor) -> Tensor:
-        """[B, width] bool, True in the last lengths[r] columns of row r."""
-        return torch.arange(width, device=self.device) >= width - lengths[:, None]
+
+def _right(width: int, lengths: Tensor) -> Tensor:
+    """[B, width] bool, True in the last lengths[r] columns of row r."""
+    return torch.arange(width, device=lengths.device) >= width - lengths[:, None]
 
 
 def _vocabulary(model: Any) -> int:

@@ -37,7 +37,7 @@ def decoding(torch: Any, kept: bool = False, **options: Any) -> Callable[[], obj
     from qwen35moe.models.generation_inputs import StreamInputs
     from tests.support.fake_gpu import ids, small
 
-    prompt = Prompt(ids(torch, 2, 65), None, ids(torch, 2, 65), (65, 65))
+    prompt = Prompt(ids(torch, 2, 65), None, ids(torch, 2, 65), (65, 65), torch.zeros(2, 65, dtype=torch.int64), None)
     inputs = StreamInputs(prompt.ids, **{"max_new_tokens": STEPS, "eos_token_id": [7, 9], **options})
     MadeUp.started = 0
     # The ids of a prompt are checked at the call, which reads them.
