@@ -14,7 +14,8 @@ from qwen35moe.cache import static
 from qwen35moe.models.static_step import StaticStep
 from tests.cache.common import BOUND, CASE, LAST_BITS, tokens
 from tests.models import test_vision_language as vision_language
-from tests.support.peer import relative_error
+from tests.support import peer
+from tests.support.peer import FULL, LINEAR, odd_shape, relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +156,11 @@ def test_what_it_cannot_do_names_the_way_out(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_one_graph_for_prefill_and_one_for_all_steps_of_a_bucket(model: Any) -> None:
+def test_one_graph_for_prefill_and_one_for_all_steps_of_a_bucket() -> None:
     torch._dynamo.reset()
-    made, graphs = copy.deepcopy(model), []
+    case = odd_shape(8, layer_types=[LINEAR, FULL], num_hidden_layers=2, num_experts=3, num_experts_per_tok=2)
+    made, graphs = peer.ours(case), []
+    peer.draw(made, 0)
 
     def backend(graph: Any, _: Any) -> Any:
         graphs.append(graph)
@@ -166,14 +169,14 @@ def test_one_graph_for_prefill_and_one_for_all_steps_of_a_bucket(model: Any) -> 
     caches = [made.new_cache(2, 16) for _ in range(2)]
     prefill = torch.compile(made, fullgraph=True, backend=backend)
     for cache, run in zip(caches, (prefill, made), strict=True):
-        run(tokens(2, 9), cache=cache)
+        run(case.ids(2, 9), cache=cache)
     assert len(graphs) == 1
     steps = [StaticStep(made, cache) for cache in caches]
     runs = torch.compile(steps[0].run, fullgraph=True, backend=backend), steps[1].run
     for t in range(6):
         logits = []
         for step, run in zip(steps, runs, strict=True):
-            step.token.copy_(CASE.ids(2, 1, salt=t)[:, 0])
+            step.token.copy_(case.ids(2, 1, salt=t)[:, 0])
             logits.append(run(step.prepare()[0]).clone())
             static.advance(step.cache, frozen=False)
         assert relative_error(*logits) <= BOUND
