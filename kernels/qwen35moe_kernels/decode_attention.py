@@ -2,8 +2,8 @@
 
     y = softmax(scale q k^T, over positions 0 ... starts[row]) v
 
-The positions are divided among programs, each of which keeps a maximum, a sum and a weighted sum of values; a second launch joins
-them (Dao et al. 2023, "Flash-Decoding for long-context inference"). The query heads of a key head share its keys.
+The positions are divided among programs, each of which keeps a maximum, a sum and a weighted sum of values; a second launch
+joins them (Dao et al. 2023, "Flash-Decoding for long-context inference"). The query heads of a key head share its keys.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: f
     wide = max(16, runtime.power_of_two(V))
     with runtime.on_device_of(query):
         kernels.part_kernel[(B, G, parts)](
-            query, key, value, starts.contiguous(), partial, sums, scale * math.log2(math.e), P, query.stride(0), query.stride(2),
-            *key.stride()[:3], *value.stride()[:3], R=H // G, K=K, V=V, **blocks, BV=wide, BN=_BLOCK, CHUNK=chunk,
+            query, key, value, starts.contiguous(), partial, sums, scale * math.log2(math.e), P, query.stride(0),
+            query.stride(2), *key.stride()[:3], *value.stride()[:3], R=H // G, K=K, V=V, **blocks, BV=wide, BN=_BLOCK, CHUNK=chunk,
             ONE=parts == 1, num_warps=4, num_stages=2,
         )  # fmt: skip
         if parts > 1:
