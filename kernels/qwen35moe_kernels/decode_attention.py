@@ -77,8 +77,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: f
     with runtime.on_device_of(query):
         kernels.part_kernel[(B, G, parts)](
             query, key, value, starts.contiguous(), partial, sums, scale * math.log2(math.e), P, query.stride(0),
-            query.stride(2), *key.stride()[:3], *value.stride()[:3], R=H // G, K=K, V=V, **blocks, BV=wide, BN=_BLOCK, CHUNK=chunk,
-            ONE=parts == 1, num_warps=4, num_stages=2,
+            query.stride(2), *key.stride()[:3], *value.stride()[:3], R=H // G, K=K, V=V, **blocks, BV=wide, BN=_BLOCK,
+            CHUNK=chunk, ONE=parts == 1, num_warps=4, num_stages=2,
         )  # fmt: skip
         if parts > 1:
             kernels.join_kernel[(B * H,)](
