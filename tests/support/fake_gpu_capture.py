@@ -87,13 +87,28 @@ def equal_steps(torch: Any) -> Callable[[], object]:
 
 
 class Runs:
-    """In place of `captured.Recorder`: runs every step as at its recording."""
+    """In place of `captured.Recorder`: runs every step as at its recording, in which no tensor of the host may take part, not
+    even a number: its copy would wait."""
+
+    def __init__(self, torch: Any) -> None:
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        from tests.support.recorded import tensors
+
+        class OnDevice(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                out = func(*args, **(kwargs or {}))
+                assert all(x.is_cuda for x in tensors((args, kwargs, out))), f"{func} gets a tensor of the host"
+                return out
+
+        self.mode = OnDevice
 
     def warm(self, function: Callable[[], None]) -> None:
-        function()
+        with self.mode():
+            function()
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        return function
+        return lambda: self.warm(function)
 
 
 def generation(torch: Any, **options: Any) -> Callable[[], object]:
@@ -104,7 +119,7 @@ def generation(torch: Any, **options: Any) -> Callable[[], object]:
     call = decoding(torch, cache="static", **options)
     steps = mock.patch.object(loop, "captured_steps", lambda model, cache, wanted: captured.CapturedSteps(model, cache))
     # A fake tensor has no address.
-    replaced = mock.patch.multiple(captured, recorder_of=lambda device: Runs(), signature=lambda model, cache: 0)
+    replaced = mock.patch.multiple(captured, recorder_of=lambda device: Runs(torch), signature=lambda model, cache: 0)
 
     def captured_call() -> None:
         with steps, replaced:
