@@ -22,6 +22,13 @@ def values_known(tensor: Tensor) -> bool:
     return unbatched(tensor) is tensor and not is_fake(tensor)
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`. For a GPU through pinned memory, so that the host does not wait for it."""
+    if device.type == "cuda" and values.is_cpu and values_known(values):
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device, non_blocking=True)
+
+
 def unbatched(tensor: Tensor) -> Tensor:
     """The tensor itself; of a tensor of torch.vmap, the values of all calls."""
     if torch.compiler.is_compiling():

@@ -20,11 +20,13 @@ LOWEST = torch.iinfo(torch.int64).min
 
 
 def require(condition: Tensor, message: str) -> None:
-    """ValueError unless the scalar condition holds, under torch.vmap in every call; in a compiled or exported graph an
-    assertion when the graph runs. Not checked where there are no values: meta and fake tensors."""
+    """ValueError unless the scalar condition holds, under torch.vmap in every call; in a compiled or exported graph and on a
+    GPU an assertion that the host does not wait for. Not checked on the meta device and for fake tensors of a CPU."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
-    elif values_known(condition := unbatched(condition)) and not bool(condition.all()):
+    elif (condition := unbatched(condition)).is_cuda:
+        torch._assert_async(condition.all(), message)  # pyright: ignore[reportPrivateImportUsage]
+    elif values_known(condition) and not bool(condition.all()):
         raise ValueError(message)
 
 

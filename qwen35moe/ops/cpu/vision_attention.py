@@ -18,7 +18,8 @@ def vision_attention_torch(query: Tensor, key: Tensor, value: Tensor, *, cu_seql
     if query.device.type == "cpu":  # keys and values are read repeatedly, faster if each head is contiguous
         key, value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (key, value))
     if torch.compiler.is_compiling():  # the sizes of the frames are not known
-        frame = torch.bucketize(torch.arange(query.shape[0], device=query.device), cu_seqlens[1:], right=True)
+        bounds = cu_seqlens[1:].to(query.device)
+        frame = torch.bucketize(torch.arange(query.shape[0], device=query.device), bounds, right=True)
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         return sdpa(q, k, v, frame[:, None] == frame, scale=scale)[0].transpose(0, 1)
     outputs, start = [], 0
