@@ -38,7 +38,7 @@ def positions(
     total, device = rows * tokens, types.device
     if bounds is None:
         bounds = torch.arange(0, total + 1, tokens, device=device)
-    bounds = bounds.to(device, torch.long)
+    bounds = send(bounds.long(), device)
     columns = torch.arange(total, device=device)
     document = torch.bucketize(columns, bounds[1:], right=True)
     present = torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.bool().flatten()

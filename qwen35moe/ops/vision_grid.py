@@ -29,6 +29,8 @@ def as_grids(grid_thw: Tensor | Grids, merge: int, what: str = "grid_thw") -> li
     `merge`. The host waits for a tensor on a GPU."""
     if isinstance(grid_thw, Tensor):
         check_form(grid_thw, what)
+        if torch.compiler.is_compiling():  # a reason, in place of dynamo's report on data-dependent sizes
+            torch._dynamo.graph_break(msg=f"{what} is a tensor, and sizes depend on its values: give triples [(t, h, w), ...]")
         grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
     else:
         grids = _triples(grid_thw, what)

@@ -9,6 +9,7 @@ A fake tensor has no values, so that anything that reads one raises: a scenario 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -192,6 +193,7 @@ def masked(torch: Any) -> Callable[[], object]:
 SCENARIOS: dict[str, Callable[[Any], Callable[[], object]]] = {
     "prefill": prefill, "decode": decode, "decode_static": lambda torch: decode(torch, 300), "decode_35b": decode_35b,
     "training": training, "masked": masked,
+    "images": lambda torch: importlib.import_module("tests.support.fake_gpu_vision").full_size(torch),
 }  # fmt: skip
 
 

@@ -239,7 +239,8 @@ def gpu() -> Iterator[None]:
             (torch.cuda, "is_available", lambda: True), (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (torch.cuda, "synchronize", lambda *_: LOG.reads.append(f"synchronize at {where()}")),
             (torch.Tensor, "tolist", _tolist), (F, "scaled_dot_product_attention", _attention),
-            (runtime, "on_device_of", lambda _: nullcontext()), (runtime, "kernels", lambda file: Kernels(real(file))),
+            (torch.Tensor, "pin_memory", lambda tensor: tensor), (runtime, "on_device_of", lambda _: nullcontext()),
+            (runtime, "kernels", lambda file: Kernels(real(file))),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, value))
         backends.implementations("experts")  # registers all, as on a machine with a GPU
