@@ -214,10 +214,14 @@ def same_result(function: Callable[..., Any]) -> Callable[..., Any]:
 @same_result
 def varlen_bounds(cu_seqlens: Tensor, device: torch.device) -> tuple[Tensor, int]:
     """The bounds of packed sequences, contiguous int32 on `device`, and the length of the longest, which sets the size of a grid.
-    Made once for all layers of a call. The host reads bounds on a GPU, and does not wait for those on the CPU.
+    Made once for all layers of a call. The host reads bounds on a GPU unless they keep their values beside them, and does not
+    wait for those on the CPU.
 
     For a length of 1 and grouped heads flash-attn reshapes the query to one row per sequence, which fails if one is empty: 2
     is as good a bound.
     """
-    longest = max(2, int(cu_seqlens.diff().max()))
+    version, values = getattr(cu_seqlens, "_host_values", (None, []))  # as qwen35moe.backends.values keeps them
+    if version is None or version != cu_seqlens._version:
+        values = cu_seqlens.tolist()
+    longest = max(2, *(end - start for start, end in itertools.pairwise(values)))
     return send(cu_seqlens.to(torch.int32).contiguous(), device), longest

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qwen35moe.backends.values import unbatched, values_known
+from qwen35moe.backends.values import on_host, unbatched, values_known
 from qwen35moe.config import Config
 from qwen35moe.models.inputs import CausalLMInputs, TextInputs
 from qwen35moe.models.packing import require
@@ -62,14 +62,12 @@ class VisualInputs:
 
     def with_host_grids(self, merge: int) -> Self:
         """With the grids as triples, so that nothing after it waits for a GPU. Grids on a GPU take one transfer together."""
-        tensors = {kind: thw for kind in NAMES if isinstance(thw := self.grid_thw(kind), Tensor) and not thw.is_cpu}
+        tensors = {kind: thw for kind in NAMES if isinstance(thw := self.grid_thw(kind), Tensor)}
+        for kind, thw in tensors.items():
+            check_form(thw, f"{NAMES[kind]}_grid_thw")
         host: dict[int, Any] = {}
-        if len(tensors) == len(NAMES):
-            for kind, thw in tensors.items():
-                check_form(thw, f"{NAMES[kind]}_grid_thw")
-            images, videos = (tensors[kind].long() for kind in (IMAGE, VIDEO))
-            both = torch.cat([images, videos.to(images.device)]).cpu()
-            host = {IMAGE: both[: len(images)], VIDEO: both[len(images) :]}
+        if any(not thw.is_cpu for thw in tensors.values()):
+            host = dict(zip(tensors, on_host(list(tensors.values())), strict=True))
         grids = {
             f"{name}_grid_thw": tuple(as_grids(host.get(kind, thw), merge, f"{name}_grid_thw"))
             for kind, name in NAMES.items() if (thw := self.grid_thw(kind)) is not None

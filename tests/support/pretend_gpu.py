@@ -117,6 +117,9 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if namespace.startswith("qwen35moe"):  # an operation of the library: its own operators are of interest
         with Pretend():
             return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+    if name == "to":  # not an operator of its own
+        with Pretend():
+            return func.decompose(*args, **kwargs)
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     on_gpu = {id(plain(x)): x for x in tensors if isinstance(x, OnGpu)}
     on_cpu = [x for x in tensors if not isinstance(x, OnGpu) and x.dim()]
