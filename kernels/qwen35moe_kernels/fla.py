@@ -17,7 +17,6 @@ import importlib.metadata
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor

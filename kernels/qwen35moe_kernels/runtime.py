@@ -213,7 +213,7 @@ def same_result(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @same_result
 def varlen_bounds(cu_seqlens: Tensor, device: torch.device) -> tuple[Tensor, int]:
-    """The bounds of packed sequences, contiguous int32 on `device`, and the length of the longest, which sets the size of a grid.
+    """The bounds of packed sequences, contiguous int32 on `device`, and the length of the longest, which sets a grid's size.
     Made once for all layers of a call. The host reads bounds on a GPU unless they keep their values beside them, and does not
     wait for those on the CPU.
 

@@ -26,7 +26,7 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor
     """None, or the reason why varlen_attn cannot run this call."""
     width = query.shape[-1]
     if abs(scale * width**0.5 - 1) > 1e-6:
-        return f"scale {scale:.6g} is not K^-0.5 = {width**-0.5:.6g}, the only one that varlen_attn takes in all versions of torch"
+        return f"scale {scale:.6g} is not K^-0.5 = {width**-0.5:.6g}, the only one of varlen_attn in all versions of torch"
     if width > _WIDEST or width % 8:
         return f"query has heads of {width}, varlen_attn takes multiples of 8 up to {_WIDEST}"
     if not query.numel():

@@ -207,8 +207,8 @@ def check_counts(types: Tensor, visual: VisualInputs, merge: int) -> None:
 
 
 def placeholders(types: Tensor, kind: int, count: int) -> Tensor:
-    """[count]: the places of that kind's placeholders in the flattened rows, in order. `count` is checked by `check_counts`; the
-    host does not wait for a GPU to count them."""
+    """[count]: the places of that kind's placeholders in the flattened rows, in order. `check_counts` checks `count`, so that
+    the host does not wait for a GPU to count them."""
     return torch.nonzero_static((types == kind).flatten(), size=count, fill_value=0)[:, 0]
 
 

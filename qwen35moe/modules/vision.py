@@ -187,8 +187,8 @@ class Qwen3_5MoeVisionModel(Initialised):
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor | Grids) -> VisionOutput:
         """pixel_values [N, channels * frames * p * p] in the processor's order; grid_thw [items, 3]: frames, rows and columns
-        of patches of each image or video, on the CPU or as triples: the host waits for a tensor on a GPU. Attention stays within
-        a frame, so that items do not affect one another."""
+        of patches of each image or video, on the CPU or as triples: the host waits for a tensor on a GPU. Attention stays
+        within a frame, so that items do not affect one another."""
         config, merge = self.config, self.config.spatial_merge_size
         grids = as_grids(grid_thw, merge)
         self._check(pixel_values, grids)

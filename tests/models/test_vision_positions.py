@@ -28,7 +28,8 @@ def counted(types: list[int], items: dict[int, Iterator[tuple[int, int]]], start
             continue
         h, w = next(items[types[i]])
         if len(set(types[i : i + h * w])) > 1 or i + h * w > len(types):
-            raise ValueError(f"makes {h * w} tokens (1 x {h} x {w}) and does not fit the placeholders from token {i} of its row")
+            where = f"does not fit the placeholders from token {i} of its row"
+            raise ValueError(f"makes {h * w} tokens (1 x {h} x {w}) and {where}")
         placed += [[p, p + r, p + c] for r in range(h) for c in range(w)]
         i, p = i + h * w, p + max(h, w)
     return placed, p
