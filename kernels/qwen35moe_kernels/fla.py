@@ -17,6 +17,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -102,15 +103,19 @@ def _bounds(cu_seqlens: Tensor, device: torch.device) -> dict[str, Tensor]:
     that the caller fills again must therefore not reach them, while a new copy in every layer would be laid out every time.
     """
     bounds = {"cu_seqlens": runtime.send(cu_seqlens.to(torch.int64, copy=True), device)}
-    if cu_seqlens.device.type == "cpu":
-        bounds["cu_seqlens_cpu"] = cu_seqlens.to(torch.int64, copy=True)
+    values = runtime.values_on_host(cu_seqlens)
+    if values is not None:
+        bounds["cu_seqlens_cpu"] = torch.tensor(values, dtype=torch.int64, device="cpu")
     return bounds
 
 
 @runtime.same_result
 def _any_empty(cu_seqlens: Tensor) -> bool:
-    """Whether a document is empty. Reads from the device, once, as flash-qla does as well."""
-    return bool((cu_seqlens.diff() == 0).any())
+    """Whether a document is empty. Reads from the device, once, as flash-qla does as well, unless the host has the values."""
+    values = runtime.values_on_host(cu_seqlens)
+    if values is None:
+        return bool((cu_seqlens.diff() == 0).any())
+    return any(start == end for start, end in pairwise(values))
 
 
 def unsupported(

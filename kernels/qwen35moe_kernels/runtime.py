@@ -211,6 +211,14 @@ def same_result(function: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
+def values_on_host(cu_seqlens: Tensor) -> list[int] | None:
+    """The bounds where the host has them: on the CPU, or beside a tensor on a GPU (`qwen35moe.backends.values`). Else None."""
+    if cu_seqlens.is_cpu:
+        return cu_seqlens.tolist()
+    version, values = getattr(cu_seqlens, "_host_values", (None, []))
+    return values if version is not None and version == cu_seqlens._version else None
+
+
 @same_result
 def varlen_bounds(cu_seqlens: Tensor, device: torch.device) -> tuple[Tensor, int]:
     """The bounds of packed sequences, contiguous int32 on `device`, and the length of the longest, which sets a grid's size.
@@ -220,8 +228,7 @@ def varlen_bounds(cu_seqlens: Tensor, device: torch.device) -> tuple[Tensor, int
     For a length of 1 and grouped heads flash-attn reshapes the query to one row per sequence, which fails if one is empty: 2
     is as good a bound.
     """
-    version, values = getattr(cu_seqlens, "_host_values", (None, []))  # as qwen35moe.backends.values keeps them
-    if version is None or version != cu_seqlens._version:
-        values = cu_seqlens.tolist()
+    values = values_on_host(cu_seqlens)
+    values = cu_seqlens.tolist() if values is None else values
     longest = max(2, *(end - start for start, end in itertools.pairwise(values)))
     return send(cu_seqlens.to(torch.int32).contiguous(), device), longest

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -194,6 +199,43 @@ def _on_gpu(cu_seqlens: Any, device: Any) -> Any:
     return torch.empty(len(values), dtype=torch.int32, device=device), max(b - a for a, b in pairwise(values))
 
 
+class Inline:
+    """In place of a pool of threads, in which the harness is not active."""
+
+    def __init__(self, threads: int) -> None: ...
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, work: Callable[[], object]) -> Any:
+        work()
+        return mock.Mock()
+
+
+def load(layout: str) -> Callable[[], object]:
+    """from_pretrained(device="cuda"): files are read into pinned buffers and copied by streams of their own."""
+    from qwen35moe import Qwen3_5MoeForCausalLM
+    from qwen35moe.checkpoint import transfer
+    from tests.support.checkpoints import LAYOUTS, publish
+    from tests.support.pretend_gpu import LOG
+
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    publish(folder, LAYOUTS[layout])
+    patches = {
+        "Stream": mock.Mock(), "stream": lambda _: nullcontext(), "mem_get_info": lambda *_: (1 << 40, 1 << 40),
+        "empty_cache": lambda: LOG.launches.update(empty_cache=1),
+    }  # fmt: skip
+
+    def call() -> object:
+        with mock.patch.multiple(torch.cuda, **patches), mock.patch.object(transfer, "ThreadPoolExecutor", Inline):
+            return Qwen3_5MoeForCausalLM.from_pretrained(folder, device="cuda")
+
+    return call
+
+
 VIDEO_ROW = (3, ("video", (3, 2, 4)), 2, ("image", (1, 4, 6)), 2)
 SCENARIOS: dict[str, Scenario] = {
     "text": lambda: call(inputs((9,), (9,))),
@@ -215,4 +257,6 @@ SCENARIOS: dict[str, Scenario] = {
     "training": training,
     "generate": generate,
     "generate_second_turn": lambda: generate(2),
+    "load": lambda: load("3.5 MoE, bf16"),
+    "load_fp8": lambda: load("3.5 MoE, FP8"),
 }

@@ -23,8 +23,9 @@ NONE = (
     "text", "text_decode", "image", "images", "video", "triples", "features", "token_types", "with_and_without", "decode",
     "decode_static", "second_turn", "training",
 )  # fmt: skip
-ONE_SIZE = ("image", "video", "second_turn", "token_types", "generate_second_turn", "grids_of_both_on_gpu")
-IMAGES = [name for name in fake_gpu_vision.SCENARIOS if "text" not in name and "decode" not in name]
+ONE_SIZE = ("image", "video", "second_turn", "token_types", "grids_of_both_on_gpu")
+CALLS = [name for name in fake_gpu_vision.SCENARIOS if not name.startswith("load")]
+IMAGES = [name for name in CALLS if "text" not in name and "decode" not in name]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def report() -> dict[str, dict[str, Any]]:
     return pretend_gpu.reports("tests.support.fake_gpu_vision")
 
 
-@pytest.mark.parametrize("scenario", fake_gpu_vision.SCENARIOS)
+@pytest.mark.parametrize("scenario", CALLS)
 def test_where_the_host_waits(scenario: str, report: dict[str, dict[str, Any]]) -> None:
     result = report[scenario]
     assert result["failure"] is None and not result["mixed"]
@@ -56,6 +57,16 @@ def test_the_tower_runs_fused_attention(scenario: str, report: dict[str, dict[st
     if kinds:
         assert result["chosen"]["vision_attention"] == (["torch"] if scenario in ONE_SIZE else ["varlen"])
         assert result["chosen"]["rotary"] == ["triton"]
+
+
+@pytest.mark.parametrize(("scenario", "waits"), [("load", ["synchronize"]), ("load_fp8", ["copy from", "synchronize", "copy to"])])
+def test_loading_copies_through_pinned_buffers(scenario: str, waits: list[str], report: dict[str, dict[str, Any]]) -> None:
+    """One synchronisation of the device; of block-FP8 one transfer of all scales, and of each batch's bounds (pinned, too)."""
+    result = report[scenario]
+    assert result["failure"] is None and not result["mixed"]
+    assert len(result["reads"]) == len(waits) and all(map(str.startswith, result["reads"], waits)), result["reads"]
+    assert len(result["copies"]) > 30 and all("transfer.py" in copy for copy in result["copies"])
+    assert result["launches"].get("empty_cache", 0) == 1, "memory of the conversions is given back"
 
 
 def test_the_published_tower_on_fake_tensors() -> None:
