@@ -53,7 +53,7 @@ class Cache:
         self._rope_delta_since: Tensor | None = None  # [B]: lengths when rope_delta last changed; its older values are lost
         self._common_length: int | None = 0  # the length of every row, where the host knows that they are equal
         self._longest = 0  # the length of the longest row, or more where the host does not have the lengths
-        # How much shorter than the longest each row is; None where only the device has the lengths. It stays as rows grow evenly.
+        # How much shorter than the longest each row is; None where only the device has the lengths. Equal growth keeps it.
         self._shorter: tuple[int, ...] | None = (0,) * batch_size
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self._read = ReadTensors()

@@ -138,23 +138,30 @@ class GatedDeltaNet(FP32Parameters):
         `_FUSED`, so it is not used if one of them has hooks or has been replaced.
         """
         layout = context.layout
-        if state is None or layout.tokens != 1 or layout.lengths is not None or layout.cu_seqlens is not None:
+        if state is None or layout.tokens != 1 or layout.cu_seqlens is not None:
             return None
+        if layout.lengths is not None and qkv.is_cpu:
+            return None  # rows without a new token: one fused step costs more there than the composed operations
         if torch.is_grad_enabled() or context.record or context.attentions or tapped(self, ("scores",)):
             return None
         if not is_plain(self.conv1d, ShortConvolution) or not is_plain(self.norm, GatedRMSNorm):
             return None
         if not keeps(self, GatedDeltaNet, _FUSED):
             return None
+        conv_state, valid = state.conv_state, layout.valid
+        if valid is not None:
+            a, b = _keeping_state(a, valid), _keeping_state(b, valid)
         result = ops.delta_net_step.fused(
-            qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0], conv_state=state.conv_state, recurrent_state=state.recurrent_state,
+            qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0], conv_state=conv_state, recurrent_state=state.recurrent_state,
             conv_weight=self.conv1d.weight.squeeze(1), A_log=self.A_log, dt_bias=self.dt_bias,
             norm_weight=self.norm.weight, groups=self.groups, eps=self.norm.eps, caller=self,
         )
         if result is None:
             return None
-        normed, conv_state, recurrent_state = result
-        return normed[:, None], DeltaNetUpdate(conv_state, self._tapped_state(recurrent_state))
+        normed, after, recurrent_state = result
+        if valid is not None:
+            after = torch.where(valid[..., None], after, conv_state.to(after.dtype))
+        return normed[:, None], DeltaNetUpdate(after, self._tapped_state(recurrent_state))
 
     def _in_blocks(
         self, qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, context: LayerContext, state: DeltaNetState | None
@@ -249,6 +256,12 @@ class GatedDeltaNet(FP32Parameters):
         return core, weights
 
 
+def _keeping_state(projection: Tensor, valid: Tensor) -> Tensor:
+    """The projection a or b [B, 1, H] of a gate, -inf in rows without a new token: softplus and sigmoid of it are zero, so that
+    the state neither decays nor is written."""
+    return projection.masked_fill(~valid[..., None], float("-inf"))
+
+
 def _without_padding(gate: Tensor, layout: TokenLayout) -> Tensor:
     """A gate [B, T, H, ...], zero at padding."""
     valid = layout.valid
@@ -260,5 +273,7 @@ def _segment(qkv: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tenso
     """The values of these tokens that a rollback needs."""
     valid = layout.valid
     if valid is None:
-        return Segment(qkv, key, value, decay, beta, torch.ones(qkv.shape[:2], dtype=torch.bool, device=qkv.device), layout.tokens)
-    return Segment(qkv, key, value, decay, beta, valid, 0 if layout.host_lengths is None else min(layout.host_lengths))
+        valid, least = torch.ones(qkv.shape[:2], dtype=torch.bool, device=qkv.device), layout.tokens
+    else:
+        least = 0 if layout.host_lengths is None else min(layout.host_lengths)
+    return Segment(qkv, key, value, decay, beta, valid, least)

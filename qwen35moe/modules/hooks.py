@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from qwen35moe import ops
-from qwen35moe.ops.cpu.packed_weight import PackedMatrix
+from qwen35moe.ops.cpu.packed_weight import PackedExperts, PackedMatrix
 from qwen35moe.ops.cpu.products import ROWS, SMALL
 
 FEW = ROWS[-1]  # rows with which a small projection calls its module
@@ -90,6 +90,19 @@ def in_dtype_of(weight: Any, x: Tensor) -> Tensor:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x
     return x.to(weight.dtype)
+
+
+def in_autocast_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x and the weights of a product as autocast casts those of a linear map: in its dtype, except float64 and packed weights.
+    Autocast replaces calls of torch's functions, and so has no effect on an operation with a kernel of its own."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x, *weights
+    tensors = (x, *weights)
+    for t in tensors:
+        if t.dtype not in _ORDINARY or t.dtype == torch.float64 or isinstance(t, PackedMatrix | PackedExperts):
+            return tensors
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
 
 
 def device_of(module: Any) -> torch.device:

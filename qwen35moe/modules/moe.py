@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qwen35moe import ops
 from qwen35moe.config import TextConfig
-from qwen35moe.modules.hooks import GLOBAL_PRE_HOOKS, in_dtype_of, project
+from qwen35moe.modules.hooks import GLOBAL_PRE_HOOKS, in_autocast_dtype, in_dtype_of, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise
 from qwen35moe.ops.cpu.packed_weight import PackedExperts
 from qwen35moe.ops.experts import Tap, router_choice
@@ -101,10 +101,12 @@ class Experts(Initialised):
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, tap: Tap | None = None) -> Tensor:
         """hidden [N, D], indices and weights [N, k]; returns [N, D]. tap: see `ops.experts.by_expert`."""
-        gate_up = self.gate_up_proj
+        gate_up, down = self.gate_up_proj, self.down_proj
         if gate_up.dtype is not hidden.dtype:
             hidden = in_dtype_of(gate_up, hidden)
-        return ops.experts(hidden, gate_up, self.down_proj, indices, weights, tap=tap, caller=self)
+        if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
+            hidden, gate_up, down = in_autocast_dtype(hidden, gate_up, down)
+        return ops.experts(hidden, gate_up, down, indices, weights, tap=tap, caller=self)
 
     def extra_repr(self) -> str:
         experts, width, inner = self.down_proj.shape
