@@ -213,10 +213,10 @@ def same_result(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def values_on_host(cu_seqlens: Tensor) -> list[int] | None:
     """The bounds where the host has them: on the CPU, or beside a tensor on a GPU (`qwen35moe.backends.values`). Else None."""
-    if cu_seqlens.is_cpu:
-        return cu_seqlens.tolist()
     version, values = getattr(cu_seqlens, "_host_values", (None, []))
-    return values if version is not None and version == cu_seqlens._version else None
+    if version is not None and version == (0 if cu_seqlens.is_inference() else cu_seqlens._version):
+        return values
+    return cu_seqlens.tolist() if cu_seqlens.is_cpu else None
 
 
 @same_result

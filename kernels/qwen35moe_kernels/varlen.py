@@ -45,9 +45,10 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor
 
 def slower(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> str | None:
     """None, or the reason why "auto" takes scaled_dot_product_attention."""
-    if not cu_seqlens.is_cpu:
+    values = runtime.values_on_host(cu_seqlens)
+    if values is None:
         return None
-    sizes = sum(1 for _ in groupby(end - start for start, end in pairwise(cu_seqlens.tolist())))
+    sizes = sum(1 for _ in groupby(end - start for start, end in pairwise(values)))
     return "the frames have one size, and one call of scaled_dot_product_attention takes them all" if sizes == 1 else None
 
 

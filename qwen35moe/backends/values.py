@@ -59,11 +59,17 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def with_host_values(tensor: Tensor, values: Sequence[int]) -> Tensor:
     """A vector of integers that keeps its values beside it, for `host_values`."""
-    tensor._host_values = (tensor._version, list(values))  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling():
+        tensor._host_values = (_version(tensor), list(values))  # type: ignore[attr-defined]
     return tensor
 
 
 def host_values(tensor: Tensor) -> list[int]:
     """The values of a vector of integers. The host waits for the device unless the tensor keeps them beside it."""
     version, values = getattr(tensor, "_host_values", (None, []))
-    return values if version is not None and version == tensor._version else tensor.tolist()
+    return values if version is not None and version == _version(tensor) else tensor.tolist()
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts the changes in place; inference tensors do not."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -193,8 +193,9 @@ class _Buffer:
         if self.copied is not None:
             self.copied.synchronize()
         waiting, self.bounds = self.bounds, []
-        for (piece, _), (low, high) in zip(waiting, self.on_host.tolist() if waiting else (), strict=True):
-            _check(piece, low, high)
+        if waiting:
+            for (piece, _), (low, high) in zip(waiting, self.on_host.tolist(), strict=True):
+                _check(piece, low, high)
 
 
 class _Worker:

@@ -87,7 +87,9 @@ class Qwen3_5MoeModel(PretrainedModel):
         """(embeddings [B, T, D] with the features in them; the layout and the position_ids, with three axes; the position
         after the last token of each row [B], None where it is the number of tokens)."""
         embeds, cache, position_ids = self.language_model.embed(inputs), inputs.cache, inputs.position_ids
-        visual, inputs = inputs.any_visual, inputs.with_host_grids(self._merge)
+        visual = inputs.any_visual
+        if visual:
+            inputs = inputs.with_host_grids(self._merge)
         three_axes = position_ids is not None and position_ids.dim() == 3
         # A prompt with placeholders needs images or videos. A single token is one that was just generated: a word.
         ids = inputs.input_ids

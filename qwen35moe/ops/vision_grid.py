@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen35moe.backends.values import with_host_values
 from qwen35moe.ops.precision import float64_device
 
 Grids = Sequence[tuple[int, int, int]]  # (t, h, w) of each image or video
@@ -64,7 +65,8 @@ def tokens_of(grids: Grids, merge: int) -> list[int]:
 
 def frame_bounds(grids: Grids, device: torch.device | str = "cpu") -> Tensor:
     """[frames + 1] int32: the first patch of each frame, and the end of the last. Attention stays within a frame."""
-    return torch.tensor([0, *accumulate(h * w for t, h, w in grids for _ in range(t))], dtype=torch.int32, device=device)
+    bounds = [0, *accumulate(h * w for t, h, w in grids for _ in range(t))]
+    return with_host_values(torch.tensor(bounds, dtype=torch.int32, device=device), bounds)
 
 
 def coordinates(grids: Grids, merge: int, device: torch.device | str = "cpu") -> Tensor:

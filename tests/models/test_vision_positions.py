@@ -128,3 +128,21 @@ def test_a_prefill_with_images_compiles_into_one_graph(fresh_dynamo: None) -> No
         short = triples(inputs) | {"input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == 48, 1)}
         with pytest.raises(RuntimeError, match="the input does not hold 6 image placeholders"):
             compiled(**short)
+
+
+def test_images_in_inference_mode_and_on_fake_tensors() -> None:
+    """Bounds and grids are values of the host, which inference tensors and fake tensors keep beside them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    inputs = row(0)
+    with torch.no_grad():
+        expected = model()(**inputs).logits
+    with torch.inference_mode():
+        copies = {name: value.clone() for name, value in inputs.items()}
+        assert torch.equal(model()(**copies).logits, expected)
+        ids, bounds = torch.randint(0, 48, (1, 9), generator=peer.generator(0)), torch.tensor([0, 4, 9])
+        assert model()(ids, cu_seqlens=bounds).logits.isfinite().all()
+    with torch.no_grad(), FakeTensorMode():
+        fake = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in inputs.items() if "grid" not in name}
+        made = type(model())(model().config)
+        assert made(**triples(inputs) | fake).logits.shape == expected.shape

@@ -9,14 +9,12 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.attention.varlen
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 Scenario = Callable[[], Callable[[], object]]
 IMAGE, VIDEO = 95, 96
@@ -165,8 +163,6 @@ def varlen_attn(query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, 
 def full_size(torch: Any, count: int = 5) -> Callable[[], object]:
     """For the harness `fake_gpu`: the published tower of 27 blocks before 4 layers, with images of two sizes."""
     from qwen35moe import Config, Qwen3_5MoeForConditionalGeneration
-    from qwen35moe.modules import vision
-    from qwen35moe_kernels import runtime
     from tests.support.fake_gpu import model_of
 
     whole = Config.preset("35b-a3b")
@@ -177,26 +173,7 @@ def full_size(torch: Any, count: int = 5) -> Callable[[], object]:
     ids = torch.zeros(1, 9 + patches // 4, dtype=torch.int64, device="cuda")
     pixels = torch.zeros(patches, 3 * 2 * 16 * 16, device="cuda")
 
-
-    @torch.no_grad()
-    def call() -> object:
-        with mock.patch.object(vision, "frame_bounds", _with_values), mock.patch.object(runtime, "varlen_bounds", _on_gpu):
-            return made(ids, pixel_values=pixels, image_grid_thw=grids)
-
-    return call
-
-
-def _with_values(grids: Any) -> Any:
-    """The bounds as a tensor with values, which fake tensors of the CPU have not."""
-    from qwen35moe.ops.vision_grid import frame_bounds
-
-    with unset_fake_temporarily():
-        return frame_bounds(grids)
-
-
-def _on_gpu(cu_seqlens: Any, device: Any) -> Any:
-    values = cu_seqlens.tolist()
-    return torch.empty(len(values), dtype=torch.int32, device=device), max(b - a for a, b in pairwise(values))
+    return torch.no_grad()(lambda: made(ids, pixel_values=pixels, image_grid_thw=grids))
 
 
 class Inline:
