@@ -254,7 +254,7 @@ def gpu() -> Iterator[None]:
             (torch.backends.cuda, "can_use_flash_attention", lambda *_: True),
             (torch.Tensor, "tolist", _tolist), (F, "scaled_dot_product_attention", _attention),
             (torch.Tensor, "pin_memory", lambda tensor: tensor), (runtime, "on_device_of", lambda _: nullcontext()),
-            (runtime, "kernels", lambda file: Kernels(real(file))),
+            (runtime, "shared_memory", lambda _: 227 << 10), (runtime, "kernels", lambda file: Kernels(real(file))),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, value))
         backends.implementations("experts")  # registers all, as on a machine with a GPU
