@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.backends.values import on_host
 from qwen35moe.cache.layout import TokenLayout, write_rows
 from qwen35moe.cache.modes import ordinary_tensors
 
@@ -51,11 +52,12 @@ def check_prompt(ids: Tensor, lengths: Tensor, prompt: Tensor, mask: Tensor | No
         raise ValueError(f"the prompt {list(prompt.shape)} {prompt.dtype} must be ids [{rows}, T]: the cache holds {rows} rows")
     if mask is not None and mask.shape != prompt.shape:
         raise ValueError(f"attention_mask {list(mask.shape)} does not cover the prompt {list(prompt.shape)}")
-    held_lengths, kept = lengths.tolist(), ids.cpu()
+    lengths, kept, prompt, *masks = on_host([lengths, ids, prompt, *([] if mask is None else [mask])])
+    held_lengths, mask = lengths.tolist(), masks[0] if masks else None
     for row in range(rows):
         tokens = prompt[row] if mask is None else prompt[row][mask[row].bool()]
         held = kept[row, : held_lengths[row]].long()
-        start = tokens.cpu().long()[: held.shape[0]]
+        start = tokens.long()[: held.shape[0]]
         if start.shape[0] < held.shape[0]:
             raise ValueError(
                 f"row {row}: the prompt has {start.shape[0]} tokens and the cache holds {held.shape[0]}: a prompt is the whole "

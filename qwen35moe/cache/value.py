@@ -235,10 +235,8 @@ class Cache:
         """After calls with masks of which the host did not read how many tokens they held: the lengths of the rows, which the
         device has already, and the columns that count."""
         self._common_length = lengths[0] if min(lengths) == max(lengths) else None
-        self._longest, self.seen = max(lengths), seen
-        for layer in self._layers:
-            if isinstance(layer, KVCache):
-                layer.length = self._longest
+        self.seen = seen
+        self.set_host_lengths(lengths)
 
     # --------------------------------------------------------------------------------------------------- edits by hand
 

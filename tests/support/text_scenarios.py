@@ -309,4 +309,35 @@ VALUES: dict[str, Scenario] = {
     "conversation, static": lambda: same_values(conversation, max_length=40, record=0),
     "conversation, recorded": lambda: same_values(conversation, max_length=None, record=8),
 }  # fmt: skip
-SCENARIOS |= VALUES
+# Wrong values in a step, which the device asserts, and elsewhere, where the host has them: (scenario, message).
+ONES = torch.ones(ROWS, TOKENS + 1, dtype=torch.int64)
+WRONG: dict[str, tuple[Scenario, str]] = {
+    "mask of fewer tokens": (
+        lambda: call(cache=cached("left"), tokens=1, attention_mask=gpu(ONES)),
+        "RuntimeError: attention_mask does not hold as many",
+    ),
+    "mask of twos": (
+        lambda: call(cache=cached(), tokens=1, attention_mask=gpu(2 * ONES)), "RuntimeError: attention_mask holds ones"
+    ),
+    "cache_position": (
+        lambda: call(cache=cached(), tokens=1, cache_position=gpu([3])), "RuntimeError: cache_position does not continue"
+    ),
+    "positions that start again": (
+        lambda: call(cache=cached(), tokens=1, position_ids=gpu([[0], [0]])), "RuntimeError: position_ids start again"
+    ),
+    "rollback too far": (lambda: rollback(lambda: gpu([2, 23])), "RuntimeError: rollback: more tokens than"),
+    "rollback of a number too far": (
+        lambda: rollback(23), "ValueError: cannot roll back [23, 23] tokens: the rows hold [21, 21]"
+    ),
+    "rows beyond the last": (lambda: reorder(lambda: gpu([0, 2])), "RuntimeError: rows are not 0 ... 1"),
+    "prefill mask": (
+        lambda: call(attention_mask=gpu(mask("left") - 1)), "ValueError: attention_mask holds -1"
+    ),
+    "a full cache": (
+        lambda: call(cache=cached("left", TOKENS), tokens=1), "ValueError: the longest row would hold 22 tokens"
+    ),
+    "a full cache after a mask": (
+        lambda: decode("left", TOKENS + 1, masked=True), "ValueError: the longest row would hold 23 tokens"
+    ),
+}  # fmt: skip
+SCENARIOS |= VALUES | {f"wrong: {name}": scenario for name, (scenario, _) in WRONG.items()}

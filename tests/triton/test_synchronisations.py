@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support.pretend_gpu import ROOT, reports
-from tests.support.text_scenarios import SCENARIOS, VALUES
+from tests.support.text_scenarios import SCENARIOS, VALUES, WRONG
 
 pytest.importorskip("triton")
 if torch.version.cuda is None or torch.cuda.is_available() or sys.platform != "linux":
@@ -34,6 +34,7 @@ SITUATIONS = {
     "`rollback`": r"rollback.*|draft.*",
     "`reorder`": r"reorder.*|restore.*|snapshot|clone",
 }
+COUNTED = [name for name in SCENARIOS if name not in VALUES and not name.startswith("wrong")]
 ON_HOST = re.compile(SITUATIONS["prefill with `attention_mask`"])
 SEQUENCE = {
     "attention": ["torch"], "experts": ["triton"], "gated_delta_rule": ["triton"], "gated_rms_norm": ["triton"],
@@ -63,10 +64,10 @@ def report() -> dict[str, dict[str, Any]]:
 
 
 def test_the_table_names_every_situation() -> None:
-    assert set(documented()) == {situation(scenario) for scenario in SCENARIOS if scenario not in VALUES}
+    assert set(documented()) == {situation(scenario) for scenario in COUNTED}
 
 
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in VALUES])
+@pytest.mark.parametrize("scenario", COUNTED)
 def test_the_host_waits_as_often_as_documented(scenario: str, report: dict[str, dict[str, Any]]) -> None:
     result = report[scenario]
     assert result["failure"] is None and not result["mixed"]
@@ -86,7 +87,7 @@ def test_a_step_is_fused_where_rows_have_ended_too(scenario: str, report: dict[s
 
 def test_a_mask_never_meets_grouped_heads(report: dict[str, dict[str, Any]]) -> None:
     """torch would materialise the scores; and the rows of a mask begin at multiples of 8 elements."""
-    calls = [(name, call) for name, result in report.items() for call in result["attention"] if name not in VALUES]
+    calls = [(name, call) for name in COUNTED for call in report[name]["attention"]]
     masked = [(name, call) for name, call in calls if call["form"] == "mask"]
     assert {"decode, left", "decode, ended", "second turn, left", "second turn, right, static"} <= {name for name, _ in masked}
     for name, call in masked:
@@ -104,3 +105,9 @@ def test_the_values_are_those_of_a_cpu(scenario: str, report: dict[str, dict[str
     result = report[scenario]
     assert result["failure"] is None and result["value"] <= 1e-12
     assert ("delta_net_step" in result["chosen"]) == (scenario != "conversation, recorded")  # else the fused step is not tried
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_values_raise(name: str, report: dict[str, dict[str, Any]]) -> None:
+    """A step asserts them on the device; where the host has the values, the error is that of a CPU."""
+    assert (report[f"wrong: {name}"]["failure"] or "").startswith(WRONG[name][1])
