@@ -171,6 +171,12 @@ def one_layer() -> Callable[[], object]:
     return torch.no_grad()(lambda: one(tokens))
 
 
+def replayed(on_gpu: bool = True) -> Callable[[], object]:
+    """A forward whose routers choose what those of another have chosen."""
+    indices = torch.randint(0, 3, (ROWS, TOKENS, 4, 1)) + torch.tensor([0, 3])  # two experts that differ
+    return call(routing=gpu(indices) if on_gpu else indices)
+
+
 SCENARIOS: dict[str, Scenario] = {
     "prefill": lambda: call(),
     "prefill with cache": lambda: call(cache=model().new_cache(ROWS)),
@@ -215,11 +221,15 @@ SCENARIOS: dict[str, Scenario] = {
     "packed with cache on the host": lambda: call(rows=1, cu_seqlens=torch.tensor(BOUNDS), cache=model().new_cache(3)),
     "base model": base, "one layer": one_layer, "embeddings": lambda: call(inputs_embeds=embeds()),
     "logits_to_keep": lambda: call(logits_to_keep=1), "routing": lambda: call(output_routing=True, output_router_logits=True),
+    "replayed routing": replayed, "replayed routing on the host": lambda: replayed(on_gpu=False),
     "attentions": lambda: call(output_attentions=True, attention_mask=mask("left")),
     "training": training, "training, loss alone": lambda: training(output_logits=False),
     "training, packed": lambda: training(rows=1, cu_seqlens=gpu(BOUNDS), output_logits=False),
     "training, packed on the host": lambda: training(rows=1, cu_seqlens=torch.tensor(BOUNDS)),
     "training, padded": lambda: training(attention_mask=mask("right"), output_router_logits=True),
+    "training, all on the host": lambda: training(
+        rows=1, cu_seqlens=torch.tensor(BOUNDS), labels=torch.zeros(1, TOKENS, dtype=torch.int64)
+    ),
     "rollback": lambda: rollback(2), "rollback, static": lambda: rollback(2, max_length=40),
     "rollback, ragged": lambda: rollback(2, "left"), "rollback, rows": lambda: rollback([2, 1]),
     "rollback, rows on the GPU": lambda: rollback(lambda: gpu([2, 1])), "draft and rollback": draft_and_rollback,

@@ -31,6 +31,7 @@ SITUATIONS = {
     "packed documents": r"packed.*",
     "training: forward": r"training.*",
     "training: packed by": r"training, packed",
+    "`routing=` with": r"replayed routing",
     "`rollback`": r"rollback.*|draft.*",
     "`reorder`": r"reorder.*|restore.*|snapshot|clone",
 }
