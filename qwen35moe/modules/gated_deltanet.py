@@ -17,7 +17,7 @@ from qwen35moe.cache.rollback import Segment
 from qwen35moe.config import TextConfig
 from qwen35moe.modules.context import LayerContext
 from qwen35moe.modules.fp32_parameters import FP32Parameters, new_fp32
-from qwen35moe.modules.hooks import fusible, is_plain, keeps, project
+from qwen35moe.modules.hooks import fused_projections, fusible, is_plain, keeps, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise
 from qwen35moe.modules.norm import GatedRMSNorm
 from qwen35moe.ops.attention import weighted_values
@@ -98,8 +98,14 @@ class GatedDeltaNet(FP32Parameters):
         """x [B, T, D]. Returns the output [B, T, D], the state after the last token of each row, and, if `context.attentions`,
         the attention map [B, H, T, T] of the new tokens (`ops.attention_map`)."""
         assert state is None or isinstance(state, DeltaNetState)
-        qkv, z = project(self.in_proj_qkv, x), project(self.in_proj_z, x)
-        a, b = project(self.in_proj_a, x), project(self.in_proj_b, x)
+        products = None if x.is_cpu and ops.projections.is_ordinary(self) else fused_projections(
+            self, x, self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b
+        )
+        if products is None:
+            qkv, z = project(self.in_proj_qkv, x), project(self.in_proj_z, x)
+            a, b = project(self.in_proj_a, x), project(self.in_proj_b, x)
+        else:
+            qkv, z, a, b = products
         qkv, gate = tap(self, "qkv", qkv), tap(self, "gate", z.reshape(*x.shape[:-1], self.heads, self.value_width))
         weights = None
         step = self.decode_step(qkv, gate, a, b, context, state) or self._in_blocks(qkv, gate, a, b, context, state)
@@ -141,7 +147,7 @@ class GatedDeltaNet(FP32Parameters):
         if state is None or layout.tokens != 1 or layout.cu_seqlens is not None:
             return None
         if layout.lengths is not None and qkv.is_cpu:
-            return None  # rows without a new token: one fused step costs more there than the composed operations
+            return None  # rows without a new token: there the composed operations handle the padding
         if torch.is_grad_enabled() or context.record or context.attentions or tapped(self, ("scores",)):
             return None
         if not is_plain(self.conv1d, ShortConvolution) or not is_plain(self.norm, GatedRMSNorm):

@@ -171,6 +171,17 @@ def one_layer() -> Callable[[], object]:
     return torch.no_grad()(lambda: one(tokens))
 
 
+def sdpa(prepared: Callable[[], object]) -> Callable[[], object]:
+    """The call with torch's attention, whatever "auto" takes."""
+    from qwen35moe import backends
+
+    def run() -> None:
+        with backends.use(attention="torch"):
+            prepared()
+
+    return run
+
+
 def replayed(on_gpu: bool = True) -> Callable[[], object]:
     """A forward whose routers choose what those of another have chosen."""
     indices = torch.randint(0, 3, (ROWS, TOKENS, 4, 1)) + torch.tensor([0, 3])  # two experts that differ
@@ -187,6 +198,8 @@ SCENARIOS: dict[str, Scenario] = {
     "decode, left, no mask": lambda: decode("left"), "decode, left, static, no mask": lambda: decode("left", 40),
     "decode, ended": lambda: decode(ended=True, masked=True),
     "decode, ended, static": lambda: decode("left", 40, ended=True, masked=True),
+    "decode, SDPA": lambda: sdpa(decode()), "decode, left, SDPA": lambda: sdpa(decode("left", masked=True)),
+    "decode, ended, SDPA": lambda: sdpa(decode("left", 40, ended=True, masked=True)),
     "decode, record": lambda: decode(record=6), "decode, record, ended": lambda: decode(record=6, ended=True, masked=True),
     "decode, record, several": recorded_steps,
     "decode, positions": lambda: call(
