@@ -48,7 +48,7 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in CPU memory, bit for bit; those of one other device in one transfer, for which the host waits."""
     out = list(tensors)
     for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
-        places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        places = [i for i, tensor in enumerate(tensors) if tensor.device == device and not tensor.is_cpu]
         pieces = [tensors[i].detach().contiguous() for i in places]
         flat = torch.cat([piece.reshape(-1).view(torch.uint8) for piece in pieces]).cpu()
         parts = flat.split([piece.numel() * piece.element_size() for piece in pieces])

@@ -158,6 +158,8 @@ def _note(name: str, args: Any, kwargs: dict[str, Any], reads_gpu: bool, on_cpu:
         return
     if name in READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         LOG.reads.append(f"{name} at {where()}")
+    if name == "where" and any(_is_cpu(x) for x in args[1:]):
+        LOG.reads.append(f"where with a number in a CPU tensor, which is copied, at {where()}")
     if name == "_assert_async":
         LOG.checks += 1
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
