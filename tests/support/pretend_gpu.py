@@ -255,7 +255,7 @@ def gpu() -> Iterator[None]:
             (torch.cuda, "synchronize", lambda *_: LOG.reads.append(f"synchronize at {where()}")),
             (torch.backends.cuda, "can_use_flash_attention", lambda *_: True),
             (torch.Tensor, "tolist", _tolist), (F, "scaled_dot_product_attention", _attention),
-            (runtime, "on_device_of", lambda _: nullcontext()),
+            (torch.Tensor, "pin_memory", lambda tensor: tensor), (runtime, "on_device_of", lambda _: nullcontext()),
             (runtime, "shared_memory", lambda _: 227 << 10), (runtime, "kernels", lambda file: Kernels(real(file))),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, value))
