@@ -103,12 +103,13 @@ class TokenLayout:
         out = flat.new_zeros(total + 1, *x.shape[2:]).index_copy(0, source, flat)
         return out[:total].unflatten(0, self.shape)
 
-    def to(self, device: torch.device) -> TokenLayout:
+    def to(self, device: torch.device | str | int) -> TokenLayout:
         """The same layout on another device, by copies for which the host does not wait."""
+        device = torch.device(device)  # accelerate passes a name or a number
         tensors: dict[str, Tensor] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and value.device != device:
-                tensors[name] = value.to(device, non_blocking=not device.type == "cpu")
+                tensors[name] = value.to(device, non_blocking=device.type != "cpu")
                 if name == "cu_seqlens" and not torch.compiler.is_compiling():
                     with_host_values(tensors[name], host_values(value))
         return replace(self, **tensors) if tensors else self
