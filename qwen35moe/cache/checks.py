@@ -20,14 +20,25 @@ def check_new_cache(batch_size: object, max_length: object, record: object) -> N
             )
 
 
-def row_numbers(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """Rows as a tensor [rows] of int64; ValueError for anything but numbers 0 ... batch_size - 1. An empty list is one."""
+def row_numbers(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device) -> tuple[Tensor, list[int] | None]:
+    """Rows as a tensor [rows] of int64 on the device, and as a list, None for a tensor on a GPU, whose values are asserted there.
+
+    ValueError for anything but numbers 0 ... batch_size - 1. An empty list is one.
+    """
     try:
-        index = torch.as_tensor(rows, device=device)
+        index = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         index = None
-    if index is None or index.dim() != 1 or bool(((index < 0) | (index >= batch_size)).any()) or (
-        index.numel() and (index.is_floating_point() or index.dtype == torch.bool)
-    ):
+    right = index is not None and index.dim() == 1
+    if index is not None and right and index.numel():
+        right = not index.is_floating_point() and index.dtype != torch.bool
+    if index is not None and right:
+        inside = ((index >= 0) & (index < batch_size)).all()
+        if index.is_cuda:
+            torch._assert_async(inside, f"rows are not 0 ... {batch_size - 1}")  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            right = bool(inside)
+    if index is None or not right:
         raise ValueError(f"rows {short(rows)} are not a list of rows 0 ... {batch_size - 1}")
-    return index.long()
+    numbers = index.tolist() if index.is_cpu else None
+    return index.to(device, torch.long, non_blocking=device.type != "cpu"), numbers

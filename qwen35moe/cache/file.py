@@ -85,7 +85,7 @@ def _cache_of(
     )
     cache._lengths, cache.seen, cache._common_length = tensors["lengths"], numbers["seen"], numbers["common_length"]
     cache._rope_delta, cache._rope_delta_since = tensors.get("rope_delta"), tensors.get("rope_delta_since")
-    cache._longest = max(lengths)
+    cache.set_host_lengths(lengths)
     cache._ids = with_ids(cache._ids, tensors["ids"])
     for index, layer in enumerate(cache._layers):
         if isinstance(layer, KVCache):

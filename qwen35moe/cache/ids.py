@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.cache.layout import TokenLayout, token_positions
+from qwen35moe.cache.layout import TokenLayout, write_rows
 from qwen35moe.cache.modes import ordinary_tensors
 
 UNKNOWN = -1  # tokens that came as embeddings
@@ -29,8 +29,7 @@ def with_tokens(ids: Tensor, layout: TokenLayout, new: Tensor | None, longest: i
     if isinstance(layout.starts, int) and layout.lengths is None:
         ids[:, layout.starts : layout.starts + layout.tokens] = UNKNOWN if arranged is None else arranged
     else:
-        row, position, index = token_positions(layout, ids.device)
-        ids[row, position] = ids.new_tensor(UNKNOWN) if arranged is None else arranged[index]
+        write_rows(ids, UNKNOWN if arranged is None else arranged, layout)
     return ids
 
 

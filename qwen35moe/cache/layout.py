@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qwen35moe.backends.values import host_values, with_host_values
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -25,6 +27,7 @@ class TokenLayout:
     starts: the position in the cache of each row's first new token, an int where all rows agree. lengths [rows]: new
     tokens per row, None when no row is padded. cu_seqlens: bounds of packed documents. source [rows, tokens]: the index of
     each token in the caller's flattened rows, None when the arrangements are equal. position_ids [3, rows, tokens].
+    host_lengths: the lengths on the host, None where only the device has them.
     """
 
     shape: tuple[int, int]
@@ -35,6 +38,7 @@ class TokenLayout:
     lengths: Tensor | None = None
     cu_seqlens: Tensor | None = None
     source: Tensor | None = None
+    host_lengths: tuple[int, ...] | None = None
 
     @property
     def valid(self) -> Tensor | None:
@@ -45,21 +49,23 @@ class TokenLayout:
 
     def arrange(self, x: Tensor) -> Tensor:
         """[B, T, ...] to [rows, tokens, ...]; padding becomes zero, even where it is nan."""
-        if self.source is None:
-            return x
-        arranged = x.flatten(0, 1)[self.source.flatten()].unflatten(0, (self.rows, self.tokens))
         valid = self.valid
+        if self.source is None and valid is None:
+            return x
+        arranged = x
+        if self.source is not None:
+            arranged = x.flatten(0, 1)[self.source.flatten()].unflatten(0, (self.rows, self.tokens))
         if valid is not None:
             arranged = torch.where(valid.view(*valid.shape, *[1] * (x.dim() - 2)), arranged, arranged.new_zeros(()))
         return arranged
 
     def restore(self, x: Tensor) -> Tensor:
         """[rows, tokens, ...] to [B, T, ...]; padding is zero."""
+        valid = self.valid
         if self.source is None:
-            return x
+            return x if valid is None else torch.where(valid.view(*valid.shape, *[1] * (x.dim() - 2)), x, x.new_zeros(()))
         flat, source = x.flatten(0, 1), self.source.flatten()
         total = self.shape[0] * self.shape[1]
-        valid = self.valid
         if valid is not None:
             flat = torch.where(valid.flatten().view(-1, *[1] * (x.dim() - 2)), flat, flat.new_zeros(()))
             source = torch.where(valid.flatten(), source, total)  # padding goes to one more row, which is cut off
@@ -67,26 +73,46 @@ class TokenLayout:
         return out[:total].unflatten(0, self.shape)
 
     def to(self, device: torch.device) -> TokenLayout:
-        """The same layout on another device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        """The same layout on another device, by copies for which the host does not wait."""
+        tensors: dict[str, Tensor] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.device != device:
+                tensors[name] = value.to(device, non_blocking=not device.type == "cpu")
+                if name == "cu_seqlens" and not torch.compiler.is_compiling():
+                    with_host_values(tensors[name], host_values(value))
+        return replace(self, **tensors) if tensors else self
 
     def mask(self) -> Tensor | None:
         """[B * T] in the caller's order: True for tokens, False for padding; None without padding."""
-        if self.source is None:
+        if self.source is None and self.lengths is None:
             return None
-        ones = torch.ones(self.rows, self.tokens, dtype=torch.bool, device=self.source.device)
+        ones = torch.ones(self.rows, self.tokens, dtype=torch.bool, device=self.position_ids.device)
         return self.restore(ones).flatten()
 
 
-def token_positions(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Row, position in the cache and index into [rows, tokens] of every token, padding left out."""
-    rows, tokens = layout.rows, layout.tokens
-    row = torch.arange(rows, device=device)[:, None].expand(rows, tokens)
-    column = torch.arange(tokens, device=device).expand(rows, tokens)
-    start = layout.starts[:, None].to(device) if isinstance(layout.starts, Tensor) else layout.starts
-    valid = layout.valid
-    if valid is None:
-        return row, column + start, (row, column)
-    index = (row[valid], column[valid])
-    return index[0], (column + start)[valid], index
+def write_rows(buffer: Tensor, new: Tensor | int, layout: TokenLayout, functional: bool = False) -> Tensor:
+    """The buffer [rows, positions, ...] with the layout's tokens `new` [rows, tokens, ...] (or a number) from each row's
+    position `starts` on, and as it was at padding. functional: a new tensor, through which gradients flow.
+
+    Every row writes all its columns, so that no size depends on a value. A column of padding repeats the write of its row's last
+    token; in a row without a new token it writes the value that the buffer has.
+    """
+    device, lengths, tail = buffer.device, layout.lengths, [1] * (buffer.dim() - 2)
+    row, column = torch.arange(layout.rows, device=device)[:, None], torch.arange(layout.tokens, device=device)[None]
+    start = layout.starts.to(device)[:, None] if isinstance(layout.starts, Tensor) else layout.starts
+    values = new if isinstance(new, Tensor) else torch.full_like(buffer[:, :1], new).expand(-1, layout.tokens, *buffer.shape[2:])
+    if lengths is None:
+        position = (start + column).expand(layout.rows, -1)
+    else:
+        lengths = lengths.to(device)[:, None]
+        is_new = column < lengths
+        if layout.tokens > 1:
+            column = torch.minimum(column, (lengths - 1).clamp(min=0))
+        position = (start + column).clamp(max=buffer.shape[1] - 1)  # a full row may have no new token
+        last = values.detach()
+        if layout.tokens > 1:
+            last = last[row, column]
+        last = torch.where((lengths > 0).view(-1, 1, *tail), last, buffer.detach()[row, position])
+        values = torch.where(is_new.view(*is_new.shape, *tail), values, last)
+    put = torch.Tensor.index_put if functional else torch.Tensor.index_put_
+    return put(buffer, (row, position), values)

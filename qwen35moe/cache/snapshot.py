@@ -17,6 +17,7 @@ class Snapshot:
     ids: Tensor
     seen: int
     longest: int
+    shorter: tuple[int, ...] | None
     common_length: int | None
     rope_delta: Tensor | None
     rope_delta_since: Tensor | None
@@ -24,6 +25,11 @@ class Snapshot:
     rewound: bool = False  # the cache is at an earlier state: the next write makes this snapshot stale
     stale: bool = False
     apart: bool = False  # the cache was reordered: they share no tensor any more
+
+    @property
+    def host_lengths(self) -> tuple[int, ...] | None:
+        """The lengths, None where only the device has them."""
+        return None if self.shorter is None else tuple(self.longest - less for less in self.shorter)
 
     def __repr__(self) -> str:
         stale = ", stale" if self.stale else ""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.cache.layout import token_positions
+from qwen35moe.cache.layout import write_rows
 from qwen35moe.cache.modes import ordinary_tensors
 from qwen35moe.config import TextConfig
 
@@ -88,9 +88,7 @@ class KVCache:
         else:
             if self.behind:
                 keys, values = (_zero_behind(x, layout.starts, functional) for x in (keys, values))
-            row, position, index = token_positions(layout, key.device)
-            put = torch.Tensor.index_put if functional else torch.Tensor.index_put_
-            keys, values = put(keys, (row, position), key[index]), put(values, (row, position), value[index])
+            keys, values = write_rows(keys, key, layout, functional), write_rows(values, value, layout, functional)
             return KVCache(keys, values, length, self.static)
         return KVCache(keys, values, length, self.static, self.behind)
 

@@ -52,7 +52,9 @@ class Cache:
         self._rope_delta: Tensor | None = None
         self._rope_delta_since: Tensor | None = None  # [B]: lengths when rope_delta last changed; its older values are lost
         self._common_length: int | None = 0  # the length of every row, where the host knows that they are equal
-        self._longest = 0  # the length of the longest row, or more
+        self._longest = 0  # the length of the longest row, or more where the host does not have the lengths
+        # How much shorter than the longest each row is; None where only the device has the lengths. It stays as rows grow evenly.
+        self._shorter: tuple[int, ...] | None = (0,) * batch_size
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self._read = ReadTensors()
         self._inference = False  # whether tensors may be inference tensors
@@ -133,13 +135,37 @@ class Cache:
         for snapshot in self._live_snapshots():  # a forward writes before it commits
             snapshot.stale = snapshot.stale or (snapshot.rewound and not snapshot.apart)
 
+    @property
+    def host_lengths(self) -> tuple[int, ...] | None:
+        """The lengths without waiting for the device; None where only it has them."""
+        return None if self._shorter is None else tuple(self._longest - less for less in self._shorter)
+
+    def set_host_lengths(self, lengths: Sequence[int]) -> None:
+        """The lengths, which were read from the device."""
+        self._longest = max(lengths, default=0)
+        self._shorter = tuple(self._longest - length for length in lengths)
+        for layer in self._layers:
+            if isinstance(layer, KVCache):
+                layer.length = self._longest
+
+    def _read_lengths(self) -> tuple[int, ...]:
+        """The lengths on the host, which waits for the device where it does not have them."""
+        if self._shorter is None:
+            self.set_host_lengths(self._lengths.tolist())
+        lengths = self.host_lengths
+        assert lengths is not None
+        return lengths
+
     def _check_length(self, layout: TokenLayout, room: int) -> None:
         if layout.lengths is None:
             longest = layout.tokens + (self._longest if self._common_length is None else self._common_length)
             if longest > room and self._common_length is None:
-                longest = int(self._lengths.max()) + layout.tokens
+                longest = max(self._read_lengths()) + layout.tokens
+        elif layout.host_lengths is None and not layout.lengths.is_cpu and self._longest + layout.tokens <= room:
+            return  # without reading the lengths
         else:
-            longest = int((self._lengths + layout.lengths).max())
+            new = layout.lengths.tolist() if layout.host_lengths is None else layout.host_lengths
+            longest = max(map(sum, zip(self._read_lengths(), new, strict=True)))
         if longest > room:
             raise ValueError(
                 f"the longest row would hold {longest} tokens, the cache has room for {room}: "
@@ -162,12 +188,25 @@ class Cache:
             self._longest += layout.tokens
         else:
             self._lengths = self._lengths + layout.lengths
-            self._common_length, self._longest = None, int(self._lengths.max())
+            self._common_length = None
+            self._advance(layout)
         self.seen += layout.shape[1] if layout.shape[0] == self.batch_size else layout.tokens
         self._ids = with_tokens(self._ids, layout, ids, self.max_length or self._longest)
         for index, new in enumerate(states):
             self.replace_state(index, self._committed(index, self._layers[index], new))
         self._refresh()
+
+    def _advance(self, layout: TokenLayout) -> None:
+        """The host's account of the lengths after rows of different numbers of new tokens."""
+        new, held = layout.host_lengths, self.host_lengths
+        if new is not None and held is not None:
+            lengths = [a + b for a, b in zip(held, new, strict=True)]
+            self._longest = max(lengths)
+            self._shorter = tuple(self._longest - length for length in lengths)
+        elif self._lengths.is_cpu:
+            self._longest, self._shorter = int(self._lengths.max()), None
+        else:
+            self._longest, self._shorter = self._longest + layout.tokens, None
 
     def _committed(self, index: int, old: LayerState, new: KVCache | DeltaNetUpdate) -> LayerState:
         if isinstance(new, KVCache):
@@ -191,6 +230,15 @@ class Cache:
         Tokens that came as embeddings fit every prompt.
         """
         check_prompt(self._ids, self._lengths, input_ids, attention_mask)
+
+    def settle(self, lengths: Sequence[int], seen: int) -> None:
+        """After calls with masks of which the host did not read how many tokens they held: the lengths of the rows, which the
+        device has already, and the columns that count."""
+        self._common_length = lengths[0] if min(lengths) == max(lengths) else None
+        self._longest, self.seen = max(lengths), seen
+        for layer in self._layers:
+            if isinstance(layer, KVCache):
+                layer.length = self._longest
 
     # --------------------------------------------------------------------------------------------------- edits by hand
 
@@ -260,8 +308,8 @@ class Cache:
         read = {layer for layer, _ in self._read.current}  # their tensors may be edited later
         layers = [state.map(copied) if index in read else state.snapshot() for index, state in enumerate(self._layers)]
         snapshot = Snapshot(
-            self._lengths, self._ids, self.seen, self._longest, self._common_length, self._rope_delta, self._rope_delta_since,
-            layers,
+            self._lengths, self._ids, self.seen, self._longest, self._shorter, self._common_length, self._rope_delta,
+            self._rope_delta_since, layers,
         )
         self._snapshots = [ref for ref in self._snapshots if ref() is not None] + [weakref.ref(snapshot)]
         return snapshot
@@ -291,15 +339,28 @@ class Cache:
         for other in self._live_snapshots():
             other.apart = other.apart and not share_tensors(other, snapshot)
         self._lengths, self._ids, self.seen, self._longest = snapshot.lengths, snapshot.ids, snapshot.seen, snapshot.longest
-        self._common_length = snapshot.common_length
+        self._common_length, self._shorter = snapshot.common_length, snapshot.shorter
         self._rope_delta, self._rope_delta_since = snapshot.rope_delta, snapshot.rope_delta_since
         self._inference = True  # it may have been taken in inference_mode
         self._mark_rewound()
         self._refresh()
 
     def _mark_rewound(self) -> None:
+        unknown: list[Snapshot] = []
+        own = self.host_lengths
         for other in self._live_snapshots():
-            other.rewound = self._lengths.shape != other.lengths.shape or bool((self._lengths < other.lengths).any())
+            if self._lengths is other.lengths:
+                other.rewound = False
+            elif self._lengths.shape != other.lengths.shape:
+                other.rewound = True
+            elif own is not None and (theirs := other.host_lengths) is not None:
+                other.rewound = any(a < b for a, b in zip(own, theirs, strict=True))
+            else:
+                unknown.append(other)
+        if unknown:
+            behind = torch.stack([(self._lengths < other.lengths).any() for other in unknown]).tolist()
+            for other, rewound in zip(unknown, behind, strict=True):
+                other.rewound = rewound
 
     def _live_snapshots(self) -> list[Snapshot]:
         snapshots = [ref() for ref in self._snapshots]  # torch.compile cannot trace an assignment inside a comprehension
@@ -312,25 +373,30 @@ class Cache:
         recurrent state is computed again from recorded inputs, so it equals the earlier one within rounding.
         """
         self._prepare()
-        count = checked_count(self, tokens)
-        if not bool(count.any()):
+        count, counts = checked_count(self, tokens)
+        if counts is not None and not any(counts):
             return
-        if not isinstance(tokens, int) and torch.as_tensor(tokens).dim() == 0:  # of every row, as an int
-            tokens = int(tokens)
         for index, layer in enumerate(self._layers):
             if isinstance(layer, DeltaNetState) and layer.log is not None:
-                earlier = earlier_state(layer.log, count, layer.conv_state.dtype)
+                earlier = earlier_state(layer.log, count, counts, layer.conv_state.dtype)
                 if layer.static:
                     layer.overwrite(earlier)
                 else:
                     self.replace_state(index, earlier)
         self._lengths = self._lengths - count
-        if isinstance(tokens, int):
-            self.seen -= tokens
-            self._common_length = None if self._common_length is None else self._common_length - tokens
+        if counts is not None and not (isinstance(tokens, Tensor) and tokens.dim()):  # of every row
+            self.seen -= counts[0]
+            self._common_length = None if self._common_length is None else self._common_length - counts[0]
         else:
             self._common_length = None
-        self._longest = int(self._lengths.max())
+        if counts is None:
+            self._shorter = None  # the longest row may be shorter now, by a number that the device alone has
+        elif (held := self.host_lengths) is not None:
+            self.set_host_lengths([a - b for a, b in zip(held, counts, strict=True)])
+        elif self._lengths.is_cpu:
+            self.set_host_lengths(self._lengths.tolist())
+        else:
+            self._longest -= min(counts)
         for layer in self._layers:
             if isinstance(layer, KVCache):
                 layer.length, layer.behind = self._longest, True
@@ -382,7 +448,7 @@ class Cache:
 
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
         """Row r becomes a copy of the old row rows[r]: for beam search. A growing cache may also drop or repeat rows."""
-        index = row_numbers(rows, self.batch_size, self._lengths.device)
+        index, numbers = row_numbers(rows, self.batch_size, self._lengths.device)
         if self.max_length is not None and index.shape[0] != self.batch_size:
             raise ValueError(f"a static cache keeps its {self.batch_size} rows, cannot hold {index.shape[0]}")
         self._prepare()
@@ -395,10 +461,14 @@ class Cache:
                 for old, new in zip(layer.tensors(), reordered.tensors(), strict=True):
                     old.copy_(new)
         self._map_counts(lambda counts: counts[index])
-        self._longest = int(self._lengths.max()) if self.batch_size else 0
-        for layer in self._layers:
-            if isinstance(layer, KVCache):
-                layer.length = self._longest
+        if self._shorter is not None and not any(self._shorter):  # all rows are equally long
+            self.set_host_lengths([self._longest] * self.batch_size)
+        elif numbers is not None and (held := self.host_lengths) is not None:
+            self.set_host_lengths([held[row] for row in numbers])
+        elif self._lengths.is_cpu:
+            self.set_host_lengths(self._lengths.tolist())
+        else:
+            self._shorter = None
         self._inference = self._inference or in_inference_mode()
         for snapshot in self._live_snapshots():
             if self.max_length is None:

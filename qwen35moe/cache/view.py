@@ -80,6 +80,7 @@ class LayerView:
     def _read_tensor(self, name: str) -> Tensor:
         """A tensor for the cache's user, who may edit it: snapshots get copies, and so does the check of the log."""
         cache, layer, state = self._cache, self._layer, self.state
+        cache._read_lengths()  # keys are as many as the longest row has
         tensor = state.stored(name)
         # An inference tensor cannot be written outside of inference_mode, and one on the graph may be needed by a backward.
         if tensor.is_inference() or (tensor.requires_grad and (layer, name) not in cache._read.current):

@@ -12,27 +12,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from ..compat import short
 from ..compat.generate import GENERATE
 from ..models.arguments import takes
 from ..models.generation_inputs import GenerateInputs, StreamInputs, expand
-from ..ops import sampling
-from .callbacks import scores_of, verdicts
+from .decoding import DecodingState
 from .defaults import end_tokens, padding_token, settings_of
-from .masks import TokenMasks
+from .late import BEHIND, ImmediateCopy, LateReads, Read, late_copy
 from .output import GenerateOutput
 from .prepare import check_cache, prepared_arguments, replaced_prepare
 from .prompt import Prompt
 from .prompt import read as read_prompt
 from .settings import Settings, resolve
 from .stop import Decoder, StopStrings
-from .streams import Uniforms
-
-_MIN_COLUMNS = 64  # columns for new tokens allocated at a time, at least
-_CHECK_EVERY = 32  # steps between reads of the error flag when nothing else synchronises with the device
 
 
 @takes(GenerateInputs, GENERATE)
@@ -48,19 +42,19 @@ def generate(model: Any, inputs: GenerateInputs) -> Any:
     streamer = inputs.streamer
     if streamer is not None and not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
         raise ValueError(f"the streamer {short(streamer)} has no methods put and end")
-    run = _Run(model, inputs)
-    run.scores = [] if flags["output_scores"] else None
-    run.logits = [] if flags["output_logits"] else None
+    run = _Run(model, inputs, keeps_cache=inputs.cache is not None or flags["return_dict_in_generate"])
+    run.state.scores = [] if flags["output_scores"] else None
+    run.state.logits = [] if flags["output_logits"] else None
     try:
         if streamer is not None:
             streamer.put(run.rows.ids.cpu())
-        for token in run:
+        for read in run:
             if streamer is not None:
-                streamer.put(token.cpu())
+                streamer.put(torch.tensor(read.tokens, device="cpu"))
     finally:
         if streamer is not None:
             streamer.end()  # after an error too: another thread may be waiting for the end
-    return run.output() if flags["return_dict_in_generate"] else run.sequences()
+    return run.output() if flags["return_dict_in_generate"] else run.state.sequences()
 
 
 @takes(StreamInputs, GENERATE)
@@ -69,7 +63,20 @@ def stream(model: Any, inputs: StreamInputs) -> Iterator[Tensor]:
 
     Arguments are checked by this call; the model runs while the iterator is read, which may stop early.
     """
-    return iter(_Run(model, expand(inputs)))
+    run = _iterated(model, inputs)
+    return (run.state.column(read.step) for read in run)
+
+
+@takes(StreamInputs, GENERATE)
+def stream_ids(model: Any, inputs: StreamInputs) -> Iterator[list[int]]:
+    """`stream` with the ids on the host: on a GPU, reading a tensor waits for all that has been launched, the copies of the
+    ids that generate() itself reads do not."""
+    return (read.tokens for read in _iterated(model, inputs))
+
+
+def _iterated(model: Any, inputs: StreamInputs) -> _Run:
+    inputs = expand(inputs)
+    return _Run(model, inputs, keeps_cache=inputs.cache is not None, iterated=True)
 
 
 def _output_flags(model: Any, inputs: GenerateInputs) -> dict[str, bool]:
@@ -88,9 +95,12 @@ def _output_flags(model: Any, inputs: GenerateInputs) -> dict[str, bool]:
 
 
 class _Run:
-    """One call of generate(): the prompt, the tokens so far, and which rows have ended."""
+    """One call of generate(): the prompt, the tokens so far, and which rows have ended.
 
-    def __init__(self, model: Any, inputs: StreamInputs) -> None:
+    keeps_cache: the cache outlives the call. iterated: the caller may stop after any step.
+    """
+
+    def __init__(self, model: Any, inputs: StreamInputs, keeps_cache: bool, iterated: bool = False) -> None:
         self.model, self.visual_inputs = model, inputs.visual_inputs
         self.prepare = replaced_prepare(model)
         self.virtual = 0  # tokens that `prepare` put in front of each row
@@ -108,26 +118,18 @@ class _Run:
         rows = self.rows.ids.shape[0]
         self._check_pad(rows)
         self.stops = self._stop_strings(inputs.tokenizer, rows)
-        self.uniforms = Uniforms(self.settings.seed, rows, self.device) if self.settings.do_sample else None
-        self.masks = TokenMasks(self.settings, self.rows, self.vocabulary)
+        self.state = DecodingState(self.settings, self.rows, self.vocabulary, self.device)
         self.cache, self.cached, self.copies = self._cache(inputs.cache, prompt)
         check_cache(self.prepare, self.cached)
         self.prompt = prompt.repeated(self.settings.n // self.copies)  # the prefill's; its state is copied afterwards
 
-        self.ids = self.rows.ids  # grows by doubling
-        self.pad = self.ids.new_tensor(0 if pad is None else pad)  # without one no row can need it
-        self.width = width  # columns of self.ids in use
-        self.eos = torch.tensor(self.settings.eos_token_ids, dtype=torch.int64, device=self.device)
-        self.done = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self.finished = [False] * rows  # `done` when the host last read it
-        self.error = torch.zeros(rows, dtype=torch.bool, device=self.device)  # rows without a usable logit
-        self.scores: list[Tensor] | None = None  # of every step, where they are to be returned
-        self.logits: list[Tensor] | None = None
-        self.seen = self.generated = None
-        if self.settings.repetition_penalty is not None:
-            self.seen = sampling.seen_tokens(self.rows.ids.masked_fill(~self._real(), 0), self.vocabulary, self._real())
-        if self.settings.presence_penalty is not None:
-            self.generated = torch.zeros(rows, self.vocabulary, dtype=torch.bool, device=self.device)
+        copy, behind = late_copy(self.device), self._behind(keeps_cache, iterated)
+        self.reads = LateReads(copy or ImmediateCopy, behind if copy else 0)
+        # What a row is fed after its end must not be in a cache that outlives the call. Where the host reads late, the mask is
+        # there from the first step on. On a CPU it also saves work.
+        self.masks_ended = keeps_cache or copy is None
+        self.masks_always = keeps_cache and self.reads.behind > 0 and bool(ends)
+        self.ended: list[int | None] = [None] * rows  # the step whose token was a row's last, where it has been read
 
     # ------------------------------------------------------------------------------------------------------- checks
 
@@ -150,6 +152,13 @@ class _Run:
         if tokenizer is None:
             raise ValueError(f"stop={short(list(self.settings.stop))} is searched in decoded text: pass tokenizer= too")
         return StopStrings(self.settings.stop, tokenizer, rows)
+
+    def _behind(self, keeps_cache: bool, iterated: bool) -> int:
+        """How many steps the host may be behind: 0 where the caller's functions take part in each step, and where a cache that
+        is kept must not hold tokens after one at which the host may end a row or the call."""
+        if self.settings.logits_processor or self.settings.stopping_criteria:
+            return 0
+        return 0 if keeps_cache and (iterated or self.stops is not None) else BEHIND
 
     def _cache(self, cache: Any, prompt: Prompt) -> tuple[Any, tuple[int, ...], int]:
         """The cache to use, how many tokens of each of its rows it holds, and into how many rows each of them is copied
@@ -190,18 +199,27 @@ class _Run:
 
     # --------------------------------------------------------------------------------------------------------- steps
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Read]:
         if not self.settings.max_new_tokens:
             return
-        logits = self._prefill()
-        for step in range(self.settings.max_new_tokens):
-            token = self._pick(logits, step)
-            last = step + 1 == self.settings.max_new_tokens
-            all_done = self._read_flags(token, last, step)
-            yield token
-            if all_done or last:
-                return
-            logits = self._feed(token)
+        last = self.settings.max_new_tokens - 1
+        self.state.reserve()
+        self.state.pick(self._prefill())
+        for step in range(last + 1):
+            self.reads.put(step, self.state.report)
+            for read in self.reads.take(everything=step == last):
+                over = self._consume(read) or read.step == last
+                if over:
+                    self._finish(read.step, surplus=step - read.step)
+                yield read
+                if over:
+                    return
+            self.state.reserve()
+            self._step()
+
+    def _step(self) -> None:
+        """One more token for each row. It reads nothing on the host and writes into the tensors of `state`."""
+        self.state.pick(self._feed())
 
     @torch.no_grad()
     def _prefill(self) -> Tensor:
@@ -229,14 +247,12 @@ class _Run:
         return self.model.visual_arguments(self.visual_inputs, rows, self.cached)
 
     @torch.no_grad()
-    def _feed(self, token: Tensor) -> Tensor:
+    def _feed(self) -> Tensor:
         """Runs one token of each row. Rows that have ended are padding: their state in the cache stays as it is."""
         mask = None
-        if any(self.finished):
-            ended = self.done[:, None]
-            token = token.masked_fill(self.done, 0)
-            mask = torch.cat([self._past(), ~ended], 1).long()
-        return self._forward(token[:, None], mask)
+        if self.masks_always or (self.masks_ended and any(end is not None for end in self.ended)):
+            mask = torch.cat([self._past(), ~self.state.done[:, None]], 1).long()
+        return self._forward(self.state.input, mask)
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, **visual: Any) -> Tensor:
         # Router logits, where the configuration has them on, are for training and not needed here.
@@ -250,88 +266,33 @@ class _Run:
                 self.virtual = self.cache.seen - tokens.shape[1]
         return logits[:, -1].to(self.device)
 
-    @torch.no_grad()
-    def _pick(self, logits: Tensor, step: int) -> Tensor:
-        """One token for each row, written into self.ids; rows that end with it are marked done."""
-        wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
-        if self.logits is not None:
-            self.logits.append(wide.clone())  # a processor may write into its scores
-        scores, ids = self._penalised(wide, step), None
-        if self.uniforms is None:
-            token, best = sampling.greedy(scores), scores.amax(-1)  # NaN if any score is
-            self.error |= ~(best > -torch.inf) & ~self.done
-        else:
-            scores, ids = self._filtered(scores)
-            best = scores.amax(-1)
-            self.error |= ~((best > -torch.inf) & (best < torch.inf)) & ~self.done
-            token = sampling.sample(scores, self.uniforms.next())
-            token = token if ids is None else ids.gather(1, token[:, None])[:, 0]
-        if self.scores is not None:
-            self.scores.append(scores if ids is None else torch.full_like(wide, -torch.inf).scatter(1, ids, scores.to(wide)))
-        token = torch.where(self.done, self.pad, token)
-        if self.width == self.ids.shape[1]:
-            self.ids = functional.pad(self.ids, (0, max(self.width, _MIN_COLUMNS)))
-        self.ids[:, self.width] = token
-        self.width += 1
-        for marks in (self.seen, self.generated):
-            if marks is not None:
-                marks.scatter_(1, token.masked_fill(self.done, 0)[:, None], True)
-        self.masks.put(token)
-        if self.eos.numel():
-            self.done = self.done | torch.isin(token, self.eos)
-        so_far = None if self.scores is None else tuple(self.scores)
-        for criterion in self.settings.stopping_criteria:
-            self.done = self.done | verdicts(criterion, self.ids[:, : self.width], so_far, self.ids.shape[0])
-        return token
-
-    def _penalised(self, scores: Tensor, step: int) -> Tensor:
-        """Scores [B, vocabulary] after the penalties, the token masks and the caller's processors: greedy decoding picks
-        from them."""
-        s = self.settings
-        if s.repetition_penalty is not None and self.seen is not None:
-            scores = sampling.repetition_penalty(scores, self.seen, s.repetition_penalty)
-        if s.presence_penalty is not None and self.generated is not None:
-            scores = sampling.presence_penalty(scores, self.generated, s.presence_penalty)
-        if self.masks.active:
-            scores = self.masks.apply(scores, step)
-        for processor in s.logits_processor:
-            scores = scores_of(processor, self.ids[:, : self.width], scores)
-        return scores
-
-    def _filtered(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scores to sample from: [B, vocabulary] and None, or [B, shortlist] of some tokens and the ids of these."""
-        s, ids = self.settings, None
-        if s.temperature is not None:
-            scores = sampling.temperature(scores, s.temperature)
-        if s.top_k is not None:
-            if scores.device.type == "cpu":
-                scores, ids = sampling.shortlist(scores, s.top_k)
-            else:
-                scores = sampling.top_k(scores, s.top_k)
-        if s.top_p is not None:
-            scores = sampling.top_p(scores, s.top_p)
-        if s.min_p is not None:
-            scores = sampling.min_p(scores, s.min_p)
-        return scores, ids
-
-    def _read_flags(self, token: Tensor, last: bool, step: int) -> bool:
-        """Copies the step's tokens and flags from the device, in one transfer; True when every row has ended."""
-        if not (self.settings.can_finish_early or last or step % _CHECK_EVERY == 0):
-            return False
-        tokens, done, error = torch.stack([token, self.done.long(), self.error.long()]).tolist()
-        if any(error):
-            rows = [row for row, flag in enumerate(error) if flag]
+    def _consume(self, read: Read) -> bool:
+        """Reads a step's tokens and flags; True when every row has ended. What rows have got after their end is padding."""
+        failed = [row for row, at in enumerate(read.failed) if at == read.step and self.ended[row] is None]
+        if failed:
             raise ValueError(
-                f"no token can be chosen for rows {short(rows)} (new token {step + 1}, or shortly before): the logits hold "
-                f"NaN, +inf, or nothing but -inf{self._suspects()}"
+                f"no token can be chosen for rows {short(failed)} (new token {read.step + 1}): the logits hold NaN, +inf, or "
+                f"nothing but -inf{self._suspects()}"
             )
-        if self.stops is not None:
-            for row, new in enumerate(tokens):
-                if not self.finished[row] and self.stops.put(row, new) and not done[row]:
-                    done[row] = 1
-                    self.done[row] = True
-        self.finished = [bool(flag) for flag in done]
-        return all(self.finished)
+        for row, token in enumerate(read.tokens):
+            if self.ended[row] is not None:
+                read.tokens[row] = self.settings.pad_token_id or 0
+            elif self.stops is not None and self.stops.put(row, token) and not read.done[row]:
+                self.ended[row] = read.step
+                self.state.end_row(row, read.step)
+            elif read.done[row]:
+                self.ended[row] = read.step
+        return all(end is not None for end in self.ended)
+
+    def _finish(self, step: int, surplus: int) -> None:
+        """After the last step; `surplus` more have been computed, in which every row had ended."""
+        self.state.cut(step + 1)
+        if self.masks_always:
+            lengths = [
+                length + self.virtual + (step if end is None else min(end, step))
+                for length, end in zip(self.rows.lengths, self.ended, strict=True)
+            ]
+            self.cache.settle(lengths, self.cache.seen - surplus)
 
     def _suspects(self) -> str:
         """The parts of the call that may have made such logits, for a message."""
@@ -346,16 +307,9 @@ class _Run:
 
     def output(self) -> GenerateOutput:
         """The results by name; scores and logits if they were kept."""
-        scores, logits = (None if values is None else tuple(values) for values in (self.scores, self.logits))
-        return GenerateOutput(sequences=self.sequences(), scores=scores, logits=logits, past_key_values=self.cache)
-
-    def sequences(self) -> Tensor:
-        """Everything so far, [B, prompt + new]."""
-        return self.ids[:, : self.width].clone()
-
-    def _real(self) -> Tensor:
-        mask = self.rows.mask
-        return torch.ones_like(self.rows.ids, dtype=torch.bool) if mask is None else mask != 0
+        state = self.state
+        scores, logits = (None if values is None else tuple(values) for values in (state.scores, state.logits))
+        return GenerateOutput(sequences=state.sequences(), scores=scores, logits=logits, past_key_values=self.cache)
 
     def _past(self) -> Tensor:
         """The mask [B, positions seen] of the tokens in the cache, without the virtual ones."""

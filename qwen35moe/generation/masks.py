@@ -16,7 +16,7 @@ from .settings import Settings
 
 
 class TokenMasks:
-    """The masks of one call; `apply` is called once a step with the row's new tokens so far.
+    """The masks of one call; a step calls `apply`, and `put` with its tokens. Neither reads a value on the host.
 
     ValueError for an id that the vocabulary does not have. `active` is False when no score can change.
     """
@@ -28,12 +28,14 @@ class TokenMasks:
         single = [word[0] for word in settings.bad_words_ids if len(word) == 1]
         self.always = self._mask("suppress_tokens", settings.suppress_tokens) | self._mask("bad_words_ids", single)
         self.first = self._mask("begin_suppress_tokens", settings.begin_suppress_tokens)
-        self.words = [word for word in settings.bad_words_ids if len(word) > 1]
-        for word in self.words:
+        self.any_always, self.any_first = bool(settings.suppress_tokens or single), bool(settings.begin_suppress_tokens)
+        words = [word for word in settings.bad_words_ids if len(word) > 1]
+        for word in words:
             self._mask("bad_words_ids", word)
-        self.any_always, self.any_first = bool(self.always.any()), bool(self.first.any())
+        # Each as its tokens but the last one, and the mask of that.
+        self.words = [(torch.tensor(word[:-1], device=self.device), self._mask("bad_words_ids", word[-1:])) for word in words]
         # The last tokens of each row without its padding, -1 before its beginning.
-        keep = max((len(word) for word in self.words), default=1) - 1
+        keep = max((len(word) for word in words), default=1) - 1
         self.history = prompt.ids.new_full((prompt.ids.shape[0], keep), -1)
         if keep:
             width = prompt.tokens.shape[1]
@@ -46,26 +48,22 @@ class TokenMasks:
     def active(self) -> bool:
         return bool(self.min_new_tokens or self.any_always or self.any_first or self.words)
 
-    def apply(self, scores: Tensor, step: int) -> Tensor:
-        """Scores [B, vocabulary] of new token `step`, counted from 0."""
-        for word in self.words:
-            prefix = self.history.new_tensor(word[:-1])
+    def apply(self, scores: Tensor, step: Tensor) -> Tensor:
+        """Scores [B, vocabulary] of new token `step` [1], counted from 0."""
+        for prefix, last in self.words:
             after = (self.history[:, -len(prefix) :] == prefix).all(-1)
-            last = torch.zeros_like(self.always)
-            last[word[-1]] = True
             scores = scores.masked_fill(after[:, None] & last, -torch.inf)
-        if step < self.min_new_tokens:
-            scores = scores.masked_fill(self.ends, -torch.inf)
-        if self.any_always:
-            scores = scores.masked_fill(self.always, -torch.inf)
-        if self.any_first and step == 0:
-            scores = scores.masked_fill(self.first, -torch.inf)
-        return scores
+        banned = self.always
+        if self.min_new_tokens:
+            banned = banned | (self.ends & (step < self.min_new_tokens))
+        if self.any_first:
+            banned = banned | (self.first & (step == 0))
+        return scores.masked_fill(banned, -torch.inf)
 
     def put(self, token: Tensor) -> None:
         """Adds each row's chosen token [B]."""
         if self.words:
-            self.history = torch.cat([self.history[:, 1:], token[:, None]], 1)
+            self.history.copy_(torch.cat([self.history[:, 1:], token[:, None]], 1))
 
     def _mask(self, name: str, tokens: Iterable[int]) -> Tensor:
         """[vocabulary] bool."""

@@ -46,15 +46,29 @@ class Uniforms:
             first = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
             seeds = [row_seed(first, row) for row in range(rows)]
         self._generators = [torch.Generator("cpu").manual_seed(number) for number in seeds]
-        self._device = device
-        self._block = torch.empty(rows, 0, dtype=torch.float64, device="cpu")
-        self._used = 0
+        self._block = torch.empty(rows, _BLOCK, dtype=torch.float64, device=device)
+        self._index = torch.zeros(1, dtype=torch.int64, device=device)  # of the next number in the block
+        self._left = 0  # numbers of the block that the host has not reserved
+
+    def reserve(self) -> None:
+        """Before every `take`, on the host: draws a new block into the old one's place where that is used up."""
+        if not self._left:
+            drawn = [torch.rand(_BLOCK, generator=one, dtype=torch.float64, device="cpu") for one in self._generators]
+            block = torch.stack(drawn)
+            if self._block.is_cuda and torch.cuda.is_available():
+                block = block.pin_memory()  # from other memory the copy would wait for the device
+            self._block.copy_(block, non_blocking=True)
+            self._index.zero_()
+            self._left = _BLOCK
+        self._left -= 1
+
+    def take(self) -> Tensor:
+        """The next number of every row: [B]. The position in the block is counted on the device."""
+        numbers = self._block.index_select(1, self._index)[:, 0]
+        self._index += 1
+        return numbers
 
     def next(self) -> Tensor:
-        """The next number of every row: [B]."""
-        if self._used == self._block.shape[1]:
-            drawn = [torch.rand(_BLOCK, generator=one, dtype=torch.float64, device="cpu") for one in self._generators]
-            self._block = torch.stack(drawn).to(self._device, non_blocking=True)
-            self._used = 0
-        self._used += 1
-        return self._block[:, self._used - 1]
+        """`reserve` and `take`."""
+        self.reserve()
+        return self.take()

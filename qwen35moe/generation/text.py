@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .defaults import end_tokens
-from .loop import stream
+from .loop import stream_ids
 from .stop import Cut, TextStream
 
 
@@ -26,15 +26,14 @@ def stream_text(
     """
     strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    steps = stream(model, ids, stop=strings or None, tokenizer=tokenizer, **options)
+    steps = stream_ids(model, ids, stop=strings or None, tokenizer=tokenizer, **options)
     end_ids = end_tokens(model, options.get("eos_token_id"), options.get("generation_config"))
     ends = set(end_ids) if skip_special_tokens else set()
     return _pieces(steps, ends, TextStream(tokenizer, skip_special_tokens), Cut(strings))
 
 
-def _pieces(steps: Iterator[Any], ends: set[int], text: TextStream, cut: Cut) -> Iterator[str]:
-    for step in steps:
-        token = int(step)
+def _pieces(steps: Iterator[list[int]], ends: set[int], text: TextStream, cut: Cut) -> Iterator[str]:
+    for (token,) in steps:
         if token in ends:
             break
         piece = cut.put(text.put(token))

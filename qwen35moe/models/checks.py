@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qwen35moe.backends.values import unbatched, values_known
+from qwen35moe.backends.values import on_host, unbatched, values_known
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.cache.states import check_sizes
@@ -22,6 +23,7 @@ from qwen35moe.models.packing import (
     mask_starts,
     number_starts,
     packed_starts,
+    readable,
     require,
     shown_bounds,
     text_positions,
@@ -45,6 +47,7 @@ def check(inputs: TextInputs, model: Qwen3_5MoeTextModel) -> TokenLayout:
     cache = inputs.cache
     if cache is not None:
         _check_cache(cache, batch, model)
+    inputs = _on_host(inputs, tokens)
     if inputs.cache_position is not None:
         _check_cache_position(inputs.cache_position, tokens, cache)
     mask, starts, bounds, position_ids = None, {}, inputs.cu_seqlens, inputs.position_ids
@@ -74,6 +77,31 @@ def check(inputs: TextInputs, model: Qwen3_5MoeTextModel) -> TokenLayout:
         if cache.max_length is not None and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             raise ValueError("a static cache is written in place and carries no gradient: use no_grad(), or a growing one")
     return layout
+
+
+_LAID_OUT = ("attention_mask", "position_ids", "seq_idx", "cu_seqlens", "cache_position")
+
+
+def _on_host(inputs: TextInputs, tokens: int) -> TextInputs:
+    """The arguments with those that decide the layout in CPU memory: read from a GPU in one transfer, the lengths of the cache
+    with them where the host does not have them. So their errors are the same on every device.
+
+    A step of one token behind others reads nothing: the sizes of its layout are known, and its values are asserted on the GPU.
+    """
+    cache, arguments = inputs.cache, {name: getattr(inputs, name) for name in _LAID_OUT}
+    if cache is not None and cache.seen > 0 and tokens == 1 and inputs.cu_seqlens is None:
+        return inputs
+    mask = arguments["attention_mask"]
+    if mask is not None and mask.dim() != 2:
+        del arguments["attention_mask"]  # [B, 1, T, T]: `mask_starts` reads its result
+    tensors = {name: x for name, x in arguments.items() if x is not None and not x.is_cpu and values_known(x)}
+    if set(tensors) <= {"cache_position"}:
+        return inputs  # an assertion does
+    lengths = [] if cache is None or cache.host_lengths is not None or not values_known(cache._lengths) else [cache._lengths]
+    copies = on_host([*tensors.values(), *lengths])
+    if cache is not None and lengths:
+        cache.set_host_lengths(copies[-1].tolist())
+    return replace(inputs, **dict(zip(tensors, copies, strict=False)))
 
 
 # ------------------------------------------------------------------------------------------------------- single arguments
@@ -190,22 +218,26 @@ def _new_mask(
     if mask.dtype != torch.bool:
         mask = mask.long() if mask.dtype in (torch.uint16, torch.uint32, torch.uint64) else mask
         zero_or_one = ((mask == 0) | (mask == 1)).all()
-        if not values_known(zero_or_one):
+        if not readable(zero_or_one):
             require(zero_or_one, "attention_mask holds ones for tokens and zeros for padding")
         elif not bool(zero_or_one):
             starts["attention_mask"] = _numbered(mask, cache)
     mask = mask.bool()
     if cache is not None and past:
-        before = mask[:, :past].sum(1)
-        if not values_known(before):
-            require((before == cache.lengths).all(), "attention_mask does not hold as many past tokens as the cache")
-        elif mask.device.type == "cpu" and not torch.equal(before, cache.lengths.cpu()):
-            raise ValueError(
-                f"attention_mask says the rows hold {before.tolist()} tokens so far, the cache holds {cache.lengths.tolist()}"
-            )
+        _check_past(mask[:, :past].sum(1), cache)
     new = mask[:, past:]
     full = unbatched(new)
-    return None if values_known(full) and bool(full.all()) else new, starts
+    return None if readable(full) and bool(full.all()) else new, starts
+
+
+def _check_past(before: Tensor, cache: Cache) -> None:
+    """ValueError unless the rows of the mask hold as many past tokens `before` [B] as the cache."""
+    held = cache.host_lengths
+    if not readable(before) or (held is None and not readable(cache.lengths)):
+        equal = before.to(cache._lengths.device, non_blocking=True) == cache._lengths
+        require(equal.all(), "attention_mask does not hold as many past tokens as the cache")
+    elif before.tolist() != (held := cache.lengths.tolist() if held is None else list(held)):
+        raise ValueError(f"attention_mask says the rows hold {before.tolist()} tokens so far, the cache holds {held}")
 
 
 def _numbered(mask: Tensor, cache: Cache | None) -> Tensor:
@@ -248,7 +280,7 @@ def _check_cache_position(cache_position: Tensor, tokens: int, cache: Cache | No
     if cache_position.shape != (tokens,) or cache_position.is_floating_point():
         raise ValueError(f"cache_position {list(cache_position.shape)} {cache_position.dtype} must be integers [{tokens}]")
     expected = torch.arange(past, past + tokens, device=cache_position.device)
-    if not values_known(cache_position):
+    if not readable(cache_position):
         require((cache_position == expected).all(), "cache_position does not continue what the cache has seen")
     elif not torch.equal(cache_position, expected):
         raise ValueError(
@@ -281,13 +313,16 @@ def _check_continuation(
     if first.dim() == 2:  # three axes, equal where a document begins
         new = new & (first[0] == first[1]) & (first[0] == first[2])
         first = first[0]
-    if first.shape != cache.lengths.shape:
+    lengths, following = cache.lengths, cache.next_positions
+    if first.shape != lengths.shape:
         return  # plan_layout refuses another number of rows
-    lengths = cache.lengths.to(first.device)
+    if first.is_cpu and not lengths.is_cpu and cache.rope_delta is None and cache.host_lengths is not None:
+        lengths = following = torch.tensor(cache.host_lengths, device="cpu")
+    first, new = (x.to(lengths.device, non_blocking=True) for x in (first, new))
     # Positions of a row rise, so the last one held is at least the number of tokens less one; behind images it is less.
-    at_least = torch.minimum(lengths, cache.next_positions.to(first.device))
+    at_least = torch.minimum(lengths, following)
     again = new & (lengths > 0) & (first < (at_least if positions.dim() == 2 else 1))
-    if not values_known(again):
+    if not readable(again):
         require(~again.any(), "position_ids start again in a row whose document the cache holds")
     elif bool(again.any()):
         row = int(again.nonzero()[0, 0])

@@ -14,18 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.backends.values import unbatched, values_known
+from qwen35moe.backends.values import on_host, unbatched, values_known, with_host_values
 
 LOWEST = torch.iinfo(torch.int64).min
 
 
 def require(condition: Tensor, message: str) -> None:
     """ValueError unless the scalar condition holds, under torch.vmap in every call; in a compiled or exported graph an
-    assertion when the graph runs. Not checked where there are no values: meta and fake tensors."""
-    if torch.compiler.is_compiling():
+    assertion when the graph runs, and on a GPU one for which the host does not wait. Not checked where there are no values: meta
+    and fake tensors."""
+    if torch.compiler.is_compiling() or (condition.is_cuda and values_known(condition)):
         torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
     elif values_known(condition := unbatched(condition)) and not bool(condition.all()):
         raise ValueError(message)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a check may read the values at no cost: they decide for the whole call and are in CPU memory. Others are checked
+    where they are, by `require`."""
+    return tensor.is_cpu and values_known(tensor)
 
 
 def text_positions(position_ids: Tensor) -> Tensor:
@@ -78,7 +85,8 @@ def mask_starts(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
     starts = F.pad(~visible.diagonal(-1, 1, 2), (1, 0))
     document = starts.cumsum(1)
     together = (document[:, :, None] == document[:, None]).tril()
-    return starts if torch.equal(visible, together) else None
+    starts, equal = on_host([starts, (visible == together).all()])
+    return starts if bool(equal) else None
 
 
 def bound_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -96,7 +104,7 @@ def checked_bounds(cu_seqlens: Tensor, batch: int, tokens: int, max_length: int 
     cu_seqlens = cu_seqlens.long()
     if unbatched(cu_seqlens) is not cu_seqlens:
         raise ValueError("cu_seqlens differ between the calls of torch.vmap: pass the documents as rows, with attention_mask")
-    if not values_known(cu_seqlens):
+    if not readable(cu_seqlens):
         rising = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()
         require(rising, "cu_seqlens must rise from 0 to the number of tokens")
         return cu_seqlens
@@ -106,12 +114,12 @@ def checked_bounds(cu_seqlens: Tensor, batch: int, tokens: int, max_length: int 
     longest = max(b - a for a, b in pairwise(bounds))
     if max_length is not None and max_length < longest:
         raise ValueError(f"max_length_q or max_length_k is {max_length}, the longest document of cu_seqlens has {longest}")
-    return cu_seqlens
+    return with_host_values(cu_seqlens, bounds)
 
 
 def shown_bounds(cu_seqlens: Tensor) -> str:
     """cu_seqlens for a message."""
-    if not values_known(cu_seqlens):
+    if not readable(cu_seqlens):
         return "cu_seqlens"
     return f"cu_seqlens {cu_seqlens[:8].tolist()}{' ...' if cu_seqlens.shape[0] > 8 else ''}"
 
@@ -135,7 +143,7 @@ def packed_starts(
     starts = restarts if starts is None else starts
     if starts is None:
         return None
-    if not values_known(starts):
+    if not readable(starts):
         name, graph = source or "position_ids", "a compiled graph" if torch.compiler.is_compiling() else "torch.vmap"
         require(~starts.any(), f"{name} pack documents, which {graph} cannot derive: give cu_seqlens")
         return None
@@ -145,7 +153,7 @@ def packed_starts(
 def _check_restarts(starts: Tensor, restarts: Tensor, source: str) -> None:
     """ValueError where positions restart inside a document. Positions may run on over a bound."""
     inside = restarts & ~starts
-    if not values_known(inside):
+    if not readable(inside):
         require(~inside.any(), f"position_ids start again inside a document of {source}")
     elif bool(inside.any()):
         token = inside.nonzero()[0, 1].item()

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.backends.values import with_host_values
 from qwen35moe.cache import Cache
 from qwen35moe.cache.layout import TokenLayout
+from qwen35moe.models.packing import readable
 
 
 def plan_layout(
@@ -27,14 +29,25 @@ def plan_layout(
     cache: Cache | None = None,
 ) -> TokenLayout:
     """The layout of [B, T] tokens. mask [B, T] bool, False at padding (None: no padding); position_ids [B, T] or
-    [3, B, T]; cu_seqlens int64; starts [B, T] bool, without cu_seqlens: where documents begin after the first of a row."""
-    shape = (batch, tokens)
+    [3, B, T]; cu_seqlens int64; starts [B, T] bool, without cu_seqlens: where documents begin after the first of a row.
+
+    The arguments are on one device, in CPU memory wherever the call could read them there; the layout is on `device`.
+    """
+    layout = _layout((batch, tokens), device, mask, position_ids, cu_seqlens, starts, cache)
+    return layout.to(device)
+
+
+def _layout(
+    shape: tuple[int, int], device: torch.device, mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None,
+    starts: Tensor | None, cache: Cache | None,
+) -> TokenLayout:
+    batch, tokens = shape
     if cu_seqlens is not None and cache is None:
         if position_ids is None:
             position_ids = _within_documents(cu_seqlens, tokens)
         return TokenLayout(shape, 1, tokens, _arranged(position_ids, None, 1), 0, None, cu_seqlens)
     if cu_seqlens is not None and cache is not None:
-        return _continued_documents(shape, position_ids, cu_seqlens, cache)
+        return _continued_documents(shape, device, position_ids, cu_seqlens, cache)
     if starts is not None:
         return _packed_documents(shape, starts, mask, position_ids)
     if cache is not None and cache.batch_size != batch:
@@ -42,14 +55,16 @@ def plan_layout(
     lengths = source = None
     if mask is not None:
         lengths = mask.sum(1)
-        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)  # tokens first, padding after, each in their order
-        source = order + tokens * torch.arange(batch, device=device)[:, None]
+        if tokens > 1 or mask.is_cpu:
+            order = (~mask).to(torch.int8).argsort(dim=1, stable=True)  # tokens first, padding after, each in their order
+            source = order + tokens * torch.arange(batch, device=mask.device)[:, None]
     return _rows(shape, batch, tokens, device, position_ids, cache, lengths, source)
 
 
 def with_positions(layout: TokenLayout, position_ids: Tensor) -> TokenLayout:
     """The layout with other positions, [B, T] or [3, B, T] in the caller's order."""
-    return replace(layout, position_ids=_arranged(position_ids, layout.source, layout.rows))
+    positions = _arranged(position_ids, layout.source, layout.rows)
+    return replace(layout, position_ids=positions.to(layout.position_ids.device, non_blocking=True))
 
 
 def _rows(
@@ -59,7 +74,7 @@ def _rows(
     """Rows that continue the cache's; positions count on from there, by the row's rotary offset ahead of the tokens."""
     starts = 0 if cache is None else cache.start()
     if position_ids is not None:
-        positions = _arranged(position_ids, source, rows)
+        positions = _arranged(position_ids, source, rows).to(device, non_blocking=True)
     else:
         first = starts.to(device)[:, None] if isinstance(starts, Tensor) else starts
         positions = first + torch.arange(tokens, device=device)[None]
@@ -67,7 +82,10 @@ def _rows(
         if delta is not None:
             positions = positions + delta.to(device)[:, None]
         positions = positions.expand(3, rows, tokens)
-    return TokenLayout(shape, rows, tokens, positions, starts, lengths, None, source)
+    known = lengths is not None and readable(lengths)
+    return TokenLayout(
+        shape, rows, tokens, positions, starts, lengths, None, source, tuple(lengths.tolist()) if known else None
+    )
 
 
 def _packed_documents(
@@ -79,6 +97,8 @@ def _packed_documents(
     source = present.flatten().nonzero()[:, 0]
     begins = (starts | first).flatten()[source].nonzero()[:, 0]
     cu_seqlens = F.pad(begins, (0, 1), value=source.shape[0])
+    if readable(cu_seqlens):
+        cu_seqlens = with_host_values(cu_seqlens, cu_seqlens.tolist())
     source = source[None]
     if position_ids is None:
         positions = _within_documents(cu_seqlens, source.shape[1]).expand(3, 1, -1)
@@ -88,7 +108,7 @@ def _packed_documents(
 
 
 def _continued_documents(
-    shape: tuple[int, int], position_ids: Tensor | None, bounds: Tensor, cache: Cache
+    shape: tuple[int, int], device: torch.device, position_ids: Tensor | None, bounds: Tensor, cache: Cache
 ) -> TokenLayout:
     """Document d of a packed row continues row d of the cache: it becomes a row of its own."""
     lengths = bounds.diff()
@@ -97,7 +117,7 @@ def _continued_documents(
         raise ValueError(f"cu_seqlens describe {rows} documents, the cache holds {cache.batch_size} rows")
     longest = int(lengths.max())
     source = (bounds[:-1, None] + torch.arange(longest, device=bounds.device)).clamp(max=shape[1] - 1)
-    return _rows(shape, rows, longest, bounds.device, position_ids, cache, lengths, source)
+    return _rows(shape, rows, longest, device, position_ids, cache, lengths, source)
 
 
 def _within_documents(bounds: Tensor, tokens: int) -> Tensor:
@@ -109,6 +129,6 @@ def _within_documents(bounds: Tensor, tokens: int) -> Tensor:
 def _arranged(position_ids: Tensor, source: Tensor | None, rows: int) -> Tensor:
     """Positions [B, T] or [3, B, T] of the caller as [3, rows, tokens] in the layers' arrangement."""
     if source is not None:
-        position_ids = position_ids.flatten(-2)[..., source]
+        position_ids = position_ids.to(source.device).flatten(-2)[..., source]
     axes = position_ids[None] if position_ids.dim() == 2 else position_ids
     return axes.expand(3, rows, -1)

@@ -260,5 +260,5 @@ def _segment(qkv: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tenso
     """The values of these tokens that a rollback needs."""
     valid = layout.valid
     if valid is None:
-        valid = torch.ones(qkv.shape[:2], dtype=torch.bool, device=qkv.device)
-    return Segment(qkv, key, value, decay, beta, valid)
+        return Segment(qkv, key, value, decay, beta, torch.ones(qkv.shape[:2], dtype=torch.bool, device=qkv.device), layout.tokens)
+    return Segment(qkv, key, value, decay, beta, valid, 0 if layout.host_lengths is None else min(layout.host_lengths))

@@ -124,6 +124,32 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     return x.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
 
 
+def top_k_top_p(logits: Tensor, k: int, p: float) -> Tensor:
+    """`top_p(top_k(logits, k), p)` without sorting the vocabulary and without a synchronisation, for a GPU.
+
+    Tokens that are equal to the k-th may be many, but all have its probability: those that `topk` left out are counted. In a
+    row of equal tokens, as in a stable sort, the nucleus has those of the highest ids.
+    """
+    check_range("top_k", k)
+    check_range("top_p", p)
+    x = _wide(logits)
+    ascending = x.topk(min(k, x.shape[-1])).values.flip(-1)  # [..., k]
+    kth = ascending[..., :1]
+    ties = (x == kth).sum(-1, keepdim=True)
+    left_out = ties - (ascending == kth).sum(-1, keepdim=True)
+    weights = (ascending.double() - ascending[..., -1:].double()).exp()
+    tie = weights[..., :1]
+    limit = (1 - p) * (weights.sum(-1, keepdim=True) + left_out * tie)
+    removed = left_out * tie + weights.cumsum(-1) <= limit
+    removed[..., -1] = False
+    smallest = ascending.gather(-1, removed.sum(-1, keepdim=True))  # kept
+    kept = ((ascending == smallest) & ~removed).sum(-1, keepdim=True)
+    kept = torch.where(smallest == kth, (ties - (limit / tie).floor()).clamp(min=1), kept)
+    equal = x == smallest
+    number = equal.cumsum(-1, dtype=torch.int32)  # of each equal token, in the order of the vocabulary
+    return x.masked_fill((x < smallest) | (equal & (number <= number[..., -1:] - kept)), -torch.inf)
+
+
 def min_p(logits: Tensor, p: float) -> Tensor:
     """Keep tokens with probability >= p * (probability of the most likely token), arXiv 2407.01082. 0 <= p <= 1."""
     check_range("min_p", p)

@@ -193,3 +193,43 @@ def test_filters_take_logits_of_any_number_of_dimensions() -> None:
         expected = function(rows)
         assert torch.equal(function(rows[0]), expected[0])
         assert torch.equal(function(rows[None])[0], expected)
+
+
+def stable_top_p(x: torch.Tensor, p: float) -> torch.Tensor:
+    """`sampling.top_p`, of equal tokens those of the highest ids: its own sort leaves open which."""
+    ascending, order = x.sort(dim=-1, stable=True)
+    removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    removed[..., -1] = False
+    return x.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+
+
+def test_top_k_top_p_is_both_after_each_other() -> None:
+    """With ties at the k-th token and elsewhere, more than k of them, and tokens that are excluded."""
+    generator = torch.Generator().manual_seed(11)
+    tied = 0
+    for number in range(400):
+        size = int(torch.randint(1, 70, (), generator=generator))
+        x = torch.randn(3, size, generator=generator) * (0.3, 1.0, 3.0, 50.0)[number % 4]
+        if number % 3:
+            x = (2 * x).round() / 2
+        if number % 7 == 0:
+            x[:, 1:] = x[:, 1:].masked_fill(torch.rand(3, size - 1, generator=generator) < 0.5, -torch.inf)
+        k = int(torch.randint(1, size + 5, (), generator=generator))
+        p = float(torch.rand((), generator=generator, dtype=torch.float64)) * 0.98 + 0.01
+        if number % 11 == 0:  # all equal: k p times the probability of one would be a sum that rounding decides
+            x, p = torch.full((3, size), 0.5), (int(p * size) + 0.5) / size
+        actual, kept = sampling.top_k_top_p(x, k, p), sampling.top_k(x, k)
+        assert torch.equal(actual, stable_top_p(kept, p)), (number, size, k, p)
+        assert torch.equal(actual.sort(-1).values, sampling.top_p(kept, p).sort(-1).values)
+        tied += int(((kept > -torch.inf).sum(-1) > min(k, size)).any())
+    assert tied > 80
+
+
+def test_top_k_top_p_keeps_nan_for_the_error() -> None:
+    x = logits(2)
+    x[0, 3], x[1] = torch.nan, -torch.inf
+    best = sampling.top_k_top_p(x, 5, 0.9).amax(-1)
+    assert best[0].isnan() and not best[1] > -torch.inf
+    for k, p, words in ((0, 0.5, "top_k must be"), (3, 0.0, "top_p must")):
+        with pytest.raises(ValueError, match=words):
+            sampling.top_k_top_p(x, k, p)

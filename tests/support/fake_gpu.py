@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.support import fake_gpu_generation
+
 ROOT = Path(__file__).resolve().parents[2]
 # Operators that launch nothing: they make views, allocate, or read sizes.
 NO_LAUNCH = frozenset(
@@ -191,7 +193,7 @@ def masked(torch: Any) -> Callable[[], object]:
 
 SCENARIOS: dict[str, Callable[[Any], Callable[[], object]]] = {
     "prefill": prefill, "decode": decode, "decode_static": lambda torch: decode(torch, 300), "decode_35b": decode_35b,
-    "training": training, "masked": masked,
+    "training": training, "masked": masked, **fake_gpu_generation.SCENARIOS,
 }  # fmt: skip
 
 

@@ -33,6 +33,10 @@ class FakeCache:
             if ids[real.bool()][: len(held)].tolist() != held:
                 raise ValueError(f"row {row}: the cache belongs to another text")
 
+    def settle(self, lengths: list[int], seen: int) -> None:
+        assert lengths == [len(row) for row in self.rows]
+        self.seen = seen
+
     def reorder(self, rows: Any) -> None:
         self.rows = [list(self.rows[row]) for row in rows.tolist()]
         self.batch_size = len(self.rows)

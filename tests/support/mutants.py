@@ -54,7 +54,7 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
                     "tests/models/test_head.py", "tests/models/test_packing.py")),
     "generation": (("generation/loop.py", "generation/prompt.py", "generation/settings.py", "generation/stop.py",
                     "generation/streams.py", "generation/text.py", "generation/masks.py", "generation/defaults.py",
-                    "generation/callbacks.py", "generation/output.py"),
+                    "generation/callbacks.py", "generation/output.py", "generation/decoding.py"),
                    ("tests/generation", "tests/properties/test_sampling.py", "tests/models/test_vision_language.py",
                     "tests/config/test_generation.py")),
     "sampling": (("ops/sampling.py",), ("tests/ops/test_sampling.py", "tests/properties/test_sampling.py", "tests/generation")),
