@@ -6,10 +6,14 @@ says so.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import shutil
 import time
 import warnings
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -117,26 +121,63 @@ def eager(work: Work, subject: Subject, step: Any) -> dict[str, Any]:
 
 def generated(work: Work, subject: Subject, prompt: Tensor, captured: bool) -> dict[str, Any]:
     """Tokens per second of `generate` without its prompt: the difference of a long and a short answer."""
+    recordings = capturable()
+    if captured and (why := "this version records no steps" if recordings is None else recordings.reason(subject.model)):
+        return {"verdict": NOT_RUN if work.small else MISSED, "note": f"no CUDA graph: {why}"}
     short, long = (2, 4) if work.small else (16, 144)
 
     def run(count: int) -> float:
         work.sync()
         start = time.perf_counter()
-        out = model_generate(subject.model, prompt, count, captured)
+        out = answer(subject.model, prompt, count)
         work.sync()
         if out.shape[1] not in (count, prompt.shape[1] + count):
             raise ValueError(f"{tuple(out.shape)} tokens of {count} new ones")
         return time.perf_counter() - start
 
-    with warnings_as_text() as text:
+    kinds = frozenset({"cuda"} if captured else ())
+    with told() as text, mock.patch.object(recordings or SimpleNamespace(RECORDS=0), "RECORDS", kinds):
         run(short)  # compiles, and captures
         seconds = [(run(long) - run(short)) / (long - short) for _ in range(1 if work.small else 3)]
+        profile = work.profile(lambda: answer(subject.model, prompt, short))
     per_token = max(min(seconds), 1e-9) * subject.scale
     target = targets.memory_bound(targets.DECODE, gpu_name(work)) if captured else None
     note = f"{per_token * 1e3:.4g} ms per token; {subject.about}{'; ' + text[0] if text else ''}"
-    profile = work.profile(lambda: model_generate(subject.model, prompt, short, captured))
     return {**judged(1 / per_token, "tokens/s", target, note=note), "top": profile["top"], "peak_bytes": work.peak(),
             "implementations": {"ours": rates(Timing(tuple(max(s, 1e-9) for s in seconds)))}}  # fmt: skip
+
+
+def capturable() -> Any:
+    """The module that decides which steps of `generate` are recorded as a CUDA graph, None before it existed."""
+    name = "qwen35moe.generation.capturable"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def answer(model: Any, prompt: Tensor, count: int) -> Tensor:
+    """Greedy, without stop tokens, from a static cache."""
+    with torch.no_grad():
+        return model.generate(prompt, max_new_tokens=count, eos_token_id=(), cache="static")
+
+
+class told(logging.Handler):
+    """The warnings and logged warnings inside the block, as strings: why a step was not captured is among them."""
+
+    def __enter__(self) -> list[str]:
+        self.text: list[str] = []
+        self.caught = warnings.catch_warnings(record=True)
+        self.records: Any = self.caught.__enter__()
+        warnings.simplefilter("always")
+        self.setLevel(logging.WARNING)
+        logging.getLogger("qwen35moe").addHandler(self)
+        return self.text
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text.append(" ".join(record.getMessage().split())[:200])
+
+    def __exit__(self, *exc: Any) -> None:
+        logging.getLogger("qwen35moe").removeHandler(self)
+        self.text += [" ".join(str(one.message).split())[:200] for one in self.records or ()]
+        self.caught.__exit__(*exc)
 
 
 def prefill(rows: Rows, work: Work) -> None:
@@ -196,24 +237,3 @@ def load_row(work: Work) -> dict[str, Any]:
     fields = judged(nbytes / timing.min / 1e9, "GB/s", None if work.small else targets.LOADING,
                     note=f"{nbytes / 1e9:.3g} GB in {timing.min:.3g} s; the first in {seconds[0]:.3g} s")  # fmt: skip
     return {"verdict": RIGHT, **fields, "implementations": {"ours": rates(timing)}}
-
-
-def model_generate(model: Any, prompt: Tensor, count: int, captured: bool) -> Tensor:
-    """Greedy, without stop tokens, from a static cache."""
-    with torch.no_grad():
-        return model.generate(prompt, max_new_tokens=count, eos_token_id=(), cache="static")
-
-
-class warnings_as_text:
-    """The warnings inside the block, as strings: the reason why a step was not captured is one."""
-
-    def __enter__(self) -> list[str]:
-        self.text: list[str] = []
-        self.caught = warnings.catch_warnings(record=True)
-        self.records: Any = self.caught.__enter__()
-        warnings.simplefilter("always")
-        return self.text
-
-    def __exit__(self, *exc: Any) -> None:
-        self.text += [" ".join(str(one.message).split())[:200] for one in self.records or ()]
-        self.caught.__exit__(*exc)

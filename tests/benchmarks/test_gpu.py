@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -344,8 +346,7 @@ def test_the_closing_table_and_the_report_of_a_run(tmp_path: Path) -> None:
 
 
 def test_warnings_are_kept_as_text() -> None:
-    import warnings
-
-    with decode.warnings_as_text() as text:
-        warnings.warn("not captured: a tap is active", stacklevel=1)
-    assert text == ["not captured: a tap is active"]
+    with decode.told() as text:
+        warnings.warn("of Python", stacklevel=1)
+        logging.getLogger("qwen35moe.generation").warning("a decode step could not be recorded: %s", "no memory")
+    assert text == ["a decode step could not be recorded: no memory", "of Python"]
