@@ -76,6 +76,12 @@ def rms_norm(draw: Draw) -> Iterator[Arguments]:
         yield (draw(*shape), draw(shape[-1], scale=0.2)), {"eps": 1e-6}
 
 
+def add_rms_norm(draw: Draw) -> Iterator[Arguments]:
+    for tokens in (1, draw.sizes.tokens[-1]):
+        shape = (2, tokens, draw.sizes.D)
+        yield (draw(*shape), draw(*shape), draw(shape[-1], scale=0.2)), {"eps": 1e-6}
+
+
 def gated_rms_norm(draw: Draw) -> Iterator[Arguments]:
     s = draw.sizes
     for tokens in (1, s.tokens[-1]):
@@ -88,6 +94,19 @@ def rotary(draw: Draw) -> Iterator[Arguments]:
     for tokens in (1, s.tokens[-1]):
         angle = 6.3 * draw.uniform(2, tokens, s.R // 2)
         yield (draw(2, tokens, heads, width), draw(2, tokens, keys, width), angle.cos(), angle.sin()), {}
+
+
+def norm_rotary(draw: Draw) -> Iterator[Arguments]:
+    width = draw.sizes.heads[2]
+    for args, _ in rotary(draw):
+        yield (*args, draw(width, scale=0.2), draw(width, scale=0.2)), {"eps": 1e-6}
+
+
+def sigmoid_gate(draw: Draw) -> Iterator[Arguments]:
+    """Gates that lie beside the queries of their head."""
+    heads, _, width = draw.sizes.heads
+    for tokens in (1, draw.sizes.tokens[2]):
+        yield (draw(2, tokens, heads, width), draw(2, tokens, heads, 2, width)[..., 1, :]), {}
 
 
 def attention(draw: Draw) -> Iterator[Arguments]:
@@ -111,6 +130,26 @@ def linear(draw: Draw) -> Iterator[Arguments]:
     for tokens in (1, s.tokens[2]):
         yield (draw(tokens, s.D), draw(s.F, s.D, scale=s.D**-0.5)), {"bias": None}
     yield (draw(2, 3, s.D), draw(s.F, s.D, scale=s.D**-0.5)), {"bias": draw(s.F)}
+
+
+def projections(draw: Draw) -> Iterator[Arguments]:
+    """Of both mixers, for one token of a few rows and for a prompt."""
+    s, (heads, keys, width) = draw.sizes, draw.sizes.heads
+    for rows in (*s.batches, s.tokens[2]):
+        for sizes in ((s.channels, s.H * s.K, s.H, s.H), (2 * heads * width, keys * width, keys * width)):
+            yield (draw(rows, 1, s.D), *(draw(out, s.D, scale=s.D**-0.5) for out in sizes)), {}
+
+
+def swiglu(draw: Draw) -> Iterator[Arguments]:
+    s = draw.sizes
+    for rows in (*s.batches, s.tokens[2]):
+        yield (draw(rows, s.D), draw(s.F, s.D, scale=s.D**-0.5), draw(s.F, s.D, scale=s.D**-0.5)), {}
+
+
+def add_shared_expert(draw: Draw) -> Iterator[Arguments]:
+    s = draw.sizes
+    for tokens in (1, s.tokens[-1]):
+        yield (*(draw(2, tokens, s.D) for _ in range(4)), draw(1, s.D, scale=s.D**-0.5)), {}
 
 
 def gelu_linear(draw: Draw) -> Iterator[Arguments]:
@@ -206,6 +245,7 @@ def linear_cross_entropy(draw: Draw) -> Iterator[Arguments]:
 
 CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
     function.__name__: function
-    for function in (rms_norm, gated_rms_norm, rotary, attention, vision_attention, linear, gelu_linear, short_convolution,
-                     gated_delta_rule, delta_net_step, router, experts, linear_cross_entropy)
+    for function in (rms_norm, add_rms_norm, gated_rms_norm, rotary, norm_rotary, attention, sigmoid_gate, vision_attention,
+                     linear, projections, gelu_linear, short_convolution, gated_delta_rule, delta_net_step, router, experts,
+                     swiglu, add_shared_expert, linear_cross_entropy)
 }  # fmt: skip

@@ -11,9 +11,7 @@ import logging
 import shutil
 import time
 import warnings
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -121,42 +119,49 @@ def eager(work: Work, subject: Subject, step: Any) -> dict[str, Any]:
 
 def generated(work: Work, subject: Subject, prompt: Tensor, captured: bool) -> dict[str, Any]:
     """Tokens per second of `generate` without its prompt: the difference of a long and a short answer."""
-    recordings = capturable()
-    if captured and (why := "this version records no steps" if recordings is None else recordings.reason(subject.model)):
+    why = not_captured(subject.model) if captured else None
+    if why:
         return {"verdict": NOT_RUN if work.small else MISSED, "note": f"no CUDA graph: {why}"}
     short, long = (2, 4) if work.small else (16, 144)
 
     def run(count: int) -> float:
         work.sync()
         start = time.perf_counter()
-        out = answer(subject.model, prompt, count)
+        out = answer(subject.model, prompt, count, captured)
         work.sync()
         if out.shape[1] not in (count, prompt.shape[1] + count):
             raise ValueError(f"{tuple(out.shape)} tokens of {count} new ones")
         return time.perf_counter() - start
 
-    kinds = frozenset({"cuda"} if captured else ())
-    with told() as text, mock.patch.object(recordings or SimpleNamespace(RECORDS=0), "RECORDS", kinds):
+    with told() as text:
         run(short)  # compiles, and captures
         seconds = [(run(long) - run(short)) / (long - short) for _ in range(1 if work.small else 3)]
-        profile = work.profile(lambda: answer(subject.model, prompt, short))
+        profile = work.profile(lambda: answer(subject.model, prompt, short, captured))
     per_token = max(min(seconds), 1e-9) * subject.scale
     target = targets.memory_bound(targets.DECODE, gpu_name(work)) if captured else None
     note = f"{per_token * 1e3:.4g} ms per token; {subject.about}{'; ' + text[0] if text else ''}"
-    return {**judged(1 / per_token, "tokens/s", target, note=note), "top": profile["top"], "peak_bytes": work.peak(),
-            "implementations": {"ours": rates(Timing(tuple(max(s, 1e-9) for s in seconds)))}}  # fmt: skip
+    fields = judged(1 / per_token, "tokens/s", target, note=note)
+    if captured and any("could not be recorded" in line for line in text):
+        fields["verdict"] = MISSED
+    times = rates(Timing(tuple(max(s, 1e-9) for s in seconds)))
+    return {**fields, "top": profile["top"], "peak_bytes": work.peak(), "implementations": {"ours": times}}
 
 
-def capturable() -> Any:
-    """The module that decides which steps of `generate` are recorded as a CUDA graph, None before it existed."""
-    name = "qwen35moe.generation.capturable"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+RECORDING = "qwen35moe.generation.capturable"  # decides which steps are recorded as a CUDA graph
 
 
-def answer(model: Any, prompt: Tensor, count: int) -> Tensor:
+def not_captured(model: Any) -> str | None:
+    """Why the steps of `generate` are not recorded as a CUDA graph, or None."""
+    if not importlib.util.find_spec(RECORDING):
+        return "this version records no steps"
+    return importlib.import_module(RECORDING).reason(model)
+
+
+def answer(model: Any, prompt: Tensor, count: int, captured: bool) -> Tensor:
     """Greedy, without stop tokens, from a static cache."""
+    options = {"capture": captured} if importlib.util.find_spec(RECORDING) else {}
     with torch.no_grad():
-        return model.generate(prompt, max_new_tokens=count, eos_token_id=(), cache="static")
+        return model.generate(prompt, max_new_tokens=count, eos_token_id=(), cache="static", **options)
 
 
 class told(logging.Handler):

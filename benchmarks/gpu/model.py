@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode.models import WRITERS, WRITTEN
-from benchmarks.gpu.rows import RIGHT, WRONG, Rows, said
+from benchmarks.gpu.rows import RIGHT, WRONG, Rows, bounded, said
 from benchmarks.gpu.work import Work
 from benchmarks.tools.common import relative_error
 from qwen35moe import Config, Qwen3_5MoeForCausalLM, backends
 
 BEYOND = 1.25  # times the peer's error
+TENSOR_BEYOND, TENSOR = 8, {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of one tensor's gradient
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 0.0}  # the numerical contract's bound in float32
 SMALL = {
     "hidden_size": 48, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
@@ -120,7 +121,7 @@ def check_dtype(rows: Rows, work: Work, source: Any, ids: Tensor, exact: SimpleN
     peer, errors = peer_errors(work, source, ids, exact, dtype)
     state: dict[str, Any] = {}
 
-    def ours() -> dict[str, float]:
+    def ours() -> dict[str, Any]:
         if not state:
             state["model"] = clone(source, work.device, dtype)
             state["errors"] = our_errors(work, state["model"], ids, exact)
@@ -128,9 +129,17 @@ def check_dtype(rows: Rows, work: Work, source: Any, ids: Tensor, exact: SimpleN
 
     for what in ("logits", "gradients", "decode"):
         rows.measure(f"model/{name}/{what}", lambda what=what: judged(what, ours()[what], errors, peer, dtype))
+    rows.measure(f"model/{name}/worst_gradient", lambda: worst_gradient(ours()["tensors"], errors["tensors"], dtype))
 
 
-def judged(what: str, error: float, theirs: dict[str, float], peer: str, dtype: torch.dtype) -> dict[str, Any]:
+def worst_gradient(ours: dict[str, float], theirs: dict[str, float], dtype: torch.dtype) -> dict[str, Any]:
+    """The tensor nearest its bound: a mean over tensors would hide one that is wrong."""
+    bounds = {name: max(TENSOR_BEYOND * theirs[name], TENSOR[dtype]) for name in ours}
+    name = max(ours, key=lambda name: ours[name] / bounds[name])
+    return {**bounded(ours[name], bounds[name]), "note": f"{name}, the peer's {theirs[name]:.1e}"}
+
+
+def judged(what: str, error: float, theirs: dict[str, Any], peer: str, dtype: torch.dtype) -> dict[str, Any]:
     """Our error beside the peer's; the decoded tokens' beside its logits'."""
     other = theirs["logits" if what == "decode" else what]
     bound = max(BEYOND * other, FLOOR[dtype])
@@ -139,12 +148,12 @@ def judged(what: str, error: float, theirs: dict[str, float], peer: str, dtype: 
             "target": f"<= {bound:.2g}", "note": f"{peer} {other:.2e}"}  # fmt: skip
 
 
-def our_errors(work: Work, model: Any, ids: Tensor, exact: SimpleNamespace) -> dict[str, float]:
+def our_errors(work: Work, model: Any, ids: Tensor, exact: SimpleNamespace) -> dict[str, Any]:
     """Of the logits, the gradients, and the last tokens decoded one by one from a static cache."""
     ids, B, T = ids.to(work.device), *ids.shape
     routing = by_token(exact.routing, B, T).to(work.device)
     out = model(ids, labels=ids, routing=routing)
-    errors = {"logits": rms(out.logits, exact.logits), "gradients": mean_error(gradients_of(model, out.loss), exact.gradients)}
+    errors = {"logits": rms(out.logits, exact.logits), **gradient_errors(gradients_of(model, out.loss), exact.gradients)}
     with torch.no_grad():
         cache, start = model.new_cache(B, max_length=T + 1), T - DECODED
         model(ids[:, :start], cache=cache, routing=routing[:, :start], logits_to_keep=1)
@@ -165,17 +174,17 @@ def rms(actual: Tensor, expected: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def mean_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Geometric mean of the tensors' relative errors; inf where one is missing."""
+def gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
+    """The tensors' relative errors, and their geometric mean."""
     if missing := set(expected) - set(actual):
         raise ValueError(f"no gradient of {sorted(missing)[0]}")
-    errors = [max(relative_error(actual[name], value), 1e-12) for name, value in expected.items()]
-    return math.exp(sum(map(math.log, errors)) / len(errors))
+    errors = {name: max(relative_error(actual[name], value), 1e-12) for name, value in expected.items()}
+    return {"gradients": math.exp(sum(map(math.log, errors.values())) / len(errors)), "tensors": errors}
 
 
 def peer_errors(
     work: Work, source: Any, ids: Tensor, exact: SimpleNamespace, dtype: torch.dtype
-) -> tuple[str, dict[str, float]]:
+) -> tuple[str, dict[str, Any]]:
     """transformers with eager attention and experts on the same device; without it, our definitions."""
     model = clone(source, work.device, dtype)
     try:
@@ -193,7 +202,7 @@ def definition(operation: str) -> str:
     return next(entry.name for entry in backends.implementations(operation) if entry.fn is function)
 
 
-def transformers_errors(work: Work, ours: Any, ids: Tensor, exact: SimpleNamespace) -> dict[str, float]:
+def transformers_errors(work: Work, ours: Any, ids: Tensor, exact: SimpleNamespace) -> dict[str, Any]:
     """Of the logits and gradients."""
     from benchmarks.decode.models import Setting, Theirs
     from benchmarks.text_4b.peers import Transformers
@@ -204,4 +213,4 @@ def transformers_errors(work: Work, ours: Any, ids: Tensor, exact: SimpleNamespa
     replay.model, ids = model, ids.to(work.device)
     with replay.replaying(exact.routing.to(work.device)):
         out = model(ids, labels=ids, use_cache=False)
-    return {"logits": rms(out.logits, exact.logits), "gradients": mean_error(gradients_of(model, out.loss), exact.gradients)}
+    return {"logits": rms(out.logits, exact.logits), **gradient_errors(gradients_of(model, out.loss), exact.gradients)}
