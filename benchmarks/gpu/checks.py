@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.cases import CASES, FULL, SMALL, Arguments, Draw
-from benchmarks.gpu.rows import NOT_RUN, RIGHT, WRONG, Rows, is_sticky
+from benchmarks.gpu.rows import NOT_RUN, RIGHT, UNRUN, WRONG, Rows, is_sticky
 from benchmarks.gpu.work import Work
 from qwen35moe import backends
 from qwen35moe.backends import verification
@@ -35,8 +35,8 @@ COPIES = 8 << 30  # the most bytes of weights that a form may copy
 INTERPRETER = 2  # Triton's interpreter truncates to bfloat16 instead of rounding
 
 
-def run(rows: Rows, work: Work, operation: str) -> None:
-    """The step of one operation."""
+def run(rows: Rows, work: Work, operation: str, dtypes: Sequence[str] = tuple(DTYPES)) -> None:
+    """The step of one operation, or of some dtypes of it."""
     prefix = f"check/{operation}"
     entries = backends.implementations(operation)
     if operation not in CASES:
@@ -45,15 +45,14 @@ def run(rows: Rows, work: Work, operation: str) -> None:
     launched: set[str] = set()
     known: References = {}
     with recorded_launches(launched):
-        reasons = {entry.name: _of_one(rows, work, operation, entry, launched, known) for entry in entries}
-    for name, reason in reasons.items():
-        if reason is not None and rows.wants(f"{prefix}/{name}"):
-            verdict, note = reason
-            rows.write(f"{prefix}/{name}", verdict, note=note)
+        for entry in entries:
+            reason = _of_one(rows, work, operation, entry, dtypes, launched, known)
+            if reason is not None and rows.wants(f"{prefix}/{entry.name}"):
+                rows.write(f"{prefix}/{entry.name}", reason[0], note=reason[1], dtypes=list(dtypes))
 
 
 def _of_one(
-    rows: Rows, work: Work, operation: str, entry: Any, launched: set[str], known: References
+    rows: Rows, work: Work, operation: str, entry: Any, dtypes: Sequence[str], launched: set[str], known: References
 ) -> tuple[str, str] | None:
     """The rows of an implementation; where none ran, the verdict and why."""
     prefix = f"check/{operation}/{entry.name}"
@@ -66,7 +65,7 @@ def _of_one(
     if (operation, entry.name) in UNCHECKED:
         return NOT_RUN, UNCHECKED[operation, entry.name]
     ran, refusals = 0, []
-    for dtype_name in DTYPES:
+    for dtype_name in dtypes:
         for mode in MODES:
             id = f"{prefix}/{dtype_name}/{mode}"
             if not rows.wants(id):
@@ -84,7 +83,7 @@ def _of_one(
             refusals += [reason for one in result for reason in one.refusals]
     if ran:
         return None
-    return WRONG, f"no case ran it: {refusals[0] if refusals else 'it has no case'}"
+    return UNRUN, f"no case ran it: {refusals[0] if refusals else 'it has no case'}"
 
 
 @dataclass
@@ -242,6 +241,13 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         self.launched.add(f"{self.file}.{name}")
         return getattr(self.module, name)
+
+
+def implementations_not_run(records: list[dict[str, Any]]) -> dict[str, str]:
+    """check/OPERATION/IMPLEMENTATION -> why, of those that no dtype's step has run."""
+    ran = {"/".join(record["id"].split("/")[:3]) for record in records if record.get("id", "").count("/") == 4}
+    unrun = {record["id"]: record["note"] for record in records if record.get("verdict") == UNRUN}
+    return {id: note for id, note in unrun.items() if id not in ran}
 
 
 def kernels_of_the_package() -> set[str]:

@@ -16,11 +16,11 @@ import benchmarks.gpu as package
 from benchmarks.gpu import rows, table
 from benchmarks.gpu.environment import PTXAS
 from benchmarks.gpu.plan import MINUTES, Step, check, listing, steps
-from benchmarks.gpu.rows import CUT, FAILED, RIGHT, WRONG
+from benchmarks.gpu.rows import CUT, FAILED, NOT_RUN, RIGHT, UNRUN, WRONG
 from benchmarks.gpu.runner import Runner, status
 from benchmarks.tools.machine import RESULTS, profile_name
 
-SIDE_BY_SIDE = 6  # checks at once, at most: each holds up to 10 GB of GPU memory
+SIDE_BY_SIDE = 8  # checks at once, at most: some hold 20 GB of GPU memory
 DOUBTED = "gated_delta_rule"  # known to be miscompiled on Hopper by the ptxas of Triton 3.6 and 3.7
 
 
@@ -127,8 +127,7 @@ def drive(runner: Runner, plan: list[Step]) -> list[Step]:
 def follow_up(runner: Runner) -> list[Step]:
     """The coverage of the kernels as a row; checks to repeat with another ptxas, or with a package that was just built."""
     results = runner.rows()
-    if runner.only is None:
-        coverage(runner)
+    coverage(runner)
     built = any(row["id"] == "wheels/causal_conv1d" and row["verdict"] == RIGHT for row in results)
     again = [check("short_convolution", 40, "@built")] if built else []
     doubted = [row["verdict"] for row in results if row["id"].startswith(f"check/{DOUBTED}/triton")]
@@ -139,13 +138,19 @@ def follow_up(runner: Runner) -> list[Step]:
 
 
 def coverage(runner: Runner) -> None:
-    """Wrong if a kernel of the package was launched by no check."""
-    from benchmarks.gpu.checks import kernels_not_launched, kernels_of_the_package
+    """Wrong if a kernel of the package was launched by no check, or an implementation was run by none."""
+    from benchmarks.gpu.checks import implementations_not_run, kernels_not_launched, kernels_of_the_package
 
-    writer = rows.Rows(runner.path, "check/coverage", started=runner.started)
-    missing, count = kernels_not_launched(runner.records()), len(kernels_of_the_package())
-    note = f"no check launched {', '.join(missing)}" if missing else ""
-    writer.write("check/coverage", WRONG if missing else RIGHT, count - len(missing), f"of {count} kernels launched", note=note)
+    writer, records = rows.Rows(runner.path, "check/coverage", started=runner.started), runner.records()
+    if runner.only is None:
+        missing, count = kernels_not_launched(records), len(kernels_of_the_package())
+        note = f"no check launched {', '.join(missing)}" if missing else ""
+        verdict, unit = WRONG if missing else RIGHT, f"of {count} kernels launched"
+        writer.write("check/coverage", verdict, count - len(missing), unit, note=note)
+    forgotten = implementations_not_run(records)
+    for row in runner.rows():
+        if row["verdict"] == UNRUN:
+            writer.write(row["id"], WRONG if row["id"] in forgotten else NOT_RUN, note=row["note"])
 
 
 def show(results: list[rows.Row], options: argparse.Namespace) -> int:
@@ -165,4 +170,4 @@ def show(results: list[rows.Row], options: argparse.Namespace) -> int:
         path = RESULTS / options.profile / "gpu.json"
         table.write(path, results, options.profile)
         print(f"written: {path}")
-    return int(any(row["verdict"] in (WRONG, FAILED, CUT) for row in results))
+    return int(any(row["verdict"] in (WRONG, UNRUN, FAILED, CUT) for row in results))

@@ -18,12 +18,18 @@ from benchmarks.tools import limits, machine
 
 PTXAS = "/usr/local/cuda/bin/ptxas"  # of the CUDA toolkit, where Triton's own is doubted
 OPTIONAL = ("triton", "transformers", "fla", "causal_conv1d", "flash_attn", "sonicmoe", "pytest", "xdist", "hypothesis")
+GPU_ONLY = (
+    "of a GPU only: compiled kernels, times and profiles of a stream, counted synchronisations, recorded steps, peak memory, "
+    "targets, fla, causal-conv1d, flash-attn, tests marked gpu, compute-sanitizer"
+)
 TOOLS = ("nvcc", "compute-sanitizer", "nvidia-smi")
 
 
 def run(rows: Rows, work: Work) -> None:
     rows.measure("environment/machine", lambda: {"verdict": MEASURED, "measured": facts(work)["gpu"], **facts(work)})
     rows.measure("environment/limits", lambda: measured_limits(work))
+    if work.small:
+        rows.write("environment/gpu_only", NOT_RUN, note=GPU_ONLY)
 
 
 def facts(work: Work) -> dict[str, Any]:

@@ -13,6 +13,7 @@ MINUTES = 9.0  # for which the limits are set
 RESERVE = 8.0  # seconds kept for the table
 SLOW = 120.0  # of a step in the small form, which takes seconds: a busy machine must not end it
 HERE = "benchmarks.gpu"
+PARTS = ("bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,13 @@ class Step:
     also: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
-    suffix: str = ""
+    suffix: str = ""  # of the ids of its rows
+    part: str = ""  # of a check that two steps share
+
+    @property
+    def name(self) -> str:
+        """In rows and of the log."""
+        return f"{self.id}{':' if self.part else ''}{self.part}{self.suffix}"
 
     def wanted(self, only: str | None) -> bool:
         """Whether `--only` names the step, one of its rows, or a group of steps."""
@@ -51,24 +58,25 @@ class Step:
         return getattr(importlib.import_module(module), name)
 
 
-def check(operation: str, limit: float = 60.0, suffix: str = "", **fields: Any) -> Step:
-    """The step that compares the implementations of an operation with its definition."""
-    title = f"implementations of {operation} against its definition{' ' + suffix if suffix else ''}"
+def check(operation: str, limit: float = 60.0, suffix: str = "", part: str = "", **fields: Any) -> Step:
+    """The step that compares the implementations of an operation with its definition. part: the one dtype of the step."""
+    title = " ".join(filter(None, (f"implementations of {operation} against its definition", part, suffix)))
     return Step(f"check/{operation}", f"{HERE}.checks:run", limit, SLOW, title, check=True, group="checks", suffix=suffix,
-                options={"operation": operation}, **fields)  # fmt: skip
+                part=part, options={"operation": operation, "dtypes": (part,) if part else PARTS}, **fields)  # fmt: skip
 
 
 def steps(operations: Sequence[str]) -> list[Step]:
     """All steps. operations: those of the backends' table."""
-    slow = {"gated_delta_rule": 110.0, "experts": 110.0}
-    first = sorted(operations, key=lambda name: name not in slow)  # the longest start first
+    slow = [name for name in ("gated_delta_rule", "experts") if name in operations]  # many kernels to compile
+    long = [check(name, 110, part=part) for name in slow for part in PARTS]  # they start first
     return [
         Step("environment", f"{HERE}.environment:run", 30, SLOW, "GPU, driver, versions, measured bandwidth and product rate"),
         Step("wheels", f"{HERE}.environment:build", 110, SLOW, "causal-conv1d from its sdist, if --wheels holds it",
              group="checks"),
-        *(check(name, slow.get(name, 60.0)) for name in first),
+        *long,
         Step("model", f"{HERE}.model:run", 110, SLOW, "4 layers of the 35B's shape against the CPU in float64 and transformers",
              check=True, group="checks"),
+        *(check(name) for name in operations if name not in slow),
         Step("suite", f"{HERE}.suite:tests", 60, SLOW, "the suite's tests that need a GPU", check=True),
         Step("delta", f"{HERE}.speed:delta", 50, SLOW, "delta rule at 32,768 tokens, beside fla"),
         Step("moe", f"{HERE}.speed:moe", 60, SLOW, "experts 256x8 at 1 to 32,768 tokens, beside grouped_mm"),
@@ -84,7 +92,7 @@ def listing(plan: Sequence[Step], small: bool, minutes: float) -> str:
     lines = [f"{'id':<28} {'limit':>6}  work"]
     for step in plan:
         beside = " (several at once)" if step.group else ""
-        lines.append(f"{step.id:<28} {step.seconds(small, minutes):5.0f}s  {step.title}{beside}")
+        lines.append(f"{step.name:<28} {step.seconds(small, minutes):5.0f}s  {step.title}{beside}")
     lines.append(f"together at most {minutes:g} minutes; a step that ends early leaves its time to the next ones")
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 RIGHT, WRONG, MET, MISSED, MEASURED = "right", "wrong", "met", "missed", "measured"
 NOT_RUN, FAILED, CUT = "not run", "failed", "cut"
+UNRUN = "unrun"  # no case of a step ran an implementation; wrong unless a step of another dtype did
 # What a CUDA context does not survive: every later call in the process fails as well.
 STICKY = ("CUDA error", "CUDA_ERROR", "Triton Error [CUDA]", "illegal memory access", "device-side assert", "launch failure",
           "CUBLAS_STATUS_EXECUTION_FAILED")  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.gpu import rows
 from benchmarks.gpu.plan import RESERVE, Step
-from benchmarks.gpu.rows import CUT, FAILED, NOT_RUN, WRONG, Row, Rows
+from benchmarks.gpu.rows import CUT, FAILED, NOT_RUN, UNRUN, WRONG, Row, Rows
 
 SPOILT = 70  # exit status of a step whose CUDA context is lost
 STARTS = 3  # of a step that crashes: it goes on behind the row that ended it
@@ -89,20 +89,16 @@ class Runner:
         return not self.running or (bool(group) and step.group == group and len(self.running) < self.workers)
 
     def _writer(self, step: Step) -> Rows:
-        return Rows(self.path, self._name(step), started=self.started)
-
-    @staticmethod
-    def _name(step: Step) -> str:
-        return step.id + step.suffix
+        return Rows(self.path, step.name, started=self.started)
 
     def _start(self, step: Step, starts: int = 1, limit: float | None = None) -> None:
         limit = step.seconds(self.small, self.minutes) if limit is None else limit
         if self.left < min(5.0, limit):
             verdict = CUT if step.check else NOT_RUN
-            self._writer(step).write(self._name(step), verdict, note=f"no time was left of {self.minutes:g} minutes")
+            self._writer(step).write(step.name, verdict, note=f"no time was left of {self.minutes:g} minutes")
             return
         limit = min(limit, self.left)
-        done = [row["id"] for row in self.rows() if row["step"] == self._name(step)] if starts > 1 else []
+        done = [row["id"] for row in self.rows() if row["step"] == step.name] if starts > 1 else []
         only = self.only.removesuffix(step.suffix) if self.only and step.suffix else self.only
         job = {"only": only, "suffix": step.suffix, "skip": done, "started": self.started, "small": self.small,
                "limit": limit, "options": self.options}  # fmt: skip
@@ -126,7 +122,7 @@ class Runner:
                     self._crashed(one, code)
 
     def _begun(self, step: Step) -> str:
-        return rows.unfinished(self.records(), self._name(step)) or self._name(step)
+        return rows.unfinished(self.records(), step.name) or step.name
 
     def _log(self, step: Step) -> str:
         """The last lines that the step printed."""
@@ -136,7 +132,7 @@ class Runner:
     def _crashed(self, one: Running, code: int) -> None:
         """A row for the crash, unless the step has written it; then the rest of the step in a new process."""
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        name = self._name(one.step)
+        name = one.step.name
         begun = rows.unfinished(self.records(), name)
         own = [row for row in self.rows() if row["step"] == name]
         reported = begun is None and code == SPOILT and bool(own) and own[-1]["verdict"] == FAILED
@@ -178,7 +174,7 @@ def number(value: Any) -> str:
 
 
 def log_of(path: Path, step: Step) -> Path:
-    return path.parent / "logs" / f"{(step.id + step.suffix).replace('/', '.')}.log"
+    return path.parent / "logs" / f"{step.name.replace('/', '.')}.log"
 
 
 def child(step: Step, path: str, job: dict[str, Any]) -> None:
@@ -192,7 +188,7 @@ def child(step: Step, path: str, job: dict[str, Any]) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(step.environment)
     named = {name: job[name] for name in ("started", "only", "skip")}
-    writer = Rows(Path(path), step.id + step.suffix, suffix=step.suffix, **named)
+    writer = Rows(Path(path), step.name, suffix=step.suffix, **named)
     try:
         from benchmarks.gpu.work import Work
 
@@ -219,6 +215,6 @@ def end_with_parent() -> None:
 
 def status(results: Sequence[Row], plan: Sequence[Step]) -> int:
     """1 if a result is wrong, something failed, or a check was cut; missed speeds are no error."""
-    checks = {step.id + step.suffix for step in plan if step.check}
-    bad = [row for row in results if row["verdict"] in (WRONG, FAILED) or (row["verdict"] == CUT and row["step"] in checks)]
-    return int(bool(bad) or not results)
+    checks = {step.name for step in plan if step.check}
+    bad = any(row["verdict"] in (WRONG, UNRUN, FAILED) for row in results)
+    return int(bad or any(row["verdict"] == CUT and row["step"] in checks for row in results) or not results)

@@ -18,7 +18,7 @@ from benchmarks.gpu.work import Work
 from benchmarks.tools.common import ROOT
 
 MARGIN = 4.0  # seconds to report before the step's own limit
-SMALL_TESTS = "tests/triton/test_gpu.py"
+FIRST = "tests/triton/test_gpu.py"
 
 
 def tests(rows: Rows, work: Work) -> None:
@@ -31,7 +31,7 @@ def gpu_tests(work: Work) -> dict[str, Any]:
     if missing:
         return {"verdict": NOT_RUN, "note": f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}"}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "-rfE",
-               SMALL_TESTS if work.small else "tests"]  # fmt: skip
+               "--continue-on-collection-errors", *([FIRST] if work.small else files())]  # fmt: skip
     if importlib.util.find_spec("xdist") and not work.small:
         command += ["-n", str(min(6, max(1, (os.cpu_count() or 2) // 2)))]
     code, output = limited(command, work.left - MARGIN, work.out / "logs" / "pytest.log")
@@ -46,6 +46,13 @@ def gpu_tests(work: Work) -> dict[str, Any]:
     if not counts.get("passed"):
         return {"verdict": NOT_RUN if code in (0, 5) else FAILED, "note": note, "log": output[-3000:]}
     return {"verdict": RIGHT if code == 0 else FAILED, "measured": counts["passed"], "unit": "passed", "note": note}
+
+
+def files() -> list[str]:
+    """The files with tests that need a GPU, kernels first: others may need packages that a GPU machine does not have."""
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
+    names = sorted(path.relative_to(ROOT).as_posix() for path in marked)
+    return sorted(names, key=lambda name: (name != FIRST, not name.startswith("tests/triton/")))
 
 
 def outcomes(output: str) -> dict[str, int]:

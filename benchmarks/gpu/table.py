@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.rows import CUT, FAILED, MEASURED, MET, MISSED, NOT_RUN, RIGHT, WRONG, Row
+from benchmarks.gpu.rows import CUT, FAILED, MEASURED, MET, MISSED, NOT_RUN, RIGHT, UNRUN, WRONG, Row
 from benchmarks.gpu.runner import number
 
 SCHEMA = 2  # of benchmarks.tools.common
-ORDER = (WRONG, FAILED, CUT, MISSED, MET, MEASURED, RIGHT, NOT_RUN)
+ORDER = (WRONG, UNRUN, FAILED, CUT, MISSED, MET, MEASURED, RIGHT, NOT_RUN)
 
 
 def table(rows: Sequence[Row], repeat: str) -> str:

@@ -10,20 +10,22 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import cases, checks, command, decode, model, plan, rows, speed, suite, table, targets
+from benchmarks.gpu import cases, checks, command, decode, environment, model, plan, rows, speed, suite, table, targets
 from benchmarks.gpu.plan import MINUTES, RESERVE, Step, most, steps
-from benchmarks.gpu.rows import CUT, FAILED, MEASURED, MET, MISSED, NOT_RUN, RIGHT, WRONG, Rows
+from benchmarks.gpu.rows import CUT, FAILED, MEASURED, MET, MISSED, NOT_RUN, RIGHT, UNRUN, WRONG, Rows
 from benchmarks.gpu.runner import Runner, status
 from benchmarks.gpu.work import Work
 from benchmarks.tools import report
 from benchmarks.tools.compare import read
-from qwen35moe import backends
+from qwen35moe import Qwen3_5MoeForCausalLM, backends
 
 Register = Callable[..., None]
 
@@ -107,18 +109,27 @@ def test_a_wrong_implementation_fails(fn: Any, modes: set[str], register: Regist
 
 def test_a_wrong_kernel_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from qwen35moe_kernels import rotary
+    from qwen35moe_kernels import router
 
-    real = rotary._rotated
-    monkeypatch.setattr(rotary, "_rotated", lambda query, key, cos, sin, back: real(query, key, cos, -sin, back))
-    results = checked(tmp_path, "rotary", "triton/fp32/inference")
+    assert [row["verdict"] for row in checked(tmp_path, "router", "triton/fp32/inference")] == [RIGHT]
+    real = router._choose
+    monkeypatch.setattr(router, "_choose", lambda logits, top_k: tuple(x.flip(1) for x in real(logits, top_k)))
+    results = checked(tmp_path, "router", "triton/fp32/inference")
     assert [row["verdict"] for row in results] == [WRONG] and exit_status(results) == 1
 
 
 def test_an_implementation_that_no_case_runs_fails(register: Register, tmp_path: Path) -> None:
     register("rms_norm", mine, lambda x, weight, *, eps: "x has no 12,345 columns")
     (row,) = checked(tmp_path, "rms_norm", "mine")
-    assert row["verdict"] == WRONG and "no 12,345 columns" in row["note"]
+    assert row["verdict"] == UNRUN and "no 12,345 columns" in row["note"] and exit_status([row]) == 1
+    runner = Runner(tmp_path, small=True, only="check", context=FORK, say=lambda text: None)
+    runner.first = 0
+    command.coverage(runner)
+    assert [row["verdict"] for row in runner.rows()] == [WRONG]
+    Rows(runner.path).write("check/rms_norm/mine/fp32/inference", RIGHT)  # by the step of another dtype
+    Rows(runner.path).write("check/rms_norm/mine", UNRUN, note="x is bfloat16")
+    command.coverage(runner)
+    assert [row["verdict"] for row in runner.rows()] == [NOT_RUN, RIGHT]
     backends.unregister("rms_norm", "mine")
     backends.register("rms_norm", "mine", None, missing="it needs a GPU")
     (row,) = checked(tmp_path, "rms_norm", "mine")
@@ -259,8 +270,8 @@ def test_one_row_alone(tmp_path: Path) -> None:
     assert [row["id"] for row in rows.latest(rows.read(out.path))] == ["moe/forward/N1"]
     every = steps(backends.OPERATIONS)
     assert [one.id for one in every if one.wanted("moe/forward/N1")] == ["moe"]
-    assert [one.id for one in every if one.wanted("check/experts/triton")] == ["check/experts"]
-    assert len([one for one in every if one.wanted("check")]) == len(backends.OPERATIONS)
+    assert {one.id for one in every if one.wanted("check/experts/triton")} == {"check/experts"}
+    assert {one.id for one in every if one.wanted("check")} == {f"check/{name}" for name in backends.OPERATIONS}
     with pytest.raises(ValueError, match="no step has that row"):
         command.main(["--only", "moes", "--device", "cpu"])
 
@@ -279,7 +290,8 @@ def test_the_plan_fits_its_nine_minutes(capsys: pytest.CaptureFixture[str]) -> N
     assert all(callable(one.load()) for one in every)
     assert command.main(["--list", "--device", "cpu"]) == 0
     listed = capsys.readouterr().out
-    assert all(f"\n{one.id} " in listed for one in every) and listed != plan.listing(every, False, MINUTES)
+    assert len({one.name for one in every}) == len(every) and all(f"\n{one.name} " in listed for one in every)
+    assert listed != plan.listing(every, False, MINUTES)
 
 
 # ------------------------------------------------------------------------------------------------------------- verdicts
@@ -360,3 +372,106 @@ def test_warnings_are_kept_as_text() -> None:
         warnings.warn("of Python", stacklevel=1)
         logging.getLogger("qwen35moe.generation").warning("a decode step could not be recorded: %s", "no memory")
     assert text == ["a decode step could not be recorded: no memory", "of Python"]
+
+
+# ------------------------------------------------------------------------------------------------------------- lines for a GPU
+
+
+class Event:
+    """In place of torch.cuda.Event."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1e3 * (later.time - self.time)
+
+
+class Profile:
+    """In place of torch.profiler.profile: one kernel twice, and a call of the host."""
+
+    def __init__(self, activities: Any) -> None:
+        self.activities = activities
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def events(self) -> list[Any]:
+        spent = SimpleNamespace(elapsed_us=lambda: 500.0)
+        kinds = ("CUDA", "CUDA", "CPU")
+        return [SimpleNamespace(name="up_kernel", device_type=SimpleNamespace(name=k), time_range=spent) for k in kinds]
+
+
+class OnGpu(Work):
+    device = "cpu"  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
+    """The lines for a GPU, on the CPU: torch.cuda's functions are replaced."""
+    functions: dict[str, Any] = {
+        "synchronize": lambda *_: None, "Event": Event, "empty_cache": lambda: None, "device": lambda _: nullcontext(),
+        "reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 7, "mem_get_info": lambda: (84e9, 85e9),
+        "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3", "get_device_capability": lambda: (9, 0),
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=85e9), "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda _: None,
+    }  # fmt: skip
+    for name, function in functions.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(speed, "FULL", cases.SMALL)
+    small = model.configuration(True, 4)
+    monkeypatch.setattr(decode, "configuration", lambda *_: small)
+    return OnGpu(small=False, limit=60, out=tmp_path)
+
+
+def test_a_profile_counts_kernels_only(gpu: Work) -> None:
+    assert gpu.profile(lambda: None) == {"top": [["up_kernel", 1.0, 2.0]], "launches": 2, "device_ms": 1.0}
+    with gpu.no_synchronisation():
+        pass
+
+
+def test_the_machine_and_the_layers_that_fit(gpu: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = environment.facts(gpu)
+    assert row["gpu"].startswith("NVIDIA H100") and row["machine"]["capability"] == [9, 0]
+    assert decode.fitting(gpu, decode.STEP) == 40 and decode.fitting(gpu, decode.PREFILL) == 36
+    assert environment.built(gpu)["note"] == "--wheels has no sdist of it"
+
+
+def test_a_step_beside_its_targets(gpu: Work) -> None:
+    subject = decode.Subject(gpu)
+    assert "scaled to 40" not in subject.about and subject.layers == 40
+    row = decode.eager(gpu, subject, lambda: None)
+    assert (row["verdict"], row["measured"], row["target"]) == (MET, 2.0, "<= 700")
+    assert decode.synchronisations(gpu, lambda: None)["verdict"] == MET
+
+    def waits() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    calls = [lambda: None, waits]
+    assert decode.synchronisations(gpu, lambda: calls.pop(0)())["verdict"] == MISSED
+    x = torch.ones(3)
+    options: dict[str, Any] = {"rounds": 2, "ratio": 1e9, "faster_by": None, "against": "fla"}
+    assert speed.compare(gpu, lambda: x, {"fla": lambda: x}, **options)["verdict"] == MET
+    assert speed.compare(gpu, lambda: x, {"fla": lambda: x}, **{**options, "ratio": 0.0})["verdict"] == MISSED
+
+
+def test_a_checkpoint_that_loads_wrongly_is_an_error(gpu: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = decode.load_row(gpu)
+    assert row["verdict"] in (MET, MISSED) and row["target"] == ">= 10" and not (gpu.out / "checkpoint").exists()
+    real = Qwen3_5MoeForCausalLM.from_pretrained
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        loaded = real(*args, **kwargs)
+        with torch.no_grad():
+            loaded.model.norm.weight.add_(1)
+        return loaded
+
+    monkeypatch.setattr(Qwen3_5MoeForCausalLM, "from_pretrained", changed)
+    row = decode.load_row(gpu)
+    assert row["verdict"] == WRONG and "model.norm.weight" in row["note"]
