@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     small = options.device == "cpu" or (options.device == "auto" and not has_gpu())
     if small:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # without a CUDA context, see `runner`
     plan = whole_plan()
     if options.list:
         print(listing(plan, small, options.minutes))

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,9 +23,10 @@ import torch
 from benchmarks.gpu import cases, checks, command, decode, environment, model, plan, rows, speed, suite, table, targets
 from benchmarks.gpu.plan import MINUTES, RESERVE, Step, most, steps
 from benchmarks.gpu.rows import CUT, FAILED, MEASURED, MET, MISSED, NOT_RUN, RIGHT, UNRUN, WRONG, Rows
-from benchmarks.gpu.runner import Runner, status
+from benchmarks.gpu.runner import PRELOAD, Runner, status
 from benchmarks.gpu.work import Work
 from benchmarks.tools import report
+from benchmarks.tools.common import ROOT
 from benchmarks.tools.compare import read
 from qwen35moe import Qwen3_5MoeForCausalLM, backends
 
@@ -230,6 +233,18 @@ def test_an_error_of_a_step_is_a_row(tmp_path: Path) -> None:
     assert results["fails"]["verdict"] == FAILED and results["fails"]["note"] == "ValueError: no such model"
     assert results["quick/row"]["verdict"] == RIGHT
     assert "no such model" in (tmp_path / "logs" / "fails.log").read_text()
+
+
+def test_what_is_imported_before_the_fork_does_not_use_cuda() -> None:
+    """A process that has used CUDA, if only to count devices, cannot fork processes that use it."""
+    code = f"""
+import importlib, torch
+def used(*args, **kwargs): raise SystemExit("CUDA was used")
+for name in ("is_available", "device_count", "_lazy_init", "get_device_capability"): setattr(torch.cuda, name, used)
+for name in {PRELOAD!r}: importlib.import_module(name)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 @needs_fork
