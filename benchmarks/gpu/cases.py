@@ -44,7 +44,7 @@ class Sizes:
 
 FULL = Sizes()
 SMALL = Sizes(D=48, E=6, F=24, top_k=2, G=1, H=2, K=16, heads=(4, 2, 24), R=8, V=33, tokens=(1, 5, 9, 67), convolved=(1, 9),
-              rule=((5, "hard"),), batches=(1, 3), loads=(1, 7), vision=(2, 8))  # fmt: skip
+              rule=((5, "hard"),), batches=(3,), loads=(1, 7), vision=(2, 8))  # fmt: skip
 
 
 @dataclass
@@ -110,11 +110,13 @@ def sigmoid_gate(draw: Draw) -> Iterator[Arguments]:
 
 
 def attention(draw: Draw) -> Iterator[Arguments]:
-    """A prompt, its continuation, one new token, and packed documents."""
+    """A prompt, its continuation, one new token, also of rows of different lengths, and packed documents."""
     (heads, keys, width), most = draw.sizes.heads, draw.sizes.tokens[2]
     for T, start in ((most, 0), (most // 3, most - most // 3), (1, most)):
         kv = draw(2, start + T, keys, width), draw(2, start + T, keys, width)
         yield (draw(2, T, heads, width), *kv), {"scale": width**-0.5, "starts": start}
+    kv = draw(2, most, keys, width), draw(2, most, keys, width)  # a static cache that rows fill in part
+    yield (draw(2, 1, heads, width), *kv), {"scale": width**-0.5, "starts": draw.integers(most - 1, most // 2)}
     tensors = draw(1, most, heads, width), draw(1, most, keys, width), draw(1, most, keys, width)
     yield tensors, {"scale": width**-0.5, "starts": 0, "cu_seqlens": draw.integers(0, 1, 4, most // 2 + 1, most)}
 

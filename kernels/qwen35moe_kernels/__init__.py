@@ -17,8 +17,8 @@ __all__ = ["register"]
 # Each has a function `register(register)`. The order counts: of two that register before the same form, the later one stands
 # next to it.
 MODULES = (
-    "convolution", "norm", "rotary", "router", "gated_norm", "step", "causal_conv1d", "flash_attn", "delta_rule", "fla",
-    "experts", "sonic_moe", "zentorch",
+    "convolution", "norm", "linear", "rotary", "sigmoid_gate", "router", "shared_expert", "gated_norm", "step", "causal_conv1d",
+    "flash_attn", "delta_rule", "fla", "experts", "sonic_moe", "zentorch",
 )  # fmt: skip
 
 

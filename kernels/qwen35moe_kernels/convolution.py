@@ -17,6 +17,7 @@ from qwen35moe_kernels import runtime
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TOKENS, _TOKENS_BACKWARD, _CHANNELS, _WARPS = 32, 16, 128, 8  # block of a program: 16 elements per thread, 8 in the backward
+_PARTS = 128  # of the weight's gradient: with 64 blocks of channels, 8,192 programs
 _TAPS = 8  # the loops over taps are unrolled; the backward has W^2 iterations
 
 
@@ -55,7 +56,7 @@ class _Call:
         self.batch, self.tokens, self.channels = x.shape
         self.taps = weight.shape[-1]
         self.rows = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.state = None if state is None else state.mT.contiguous()
+        self.state = None if state is None else state.transpose(1, 2).contiguous()
         self.lengths, self.bounds, self.document = lengths, None, None
         if cu_seqlens is not None:
             self.bounds = cu_seqlens.to(x.device)
@@ -78,7 +79,7 @@ class _Call:
 
     def tiles(self, max_tokens: int) -> tuple[tuple[int, int, int], dict[str, int]]:
         """The grid over tokens, channels and rows, and its block sizes."""
-        block = min(max_tokens, runtime.power_of_two(self.tokens))
+        block = max_tokens if self.tokens > 1 else 1  # two compilations, not one for each power of two
         return (runtime.parts(self.tokens, block), runtime.parts(self.channels, self.block), self.batch), {
             "BT": block,
             "BC": self.block,
@@ -126,8 +127,9 @@ def _backward(
     kernels = runtime.kernels("convolution_kernels")
 
     call = _Call(x, weight, state, lengths, cu_seqlens)
-    dy, dafter = dy.contiguous(), dafter.mT.contiguous()
-    grid, blocks = call.tiles(_TOKENS_BACKWARD)
+    dy, dafter = dy.contiguous(), dafter.transpose(1, 2).contiguous()
+    (blocks_of_tokens, *others), blocks = call.tiles(_TOKENS_BACKWARD)
+    grid = min(blocks_of_tokens, max(1, _PARTS // call.batch)), *others
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial_sums = torch.empty(grid[2] * grid[0], call.taps, call.channels, dtype=torch.float32, device=x.device)
     dstate = _no_state(x) if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
@@ -135,14 +137,14 @@ def _backward(
     with runtime.on_device_of(x):
         kernels.backward_kernel[grid](
             dy, dafter, *call.pointers("x", "weight", "state", "lengths", "document", "bounds"), dx, partial_sums, *call.sizes,
-            **call.flags, HAS_STATE=has_state, **blocks, num_warps=_WARPS,
+            **call.flags, HAS_STATE=has_state, **blocks, BW=runtime.power_of_two(call.taps), num_warps=_WARPS,
         )  # fmt: skip
         if has_state:
             kernels.state_gradient_kernel[call.per_row](
                 dy, dafter, *call.pointers("x", "weight", "state", "lengths", "document", "bounds"), dstate, *call.sizes,
                 **call.flags, BC=call.block,
             )  # fmt: skip
-    return dx, partial_sums.sum(0).T.to(weight.dtype).contiguous(), dstate
+    return dx, partial_sums.sum(0).t().to(weight.dtype).contiguous(), dstate
 
 
 def _no_state(x: Tensor) -> Tensor:

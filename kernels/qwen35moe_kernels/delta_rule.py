@@ -44,6 +44,30 @@ def _power_of_two(width: int, most: int = 1 << 30) -> int:
     return min(most, max(16, 1 << (width - 1).bit_length()))
 
 
+class Blocks(NamedTuple):
+    """Columns of V in a program, by kernel, and the options of `queries_back` and `keys_back`."""
+
+    outputs: int
+    attend: int
+    recur: int  # also of `recur_back`
+    back: int
+    options: dict[str, int]
+
+
+def blocks(value: Tensor) -> Blocks:
+    """The blocks for a call. docs/reference/kernels.md has the registers and spills on each architecture.
+
+    A Hopper GPU multiplies from shared memory. On others the operands take registers too, so that blocks are smaller; ptxas
+    12.8 and 12.9 then give `queries_back` and `keys_back` 32 registers and spill everything, unless a limit is set.
+    """
+    hopper, half = runtime.hopper(value), value.dtype == torch.bfloat16
+    columns = (128 if hopper else 64, 128, 32, 64 if hopper else 32) if half else (32, 32, 32, 16)
+    options = {"num_warps": 8, "num_stages": 1}
+    if value.is_cuda and not hopper and torch.version.hip is None:
+        options["maxnreg"] = 255
+    return Blocks(*(_power_of_two(value.shape[-1], most) for most in columns), options)
+
+
 class Chunks(NamedTuple):
     """The chunks of rows of one length, or of packed documents, which need the tables (see `chunks`)."""
 
@@ -100,20 +124,19 @@ def delta_rule(
     initial = None if state is None else state.float().contiguous()
     packed, widen = cu_seqlens is not None, runtime.interpreted()
     q_strides, k_strides, v_strides = query.stride()[1:3], key.stride()[1:3], value.stride()[1:3]
-    wide = _power_of_two(size.V, 128 if key.dtype == torch.bfloat16 else 32)
-    narrow = min(wide, 32)
+    block = blocks(value)
     with runtime.on_device_of(query):
         kernels.prepare[layout.count, size.H](
             query, key, decay, beta, inverse, sums, norms, layout.spans, tokens, total, *q_strides, *k_strides,
             size.G, size.H, size.K, size.KP, 32, packed, widen, num_warps=2,
         )  # fmt: skip
-        kernels.recur[layout.rows * size.H, -(-size.V // narrow)](
+        kernels.recur[layout.rows * size.H, -(-size.V // block.recur)](
             key, value, beta, inverse, sums, norms, initial, states, writes, final, layout.bounds, layout.first, tokens, total,
-            *k_strides, *v_strides, *size, narrow, CHUNK, packed, initial is not None, widen, num_warps=4, num_stages=2,
+            *k_strides, *v_strides, *size, block.recur, CHUNK, packed, initial is not None, widen, num_warps=4, num_stages=2,
         )  # fmt: skip
-        kernels.outputs[layout.count, size.H, -(-size.V // wide)](
+        kernels.outputs[layout.count, size.H, -(-size.V // block.outputs)](
             query, key, sums, norms, states, writes, output, layout.spans, tokens, total, *q_strides, *k_strides, size.K**-0.5,
-            *size, wide, CHUNK, packed, widen, num_warps=4,
+            *size, block.outputs, CHUNK, packed, widen, num_warps=4,
         )  # fmt: skip
     return results
 
@@ -158,26 +181,24 @@ def delta_rule_back(
     d_units = torch.empty(key.shape, dtype=torch.float32, device=key.device)
     packed, widen = cu_seqlens is not None, runtime.interpreted()
     q_strides, k_strides, v_strides = query.stride()[1:3], key.stride()[1:3], value.stride()[1:3]
-    half = key.dtype == torch.bfloat16
-    wide, middle = _power_of_two(size.V, 128 if half else 32), _power_of_two(size.V, 64 if half else 16)
-    narrow, scale = min(wide, 32), size.K**-0.5
+    block, scale = blocks(value), size.K**-0.5
     with runtime.on_device_of(query):
-        kernels.attend_back[layout.count, size.H, -(-size.V // wide)](
+        kernels.attend_back[layout.count, size.H, -(-size.V // block.attend)](
             query, key, sums, norms, d_output, d_writes, layout.spans, tokens, total, *q_strides, *k_strides, scale,
-            *size, wide, CHUNK, packed, widen, num_warps=4,
+            *size, block.attend, CHUNK, packed, widen, num_warps=4,
         )  # fmt: skip
-        kernels.recur_back[layout.rows * size.H, -(-size.V // narrow)](
+        kernels.recur_back[layout.rows * size.H, -(-size.V // block.recur)](
             query, key, beta, inverse, sums, norms, d_output, d_writes, d_final, d_states, d_initial, layout.bounds,
-            layout.first, tokens, total, *q_strides, *k_strides, scale, *size, narrow, CHUNK, packed, widen,
+            layout.first, tokens, total, *q_strides, *k_strides, scale, *size, block.recur, CHUNK, packed, widen,
             num_warps=4, num_stages=2,
         )  # fmt: skip
         kernels.queries_back[layout.count, size.G](
             query, key, sums, norms, states, writes, d_output, d_query, d_units, d_decay, layout.spans, tokens, total,
-            *q_strides, *k_strides, scale, *size, middle, CHUNK, packed, widen, num_warps=8, num_stages=1,
+            *q_strides, *k_strides, scale, *size, block.back, CHUNK, packed, widen, **block.options,
         )  # fmt: skip
         kernels.keys_back[layout.count, size.G](
             key, value, beta, sums, norms, states, writes, d_writes, d_states, d_units, d_key, d_value, d_decay, d_beta,
-            layout.spans, tokens, total, *k_strides, *v_strides, *size, middle, CHUNK, packed, widen, num_warps=8, num_stages=1,
+            layout.spans, tokens, total, *k_strides, *v_strides, *size, block.back, CHUNK, packed, widen, **block.options,
         )  # fmt: skip
     return results
 

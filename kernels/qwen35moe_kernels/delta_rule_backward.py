@@ -39,7 +39,7 @@ from qwen35moe_kernels.delta_rule_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def attend_back(
     query, key, sums, norms, d_output, d_writes, spans, tokens, total, q_token, q_head, k_token, k_head, scale,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
@@ -61,7 +61,7 @@ def attend_back(
     store_rows(d_writes + h * V, product(scores, d_out, ROUND, WIDEN), t, end, H * V, first, V, M, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def recur_back(
     query, key, beta, inverse, sums, norms, d_output, d_writes, d_final, d_states, d_initial, bounds, first_chunks,
     tokens, total, q_token, q_head, k_token, k_head, scale, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
@@ -106,7 +106,7 @@ def _through_length(gradient, x, length):
     return length[:, None] * (gradient - unit * tl.sum(unit * gradient, axis=1)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def queries_back(
     query, key, sums, norms, states, writes, d_output, d_query, d_units, d_decay, spans, tokens, total,
     q_token, q_head, k_token, k_head, scale, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -118,39 +118,39 @@ def queries_back(
     ROUND: tl.constexpr = key.dtype.element_ty
     t, end = span_of_chunk(spans, chunk, tokens, PACKED, M)
     below = tl.arange(0, M)[:, None] > tl.arange(0, M)[None, :]
-    q = load_rows(query + g * q_head, t, end, q_token, 0, K, M, KP)
-    k = load_rows(key + g * k_head, t, end, k_token, 0, K, M, KP)
     q_length = load_column(norms + g, t, end, G, M)
     k_length = load_column(norms + total * G + g, t, end, G, M)
     d_q, d_k = tl.zeros([M, KP], tl.float32), tl.zeros([M, KP], tl.float32)
     for head in range(H // G):
         h = g * (H // G) + head
         coarse, fine, _, _ = load_sums(sums, h, t, end, total, H, M)
-        since_start = scale * decay_factor(coarse + fine)
         d_scores, d_scores_t = tl.zeros([M, M], tl.float32), tl.zeros([M, M], tl.float32)
-        d_start = tl.zeros([M], tl.float32)
+        d_start = tl.zeros([M, KP], tl.float32)
         for first in range(0, V, BV):
             d_out = load_rows(d_output + h * V, t, end, H * V, first, V, M, BV)
             write = load_rows(writes + h * V, t, end, H * V, first, V, M, BV)
             state = load_rows(states + (chunk * H + h) * K * V, 0, K, V, first, V, KP, BV)
             d_scores += product(d_out, tl.trans(write), ROUND, WIDEN)
             d_scores_t += product(write, tl.trans(d_out), ROUND, WIDEN)
-            d_out = d_out.to(tl.float32) * since_start[:, None]
-            d_q += product(d_out, tl.trans(state), ROUND, WIDEN)
-            d_start += tl.sum(d_out * product(q, state, ROUND, WIDEN), axis=1)
+            d_start += product(d_out, tl.trans(state), ROUND, WIDEN)
+        q = load_rows(query + g * q_head, t, end, q_token, 0, K, M, KP)
+        k = load_rows(key + g * k_head, t, end, k_token, 0, K, M, KP)
+        d_start *= (scale * decay_factor(coarse + fine))[:, None]
+        d_q += d_start
+        gate = tl.cumsum(q_length * tl.sum(q.to(tl.float32) * d_start, axis=1), axis=0, reverse=True)
         d_scores_t *= decays_between(coarse, fine, t, end, M, True)
         d_k += product(d_scores_t * (scale * q_length)[None, :], q, ROUND, WIDEN)
         d_scores *= scale * decays_between(coarse, fine, t, end, M, False) * k_length[None, :]
         d_q += product(d_scores, k, ROUND, WIDEN)
         d_logs = tl.where(below, d_scores * product(q, tl.trans(k), ROUND, WIDEN) * q_length[:, None], 0.0)
-        gate = tl.cumsum(q_length * d_start, axis=0, reverse=True)
         gate += tl.sum(tl.where(below, tl.cumsum(d_logs, axis=0, reverse=True), 0.0), axis=1)  # [l, j]: all i >= l
         store_column(d_decay + h, gate, t, end, H, M)
+    q = load_rows(query + g * q_head, t, end, q_token, 0, K, M, KP)
     store_rows(d_query + g * K, _through_length(d_q, q, q_length), t, end, G * K, 0, K, M, KP)
     store_rows(d_units + g * K, d_k, t, end, G * K, 0, K, M, KP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def keys_back(
     key, value, beta, sums, norms, states, writes, d_writes, d_states, d_units, d_key, d_value, d_decay, d_beta, spans,
     tokens, total, k_token, k_head, v_token, v_head, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -163,7 +163,6 @@ def keys_back(
     t, end = span_of_chunk(spans, chunk, tokens, PACKED, M)
     below = tl.arange(0, M)[:, None] > tl.arange(0, M)[None, :]
     above = tl.arange(0, M)[:, None] < tl.arange(0, M)[None, :]
-    k = load_rows(key + g * k_head, t, end, k_token, 0, K, M, KP)
     k_length = load_column(norms + total * G + g, t, end, G, M)
     d_k = load_rows(d_units + g * K, t, end, G * K, 0, K, M, KP)
     for head in range(H // G):
@@ -174,8 +173,8 @@ def keys_back(
         since_start, chunk_decay = decay_factor(coarse + fine), decay_factor(coarse_end + fine_end)
         to_end = decay_factor((coarse_end - coarse) + (fine_end - fine))
         d_system, d_system_t = tl.zeros([M, M], tl.float32), tl.zeros([M, M], tl.float32)
-        d_rate, recalled = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-        d_end, d_chunk_decay = tl.zeros([M], tl.float32), 0.0
+        recall, add = tl.zeros([M, KP], tl.float32), tl.zeros([M, KP], tl.float32)
+        d_rate, d_chunk_decay = tl.zeros([M], tl.float32), 0.0
         for first in range(0, V, BV):
             write = load_rows(writes + h * V, t, end, H * V, first, V, M, BV)
             d_delta = load_rows(d_writes + h * V, t, end, H * V, first, V, M, BV)
@@ -186,15 +185,14 @@ def keys_back(
             d_rate += tl.sum(d_delta * v, axis=1)
             store_rows(d_value + h * V, rate[:, None] * d_delta, t, end, H * V, first, V, M, BV)
             state = load_rows(states + state_at, 0, K, V, first, V, KP, BV)
-            d_delta *= since_start[:, None]
-            recalled += tl.sum(d_delta * product(k, state, ROUND, WIDEN), axis=1)
-            d_k -= product(rate[:, None] * d_delta, tl.trans(state), ROUND, WIDEN)
+            recall += product(d_delta, tl.trans(state), ROUND, WIDEN)
             d_state = load_rows(d_states + state_at, 0, K, V, first, V, KP, BV)
             d_chunk_decay += tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1), axis=0)
-            added = write.to(tl.float32) * to_end[:, None]
-            d_k += product(added, tl.trans(d_state), ROUND, WIDEN)
-            d_end += tl.sum(added * product(k, d_state, ROUND, WIDEN), axis=1)
-        recalled *= k_length
+            add += product(write, tl.trans(d_state), ROUND, WIDEN)
+        k = load_rows(key + g * k_head, t, end, k_token, 0, K, M, KP)
+        recalled = since_start * k_length * tl.sum(recall * k.to(tl.float32), axis=1)
+        d_end = to_end * tl.sum(add * k.to(tl.float32), axis=1)
+        d_k += to_end[:, None] * add - (rate * since_start)[:, None] * recall
         d_system = tl.where(below, d_system * decays_between(coarse, fine, t, end, M, False), 0.0)
         d_system_t = tl.where(above, d_system_t * decays_between(coarse, fine, t, end, M, True), 0.0)
         d_both = (rate[:, None] * d_system + rate[None, :] * d_system_t) * k_length[None, :]
@@ -206,4 +204,5 @@ def keys_back(
         gate = load_column(d_decay + h, t, end, H, M) - tl.cumsum(rate * recalled, axis=0, reverse=True)
         gate += chunk_decay * d_chunk_decay + tl.sum(tl.where(below, across, 0.0), axis=1)
         store_column(d_decay + h, gate, t, end, H, M)
+    k = load_rows(key + g * k_head, t, end, k_token, 0, K, M, KP)
     store_rows(d_key + g * K, _through_length(d_k, k, k_length), t, end, G * K, 0, K, M, KP)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from qwen35moe_kernels.delta_rule_tiles import (
+    PRECISION,
     decay_factor,
     decays_between,
     load_column,
@@ -53,7 +54,7 @@ def _without_column(a, x, j):
 
 @triton.jit
 def _product32(a, b):
-    return tl.dot(a, b, input_precision="tf32x3")
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def _system(scores, length_i, coarse_i, fine_i, beta_i, length_j, coarse_j, fine
     return beta_i[:, None] * scores * decay_factor(logs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def prepare(
     query, key, decay, beta, inverse, sums, norms, spans, tokens, total, q_token, q_head, k_token, k_head,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr,
@@ -175,9 +176,14 @@ def prepare(
     store_rows(to, x31, t3, end, H * 64, 16, 64, BLOCK, BLOCK)
     store_rows(to, x32, t3, end, H * 64, 32, 64, BLOCK, BLOCK)
     store_rows(to, x3, t3, end, H * 64, 48, 64, BLOCK, BLOCK)
+    wide = tl.zeros([BLOCK, 32], tl.float32)
+    store_rows(to, empty, t0, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, wide, t0, end, H * 64, 32, 64, BLOCK, 32)
+    store_rows(to, wide, t1, end, H * 64, 32, 64, BLOCK, 32)
+    store_rows(to, empty, t2, end, H * 64, 48, 64, BLOCK, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def recur(
     key, value, beta, inverse, sums, norms, initial, states, writes, final, bounds, first_chunks, tokens, total,
     k_token, k_head, v_token, v_head, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -211,7 +217,7 @@ def recur(
     store_rows(final + (n * H + h) * K * V, state, 0, K, V, first, V, KP, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "total"])
 def outputs(
     query, key, sums, norms, states, writes, output, spans, tokens, total, q_token, q_head, k_token, k_head, scale,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,

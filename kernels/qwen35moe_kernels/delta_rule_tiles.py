@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -17,6 +18,7 @@ from qwen35moe_kernels import runtime
 
 FLOOR = tl.constexpr(-30.0)  # e^-30 = 1e-13: a smaller decay changes no digit of a float32 sum
 STEP = tl.constexpr(64.0)  # log decays are split at multiples of 1/64
+PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")  # of float32 products; AMD's compiler has no tf32x3
 LOWEST = tl.constexpr(-4096.0)  # 64 of it are the largest sum of multiples of 1/64 that float32 holds exactly
 
 
@@ -44,7 +46,7 @@ def product(a, b, ROUND: tl.constexpr, WIDEN: tl.constexpr):
     a, b = a.to(ROUND), b.to(ROUND)
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="tf32x3")
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -80,10 +82,10 @@ def store_column(base, column, begin, end, stride, ROWS: tl.constexpr):
 
 @triton.jit
 def load_inverse(inverse, h, begin, end, H: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """(I + a)^-1 [M, M] of one chunk and head; `prepare` does not write the part above the diagonal, which is zero."""
+    """(I + a)^-1 [M, M] of one chunk and head, with the zeros above its diagonal: a mask of rows alone leaves loads wide."""
     one, other = tl.arange(0, M)[:, None], tl.arange(0, M)[None, :]
     i, j = (other, one) if TRANSPOSED else (one, other)
-    return tl.load(inverse + ((begin + i) * H + h) * M + j, (begin + i < end) & (j <= i), other=0.0)
+    return tl.load(inverse + ((begin + i) * H + h) * M + j, begin + i < end, other=0.0)
 
 
 @triton.jit

@@ -12,7 +12,8 @@ the activation [N k, 2F] and the sorted order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,7 +56,30 @@ class Tiles:
     def rows(self) -> int:
         return self.up.rows
 
+    def fitted(self, itemsize: int, most: int, hopper: bool) -> Tiles | None:
+        """These tiles with as many pipeline stages as `most` bytes of shared memory hold, or None. A step of `up` loads rows
+        of x and of two matrices, the others of one each."""
+        fitted = {}
+        for name in ("up", "product", "act_gradient", "weight_gradient"):
+            tile: Tile = getattr(self, name)
+            step = (tile.rows + tile.columns * (2 if name == "up" else 1)) * tile.depth * itemsize
+            fits = (n for n in range(tile.stages, 0, -1) if 0 < _buffers(name, tile, n, hopper) <= (most - _OTHER) // step)
+            if not (stages := next(fits, 0)):
+                return None
+            fitted[name] = replace(tile, stages=stages)
+        return Tiles(**fitted)
 
+
+def _buffers(name: str, tile: Tile, stages: int, hopper: bool) -> int:
+    """Steps whose operands are in shared memory at a time, at most. Hopper's matrix instructions read it, so that the step in
+    use is there as well. The rows of the weight's gradient are found through the order, and loading that takes stages."""
+    if name == "weight_gradient":
+        return stages - 2 if torch.version.hip else (stages + hopper) // 2
+    return stages if hopper and tile.rows >= 64 else stages - 1
+
+
+_LEAST = 49 << 10  # bytes that suffice for the smallest pipeline of every tile
+_OTHER = 1024  # bytes of shared memory beside the stages: barriers, and indices of the rows
 # (largest number of assignments per expert, tiles), from shared memory and registers of a Hopper GPU; not tuned.
 _HALF = (
     (16, Tiles(Tile(16, 64, 128, 4, 4), Tile(16, 128, 128, 4, 4), Tile(16, 128, 128, 4, 3), Tile(128, 128, 16, 8, 7))),
@@ -70,9 +94,17 @@ _SCHEDULE, _COMBINE = 1024, 4096  # assignments per step of the schedule, elemen
 _FEW_UP, _FEW_DOWN = (8, 256), (4, 512)  # columns and depth
 
 
-def _tiles(dtype: torch.dtype, assignments: int, experts: int) -> Tiles:
-    table = _SINGLE if dtype == torch.float32 else _HALF
+def _tiles(hidden: Tensor, assignments: int, experts: int) -> Tiles:
+    table = _fitting(hidden.dtype, runtime.shared_memory(hidden), runtime.hopper(hidden))
     return next(tiles for most, tiles in table if most is None or assignments <= most * experts)
+
+
+@cache
+def _fitting(dtype: torch.dtype, shared: int, hopper: bool) -> tuple[tuple[int | None, Tiles], ...]:
+    """The table of a dtype, as its tiles fit into `shared` bytes; empty if one does not."""
+    table = _SINGLE if dtype == torch.float32 else _HALF
+    fitted = [(most, tiles.fitted(dtype.itemsize, shared, hopper)) for most, tiles in table]
+    return () if any(tiles is None for _, tiles in fitted) else tuple(fitted)  # type: ignore[return-value]
 
 
 def unsupported(
@@ -85,6 +117,8 @@ def unsupported(
     reason = runtime.unsupported_device(hidden=hidden, **experts, indices=indices, weights=weights)
     if reason := reason or runtime.unsupported_dtype(*_FLOATS, hidden=hidden, weights=weights):
         return reason
+    if not _fitting(hidden.dtype, shared := runtime.shared_memory(hidden), runtime.hopper(hidden)):
+        return f"a program may use {shared >> 10} KiB of shared memory on {hidden.device}, the kernels need {_LEAST >> 10}"
     for name, tensor in experts.items():
         if tensor.dtype != hidden.dtype:
             return f"hidden is {hidden.dtype} and {name} {tensor.dtype}, the kernels take one dtype"
@@ -113,7 +147,7 @@ class _Schedule:
 
         self.order, assignments = order, order.numel()
         every_expert = torch.arange(experts, device=order.device, dtype=torch.int32)
-        by_row = indices.reshape(-1)[order].to(torch.int32)
+        by_row = indices.reshape(-1).index_select(0, order).to(torch.int32)
         self.ends = torch.searchsorted(by_row, every_expert, right=True, out_int32=True)
         # ceil(c / rows) <= (c + rows - 1) / rows, summed over the experts with an assignment
         self.count = (assignments + min(experts, assignments) * (rows - 1)) // rows
@@ -121,7 +155,7 @@ class _Schedule:
         self.row_of = torch.empty_like(order)
         kernels.schedule_kernel[(experts,)](
             order, self.ends, self.row_of, self.tiles, assignments, self.count, E=experts, BM=rows,
-            BE=runtime.power_of_two(experts), B=min(_SCHEDULE, runtime.power_of_two(assignments)),
+            BE=runtime.power_of_two(experts), B=_SCHEDULE,
         )  # fmt: skip
 
     @property
@@ -156,7 +190,7 @@ def _many(
     kernels = runtime.kernels("experts_kernels")
 
     (width, inner), assignments, experts = down.shape[1:], indices.numel(), gate_up.shape[0]
-    tiles = _tiles(hidden.dtype, assignments, experts)
+    tiles = _tiles(hidden, assignments, experts)
     plan = _Schedule(_sorted_assignments(indices, experts), indices, experts, tiles.rows)
     act = hidden.new_empty(assignments, inner)
     pre = hidden.new_empty((assignments, 2 * inner) if keep else 0)
@@ -226,7 +260,7 @@ def _backward(
         return tuple(torch.zeros_like(tensor) for tensor in (hidden, gate_up, down, weights))  # type: ignore[return-value]
     dy, hidden, weights = dy.contiguous(), hidden.contiguous(), weights.contiguous()
     (width, inner), (assignments, top_k), experts = down.shape[1:], (indices.numel(), indices.shape[1]), gate_up.shape[0]
-    tiles = _tiles(hidden.dtype, assignments, experts)
+    tiles = _tiles(hidden, assignments, experts)
     with runtime.on_device_of(hidden):
         plan = _Schedule(order, indices, experts, tiles.rows)
         options = tiles.act_gradient.options(inner, width)

@@ -1,4 +1,4 @@
-"""RMS norm in Triton, forward and backward: y = x / sqrt(mean(x^2) + eps) * (1 + weight).
+"""RMS norm in Triton, forward and backward: y = x / sqrt(mean(x^2) + eps) * (1 + weight). Also after an addition, forward.
 
 x [..., D], weight [D]; y [..., D] in x's dtype, rounded once at the end. x may be a part of wider rows, as the queries beside
 their gates are.
@@ -34,11 +34,38 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return _forward(x, weight, eps)
 
 
-def _rows(x: Tensor) -> Tensor:
+def unsupported_add(residual: Tensor, change: Tensor, weight: Tensor, *, eps: float) -> str | None:
+    """None, or the reason why the kernel of the sum and its norm cannot run this call."""
+    if residual.shape != change.shape:
+        return f"change {list(change.shape)} would be broadcast over residual {list(residual.shape)}"
+    tensors = {"residual": residual, "change": change, "weight": weight}
+    if residual.shape[-1] > _WIDEST:
+        return f"residual has rows of {residual.shape[-1]}, one program holds {_WIDEST}"
+    return runtime.unsupported_device(**tensors) or runtime.unsupported_dtype(*_FLOATS, **tensors)
+
+
+def add_rms_norm(residual: Tensor, change: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """residual + change and its norm, both in residual's dtype."""
+    return (_add_operation if torch.compiler.is_compiling() else _added)(residual, change, weight, eps)
+
+
+def _added(residual: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    kernel = runtime.kernels("norm_kernels").add_kernel
+
+    total, y = (torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) for _ in range(2))
+    if y.numel():
+        rows = residual.reshape(-1, residual.shape[-1]).contiguous()
+        blocks, shape = _blocks(_ELEMENTS, rows)
+        with runtime.on_device_of(residual):
+            kernel[(blocks,)](rows, change.contiguous(), weight.contiguous(), total, y, *rows.shape, eps, **shape)
+    return total, y
+
+
+def spaced_rows(x: Tensor) -> Tensor:
     """x as [rows, D] with contiguous rows: a view where the leading axes are evenly spaced."""
     try:
         rows = x.view(-1, x.shape[-1])
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # ValueError: of fake tensors
         return x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -55,7 +82,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
-        rows = _rows(x)
+        rows = spaced_rows(x)
         blocks, shape = _blocks(_ELEMENTS, rows)
         with runtime.on_device_of(x):
             kernels.forward_kernel[(blocks,)](rows, weight.contiguous(), y, *rows.shape, rows.stride(0), eps, **shape)
@@ -68,7 +95,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not dx.numel():
         return dx, torch.zeros_like(weight)
-    rows = _rows(x)
+    rows = spaced_rows(x)
     blocks, shape = _blocks(_ELEMENTS_BACKWARD, rows)
     programs = min(blocks, _PROGRAMS)
     partial_sums = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
@@ -109,7 +136,22 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _operation.register_autograd(_differentiate, setup_context=_save)
 
 
+_add_operation = torch.library.custom_op(
+    "qwen35moe_kernels::add_rms_norm", _added, mutates_args=(),
+    schema="(Tensor residual, Tensor change, Tensor weight, float eps) -> (Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_add_operation.register_fake
+def _add_shapes(residual: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+
+
 def register(register: Callable[..., None]) -> None:
     """Registers ahead of the PyTorch forms."""
     missing, place = runtime.missing(), runtime.place("cpu")
     register("rms_norm", "triton", rms_norm, unsupported, before=place, missing=missing, **runtime.FIRST_ORDER)
+    register(
+        "add_rms_norm", "triton", add_rms_norm, unsupported_add, before=runtime.place("torch"), missing=missing,
+        differentiable=False, transforms=(),
+    )  # fmt: skip

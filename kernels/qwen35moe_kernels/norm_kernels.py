@@ -21,6 +21,24 @@ def forward_kernel(x, weight, y, rows, D, x_row, eps, BR: tl.constexpr, BD: tl.c
 
 
 @triton.jit(do_not_specialize=["rows"])
+def add_kernel(residual, change, weight, total, y, rows, D, eps, BR: tl.constexpr, BD: tl.constexpr):
+    """total = residual + change and y = rms_norm(total), in total's dtype, for BR of the rows [D]. total is rounded before the
+    norm."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    column = tl.arange(0, BD)
+    mask = (row < rows)[:, None] & (column < D)[None, :]
+    at = row[:, None] * D + column[None, :]
+    added = tl.load(change + at, mask=mask, other=0.0).to(total.dtype.element_ty).to(tl.float32)
+    added = (tl.load(residual + at, mask=mask, other=0.0).to(tl.float32) + added).to(total.dtype.element_ty)
+    tl.store(total + at, added, mask=mask)
+    wide = added.to(tl.float32)
+    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=1) / D + eps)
+    out = wide * scale[:, None] * (1.0 + w)[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(dy, x, weight, dx, dweight, rows, D, x_row, eps, BR: tl.constexpr, BD: tl.constexpr):
     """dx of the blocks of BR rows of this program, and the sum of their weight gradients, dweight [programs, D].
 

@@ -175,6 +175,28 @@ def capability(tensor: Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
 
 
+def hopper(tensor: Tensor) -> bool:
+    """Whether the tensor's GPU is a Hopper (compute capability 9.0), whose matrix instructions read shared memory. Others keep
+    the operands in registers. An AMD GPU of capability 9.4 is none."""
+    return capability(tensor) == (9, 0) and torch.version.hip is None
+
+
+def shared_memory(tensor: Tensor) -> int:
+    """Bytes of shared memory that one program may use on the tensor's GPU; no limit in the interpreter."""
+    return _shared_memory(tensor.device.index or 0) if tensor.is_cuda else 1 << 30
+
+
+@cache
+def _shared_memory(index: int) -> int:
+    properties = torch.cuda.get_device_properties(index)
+    for name in ("shared_memory_per_block_optin", "shared_memory_per_block"):  # ROCm builds of torch have the second only
+        if value := getattr(properties, name, 0):
+            return int(value)
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
 def unsupported_capability(package: str, tensor: Tensor, least: tuple[int, int]) -> str | None:
     """None, or the reason why the tensor's GPU is too old for a package."""
     current = capability(tensor)

@@ -53,6 +53,13 @@ def rms_norm_cases(dtype: torch.dtype, device: str, generator: torch.Generator) 
         yield (draw(*shape), 0.3 * draw(shape[-1])), {"eps": 1e-6}
 
 
+def add_rms_norm_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """The rows of `rms_norm_cases` as the residual stream, with a change."""
+    draw = Draw(dtype, device, generator)
+    for (x, weight), options in rms_norm_cases(dtype, device, generator):
+        yield (x, draw(*x.shape), weight), options
+
+
 def gated_rms_norm_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
     """The rows of `rms_norm_cases` with gates."""
     draw = Draw(dtype, device, generator)
@@ -69,6 +76,15 @@ def rotary_cases(dtype: torch.dtype, device: str, generator: torch.Generator) ->
         yield (query, key, draw.cast(angle.cos(), draw.wide), draw.cast(angle.sin(), draw.wide)), {}
 
 
+def norm_rotary_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Some of the head rotated, and all of it."""
+    draw = Draw(dtype, device, generator)
+    for B, T, H, G, K, half in ((2, 3, 4, 1, 16, 5), (1, 1, 2, 3, 12, 6)):
+        angle = 6.3 * draw.uniform(B, T, half)
+        rotation = draw.cast(angle.cos(), draw.wide), draw.cast(angle.sin(), draw.wide)
+        yield (draw(B, T, H, K), draw(B, T, G, K), *rotation, 0.3 * draw(K), 0.3 * draw(K)), {"eps": 1e-6}
+
+
 def attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
     """A square, continued rows of different lengths, one new token, and packed documents."""
     draw = Draw(dtype, device, generator)
@@ -78,6 +94,13 @@ def attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator)
         bounds = draw.integers([0, 1, 4, 10]) if number == 3 else None
         starts = draw.integers([start, start - 2]) if number == 1 else start
         yield (query, key, value), {"scale": K**-0.5, "starts": starts, "cu_seqlens": bounds}
+
+
+def sigmoid_gate_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Heads, whose gates lie beside other numbers, and rows."""
+    draw = Draw(dtype, device, generator)
+    yield (draw(2, 3, 5, 8), draw(2, 3, 5, 2, 8)[..., 1, :]), {}
+    yield (draw(7, 130), draw(7, 130)), {}
 
 
 def vision_attention_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
@@ -92,6 +115,27 @@ def linear_cases(dtype: torch.dtype, device: str, generator: torch.Generator) ->
     draw = Draw(dtype, device, generator)
     for shape, F, bias in (((7, 12), 5, False), ((1, 33), 40, True), ((2, 3, 8), 65, True)):
         yield (draw(*shape), draw(F, shape[-1])), {"bias": draw(F) if bias else None}
+
+
+def projections_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Three weights and four; few rows and several."""
+    draw = Draw(dtype, device, generator)
+    for shape, sizes in (((2, 1, 12), (5, 7, 3)), ((1, 33), (10, 9, 6, 2)), ((6, 8), (5, 3, 4, 7))):
+        yield (draw(*shape), *(draw(F, shape[-1]) for F in sizes)), {}
+
+
+def swiglu_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """One row, few and several."""
+    draw = Draw(dtype, device, generator)
+    for shape, F in (((2, 1, 12), 7), ((1, 33), 40), ((6, 8), 5)):
+        yield (draw(*shape), draw(F, shape[-1]), draw(F, shape[-1])), {}
+
+
+def add_shared_expert_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
+    """Rows of two axes, of one row, and wide ones."""
+    draw = Draw(dtype, device, generator)
+    for shape in ((2, 5, 24), (1, 7), (3, 130)):
+        yield (*(draw(*shape) for _ in range(4)), draw(1, shape[-1])), {}
 
 
 def gelu_linear_cases(dtype: torch.dtype, device: str, generator: torch.Generator) -> Cases:
@@ -180,17 +224,23 @@ def linear_cross_entropy_cases(dtype: torch.dtype, device: str, generator: torch
 
 CASES: dict[str, Callable[..., Cases]] = {
     "rms_norm": rms_norm_cases,
+    "add_rms_norm": add_rms_norm_cases,
     "gated_rms_norm": gated_rms_norm_cases,
     "rotary": rotary_cases,
+    "norm_rotary": norm_rotary_cases,
     "attention": attention_cases,
+    "sigmoid_gate": sigmoid_gate_cases,
     "vision_attention": vision_attention_cases,
     "linear": linear_cases,
+    "projections": projections_cases,
     "gelu_linear": gelu_linear_cases,
     "short_convolution": short_convolution_cases,
     "gated_delta_rule": gated_delta_rule_cases,
     "delta_net_step": delta_net_step_cases,
     "router": router_cases,
     "experts": experts_cases,
+    "swiglu": swiglu_cases,
+    "add_shared_expert": add_shared_expert_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
 }
 _added: dict[str, tuple[Callable[..., object], Callable[..., Cases]]] = {}  # `add_cases`: operation -> (definition, cases)

@@ -3,8 +3,8 @@
 Tensors of a compiled graph, fake tensors and tensors on the meta device hold none. A tensor of torch.vmap holds a value for
 each of its calls: none decides for all of them, but a check can read them together (`unbatched`).
 
-The host waits for a GPU whenever it reads a value there. A call reads what it needs at once (`on_host`), and a small tensor that
-was computed on the host keeps its values beside it (`with_host_values`).
+The host waits for a GPU whenever it reads a value there. A call reads what it needs at once (`on_host`), and a small tensor
+that was computed on the host keeps its values beside it (`with_host_values`).
 """
 
 from __future__ import annotations

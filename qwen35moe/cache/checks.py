@@ -21,7 +21,7 @@ def check_new_cache(batch_size: object, max_length: object, record: object) -> N
 
 
 def row_numbers(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device) -> tuple[Tensor, list[int] | None]:
-    """Rows as a tensor [rows] of int64 on the device, and as a list, None for a tensor on a GPU, whose values are asserted there.
+    """Rows as a tensor [rows] of int64 on the device, and as a list; None for a tensor on a GPU, which asserts its values.
 
     ValueError for anything but numbers 0 ... batch_size - 1. An empty list is one.
     """

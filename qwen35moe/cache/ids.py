@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.backends.values import on_host
 from qwen35moe.cache.layout import TokenLayout, write_rows
 from qwen35moe.cache.modes import ordinary_tensors
 
@@ -41,21 +44,24 @@ def with_ids(ids: Tensor, first: Tensor) -> Tensor:
     return ids
 
 
-def check_prompt(ids: Tensor, lengths: Tensor, prompt: Tensor, mask: Tensor | None) -> None:
+def check_prompt(ids: Tensor, lengths: Sequence[int], prompt: Tensor, mask: Tensor | None) -> None:
     """ValueError where a row of `prompt` [B, T] does not begin with the tokens of its row of the cache.
 
     mask [B, T]: False or 0 for padding, on either side. Tokens of unknown ids fit every prompt.
     """
-    rows = lengths.shape[0]
+    rows = len(lengths)
     if prompt.dim() != 2 or prompt.shape[0] != rows or prompt.is_floating_point():
         raise ValueError(f"the prompt {list(prompt.shape)} {prompt.dtype} must be ids [{rows}, T]: the cache holds {rows} rows")
     if mask is not None and mask.shape != prompt.shape:
         raise ValueError(f"attention_mask {list(mask.shape)} does not cover the prompt {list(prompt.shape)}")
-    held_lengths, kept = lengths.tolist(), ids.cpu()
+    if not any(lengths):
+        return
+    kept, prompt, *masks = on_host([ids[:, : max(lengths)], prompt, *([] if mask is None else [mask])])
+    mask = masks[0] if masks else None
     for row in range(rows):
         tokens = prompt[row] if mask is None else prompt[row][mask[row].bool()]
-        held = kept[row, : held_lengths[row]].long()
-        start = tokens.cpu().long()[: held.shape[0]]
+        held = kept[row, : lengths[row]].long()
+        start = tokens.long()[: held.shape[0]]
         if start.shape[0] < held.shape[0]:
             raise ValueError(
                 f"row {row}: the prompt has {start.shape[0]} tokens and the cache holds {held.shape[0]}: a prompt is the whole "

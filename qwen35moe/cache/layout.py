@@ -94,13 +94,15 @@ def write_rows(buffer: Tensor, new: Tensor | int, layout: TokenLayout, functiona
     """The buffer [rows, positions, ...] with the layout's tokens `new` [rows, tokens, ...] (or a number) from each row's
     position `starts` on, and as it was at padding. functional: a new tensor, through which gradients flow.
 
-    Every row writes all its columns, so that no size depends on a value. A column of padding repeats the write of its row's last
-    token; in a row without a new token it writes the value that the buffer has.
+    Every row writes all its columns, so that no size depends on a value. A column of padding repeats the write of its row's
+    last token; in a row without a new token it writes the value that the buffer has.
     """
     device, lengths, tail = buffer.device, layout.lengths, [1] * (buffer.dim() - 2)
     row, column = torch.arange(layout.rows, device=device)[:, None], torch.arange(layout.tokens, device=device)[None]
     start = layout.starts.to(device)[:, None] if isinstance(layout.starts, Tensor) else layout.starts
-    values = new if isinstance(new, Tensor) else torch.full_like(buffer[:, :1], new).expand(-1, layout.tokens, *buffer.shape[2:])
+    values = new
+    if not isinstance(values, Tensor):
+        values = torch.full_like(buffer[:, :1], values).expand(-1, layout.tokens, *buffer.shape[2:])
     if lengths is None:
         position = (start + column).expand(layout.rows, -1)
     else:

@@ -8,7 +8,7 @@ token would take 2 MiB.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen35moe import ops
 from qwen35moe.cache.modes import copied
-from qwen35moe.cache.states import DeltaNetState, DeltaNetUpdate, KVCache
+from qwen35moe.cache.states import DeltaNetState, DeltaNetUpdate
 
 if TYPE_CHECKING:
     from qwen35moe.cache.value import Cache
@@ -28,7 +28,7 @@ _SLACK = 64  # columns kept beyond those needed, so that the log's initial state
 @dataclass(repr=False)
 class Segment:
     """The inputs of some tokens to a layer: qkv [B, T, C] before the convolution, key [B, T, G, K], value [B, T, H, V],
-    decay and beta [B, T, H], valid [B, T] (False for padding). least: a number of tokens that every row has."""
+    decay and beta [B, T, H], valid [B, T] (False for padding). least: every row has so many tokens, or more."""
 
     qkv: Tensor
     key: Tensor
@@ -42,7 +42,11 @@ class Segment:
         return [getattr(self, f.name) for f in fields(self) if f.name != "least"]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Segment:
-        return Segment(*map(fn, self.tensors()))
+        return self._with(map(fn, self.tensors()))
+
+    def _with(self, tensors: Iterable[Tensor]) -> Segment:
+        qkv, key, value, decay, beta, valid = tensors
+        return Segment(qkv, key, value, decay, beta, valid, self.least)
 
     def columns(self, start: int, end: int | None = None) -> Segment:
         """The columns start ... end of [B, T]."""
@@ -52,13 +56,13 @@ class Segment:
         return f"Segment(inputs of {list(self.valid.shape)} tokens)"
 
     def append(self, other: Segment) -> Segment:
-        return Segment(*(torch.cat(pair, dim=1) for pair in zip(self.tensors(), other.tensors(), strict=True)))
+        return self._with(torch.cat(pair, dim=1) for pair in zip(self.tensors(), other.tensors(), strict=True))
 
 
 @dataclass(repr=False)
 class RollbackLog:
-    """A state (conv_state [B, C, W-1], recurrent_state [B, H, K, V]) and the tokens recorded after it. least: a number of tokens
-    that every row has recorded, for a check without reading `available`; a row may have more."""
+    """A state (conv_state [B, C, W-1], recurrent_state [B, H, K, V]) and the tokens recorded after it. least: every row has
+    recorded so many, or more; a check then need not read `available`."""
 
     conv_state: Tensor
     recurrent_state: Tensor
@@ -78,10 +82,10 @@ class RollbackLog:
         """[B]: how many tokens of each row can be rolled back."""
         return self.recorded.valid.sum(1)
 
-    def append(self, segment: Segment, record: int, least: int = 0) -> RollbackLog:
-        """The log with the tokens of `segment` appended, at least `least` in each row. The last `record` tokens of each row stay
-        recorded; once the log is long enough, older ones move into its initial state."""
-        log = replace(self, recorded=self.recorded.append(segment), least=self.least + least)
+    def append(self, segment: Segment, record: int) -> RollbackLog:
+        """The log with the tokens of `segment` appended. The last `record` tokens of each row stay recorded; once the log is
+        long enough, older ones move into its initial state."""
+        log = replace(self, recorded=self.recorded.append(segment), least=self.least + segment.least)
         columns = log.recorded.valid.shape[1]
         if columns <= 2 * record + _SLACK:
             return log
@@ -106,7 +110,7 @@ class RollbackLog:
         return inputs.gather(1, last[..., None].expand(-1, -1, inputs.shape[-1])).mT, recurrent_state
 
     def truncate(self, keep: Tensor, fewer: int | None) -> RollbackLog:
-        """The log with the first `keep` [B] recorded tokens alone, at most `fewer` less in a row; None: the host has no number."""
+        """The log with the first `keep` [B] recorded tokens alone; `fewer`: at most so many less in a row, None: unknown."""
         least = 0 if fewer is None else max(0, self.least - fewer)
         return replace(self, recorded=replace(self.recorded, valid=self._first(keep)), least=least)
 
@@ -127,7 +131,7 @@ def extended_log(old: DeltaNetState, new: DeltaNetUpdate, record: int, copy: boo
         if copy:
             conv_state, recurrent_state = copied(conv_state), copied(recurrent_state)
         log = RollbackLog(conv_state, recurrent_state, new.segment.columns(0, 0))
-    return log.append(new.segment, record, new.segment.least)
+    return log.append(new.segment, record)
 
 
 def earlier_state(log: RollbackLog, count: Tensor, counts: Sequence[int] | None, dtype: torch.dtype) -> DeltaNetState:
@@ -188,7 +192,7 @@ def _assert_possible(cache: Cache, count: Tensor) -> None:
         least = torch.minimum(least, cache._lengths - cache._rope_delta_since)
     torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
         ((count >= 0) & (count <= least)).all(),
-        "rollback: more tokens than a row holds, than the layers have recorded (record=), or than follow its last image or video",
+        "rollback: more tokens than a row holds, has recorded (record=), or has behind its last image or video",
     )
 
 

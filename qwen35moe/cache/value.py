@@ -53,10 +53,11 @@ class Cache:
         self._rope_delta_since: Tensor | None = None  # [B]: lengths when rope_delta last changed; its older values are lost
         self._common_length: int | None = 0  # the length of every row, where the host knows that they are equal
         self._longest = 0  # the length of the longest row, or more where the host does not have the lengths
-        # How much shorter than the longest each row is; None where only the device has the lengths. It stays as rows grow evenly.
+        # How much shorter than the longest each row is; None where only the device has the lengths. Equal growth keeps it.
         self._shorter: tuple[int, ...] | None = (0,) * batch_size
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self._read = ReadTensors()
+        self._frozen: Tensor | None = None  # [B]: see `freeze`
         self._inference = False  # whether tensors may be inference tensors
         with ordinary_tensors():
             self._lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -214,6 +215,10 @@ class Cache:
             return new
         assert isinstance(old, DeltaNetState)
         conv_state = new.conv_state.to(old.conv_state.dtype)  # autocast computes in another one
+        if self._frozen is not None:
+            frozen = self._frozen.to(conv_state.device)[:, None, None]
+            conv_state = torch.where(frozen, old.conv_state, conv_state)
+            new = DeltaNetUpdate(conv_state, torch.where(frozen[..., None], old.recurrent_state, new.recurrent_state))
         log = None
         if self.record:
             written = old.static or any(layer == index for layer, _ in self._read.current)  # or may be, by the user
@@ -229,16 +234,27 @@ class Cache:
 
         Tokens that came as embeddings fit every prompt.
         """
-        check_prompt(self._ids, self._lengths, input_ids, attention_mask)
+        check_prompt(self._ids, self._read_lengths(), input_ids, attention_mask)
+
+    def freeze(self, rows: Tensor) -> None:
+        """For decoding loops on a GPU, until `settle`: a forward leaves the Gated DeltaNet state of a row as it is where `rows`
+        [B] bool, read at that time and on the device, is True. Positions and lengths go on until `settle` sets them right, so
+        that what attention layers have stored of such a row lies behind its tokens. Not for a cache that records tokens."""
+        if self.record:
+            raise ValueError(f"rows of a cache with record={self.record} cannot be frozen: pass an attention_mask")
+        self._frozen = rows
 
     def settle(self, lengths: Sequence[int], seen: int) -> None:
-        """After calls with masks of which the host did not read how many tokens they held: the lengths of the rows, which the
-        device has already, and the columns that count."""
-        self._common_length = lengths[0] if min(lengths) == max(lengths) else None
-        self._longest, self.seen = max(lengths), seen
-        for layer in self._layers:
-            if isinstance(layer, KVCache):
-                layer.length = self._longest
+        """The lengths of the rows, and `seen`, after forwards of which the host did not have the numbers of tokens."""
+        if self._frozen is not None:
+            with ordinary_tensors():
+                new = torch.tensor(lengths, device="cpu").to(self._lengths.device, non_blocking=self._lengths.is_cuda)
+            self._lengths, self._frozen = new, None
+            for layer in self._layers:
+                if isinstance(layer, KVCache):
+                    layer.behind = True
+        self.set_host_lengths(lengths)
+        self._common_length, self.seen = self._longest if min(lengths) == max(lengths) else None, seen
 
     # --------------------------------------------------------------------------------------------------- edits by hand
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..cache.modes import ordinary_tensors
 from ..ops import sampling
 from .callbacks import scores_of, verdicts
+from .late import to_device
 from .masks import TokenMasks
 from .prompt import Prompt
 from .settings import Settings
@@ -44,11 +45,11 @@ class DecodingState:
         self.masks = TokenMasks(settings, prompt, vocabulary)
         self.uniforms = Uniforms(settings.seed, rows, device) if settings.do_sample else None
         self.ids = prompt.ids.new_zeros(rows, self.width + min(settings.max_new_tokens, _ROOM))
-        self.ids[:, : self.width] = prompt.ids
+        self.ids[:, : self.width].copy_(prompt.ids)
         pad = settings.pad_token_id
         self.pad = torch.full((), 0 if pad is None else pad, device=device)  # without one no row can need it
-        self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=device)
-        self._counters = torch.tensor([0, self.width], device=device)
+        self.eos = to_device(torch.tensor(settings.eos_token_ids, dtype=torch.int64, device="cpu"), device)
+        self._counters = to_device(torch.tensor([0, self.width], device="cpu"), device)
         self.step, self._column = self._counters[:1], self._counters[1:]
         self.report = torch.zeros(4, rows, dtype=torch.int64, device=device)
         self.token, self.input = self.report[0], self.report[3][:, None]
@@ -157,8 +158,8 @@ class DecodingState:
 
     def end_row(self, row: int, step: int) -> None:
         """A row has ended with the token of `step`: what it has got since becomes padding."""
-        self.done[row] = True
-        self.ids[row, self.first_column + step + 1 : self.width] = self.pad
+        self.done[row].fill_(True)
+        self.ids[row, self.first_column + step + 1 : self.width].copy_(self.pad)
 
     def cut(self, steps: int) -> None:
         """Keeps the first `steps` new tokens, and the scores and logits of these."""

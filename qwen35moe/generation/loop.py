@@ -8,7 +8,8 @@ changes nothing: each row's answer is the one it gets alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..models.arguments import takes
 from ..models.generation_inputs import GenerateInputs, StreamInputs, expand
 from .decoding import DecodingState
 from .defaults import end_tokens, padding_token, settings_of
-from .late import BEHIND, ImmediateCopy, LateReads, Read, late_copy
+from .late import BEHIND, ImmediateCopy, LateReads, Read, late_copy, to_device
 from .output import GenerateOutput
 from .prepare import check_cache, prepared_arguments, replaced_prepare
 from .prompt import Prompt
@@ -42,15 +43,16 @@ def generate(model: Any, inputs: GenerateInputs) -> Any:
     streamer = inputs.streamer
     if streamer is not None and not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
         raise ValueError(f"the streamer {short(streamer)} has no methods put and end")
-    run = _Run(model, inputs, keeps_cache=inputs.cache is not None or flags["return_dict_in_generate"])
+    run = _Run(model, inputs, keeps_cache=_of_caller(inputs.cache) or flags["return_dict_in_generate"])
     run.state.scores = [] if flags["output_scores"] else None
     run.state.logits = [] if flags["output_logits"] else None
     try:
         if streamer is not None:
-            streamer.put(run.rows.ids.cpu())
-        for read in run:
-            if streamer is not None:
-                streamer.put(torch.tensor(read.tokens, device="cpu"))
+            streamer.put(run.rows.host_ids)
+        with closing(iter(run)) as reads:  # after an error of the streamer, too
+            for read in reads:
+                if streamer is not None:
+                    streamer.put(torch.tensor(read.tokens, device="cpu"))
     finally:
         if streamer is not None:
             streamer.end()  # after an error too: another thread may be waiting for the end
@@ -76,7 +78,12 @@ def stream_ids(model: Any, inputs: StreamInputs) -> Iterator[list[int]]:
 
 def _iterated(model: Any, inputs: StreamInputs) -> _Run:
     inputs = expand(inputs)
-    return _Run(model, inputs, keeps_cache=inputs.cache is not None, iterated=True)
+    return _Run(model, inputs, keeps_cache=_of_caller(inputs.cache), iterated=True)
+
+
+def _of_caller(cache: Any) -> bool:
+    """Whether the cache of a call is there after it: "static" is made for the call."""
+    return cache is not None and not isinstance(cache, str)
 
 
 def _output_flags(model: Any, inputs: GenerateInputs) -> dict[str, bool]:
@@ -125,10 +132,13 @@ class _Run:
 
         copy, behind = late_copy(self.device), self._behind(keeps_cache, iterated)
         self.reads = LateReads(copy or ImmediateCopy, behind if copy else 0)
-        # What a row is fed after its end must not be in a cache that outlives the call. Where the host reads late, the mask is
-        # there from the first step on. On a CPU it also saves work.
-        self.masks_ended = keeps_cache or copy is None
-        self.masks_always = keeps_cache and self.reads.behind > 0 and bool(ends)
+        # What a row is fed after its end must not be in a cache that outlives the call. Where the host reads late, the cache
+        # itself leaves such rows alone, or a mask is there from the first step on. On a CPU a mask also saves work.
+        unread = keeps_cache and self.reads.behind > 0 and bool(ends)
+        self.freezes = unread and not getattr(self.cache, "record", 0)
+        self.masks_always = unread and not self.freezes
+        self.masks_ended = not self.freezes and (keeps_cache or copy is None)
+        self.fed = 0  # new tokens of each row that the model has got
         self.ended: list[int | None] = [None] * rows  # the step whose token was a row's last, where it has been read
 
     # ------------------------------------------------------------------------------------------------------- checks
@@ -180,7 +190,8 @@ class _Run:
             raise ValueError(f"the cache is for {cache.batch_size} rows, the prompt has {rows}{more}")
         if copies > 1 and cache.max_length is not None:
             raise ValueError(f"n={n}: a cache of fixed length keeps its {rows} rows; make one with new_cache({rows * n}, ...)")
-        cached = tuple(int(length) for length in cache.lengths.tolist())
+        cached = getattr(cache, "host_lengths", None)
+        cached = tuple(int(length) for length in (cache.lengths.tolist() if cached is None else cached))
         rows_of_cache = prompt.repeated(n // copies)
         for row, (held, length) in enumerate(zip(cached, rows_of_cache.lengths, strict=True)):
             if held >= length:
@@ -194,23 +205,31 @@ class _Run:
                 f"the prompt of {longest} tokens {what} the cache's max_length={cache.max_length}: "
                 "make a longer one, or pass new_cache(batch_size) without max_length"
             )
-        cache.check_prompt(rows_of_cache.ids, rows_of_cache.mask)  # ValueError where it holds another text
+        cache.check_prompt(rows_of_cache.host_ids, rows_of_cache.host_mask)  # ValueError where it holds another text
         return cache, cached, copies
 
     # --------------------------------------------------------------------------------------------------------- steps
 
-    def __iter__(self) -> Iterator[Read]:
+    def __iter__(self) -> Generator[Read]:
         if not self.settings.max_new_tokens:
             return
-        last = self.settings.max_new_tokens - 1
         self.state.reserve()
         self.state.pick(self._prefill())
+        try:
+            if self.freezes:
+                self.cache.freeze(self.state.done)
+            yield from self._steps(last=self.settings.max_new_tokens - 1)
+        finally:
+            if self.freezes or self.masks_always:
+                self._settle()
+
+    def _steps(self, last: int) -> Iterator[Read]:
         for step in range(last + 1):
             self.reads.put(step, self.state.report)
             for read in self.reads.take(everything=step == last):
                 over = self._consume(read) or read.step == last
                 if over:
-                    self._finish(read.step, surplus=step - read.step)
+                    self.state.cut(read.step + 1)
                 yield read
                 if over:
                     return
@@ -229,8 +248,12 @@ class _Run:
         tokens = tokens[:, tokens.shape[1] - max(counts) :]
         mask = None
         if min(counts) != max(counts):
-            new = self._right(max(counts), torch.tensor(counts, device=self.device))
-            tokens, mask = tokens.masked_fill(~new, 0), torch.cat([self._past(), new], 1).long()
+            # In CPU memory, where the model lays out the tokens; a `prepare` gets it on the model's device.
+            new = _right(max(counts), torch.tensor(counts, device="cpu"))
+            past = _right(self.cache.seen, torch.tensor(self.cached, device="cpu"))
+            mask = torch.cat([past, new], 1).long()
+            tokens = tokens.masked_fill(to_device(~new, self.device), 0)
+            mask = mask if self.prepare is None else to_device(mask, self.device)
         logits = self._forward(tokens, mask, **self._visual_arguments())
         if self.copies > 1:
             rows = torch.arange(logits.shape[0], device="cpu").repeat_interleave(self.copies)
@@ -252,7 +275,9 @@ class _Run:
         mask = None
         if self.masks_always or (self.masks_ended and any(end is not None for end in self.ended)):
             mask = torch.cat([self._past(), ~self.state.done[:, None]], 1).long()
-        return self._forward(self.state.input, mask)
+        logits = self._forward(self.state.input, mask)
+        self.fed += 1
+        return logits
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, **visual: Any) -> Tensor:
         # Router logits, where the configuration has them on, are for training and not needed here.
@@ -280,19 +305,21 @@ class _Run:
             elif self.stops is not None and self.stops.put(row, token) and not read.done[row]:
                 self.ended[row] = read.step
                 self.state.end_row(row, read.step)
-            elif read.done[row]:
-                self.ended[row] = read.step
+        self._note_ends(read)
         return all(end is not None for end in self.ended)
 
-    def _finish(self, step: int, surplus: int) -> None:
-        """After the last step; `surplus` more have been computed, in which every row had ended."""
-        self.state.cut(step + 1)
-        if self.masks_always:
-            lengths = [
-                length + self.virtual + (step if end is None else min(end, step))
-                for length, end in zip(self.rows.lengths, self.ended, strict=True)
-            ]
-            self.cache.settle(lengths, self.cache.seen - surplus)
+    def _note_ends(self, read: Read) -> None:
+        for row, done in enumerate(read.done):
+            if done and self.ended[row] is None:
+                self.ended[row] = read.step
+
+    def _settle(self) -> None:
+        """After the last step or an error: the cache gets the lengths that it has without the tokens after a row's end."""
+        for read in self.reads.take(everything=not all(end is not None for end in self.ended)):
+            self._note_ends(read)
+        fed = [self.fed if end is None else min(end, self.fed) for end in self.ended]
+        lengths = [length + self.virtual + new for length, new in zip(self.rows.lengths, fed, strict=True)]
+        self.cache.settle(lengths, self.cache.seen - self.fed + max(fed))
 
     def _suspects(self) -> str:
         """The parts of the call that may have made such logits, for a message."""
@@ -313,11 +340,12 @@ class _Run:
 
     def _past(self) -> Tensor:
         """The mask [B, positions seen] of the tokens in the cache, without the virtual ones."""
-        return self._right(self.cache.seen - self.virtual, self.cache.lengths.to(self.device) - self.virtual)
+        return _right(self.cache.seen - self.virtual, self.cache.lengths.to(self.device) - self.virtual)
 
-    def _right(self, width: int, lengths: Tensor) -> Tensor:
-        """[B, width] bool, True in the last lengths[r] columns of row r."""
-        return torch.arange(width, device=self.device) >= width - lengths[:, None]
+
+def _right(width: int, lengths: Tensor) -> Tensor:
+    """[B, width] bool, True in the last lengths[r] columns of row r."""
+    return torch.arange(width, device=lengths.device) >= width - lengths[:, None]
 
 
 def _vocabulary(model: Any) -> int:

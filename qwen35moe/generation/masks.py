@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .late import to_device
 from .prompt import Prompt
 from .settings import Settings
 
@@ -33,16 +34,19 @@ class TokenMasks:
         for word in words:
             self._mask("bad_words_ids", word)
         # Each as its tokens but the last one, and the mask of that.
-        self.words = [(torch.tensor(word[:-1], device=self.device), self._mask("bad_words_ids", word[-1:])) for word in words]
+        self.words = [
+            (to_device(torch.tensor(word[:-1], device="cpu"), self.device), self._mask("bad_words_ids", word[-1:]))
+            for word in words
+        ]
         # The last tokens of each row without its padding, -1 before its beginning.
         keep = max((len(word) for word in words), default=1) - 1
         self.history = prompt.ids.new_full((prompt.ids.shape[0], keep), -1)
         if keep:
             width = prompt.tokens.shape[1]
-            lengths = torch.tensor(prompt.lengths, device=self.device)
+            lengths = to_device(torch.tensor(prompt.lengths, device="cpu"), self.device)
             real = torch.arange(width, device=self.device) >= width - lengths[:, None]
             tokens = prompt.tokens.masked_fill(~real, -1)[:, -keep:]
-            self.history[:, keep - tokens.shape[1] :] = tokens
+            self.history[:, keep - tokens.shape[1] :].copy_(tokens)
 
     @property
     def active(self) -> bool:
@@ -67,9 +71,9 @@ class TokenMasks:
 
     def _mask(self, name: str, tokens: Iterable[int]) -> Tensor:
         """[vocabulary] bool."""
-        mask = torch.zeros(self.vocabulary, dtype=torch.bool, device=self.device)
+        mask = torch.zeros(self.vocabulary, dtype=torch.bool, device="cpu")
         for token in tokens:
             if not 0 <= token < self.vocabulary:
                 raise ValueError(f"{name} has token {token}, the vocabulary has 0..{self.vocabulary - 1}")
             mask[token] = True
-        return mask
+        return to_device(mask, self.device)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.values import on_host
 from ..compat import short
+from .late import to_device
 
 _SIGNED = {torch.int64, torch.int32, torch.int16, torch.int8}
 _INTEGERS = _SIGNED | {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
@@ -21,12 +23,15 @@ _INTEGERS = _SIGNED | {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids [B, columns] and mask (None: all real) as the caller padded them; tokens [B, longest] the same, left-padded."""
+    """ids [B, columns] and mask (None: all real) as the caller padded them; tokens [B, longest] the same, left-padded.
+    host_ids, host_mask: copies in CPU memory."""
 
     ids: Tensor
     mask: Tensor | None
     tokens: Tensor
     lengths: tuple[int, ...]
+    host_ids: Tensor
+    host_mask: Tensor | None
 
     @property
     def ragged(self) -> bool:
@@ -36,9 +41,12 @@ class Prompt:
         """Every row n times, one after the other."""
         if n == 1:
             return self
-        ids, tokens = (values.repeat_interleave(n, 0) for values in (self.ids, self.tokens))
-        mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
-        return Prompt(ids, mask, tokens, tuple(length for length in self.lengths for _ in range(n)))
+        ids, mask, tokens, host_ids, host_mask = (
+            values if values is None else values.repeat_interleave(n, 0)
+            for values in (self.ids, self.mask, self.tokens, self.host_ids, self.host_mask)
+        )
+        assert ids is not None and tokens is not None and host_ids is not None
+        return Prompt(ids, mask, tokens, tuple(length for length in self.lengths for _ in range(n)), host_ids, host_mask)
 
 
 def read(input_ids: Any, attention_mask: Any, *, vocabulary: int, device: torch.device, pad_token_id: int | None) -> Prompt:
@@ -47,21 +55,28 @@ def read(input_ids: Any, attention_mask: Any, *, vocabulary: int, device: torch.
     input_ids: int tensor [B, T] or [T], a list of ids, or a list of lists of ids of any lengths (padded on the left).
     attention_mask: 1 for a real token, 0 for padding, of the same shape; None: every token is real.
     """
-    ids, mask = _tensors(input_ids, attention_mask, device, pad_token_id)
+    ids, mask = _tensors(input_ids, attention_mask, pad_token_id)
     if ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ValueError(f"the prompt is empty: input_ids has shape {tuple(ids.shape)}; give at least one token for each row")
-    if mask is None:
-        tokens, lengths = ids, (ids.shape[1],) * ids.shape[0]
+    copies = on_host([ids] if mask is None else [ids, mask])  # checked there: for tensors on a GPU the only wait
+    host_ids, host_mask = copies[0], None if mask is None else copies[1]
+    if host_mask is None:
+        tokens, lengths = host_ids, (ids.shape[1],) * ids.shape[0]
     else:
-        tokens, lengths = _aligned(ids, mask)
-    low, high = torch.stack([tokens.min(), tokens.max()]).tolist()
+        tokens, lengths = _aligned(host_ids, host_mask)
+    low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         token = low if low < 0 else high
         raise ValueError(f"token id {token} is outside the vocabulary: ids must lie in 0..{vocabulary - 1}")
-    return Prompt(ids, mask, tokens, lengths)
+    ids, mask = _on(ids, device), None if mask is None else _on(mask, device)
+    return Prompt(ids, mask, ids if mask is None else _on(tokens, device), lengths, host_ids, host_mask)
 
 
-def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tuple[Tensor, Tensor | None]:
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    return to_device(tensor, device) if tensor.is_cpu else tensor.to(device)
+
+
+def _tensors(ids: Any, mask: Any, pad: int | None) -> tuple[Tensor, Tensor | None]:
     if ids is None:
         raise ValueError("there is no prompt: give input_ids")
     if isinstance(ids, str):
@@ -85,7 +100,7 @@ def _tensors(ids: Any, mask: Any, device: torch.device, pad: int | None) -> tupl
             )
     if ids.ndim == 1:
         ids, mask = ids[None], None if mask is None else mask[None]
-    return ids.to(device, torch.int64), None if mask is None else mask.to(device)
+    return ids.to(torch.int64), mask
 
 
 def _array(ids: Any) -> Tensor:
@@ -149,9 +164,8 @@ def _row(values: Any) -> Tensor:
 def _aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The real tokens of each row at its right end, in their order, and the row's length; padding becomes 0."""
     real = mask != 0
-    *lengths, others = torch.cat([real.sum(-1), (real & (mask != 1)).sum()[None]]).tolist()  # one synchronisation
-    lengths = tuple(lengths)
-    if others:
+    lengths = tuple(real.sum(-1).tolist())
+    if bool((real & (mask != 1)).any()):
         raise ValueError("attention_mask must hold 1 for a token and 0 for padding; it holds other values")
     if 0 in lengths:
         raise ValueError(f"row {lengths.index(0)} of attention_mask is all padding: every row needs at least one token")

@@ -247,10 +247,13 @@ def restore_attention(weights: Tensor, layout: TokenLayout) -> Tensor:
         return weights
     if weights.shape[-1] != layout.tokens:
         return layout.restore(weights.transpose(1, 2)).transpose(1, 2)
-    row, column = layout.source // layout.shape[1], layout.source % layout.shape[1]
-    valid = torch.ones_like(row, dtype=torch.bool) if layout.valid is None else layout.valid
-    together = valid[:, :, None] & valid[:, None] & (row[:, :, None] == row[:, None])
-    r, i, j = together.nonzero(as_tuple=True)
-    whole = weights.new_zeros(layout.shape[0], *[layout.shape[1]] * 2, weights.shape[1])
-    index = (row[r, i], column[r, i], column[r, j])
-    return whole.index_put(index, weights.permute(0, 2, 3, 1)[r, i, j]).permute(0, 3, 1, 2)
+    size = layout.shape[1]
+    row, column = layout.source // size, layout.source % size
+    together = row[:, :, None] == row[:, None]
+    if layout.valid is not None:
+        together = together & layout.valid[:, :, None] & layout.valid[:, None]
+    # Pairs of a query and a key of other rows, and of padding, go to one more row, which is cut off.
+    target = torch.where(together, row[:, :, None], layout.shape[0])
+    whole = weights.new_zeros(layout.shape[0] + 1, size, size, weights.shape[1])
+    index = (target, column[:, :, None].expand_as(target), column[:, None].expand_as(target))
+    return whole.index_put(index, weights.permute(0, 2, 3, 1))[:-1].permute(0, 3, 1, 2)

@@ -21,8 +21,8 @@ LOWEST = torch.iinfo(torch.int64).min
 
 def require(condition: Tensor, message: str) -> None:
     """ValueError unless the scalar condition holds, under torch.vmap in every call; in a compiled or exported graph an
-    assertion when the graph runs, and on a GPU one for which the host does not wait. Not checked where there are no values: meta
-    and fake tensors."""
+    assertion when the graph runs, and on a GPU one for which the host does not wait. Not checked where there are no values:
+    meta and fake tensors."""
     if torch.compiler.is_compiling() or (condition.is_cuda and values_known(condition)):
         torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
     elif values_known(condition := unbatched(condition)) and not bool(condition.all()):

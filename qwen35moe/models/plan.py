@@ -82,10 +82,8 @@ def _rows(
         if delta is not None:
             positions = positions + delta.to(device)[:, None]
         positions = positions.expand(3, rows, tokens)
-    known = lengths is not None and readable(lengths)
-    return TokenLayout(
-        shape, rows, tokens, positions, starts, lengths, None, source, tuple(lengths.tolist()) if known else None
-    )
+    host_lengths = tuple(lengths.tolist()) if lengths is not None and readable(lengths) else None
+    return TokenLayout(shape, rows, tokens, positions, starts, lengths, None, source, host_lengths)
 
 
 def _packed_documents(

@@ -12,7 +12,7 @@ from qwen35moe import ops
 from qwen35moe.cache import KVCache, LayerState
 from qwen35moe.config import TextConfig
 from qwen35moe.modules.context import LayerContext
-from qwen35moe.modules.hooks import project
+from qwen35moe.modules.hooks import fused_projections, project, weight_of
 from qwen35moe.modules.initialise import Initialised, initialise
 from qwen35moe.modules.norm import RMSNorm
 from qwen35moe.ops.attention import attention_weights, weighted_values
@@ -44,10 +44,13 @@ class GatedAttention(Initialised):
         """x [B, T, D]. Returns the output [B, T, D], the keys and values including those of the new tokens, and the attention
         weights [B, H, T, P] if `context.attentions`."""
         assert state is None or isinstance(state, KVCache)
-        query, gate = project(self.q_proj, x).unflatten(-1, (self.heads, 2, self.head_dim)).unbind(-2)
-        key = self.k_norm(project(self.k_proj, x).unflatten(-1, (self.groups, self.head_dim)))
-        value = project(self.v_proj, x).unflatten(-1, (self.groups, self.head_dim))
-        query, key = ops.rotary(self.q_norm(query), key, *context.rotation, caller=self)
+        products = None if x.is_cpu and ops.projections.is_ordinary(self) else fused_projections(
+            self, x, self.q_proj, self.k_proj, self.v_proj
+        )
+        query, key, value = products or (project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x))
+        query, gate = query.unflatten(-1, (self.heads, 2, self.head_dim)).unbind(-2)
+        key, value = key.unflatten(-1, (self.groups, self.head_dim)), value.unflatten(-1, (self.groups, self.head_dim))
+        query, key = self._normed_and_rotated(query, key, context)
         query, key = tap(self, "query", query), tap(self, "key", key)
         value, gate = tap(self, "value", value), tap(self, "gate", gate)
         if state is not None:
@@ -57,11 +60,25 @@ class GatedAttention(Initialised):
             dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         core, weights = self._attend(query, key, value, context)
-        out = project(self.o_proj, (core * gate.sigmoid()).flatten(2))
+        composed = core.is_cpu and ops.sigmoid_gate.is_ordinary(self) or torch.is_grad_enabled()
+        gated = None if composed else ops.sigmoid_gate.fused(core, gate, caller=self)
+        if gated is None:
+            gated = core * gate.sigmoid()
+        out = project(self.o_proj, gated.flatten(2))
         return tap(self, "output", out), state, weights
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, key_value_heads={self.groups}, head_dim={self.head_dim}"
+
+    def _normed_and_rotated(self, query: Tensor, key: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
+        """rotary(q_norm(query), k_norm(key)), by a fused implementation of `ops.norm_rotary` where one supports the call."""
+        if not (query.is_cpu and ops.norm_rotary.is_ordinary(self) or torch.is_grad_enabled()):
+            weights, eps = [weight_of(norm, RMSNorm) for norm in (self.q_norm, self.k_norm)], self.q_norm.eps
+            if weights[0] is not None and weights[1] is not None and self.k_norm.eps == eps:
+                heads = ops.norm_rotary.fused(query, key, *context.rotation, weights[0], weights[1], eps=eps, caller=self)
+                if heads is not None:
+                    return heads
+        return ops.rotary(self.q_norm(query), self.k_norm(key), *context.rotation, caller=self)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: LayerContext) -> tuple[Tensor, Tensor | None]:
         """softmax(scale * query key^T) value, and the weights if they are returned."""

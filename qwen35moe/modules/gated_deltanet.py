@@ -17,7 +17,7 @@ from qwen35moe.cache.rollback import Segment
 from qwen35moe.config import TextConfig
 from qwen35moe.modules.context import LayerContext
 from qwen35moe.modules.fp32_parameters import FP32Parameters, new_fp32
-from qwen35moe.modules.hooks import fusible, is_plain, keeps, project
+from qwen35moe.modules.hooks import fused_projections, fusible, is_plain, keeps, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise
 from qwen35moe.modules.norm import GatedRMSNorm
 from qwen35moe.ops.attention import weighted_values
@@ -98,8 +98,14 @@ class GatedDeltaNet(FP32Parameters):
         """x [B, T, D]. Returns the output [B, T, D], the state after the last token of each row, and, if `context.attentions`,
         the attention map [B, H, T, T] of the new tokens (`ops.attention_map`)."""
         assert state is None or isinstance(state, DeltaNetState)
-        qkv, z = project(self.in_proj_qkv, x), project(self.in_proj_z, x)
-        a, b = project(self.in_proj_a, x), project(self.in_proj_b, x)
+        products = None if x.is_cpu and ops.projections.is_ordinary(self) else fused_projections(
+            self, x, self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b
+        )
+        if products is None:
+            qkv, z = project(self.in_proj_qkv, x), project(self.in_proj_z, x)
+            a, b = project(self.in_proj_a, x), project(self.in_proj_b, x)
+        else:
+            qkv, z, a, b = products
         qkv, gate = tap(self, "qkv", qkv), tap(self, "gate", z.reshape(*x.shape[:-1], self.heads, self.value_width))
         weights = None
         step = self.decode_step(qkv, gate, a, b, context, state) or self._in_blocks(qkv, gate, a, b, context, state)
@@ -138,23 +144,30 @@ class GatedDeltaNet(FP32Parameters):
         `_FUSED`, so it is not used if one of them has hooks or has been replaced.
         """
         layout = context.layout
-        if state is None or layout.tokens != 1 or layout.lengths is not None or layout.cu_seqlens is not None:
+        if state is None or layout.tokens != 1 or layout.cu_seqlens is not None:
             return None
+        if layout.lengths is not None and qkv.is_cpu:
+            return None  # rows without a new token: one fused step costs more there than the composed operations
         if torch.is_grad_enabled() or context.record or context.attentions or tapped(self, ("scores",)):
             return None
         if not is_plain(self.conv1d, ShortConvolution) or not is_plain(self.norm, GatedRMSNorm):
             return None
         if not keeps(self, GatedDeltaNet, _FUSED):
             return None
+        conv_state, valid = state.conv_state, layout.valid
+        if valid is not None:
+            a, b = _keeping_state(a, valid), _keeping_state(b, valid)
         result = ops.delta_net_step.fused(
-            qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0], conv_state=state.conv_state, recurrent_state=state.recurrent_state,
+            qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0], conv_state=conv_state, recurrent_state=state.recurrent_state,
             conv_weight=self.conv1d.weight.squeeze(1), A_log=self.A_log, dt_bias=self.dt_bias,
             norm_weight=self.norm.weight, groups=self.groups, eps=self.norm.eps, caller=self,
         )
         if result is None:
             return None
-        normed, conv_state, recurrent_state = result
-        return normed[:, None], DeltaNetUpdate(conv_state, self._tapped_state(recurrent_state))
+        normed, after, recurrent_state = result
+        if valid is not None:
+            after = torch.where(valid[..., None], after, conv_state.to(after.dtype))
+        return normed[:, None], DeltaNetUpdate(after, self._tapped_state(recurrent_state))
 
     def _in_blocks(
         self, qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, context: LayerContext, state: DeltaNetState | None
@@ -249,6 +262,12 @@ class GatedDeltaNet(FP32Parameters):
         return core, weights
 
 
+def _keeping_state(projection: Tensor, valid: Tensor) -> Tensor:
+    """The projection a or b [B, 1, H] of a gate, -inf in rows without a new token: softplus and sigmoid of it are zero, so that
+    the state neither decays nor is written."""
+    return projection.masked_fill(~valid[..., None], float("-inf"))
+
+
 def _without_padding(gate: Tensor, layout: TokenLayout) -> Tensor:
     """A gate [B, T, H, ...], zero at padding."""
     valid = layout.valid
@@ -260,5 +279,7 @@ def _segment(qkv: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tenso
     """The values of these tokens that a rollback needs."""
     valid = layout.valid
     if valid is None:
-        return Segment(qkv, key, value, decay, beta, torch.ones(qkv.shape[:2], dtype=torch.bool, device=qkv.device), layout.tokens)
-    return Segment(qkv, key, value, decay, beta, valid, 0 if layout.host_lengths is None else min(layout.host_lengths))
+        valid, least = torch.ones(qkv.shape[:2], dtype=torch.bool, device=qkv.device), layout.tokens
+    else:
+        least = 0 if layout.host_lengths is None else min(layout.host_lengths)
+    return Segment(qkv, key, value, decay, beta, valid, least)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from qwen35moe import ops
-from qwen35moe.ops.cpu.packed_weight import PackedMatrix
+from qwen35moe.ops.cpu.packed_weight import PackedExperts, PackedMatrix
 from qwen35moe.ops.cpu.products import ROWS, SMALL
 
 FEW = ROWS[-1]  # rows with which a small projection calls its module
@@ -82,6 +82,27 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     return linear(in_dtype_of(weight, x))
 
 
+def weight_of(module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = None) -> Tensor | None:
+    """The weight of a module without a bias, for a fused operation that reads it without calling the module. None where the
+    call may compute something else than the forward of `kind`, for a weight that is no ordinary tensor, and for one that does
+    not have `dtype`, if that is not None."""
+    weight: Any = module._parameters.get("weight")
+    if weight is None or (dtype is not None and weight.dtype is not dtype):
+        return None
+    if type(weight) is PackedMatrix or hasattr(type(weight), "__tensor_flatten__"):
+        return None
+    return weight if is_plain(module, kind) and module._parameters.get("bias") is None else None
+
+
+def fused_projections(caller: nn.Module, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...] | None:
+    """The products of x with the weights of the linears by a fused implementation of `ops.projections`; None where the caller
+    runs them one by one."""
+    weights = [] if torch.is_grad_enabled() else [weight_of(linear, nn.Linear, x.dtype) for linear in linears]
+    if not weights or any(weight is None for weight in weights):
+        return None
+    return ops.projections.fused(x, *weights, caller=caller)  # pyright: ignore[reportArgumentType]
+
+
 def in_dtype_of(weight: Any, x: Tensor) -> Tensor:
     """x in the dtype of a weight, except under autocast, which chooses the dtype, and for the codes of a quantised weight."""
     if not isinstance(weight, Tensor) or weight.dtype is x.dtype or not {weight.dtype, x.dtype} <= _ORDINARY:
@@ -90,6 +111,24 @@ def in_dtype_of(weight: Any, x: Tensor) -> Tensor:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x
     return x.to(weight.dtype)
+
+
+def add_residual(hidden: Tensor, change: Tensor) -> Tensor:
+    """hidden + change. The residual stream keeps its dtype, also where a layer has another one."""
+    return hidden + (change if change.dtype is hidden.dtype else change.to(hidden.dtype))
+
+
+def in_autocast_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x and the weights of a product as autocast casts those of a linear map: in its dtype, except float64 and packed weights.
+    Autocast replaces calls of torch's functions, and so has no effect on an operation with a kernel of its own."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x, *weights
+    tensors = (x, *weights)
+    for t in tensors:
+        if t.dtype not in _ORDINARY or t.dtype == torch.float64 or isinstance(t, PackedMatrix | PackedExperts):
+            return tensors
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
 
 
 def device_of(module: Any) -> torch.device:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from qwen35moe import ops
 from qwen35moe.config import TextConfig
-from qwen35moe.modules.hooks import GLOBAL_PRE_HOOKS, in_dtype_of, project
+from qwen35moe.modules.hooks import (
+    GLOBAL_PRE_HOOKS,
+    add_residual,
+    fusible,
+    in_autocast_dtype,
+    in_dtype_of,
+    project,
+    weight_of,
+)
 from qwen35moe.modules.initialise import Draws, Initialised, initialise
 from qwen35moe.ops.cpu.packed_weight import PackedExperts
 from qwen35moe.ops.experts import Tap, router_choice
@@ -38,7 +46,17 @@ class MLP(Initialised):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D]; returns [..., D]."""
-        return project(self.down_proj, F.silu(project(self.gate_proj, x)) * project(self.up_proj, x))
+        act = None if x.is_cpu and ops.swiglu.is_ordinary(self) else self._fused_act(x)
+        if act is None:
+            act = F.silu(project(self.gate_proj, x)) * project(self.up_proj, x)
+        return project(self.down_proj, act)
+
+    def _fused_act(self, x: Tensor) -> Tensor | None:
+        """silu(gate x) * up x by a fused implementation of `ops.swiglu`; None where `forward` composes it."""
+        gate, up = weight_of(self.gate_proj, nn.Linear, x.dtype), weight_of(self.up_proj, nn.Linear, x.dtype)
+        if torch.is_grad_enabled() or gate is None or up is None:
+            return None
+        return ops.swiglu.fused(x, gate, up, caller=self)
 
 
 class DenseMLP(MLP):
@@ -101,10 +119,12 @@ class Experts(Initialised):
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, tap: Tap | None = None) -> Tensor:
         """hidden [N, D], indices and weights [N, k]; returns [N, D]. tap: see `ops.experts.by_expert`."""
-        gate_up = self.gate_up_proj
+        gate_up, down = self.gate_up_proj, self.down_proj
         if gate_up.dtype is not hidden.dtype:
             hidden = in_dtype_of(gate_up, hidden)
-        return ops.experts(hidden, gate_up, self.down_proj, indices, weights, tap=tap, caller=self)
+        if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
+            hidden, gate_up, down = in_autocast_dtype(hidden, gate_up, down)
+        return ops.experts(hidden, gate_up, down, indices, weights, tap=tap, caller=self)
 
     def extra_repr(self) -> str:
         experts, width, inner = self.down_proj.shape
@@ -153,6 +173,7 @@ def routed_inside(
     return change, later.result
 
 
+@fusible
 class SparseMoeBlock(Initialised):
     """y = experts(x) + sigmoid(w_s x) * shared_expert(x)."""
 
@@ -178,8 +199,11 @@ class SparseMoeBlock(Initialised):
             indices, weights = forced(self.layer, logits)
         return RouterOutput(logits, tap(self, "indices", indices), tap(self, "weights", weights))
 
-    def forward(self, hidden: Tensor, router: RouterOutput | RouteLater | None = None) -> Tensor:
-        """hidden [B, T, D]; returns [B, T, D]. router: the result of `route`; None and RouteLater call `route` here."""
+    def forward(
+        self, hidden: Tensor, router: RouterOutput | RouteLater | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """hidden [B, T, D]; returns [B, T, D]. router: the result of `route`; None and RouteLater call `route` here. With the
+        residual stream, residual [B, T, D], returns its sum with the output."""
         rows = hidden.flatten(0, -2)
         if not isinstance(router, RouterOutput):
             later = _LATER.get() if router is None else router
@@ -191,9 +215,23 @@ class SparseMoeBlock(Initialised):
             self._check_experts()
             arguments = (*arguments, partial(tap, self))
         routed = tap(self, "routed", self.experts(*arguments))
+        shared = self.shared_expert(rows)
+        if residual is not None:
+            total = self._fused_sum(residual, routed, shared, rows)
+            if total is not None:
+                return total
         gate = project(self.shared_expert_gate, rows).sigmoid()
-        shared = tap(self, "shared", gate * self.shared_expert(rows))
-        return tap(self, "output", (routed + shared).view_as(hidden))
+        output = tap(self, "output", (routed + tap(self, "shared", gate * shared)).view_as(hidden))
+        return output if residual is None else add_residual(residual, output)
+
+    def _fused_sum(self, residual: Tensor, routed: Tensor, shared: Tensor, rows: Tensor) -> Tensor | None:
+        """residual plus the output of the block by a fused implementation of `ops.add_shared_expert`; None where `forward`
+        composes it. It reads the weight of shared_expert_gate without calling it, and materialises no output."""
+        weight = weight_of(self.shared_expert_gate, nn.Linear, rows.dtype)
+        if weight is None or tapped(self, ("shared", "output")):
+            return None
+        total = ops.add_shared_expert.fused(residual.view_as(rows), routed, shared, rows, weight, caller=self)
+        return None if total is None else total.view_as(residual)
 
     def _check_choice(self, logits: Tensor, weights: Tensor, indices: Tensor) -> None:
         """ValueError where the router, with its hooks, has not chosen as its method `choose` does: patched logits would

@@ -11,6 +11,7 @@ from qwen35moe.modules.hooks import fusible
 from qwen35moe.modules.initialise import Draws, Initialised
 
 
+@fusible
 class RMSNorm(Initialised):
     """x / sqrt(mean(x^2) + eps) (1 + weight), over the last axis of width `size`; the weight is stored around zero."""
 

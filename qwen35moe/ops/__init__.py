@@ -11,19 +11,22 @@ from __future__ import annotations
 
 from . import cpu, delta_chunked
 from .arguments import check_direct_calls
-from .attention import attention
+from .attention import attention, sigmoid_gate
 from .convolution import short_convolution
 from .decode_step import delta_net_step
 from .delta_rule import gated_delta_rule
 from .experts import experts, router
+from .gated_mlp import add_shared_expert, swiglu
 from .gelu_linear import gelu_linear
-from .linear import linear
+from .linear import linear, projections
 from .losses import linear_cross_entropy
-from .norm import gated_rms_norm, rms_norm
-from .rope import rotary
+from .norm import add_rms_norm, gated_rms_norm, rms_norm
+from .rope import norm_rotary, rotary
 from .vision_attention import vision_attention
 
 __all__ = [
+    "add_rms_norm",
+    "add_shared_expert",
     "attention",
     "cpu",
     "delta_chunked",
@@ -34,10 +37,14 @@ __all__ = [
     "gelu_linear",
     "linear",
     "linear_cross_entropy",
+    "norm_rotary",
+    "projections",
     "rms_norm",
     "rotary",
     "router",
     "short_convolution",
+    "sigmoid_gate",
+    "swiglu",
     "vision_attention",
 ]
 

@@ -20,11 +20,17 @@ from qwen35moe.backends.values import values_known
 # the number of rows, with cu_seqlens that of documents.
 AXES = {
     "rms_norm": "x ... D, weight D",
+    "add_rms_norm": "residual ... D, change ... D, weight D",
     "gated_rms_norm": "x ... V, gate ... V, weight V",
     "rotary": "query B T H K, key B T G K, cos B T R/2, sin B T R/2",
+    "norm_rotary": "query B T H K, key B T G K, cos B T R/2, sin B T R/2, query_weight K, key_weight K",
     "attention": "query B T H K, key B P G K, value B P G V",
+    "sigmoid_gate": "x ... V, gate ... V",
     "vision_attention": "query N H K, key N H K, value N H K",
     "linear": "x ... D, weight F D, bias F",
+    "projections": "x ... D, first F1 D, second F2 D, third F3 D, fourth F4 D",
+    "swiglu": "x ... D, gate_weight F D, up_weight F D",
+    "add_shared_expert": "residual ... D, routed ... D, shared ... D, x ... D, gate_weight 1 D",
     "gelu_linear": "x N D, weight F D, bias F",
     "short_convolution": "x B T C, weight C W, state N C W-1, lengths B",
     "gated_delta_rule": "query B T G K, key B T G K, value B T H V, decay B T H, beta B T H, state N H K V",
@@ -96,7 +102,8 @@ def _check_dtypes_agree(name: str, operands: dict[str, Any]) -> None:
 PRODUCTS = {
     "attention": ("query", "key", "value"), "vision_attention": ("query", "key", "value"),
     "gelu_linear": ("x", "weight", "bias"), "linear": ("x", "weight"), "router": ("hidden", "weight"),
-    "experts": ("hidden", "gate_up", "down"),
+    "experts": ("hidden", "gate_up", "down"), "projections": ("x", "first", "second", "third"),
+    "swiglu": ("x", "gate_weight", "up_weight"), "add_shared_expert": ("x", "gate_weight"),
     "linear_cross_entropy": ("hidden", "weight"),
 }  # fmt: skip
 
@@ -183,6 +190,7 @@ def known(x: Tensor) -> bool:
 
 MORE: dict[str, Callable[[dict[str, Any], dict[str, int]], None]] = {
     "attention": _attention, "gated_delta_rule": _delta_rule, "short_convolution": _convolution, "rotary": _rotary,
+    "norm_rotary": _rotary,
     "router": _router, "experts": _experts, "linear_cross_entropy": _cross_entropy,
 }  # fmt: skip
 

@@ -29,6 +29,12 @@ def attention(
     return weighted_values(F.dropout(weights, dropout), value).to(query.dtype)
 
 
+@operation
+def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """x * sigmoid(gate), the output gate of Gated Attention. x, gate [..., V]; returns [..., V]."""
+    return x * gate.sigmoid()
+
+
 def attention_weights(
     query: Tensor, key: Tensor, *, scale: float, starts: int | Tensor = 0, cu_seqlens: Tensor | None = None
 ) -> Tensor:

@@ -17,3 +17,15 @@ from qwen35moe.backends import operation
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., D], weight [F, D], bias [F]; returns [..., F]."""
     return F.linear(x, weight, bias)
+
+
+@operation(composes=("linear",))
+def projections(
+    x: Tensor, first: Tensor, second: Tensor, third: Tensor, fourth: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """x W_i^T for three or four weights: all projections of a mixer's input.
+
+    x [..., D], weights [F_i, D]; returns as many products [..., F_i]. For few rows one launch takes the time of reading the
+    weights, while a small product of its own takes longer to start than to run.
+    """
+    return tuple(F.linear(x, weight) for weight in (first, second, third, fourth) if weight is not None)

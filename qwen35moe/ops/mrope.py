@@ -28,12 +28,16 @@ def rotary_tables(
     device, dtype = position_ids.device, dtype or inv_freq.dtype
     if inv_freq.dtype == torch.float64:
         inv_freq = inv_freq.to(float64_device(device))
-    angles = position_ids.to(inv_freq.device, inv_freq.dtype)[..., None] * inv_freq  # [3, B, T, R/2]
+    if position_ids.stride(0) == 0:  # one position for all axes, as of text: see `plan_layout`
+        position_ids = position_ids[:1]
+    angles = position_ids.to(inv_freq.device, inv_freq.dtype)[..., None] * inv_freq  # [1 or 3, B, T, R/2]
     pairs = inv_freq.shape[0]
     angle = angles[0]
-    for axis in (1, 2):
+    for axis in range(1, len(angles)):
         pair = torch.arange(pairs, device=inv_freq.device)
         uses_axis = (pair % 3 == axis) & (pair < 3 * sections[axis])
         angle = torch.where(uses_axis, angles[axis], angle)
-    cos, sin = angle.cos() * scale, angle.sin() * scale
+    cos, sin = angle.cos(), angle.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
     return cos.to(dtype=dtype).to(device), sin.to(dtype=dtype).to(device)

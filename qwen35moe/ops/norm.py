@@ -27,6 +27,17 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return (wide * scale * (1.0 + weight.to(dtype))).to(x.dtype)
 
 
+@operation(composes=("rms_norm",))
+def add_rms_norm(residual: Tensor, change: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """h = residual + change and rms_norm(h), in one pass over the residual stream.
+
+    residual, change [..., D], weight [D]; returns both [..., D] in residual's dtype. `change` and then h are rounded to that
+    dtype, as by an addition followed by a norm.
+    """
+    hidden = residual + change.to(residual.dtype)
+    return hidden, rms_norm.definition(hidden, weight, eps=eps)
+
+
 @operation
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight * silu(gate), over the last axis; the norm comes before the gate.

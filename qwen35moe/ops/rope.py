@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen35moe.backends import operation
 from qwen35moe.config import RopeParameters
+from qwen35moe.ops.norm import rms_norm
 from qwen35moe.ops.precision import float64_device, wide_dtype
 
 
@@ -76,6 +77,19 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     query [B, T, H, K], key [B, T, G, K], cos and sin [B, T, R/2]; returns both in their own dtype.
     """
     return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+
+@operation(composes=("rms_norm", "rotary"))
+def norm_rotary(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, query_weight: Tensor, key_weight: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """rotary(rms_norm(query), rms_norm(key)), each head normalised over its K entries.
+
+    query [B, T, H, K], key [B, T, G, K], cos and sin [B, T, R/2], query_weight and key_weight [K]; returns both in their own
+    dtype.
+    """
+    query = rms_norm.definition(query, query_weight, eps=eps)
+    return rotary.definition(query, rms_norm.definition(key, key_weight, eps=eps), cos, sin)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

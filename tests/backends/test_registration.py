@@ -94,8 +94,9 @@ class TestRegister:
 
     def test_the_operations_and_their_order(self) -> None:
         assert backends.OPERATIONS == (
-            *("rms_norm", "gated_rms_norm", "linear", "rotary", "attention", "vision_attention", "gelu_linear"),
-            *("short_convolution", "gated_delta_rule", "delta_net_step", "router", "experts", "linear_cross_entropy"),
+            *("rms_norm", "add_rms_norm", "gated_rms_norm", "linear", "projections", "rotary", "norm_rotary", "attention"),
+            *("sigmoid_gate", "vision_attention", "gelu_linear", "short_convolution", "gated_delta_rule", "delta_net_step"),
+            *("router", "experts", "swiglu", "add_shared_expert", "linear_cross_entropy"),
         )
 
 

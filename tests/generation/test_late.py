@@ -302,29 +302,69 @@ def model() -> Qwen3_5MoeForCausalLM:
     return Qwen3_5MoeForCausalLM(small()).init_weights(seed=0).double().eval()
 
 
-@pytest.mark.parametrize("max_length", [None, 40])
+def contents(state: Any, lengths: list[int]) -> list[Tensor]:
+    """A layer's tensors; of keys and values those of the tokens, for behind a row's tokens there may be others."""
+    if "key" not in state.names:
+        return [state.conv_state.clone(), state.recurrent_state.clone()]
+    assert state.key.shape[1] == max(lengths)
+    return [x[row, :length].clone() for x in (state.key, state.value) for row, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("max_length, record", [(None, 0), (40, 0), (None, 2)])
 @pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[0]], [PROMPTS[0], [2, 7, 1, 8, 2]]], ids=["ragged", "one", "two"])
-def test_a_cache_of_the_real_model_is_the_same(prompts: list[list[int]], max_length: int | None, model: Any) -> None:
-    """Its lengths, its contents and how it goes on, after rows that end at different steps."""
+def test_a_cache_of_the_real_model_is_the_same(
+    prompts: list[list[int]], max_length: int | None, record: int, model: Any
+) -> None:
+    """Its lengths, its contents and how it goes on, after rows that end at different steps; and with recorded tokens, which
+    `rollback` takes back."""
     free = model.generate(prompts, max_new_tokens=16, eos_token_id=[], pad_token_id=0)[:, max(map(len, prompts)) :]
     ends = sorted({int(row[3 + 4 * number]) for number, row in enumerate(free)})
     options: dict[str, Any] = dict(max_new_tokens=16, eos_token_id=ends, pad_token_id=0)
     results = []
     for lateness in (None, 0, 3, 99):
         with late(lateness):
-            cache = model.new_cache(len(prompts), max_length=max_length)
+            cache = model.new_cache(len(prompts), max_length=max_length, record=record)
             ids = model.generate(prompts, cache=cache, **options)
             lengths, seen = cache.lengths, cache.seen
-            tensors = [getattr(layer, name).clone() for layer in cache for name in layer.state.names]
+            tensors = [contents(layer.state, lengths.tolist()) for layer in cache]
             held = [row[:length].tolist() for row, length in zip(cache._ids, lengths.tolist(), strict=True)]
             turns = [row + [5, 3, 2] for row in held]
+            if record:
+                cache.rollback(2)
             more = model.generate(turns, cache=cache, **options)
-            results.append((ids, lengths, torch.tensor(seen), tensors, turns, more, cache.lengths))
-    ids, *_ = results[0]
-    assert ids.shape[1] < max(map(len, prompts)) + 16
-    for result in results[1:]:
-        assert result[4] == results[0][4]
-        for index in (0, 1, 2, 5, 6):
-            assert torch.equal(result[index], results[0][index])
-        for actual, expected in zip(result[3], results[0][3], strict=True):
-            torch.testing.assert_close(actual, expected)
+            results.append((held, tensors, [ids, lengths, torch.tensor(seen), more, cache.lengths]))
+    assert results[0][2][0].shape[1] < max(map(len, prompts)) + 16
+    for held, tensors, same in results[1:]:
+        assert held == results[0][0]
+        assert all(torch.equal(actual, expected) for actual, expected in zip(same, results[0][2], strict=True))
+        torch.testing.assert_close(tensors, results[0][1])
+
+
+def test_an_error_leaves_a_cache_with_what_it_holds(model: Any) -> None:
+    """Rows that had ended are as they were at their ends, and the others go on."""
+    prompts = [PROMPTS[0], [2, 7, 1, 8, 2]]
+    free = model.generate(prompts, max_new_tokens=16, eos_token_id=[])[:, 5:]
+    end = int(free[0, 3])
+    assert end not in free[1].tolist() and end not in free[0, :3].tolist()
+
+    class Fails(Streamer):
+        def put(self, ids: Tensor) -> None:
+            super().put(ids)
+            if len(self.events) == 9:
+                raise KeyError("streamer")
+
+    for lateness in (0, 3, 99):
+        cache = model.new_cache(2)
+        with late(lateness), pytest.raises(KeyError) as _held:  # its frames, with all that they refer to
+            model.generate(prompts, max_new_tokens=16, eos_token_id=end, pad_token_id=0, cache=cache, streamer=Fails())
+        held = [row[:length].tolist() for row, length in zip(cache._ids, cache.lengths.tolist(), strict=True)]
+        assert held[0] == prompts[0] + free[0, :3].tolist() and len(held[1]) in range(5 + 7, 5 + 7 + BEHIND + 1)
+        assert held[1] == prompts[1] + free[1, : len(held[1]) - 5].tolist()
+        turns = [row + [5, 3] for row in held]
+        assert torch.equal(model.generate(turns, max_new_tokens=4, cache=cache, eos_token_id=[], pad_token_id=0),
+                           model.generate(turns, max_new_tokens=4, eos_token_id=[], pad_token_id=0))  # fmt: skip
+
+
+def test_a_cache_with_recorded_tokens_cannot_freeze_rows(model: Any) -> None:
+    with pytest.raises(ValueError, match="record=2 cannot be frozen: pass an attention_mask"):
+        model.new_cache(1, record=2).freeze(torch.zeros(1, dtype=torch.bool))

@@ -7,15 +7,21 @@ and gradients equal those without autocast bit for bit. The backward also runs i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from qwen35moe import backends
+from qwen35moe.backends.operation import TABLE
+from qwen35moe.config import Config
 from qwen35moe.modules.gated_deltanet import GatedDeltaNet
+from qwen35moe.modules.moe import Experts
 from qwen35moe.ops.attention_map import attention_map, state_map
 from tests.support import peer
+from tests.support.configs import TINY
 from tests.support.peer import LINEAR, odd_shape
 
 
@@ -95,7 +101,6 @@ def test_the_convolution_and_the_norms(name: str) -> None:
 def test_a_layer_trains_under_autocast() -> None:
     """With bfloat16 projections, output and gradients are within bfloat16 rounding of those in float32."""
     from qwen35moe.cache.layout import TokenLayout
-    from qwen35moe.config import Config
     from qwen35moe.modules.context import LayerContext
 
     case = odd_shape(7, layer_types=[LINEAR], num_hidden_layers=1, linear_num_key_heads=2, linear_num_value_heads=6)
@@ -117,3 +122,56 @@ def test_a_layer_trains_under_autocast() -> None:
     assert len(actual) == len(expected) == 10 and actual[0].dtype == torch.bfloat16
     for a, b in zip(actual, expected, strict=True):
         assert 0 < (a.float() - b).norm() <= 0.05 * b.norm()
+
+
+PRODUCTS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "linear": ((7, 16), (12, 16)), "gelu_linear": ((7, 16), (12, 16), (12,)), "router": ((7, 16), (5, 16)),
+    "linear_cross_entropy": ((7, 16), (12, 16)),
+}  # fmt: skip
+
+OPTIONS: dict[str, dict[str, Any]] = {"gelu_linear": {"approximate": "none"}, "router": {"top_k": 2}}
+
+
+@pytest.mark.parametrize("operation", PRODUCTS)
+def test_operations_of_one_product_follow_autocast(operation: str) -> None:
+    """As F.linear does: with float32 inputs they compute the product in bfloat16, where every form takes it."""
+    args = [draw(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate(PRODUCTS[operation])]
+    options = OPTIONS.get(operation, {})
+    if operation == "linear_cross_entropy":
+        args.append(torch.tensor([3, -100, 0, 11, 5, 6, 1]))
+    definition: Callable[..., object] = TABLE[operation].definition
+    low = [x.bfloat16() if x.is_floating_point() else x for x in args]
+    expected = tree_leaves(definition(*low, **options))
+    for entry in backends.implementations(operation):
+        with torch.autocast("cpu", torch.bfloat16), backends.use(**{operation: entry.name}):
+            try:
+                actual = tree_leaves(backends.run(operation, *args, **options))
+            except ValueError as error:  # a form that does not take autocast
+                assert "cannot run" in str(error)
+                continue
+        for a, b in zip(actual, expected, strict=True):
+            bound = 0.01 * b.float().norm() if b.is_floating_point() else 0
+            assert (a.float() - b.float()).norm() <= bound
+
+
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_experts_follow_autocast(weights_dtype: torch.dtype) -> None:
+    """In the dtype of a linear map, bit for bit as the layer with all tensors in it; gradients reach the float32 weights."""
+    config = Config.from_dict(TINY).text_config
+    experts = Experts(config)
+    for seed, parameter in enumerate(experts.parameters()):
+        parameter.data = draw(*parameter.shape, seed=seed, dtype=weights_dtype) * 0.2
+    hidden, weights = draw(9, TINY["hidden_size"], seed=5, dtype=weights_dtype), draw(9, 2, seed=6, dtype=weights_dtype).abs()
+    indices = torch.arange(18).view(9, 2) % 7
+    with torch.autocast("cpu", torch.bfloat16):
+        linear = torch.nn.functional.linear(hidden, experts.gate_up_proj[0])
+        out = experts(hidden, indices, weights)
+    assert out.dtype == linear.dtype
+    out.float().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == weights_dtype for parameter in experts.parameters())
+    with torch.no_grad():
+        low = Experts(config).to(linear.dtype)
+        for a, b in zip(low.parameters(), experts.parameters(), strict=True):
+            a.copy_(b)
+        with torch.autocast("cpu", torch.bfloat16):  # without a gradient, as below
+            assert torch.equal(low(hidden.to(linear.dtype), indices, weights), experts(hidden, indices, weights))

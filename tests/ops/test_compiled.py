@@ -98,8 +98,16 @@ def with_tokens(name: str, T: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     angle = torch.rand(2, T, 3, generator=generator(6))
     return {
         "rms_norm": ((x, gate[0]), {"eps": 1e-6}), "gated_rms_norm": ((x, gate, gate[0]), {"eps": 1e-6}),
+        "add_rms_norm": ((x, gate, gate[0]), {"eps": 1e-6}),
+        "projections": ((x, draw(5, 8, grad=False), draw(3, 8, seed=1, grad=False), draw(4, 8, seed=2, grad=False)), {}),
+        "swiglu": ((x, draw(5, 8, grad=False), draw(5, 8, seed=1, grad=False)), {}),
+        "add_shared_expert": ((x, gate, 0.5 * gate, x.flip(0), gate[:1]), {}),
+        "sigmoid_gate": ((x, gate), {}),
         "linear": ((x, draw(5, 8, grad=False), gate[0, :5]), {}),
         "rotary": ((draw(2, T, 4, 8, grad=False), draw(2, T, 2, 8, grad=False), angle.cos(), angle.sin()), {}),
+        "norm_rotary": (
+            (draw(2, T, 4, 8, grad=False), draw(2, T, 2, 8, grad=False), angle.cos(), angle.sin(), x[0], gate[0]), {"eps": 1e-6}
+        ),
         "gelu_linear": ((x, draw(5, 8, grad=False), gate[0, :5]), {"approximate": "tanh"}),
         "short_convolution": ((x[None], draw(8, 4, grad=False)), {}), "router": ((x, draw(7, 8, grad=False)), {"top_k": 2}),
         "experts": ((x, draw(3, 10, 8, grad=False), draw(3, 8, 5, grad=False), indices, gate[:, :2]), {}),

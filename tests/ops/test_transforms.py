@@ -17,9 +17,9 @@ from tests.support.peer import assert_close, generator
 
 # Operation -> number of its case in `backends.cases`: a small one that the fast form takes.
 NUMBERS = {
-    "rms_norm": 0, "gated_rms_norm": 0, "linear": 1, "rotary": 0, "attention": 1, "vision_attention": 0,
-    "gelu_linear": 0, "short_convolution": 2, "gated_delta_rule": 1,
-    "delta_net_step": 0, "router": 0, "experts": 0, "linear_cross_entropy": 1,
+    "rms_norm": 0, "add_rms_norm": 0, "gated_rms_norm": 0, "linear": 1, "projections": 2, "rotary": 0, "norm_rotary": 0,
+    "attention": 1, "sigmoid_gate": 0, "vision_attention": 0, "gelu_linear": 0, "short_convolution": 2, "gated_delta_rule": 1,
+    "delta_net_step": 0, "router": 0, "experts": 0, "swiglu": 0, "add_shared_expert": 0, "linear_cross_entropy": 1,
 }  # fmt: skip
 class Case:
     """A call of an operation as a function of its floating-point tensors: [sum of weighted outputs] and the outputs."""

@@ -31,6 +31,9 @@ NO_LAUNCH = frozenset(
     "new_empty_strided sym_size sym_stride sym_numel sym_storage_offset device".split()
 )
 
+# Bytes of shared memory that one program may use, by compute capability.
+SHARED_MEMORY = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (12, 0): 99 << 10}
+
 
 def reports(*scenarios: str, capability: tuple[int, int] = (9, 0), timeout: float = 600.0) -> dict[str, dict[str, Any]]:
     """The report of each scenario, run in one new process."""
@@ -102,6 +105,7 @@ def run(capability: tuple[int, int], scenarios: list[str]) -> dict[str, dict[str
     real = runtime.kernels
     patches = [
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
+        mock.patch.object(runtime, "shared_memory", lambda _: SHARED_MEMORY[capability]),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(runtime, "on_device_of", lambda _: nullcontext()),
         mock.patch.object(runtime, "kernels", lambda file: Module(launches, file, real(file))),

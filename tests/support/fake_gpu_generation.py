@@ -37,13 +37,13 @@ def decoding(torch: Any, kept: bool = False, **options: Any) -> Callable[[], obj
     from qwen35moe.models.generation_inputs import StreamInputs
     from tests.support.fake_gpu import ids, small
 
-    prompt = Prompt(ids(torch, 2, 65), None, ids(torch, 2, 65), (65, 65))
+    prompt = Prompt(ids(torch, 2, 65), None, ids(torch, 2, 65), (65, 65), torch.zeros(2, 65, dtype=torch.int64), None)
     inputs = StreamInputs(prompt.ids, **{"max_new_tokens": STEPS, "eos_token_id": [7, 9], **options})
     MadeUp.started = 0
     # The ids of a prompt are checked at the call, which reads them.
     with mock.patch.multiple(loop, read_prompt=lambda *_, **__: prompt, late_copy=lambda _: MadeUp):
         run = loop._Run(small(torch), inputs, keeps_cache=kept)
-    assert run.reads.behind and run.masks_always == kept
+    assert run.reads.behind and run.freezes == kept
     if run.state.uniforms is not None:
         run.state.uniforms.reserve()  # the copy of a block of random numbers to the device
 
@@ -65,4 +65,6 @@ SCENARIOS: dict[str, Callable[[Any], Callable[[], object]]] = {
     "generate_static": lambda torch: decoding(torch, cache="static"),
     "generate_sampled": lambda torch: decoding(torch, **SAMPLED, **PENALISED),
     "generate_top_p": lambda torch: decoding(torch, do_sample=True, seed=7, top_p=0.9),
+    "generate_kept": lambda torch: decoding(torch, kept=True),
+    "generate_kept_static": lambda torch: decoding(torch, kept=True, cache="static"),
 }

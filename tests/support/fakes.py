@@ -22,6 +22,7 @@ class FakeCache:
         self.batch_size, self.max_length = batch_size, max_length
         self.rows: list[list[int]] = [[] for _ in range(batch_size)]
         self.seen = 0
+        self.frozen: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -33,7 +34,11 @@ class FakeCache:
             if ids[real.bool()][: len(held)].tolist() != held:
                 raise ValueError(f"row {row}: the cache belongs to another text")
 
+    def freeze(self, rows: Tensor) -> None:
+        self.frozen = rows
+
     def settle(self, lengths: list[int], seen: int) -> None:
+        self.frozen = None
         assert lengths == [len(row) for row in self.rows]
         self.seen = seen
 
@@ -77,6 +82,8 @@ class FakeModel(nn.Module):
         if attention_mask is not None:
             assert torch.equal(attention_mask[:, : cache.seen].sum(1), cache.lengths)
         cache.seen += tokens
+        if cache.frozen is not None:
+            new = new.masked_fill(cache.frozen[:, None], 0)
         for row, ids, real in zip(cache.rows, input_ids.tolist(), new.tolist(), strict=True):
             row.extend(token for token, keep in zip(ids, real, strict=True) if keep)
         if cache.max_length is not None:

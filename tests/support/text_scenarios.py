@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -69,7 +70,9 @@ def cached(side: str | None = None, max_length: int | None = None, record: int =
     return cache
 
 
-def decode(side: str | None = None, max_length: int | None = None, ended: bool = False, masked: bool = False, **more: Any) -> Any:
+def decode(
+    side: str | None = None, max_length: int | None = None, ended: bool = False, masked: bool = False, **more: Any
+) -> Any:
     """A step of one token, behind a first one."""
     cache = cached(side, max_length, **more)
     columns = mask(side or "none")
@@ -126,11 +129,14 @@ def restore(**more: Any) -> Callable[[], object]:
 
 def recorded_steps() -> Callable[[], object]:
     """So many steps that the log of the recorded tokens is shortened."""
-    cache = cached(record=2)
+    from qwen35moe.cache import rollback
+
+    cache = cached("left", record=2)
 
     def steps() -> None:
-        for _ in range(70):
-            call(cache=cache, tokens=1)()
+        with mock.patch.object(rollback, "_SLACK", 1):
+            for _ in range(3):
+                call(cache=cache, tokens=1)()
 
     return steps
 
@@ -176,7 +182,7 @@ SCENARIOS: dict[str, Scenario] = {
     "decode, ended": lambda: decode(ended=True, masked=True),
     "decode, ended, static": lambda: decode("left", 40, ended=True, masked=True),
     "decode, record": lambda: decode(record=6), "decode, record, ended": lambda: decode(record=6, ended=True, masked=True),
-    "decode, record, 70 steps": recorded_steps,
+    "decode, record, several": recorded_steps,
     "decode, positions": lambda: call(
         cache=cached(), tokens=1, position_ids=gpu(three_axes(1) + TOKENS), cache_position=gpu([TOKENS])
     ),
@@ -186,7 +192,9 @@ SCENARIOS: dict[str, Scenario] = {
     "mask left on the host": lambda: call(attention_mask=mask("left")),
     "mask right": lambda: call(attention_mask=gpu(mask("right"))),
     "mask left with cache": lambda: call(attention_mask=gpu(mask("left")), cache=model().new_cache(ROWS)),
-    "mask left with static cache": lambda: call(attention_mask=gpu(mask("left")), cache=model().new_cache(ROWS, max_length=40)),
+    "mask left with static cache": lambda: call(
+        attention_mask=gpu(mask("left")), cache=model().new_cache(ROWS, max_length=40)
+    ),
     "mask left on the host with static cache": lambda: call(
         attention_mask=mask("left"), cache=model().new_cache(ROWS, max_length=40)
     ),
@@ -196,7 +204,8 @@ SCENARIOS: dict[str, Scenario] = {
     "second turn, right, static": lambda: second_turn("right", "left", max_length=60),
     "second turn, on the host": lambda: second_turn("right", "left", on_gpu=False),
     "positions": lambda: call(position_ids=gpu(torch.arange(TOKENS).expand(ROWS, -1).contiguous())),
-    "three axes": lambda: call(position_ids=gpu(three_axes())), "three axes on the host": lambda: call(position_ids=three_axes()),
+    "three axes": lambda: call(position_ids=gpu(three_axes())),
+    "three axes on the host": lambda: call(position_ids=three_axes()),
     "packed": lambda: call(rows=1, cu_seqlens=gpu(BOUNDS)),
     "packed on the host": lambda: call(rows=1, cu_seqlens=torch.tensor(BOUNDS)),
     "packed by positions": lambda: call(rows=1, position_ids=gpu(RESTARTS)),
@@ -219,3 +228,85 @@ SCENARIOS: dict[str, Scenario] = {
     "restore": restore, "restore, static": lambda: restore(max_length=40), "restore, ragged": lambda: restore(side="left"),
     "snapshot": lambda: cached().snapshot, "clone": lambda: cached().clone,
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- values, not costs
+
+PLAIN = dict(
+    attention="torch", experts="loop", gated_delta_rule="recurrent", short_convolution="torch", rms_norm="torch",
+    gated_rms_norm="torch", rotary="torch", router="torch", linear="torch",
+)  # fmt: skip
+
+
+@cache
+def double(on_gpu: bool) -> Any:
+    """The same float64 model on the CPU or the GPU."""
+    from qwen35moe import Qwen3_5MoeForCausalLM
+    from tests.support.pretend_gpu import moved
+
+    torch.manual_seed(1)
+    out = Qwen3_5MoeForCausalLM(text_config()).double().requires_grad_(False)
+    return moved(out) if on_gpu else out
+
+
+def conversation(model: Any, to: Callable[[torch.Tensor], torch.Tensor], max_length: int | None, record: int) -> list[Any]:
+    """The logits of a padded prompt, steps in which rows end, a padded second turn, rollbacks, a reordering and a restored
+    snapshot, with masks that `to` puts on a device."""
+    cache = model.new_cache(ROWS, max_length=max_length, record=record)
+    columns, out = mask("left"), []
+
+    def feed(new: torch.Tensor, seed: int) -> None:
+        nonlocal columns
+        columns = torch.cat([columns, new], 1)
+        tokens = torch.randint(0, 97, new.shape, generator=torch.Generator().manual_seed(seed))
+        out.append(model(to(tokens), attention_mask=to(columns), cache=cache).logits)
+
+    tokens = torch.randint(0, 97, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    out.append(model(to(tokens), attention_mask=to(columns), cache=cache).logits)
+    feed(torch.tensor([[1], [1]]), 1)
+    snapshot = cache.snapshot()
+    feed(torch.tensor([[0], [1]]), 2)  # the first row has ended
+    feed(torch.tensor([[0], [1]]), 3)
+    cache.restore(snapshot)
+    columns = columns[:, : TOKENS + 1]
+    feed(torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]), 4)
+    feed(torch.tensor([[1], [0]]), 5)
+    if record:
+        cache.rollback(to(torch.tensor([2, 1])))
+        columns = (torch.arange(cache.seen) < torch.tensor([[24], [19]])).long()  # as many tokens as the rows hold
+        feed(torch.ones(ROWS, 3, dtype=torch.int64), 6)
+        cache.rollback(2)
+        columns = columns[:, :-2]
+    cache.reorder([1, 0])
+    columns = columns[[1, 0]]
+    feed(torch.ones(ROWS, 1, dtype=torch.int64), 7)
+    return [*out, cache.lengths, *(x for view in cache for x in view.state.tensors()[:2])]
+
+
+def same_values(program: Callable[..., list[Any]], **options: Any) -> Callable[[], float]:
+    """The largest difference of a program's results between the GPU and the CPU, relative to the largest value."""
+    from qwen35moe import backends
+    from qwen35moe.ops import delta_net_step
+    from tests.support.pretend_gpu import values
+
+    def difference() -> float:
+        definition = delta_net_step.definition
+        fused = wraps(definition)(lambda *args, **kwargs: definition(*args, **kwargs))
+        backends.register("delta_net_step", "fused", fused, before="triton")
+        try:
+            with torch.no_grad(), backends.use(**PLAIN, delta_net_step="fused"):
+                ours, theirs = program(double(True), gpu, **options), program(double(False), lambda x: x, **options)
+        finally:
+            backends.unregister("delta_net_step", "fused")
+        pairs = [(values(a).double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
+        return max(float((a[:, : b.shape[1]] if a.dim() == 4 else a).sub(b).abs().max() / b.abs().max()) for a, b in pairs)
+
+    return difference
+
+
+VALUES: dict[str, Scenario] = {
+    "conversation": lambda: same_values(conversation, max_length=None, record=0),
+    "conversation, static": lambda: same_values(conversation, max_length=40, record=0),
+    "conversation, recorded": lambda: same_values(conversation, max_length=None, record=8),
+}  # fmt: skip
+SCENARIOS |= VALUES

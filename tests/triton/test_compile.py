@@ -20,7 +20,10 @@ if sys.platform != "linux":
 SIZES = {"W": 4, "G": 16, "H": 32, "K": 128, "V": 128}  # C = 8192
 HIDDEN, HEAD, EXPERTS, TOP_K = 2048, 256, 256, 8
 STRIDES = tuple(f"{x}_{axis}" for x in ("query", "key") for axis in ("row", "token", "head"))
-INTEGERS = ("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "x_row", "x_token", *STRIDES)
+INTEGERS = (
+    *("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "F1", "F2", "F3", "F4", "F", "size", "gate_row", "x_row"),
+    *("x_token", *STRIDES),
+)
 FLOAT32 = ("dweight", "recurrent_state", "recurrent_state_after", "A_log", "dt_bias", "norm_weight")
 
 
@@ -54,7 +57,7 @@ def kernels() -> list[Kernel]:
         compilations += [
             kernel("convolution", "forward_kernel", f"{inputs} y {sizes}", **block, **full, BT=convolution._TOKENS),
             kernel("convolution", "backward_kernel", f"dy dafter {inputs} dx dweight {sizes}", **block, **full,
-                   BT=convolution._TOKENS_BACKWARD),
+                   BT=convolution._TOKENS_BACKWARD, BW=SIZES["W"]),
         ]  # fmt: skip
     compilations += [
         kernel("convolution", "conv_state_kernel", f"x state lengths bounds after {sizes}", **full),
@@ -77,7 +80,7 @@ def kernels() -> list[Kernel]:
             kernel("step", "step_kernel", tensors, warps, "" if whole else "y", **SIZES, BK=SIZES["K"], BV=columns,
                    WHOLE=whole)
         )  # fmt: skip
-    return [*compilations, *decoder_kernels()]
+    return [*compilations, *decoder_kernels(), *fused_kernels()]
 
 
 def decoder_kernels() -> list[Kernel]:
@@ -97,9 +100,28 @@ def decoder_kernels() -> list[Kernel]:
     return result
 
 
+def fused_kernels() -> list[Kernel]:
+    """The fused kernels of a decoded token."""
+    from qwen35moe_kernels import linear, norm, sigmoid_gate
+
+    projections = linear._block(HIDDEN, linear._COLUMNS)
+    swiglu = linear._block(HIDDEN, linear._COLUMNS_TWO)
+    sizes = " ".join(f"{name}{number}" for name in "wyF" for number in (1, 2, 3, 4)).replace("F1", "rows F1")
+    rotated = f"query key cos sin query_weight key_weight query_after key_after T H G K HALF eps {' '.join(STRIDES)}"
+    return [
+        kernel("linear", "projections_kernel", f"x {sizes}", projections.pop("num_warps"), D=HIDDEN, **projections),
+        kernel("linear", "swiglu_kernel", "x gate_weight up_weight y rows F", swiglu.pop("num_warps"), D=HIDDEN, **swiglu),
+        kernel("linear", "silu_mul_kernel", "gate up y size", B=linear._ELEMENTS),
+        kernel("norm", "add_kernel", "residual change weight total y rows D eps", BR=norm._ELEMENTS // HIDDEN, BD=HIDDEN),
+        kernel("rotary", "norm_rotary_kernel", rotated, 1, "cos sin", BK=HEAD, BHALF=32),
+        kernel("sigmoid_gate", "gate_kernel", "x gate y rows V x_row gate_row", BR=sigmoid_gate._ELEMENTS // HEAD, BV=HEAD),
+        kernel("shared_expert", "add_kernel", "residual routed shared x gate_weight out D", BD=HIDDEN),
+    ]
+
+
 def test_kernels_compile_for_hopper_without_spills() -> None:
     usage = compiled(kernels())
-    assert len(usage) == 18
+    assert len(usage) == 25
     assert not [kernel for kernel in usage if kernel.local], usage
     assert max(kernel.shared for kernel in usage) <= 48 << 10, usage  # what every GPU gives without a request for more
 

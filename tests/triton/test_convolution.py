@@ -27,7 +27,7 @@ OPERATION = "short_convolution"
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from qwen35moe_kernels import convolution
 
-    for name, size in (("_TOKENS", 32), ("_TOKENS_BACKWARD", 32), ("_CHANNELS", 16)):
+    for name, size in (("_TOKENS", 32), ("_TOKENS_BACKWARD", 32), ("_CHANNELS", 16), ("_PARTS", 2 * B)):
         monkeypatch.setattr(convolution, name, size)
     with backends.use(short_convolution="triton"):
         yield

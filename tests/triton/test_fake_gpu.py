@@ -20,10 +20,14 @@ SEQUENCE = {
     "attention": ["torch"], "experts": ["triton"], "gated_delta_rule": ["triton"], "gated_rms_norm": ["triton"],
     "rms_norm": ["triton"], "rotary": ["triton"], "router": ["triton"], "short_convolution": ["triton"],
 }  # fmt: skip
-STEP = {name: SEQUENCE[name] for name in ("attention", "experts", "rms_norm", "rotary", "router")}
-STEP |= {"delta_net_step": ["triton"]}
+# Composed where a gradient may be needed.
+FUSED = ("add_rms_norm", "add_shared_expert", "norm_rotary", "sigmoid_gate", "swiglu")
+WITHOUT_GRADIENT = {name: SEQUENCE[name] for name in SEQUENCE if name != "rotary"} | dict.fromkeys(FUSED, ["triton"])
+STEP = {name: SEQUENCE[name] for name in ("attention", "experts", "rms_norm", "router")}
+STEP |= dict.fromkeys((*FUSED, "delta_net_step", "projections"), ["triton"])
 CHOSEN = {
-    "prefill": SEQUENCE, "masked": SEQUENCE, "training": SEQUENCE | {"linear_cross_entropy": ["torch"]},
+    "prefill": WITHOUT_GRADIENT, "masked": WITHOUT_GRADIENT,
+    "training": SEQUENCE | {"linear_cross_entropy": ["torch"]},
     "decode": STEP, "decode_static": STEP, "decode_35b": STEP,
 }  # fmt: skip
 
@@ -41,5 +45,8 @@ def test_nothing_waits_and_the_kernels_are_chosen(scenario: str, report: dict[st
 
 
 def test_the_launches_of_a_decoded_token_of_the_35b_model(report: dict[str, dict[str, Any]]) -> None:
+    """40 layers, 30 of them Gated DeltaNet. One for each layer: projections, norm, sum and norm, router, its choice, experts up
+    and down, SwiGLU, shared down projection, output projection, sum of the block (440). Step of the delta rule 30; norm and
+    rotation, gate 20; attention, in SDPA's composed form, 100; copies of keys and values 20, of states 60; once 20."""
     result = report["decode_35b"]
-    assert result["launches"] <= 1164, result["most"]
+    assert result["launches"] <= 690, result["most"]

@@ -84,6 +84,35 @@ def test_rotary(tokens: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 4, 1025])
+def test_fused_operations(tokens: int, dtype: torch.dtype) -> None:
+    """Products of 2048 numbers are sums of as many rounded inputs, so that the bound is relative to the largest."""
+    D, F, angle = 2048, 512, 3 * draw(1, tokens, 32, seed=2)
+    rows = [draw(tokens, D, seed=seed, dtype=dtype) for seed in range(4)]
+    weights = [D**-0.5 * draw(size, D, seed=9 + size, dtype=dtype) for size in (8192, 4096, 32, 32)]
+    heads = draw(1, tokens, 16, 2, 256, dtype=dtype)[..., 0, :], draw(1, tokens, 2, 256, seed=1, dtype=dtype)
+    norms = 0.2 * draw(256, seed=3), 0.2 * draw(256, seed=4)
+    for name, args, options in (
+        ("add_rms_norm", (*rows[:2], 0.2 * draw(D)), {"eps": 1e-6}),
+        ("projections", (rows[0], *weights), {}), ("projections", (rows[0], *weights[1:]), {}),
+        ("swiglu", (rows[0], weights[0][:F], weights[1][:F]), {}),
+        ("add_shared_expert", (*rows, weights[2][:1]), {}),
+        ("sigmoid_gate", (draw(1, tokens, 16, 256, seed=5, dtype=dtype), heads[0]), {}),
+        ("norm_rotary", (*heads, angle.cos(), angle.sin(), *norms), {"eps": 1e-6}),
+    ):  # fmt: skip
+        check(name, args, options, dtype, differentiable=False)
+
+
+def test_the_sum_before_the_norm_has_the_bits_of_an_addition() -> None:
+    residual, change = (draw(3, 2048, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    with backends.use(add_rms_norm="triton"):
+        total, normed = backends.run("add_rms_norm", residual, change, 0.2 * draw(2048), eps=1e-6)
+    with backends.use(rms_norm="triton"):
+        assert torch.equal(normed, backends.run("rms_norm", total, 0.2 * draw(2048), eps=1e-6))
+    assert torch.equal(total, residual + change)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 1025])
 def test_router(tokens: int, dtype: torch.dtype) -> None:
     hidden, weight = draw(tokens, 2048, dtype=dtype), 0.02 * draw(256, 2048, seed=1, dtype=dtype)

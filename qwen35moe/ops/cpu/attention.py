@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen35moe.backends.values import host_values
 from qwen35moe.ops.attention import attention, causal_mask
+from qwen35moe.ops.cuda.attention import cuda_attention
 from qwen35moe.ops.precision import wide_dtype
 
 
@@ -23,10 +25,12 @@ def sdpa_attention(
     if cu_seqlens is not None and not torch.compiler.is_compiling():
         documents = [
             sdpa_attention(query[:, start:end], key[:, start:end], value[:, start:end], scale=scale, dropout=dropout)
-            for start, end in pairwise(cu_seqlens.tolist())
+            for start, end in pairwise(host_values(cu_seqlens))
             if end > start
         ]
         return torch.cat(documents, dim=1) if documents else query.new_zeros(*query.shape[:3], value.shape[-1])
+    if query.is_cuda and cu_seqlens is None:
+        return cuda_attention(query, key, value, scale=scale, starts=starts, dropout=dropout)
     tokens, positions, heads = query.shape[1], key.shape[1], query.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if tokens == 1 and cu_seqlens is None and not isinstance(starts, Tensor) and positions == starts + 1:
