@@ -43,7 +43,7 @@ class Sizes:
 
 
 FULL = Sizes()
-SMALL = Sizes(D=48, E=6, F=24, top_k=2, G=1, H=2, K=16, heads=(4, 2, 24), R=8, V=33, tokens=(1, 5, 9, 67), convolved=(1, 9),
+SMALL = Sizes(D=48, E=6, F=24, top_k=2, G=1, H=2, K=16, heads=(3, 1, 24), R=8, V=33, tokens=(1, 5, 9, 67), convolved=(1, 9),
               rule=((5, "hard"),), batches=(3,), loads=(1, 7), vision=(2, 8))  # fmt: skip
 
 

@@ -29,6 +29,7 @@ MODES = {"inference": False, "training": True}
 # Rounded once at the end, relative to the largest value: forward twice, backward four times this.
 ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 ONCE = ("rms_norm", "gated_rms_norm", "rotary", "short_convolution", "delta_net_step", "router")
+CONSTANT = {"rotary": (2, 3), "norm_rotary": (2, 3)}  # arguments without a gradient, which the kernels do not have: cos and sin
 COPIES = 8 << 30  # the most bytes of weights that a form may copy
 EXPERTS = {torch.float32: 2e-6, torch.bfloat16: 2**-7}  # the activation and the output of an expert are rounded
 INTERPRETER = 2  # Triton's interpreter truncates to bfloat16 instead of rounding
@@ -61,7 +62,7 @@ def _of_one(
         return NOT_RUN, entry.missing or "it has no function"
     if entry.device == "cpu" and not work.small:
         return NOT_RUN, "it runs on a CPU only"
-    ran, refusals = 0, []
+    ran, refusals = 0, {}
     for dtype_name in dtypes:
         for mode in MODES:
             id = f"{prefix}/{dtype_name}/{mode}"
@@ -77,12 +78,14 @@ def _of_one(
             rows.measure(id, measured)
             rows.append({"launched": sorted(launched)})
             ran += not result or result[0].cases > 0  # a row that failed has run
-            refusals += [reason for one in result for reason in one.refusals]
-    if ran:
-        return None
+            refusals |= {id: one.refusals[0] for one in result if not one.cases and one.refusals}
     # Forms in plain PyTorch may be for some processors only; the suite tests them on CPUs.
     optional = entry.builtin or entry.device == "cpu"
-    return NOT_RUN if optional else UNRUN, f"no case ran it: {refusals[0] if refusals else 'it has no case'}"
+    if ran:
+        for id, reason in refusals.items() if not optional else ():
+            rows.write(id, NOT_RUN, note=reason)
+        return None
+    return NOT_RUN if optional else UNRUN, f"no case ran it: {next(iter(refusals.values()), 'it has no case')}"
 
 
 @dataclass
@@ -128,7 +131,8 @@ def compared(
             result.refusals.append(reason)
             continue
         lengths = arguments[1].get("lengths")
-        exactly, fn = visible(definition, lengths), visible(entry.fn, lengths)
+        constant = CONSTANT.get(operation, ())
+        exactly, fn = (detached(visible(f, lengths), constant) for f in (definition, entry.fn))
         key = dtype, training, number
         if key not in known:
             exact = verification._run(exactly, arguments, torch.float64, 0, training)
@@ -143,12 +147,22 @@ def compared(
 
 def _refusal(entry: Any, arguments: Arguments, training: bool) -> str | None:
     args, kwargs = verification._copies(arguments, None, grad=training)
+    args = tuple(x.detach() if number in CONSTANT.get(entry.operation, ()) else x for number, x in enumerate(args))
     with torch.set_grad_enabled(training):
         reason = entry.refusal(args, kwargs)
     if reason is None and entry.name == "gathered":
         copied = args[3].numel() * (args[1][0].nbytes + args[2][0].nbytes)
         reason = f"it would copy {copied / 1e9:.0f} GB of weights" if copied > COPIES else None
     return reason
+
+
+def detached(fn: Callable[..., Any], constant: tuple[int, ...]) -> Callable[..., Any]:
+    """The function with some arguments as constants."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*(x.detach() if number in constant else x for number, x in enumerate(args)), **kwargs)
+
+    return call if constant else fn
 
 
 def visible(fn: Callable[..., Any], lengths: torch.Tensor | None) -> Callable[..., Any]:
@@ -246,7 +260,8 @@ class Recorder:
 
 def implementations_not_run(records: list[dict[str, Any]]) -> dict[str, str]:
     """check/OPERATION/IMPLEMENTATION -> why, of those that no dtype's step has run."""
-    ran = {"/".join(record["id"].split("/")[:3]) for record in records if record.get("id", "").count("/") == 4}
+    measured = [r["id"].split("/") for r in records if r.get("id", "").count("/") == 4 and r["verdict"] != NOT_RUN]
+    ran = {"/".join(parts[:3]) for parts in measured}
     unrun = {record["id"]: record["note"] for record in records if record.get("verdict") == UNRUN}
     return {id: note for id, note in unrun.items() if id not in ran}
 

@@ -139,6 +139,25 @@ def test_an_implementation_that_no_case_runs_fails(register: Register, tmp_path:
     assert (row["verdict"], row["note"]) == (NOT_RUN, "it needs a GPU")
 
 
+def without_gradients(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> str | None:
+    return "it is for inference" if torch.is_grad_enabled() else None
+
+
+def test_a_mode_that_no_case_runs_is_listed(register: Register, tmp_path: Path) -> None:
+    register("rms_norm", mine, without_gradients)
+    verdicts = {row["id"].split("/", 3)[3]: (row["verdict"], row.get("note")) for row in checked(tmp_path, "rms_norm", "mine")}
+    assert verdicts["bf16/training"] == verdicts["fp32/training"] == (NOT_RUN, "it is for inference")
+    assert verdicts["bf16/inference"][0] == verdicts["fp32/inference"][0] == RIGHT
+
+
+def test_rotary_is_checked_backward_too() -> None:
+    """Its kernel refuses gradients of cos and sin, which the check must not require."""
+    pytest.importorskip("triton")
+    entry = next(one for one in backends.implementations("rotary") if one.name == "triton")
+    draw = cases.Draw(torch.float32, "cpu", cases.SMALL, True)
+    assert not entry.missing and all(checks._refusal(entry, arguments, True) is None for arguments in cases.rotary(draw))
+
+
 def test_an_operation_without_cases_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(checks.CASES, "router")
     checks.run(Rows(tmp_path / "rows.jsonl"), Work(small=True, limit=60, out=tmp_path), "router")
