@@ -62,7 +62,7 @@ def _of_one(
         return NOT_RUN, entry.missing or "it has no function"
     if entry.device == "cpu" and not work.small:
         return NOT_RUN, "it runs on a CPU only"
-    ran, refusals = 0, {}
+    ran, refusals = 0, dict[str, str]()  # refusals: of the rows that no case has
     for dtype_name in dtypes:
         for mode in MODES:
             id = f"{prefix}/{dtype_name}/{mode}"
@@ -78,7 +78,8 @@ def _of_one(
             rows.measure(id, measured)
             rows.append({"launched": sorted(launched)})
             ran += not result or result[0].cases > 0  # a row that failed has run
-            refusals |= {id: one.refusals[0] for one in result if not one.cases and one.refusals}
+            if result and result[0].refusals and not result[0].cases:
+                refusals[id] = result[0].refusals[0]
     # Forms in plain PyTorch may be for some processors only; the suite tests them on CPUs.
     optional = entry.builtin or entry.device == "cpu"
     if ran:
