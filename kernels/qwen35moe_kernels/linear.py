@@ -48,6 +48,8 @@ def unsupported_swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> str
 
 
 def _unsupported(x: Tensor, **weights: Tensor | None) -> str | None:
+    if reason := runtime.unsupported_device(x=x, **weights):
+        return reason
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is enabled, which chooses the dtype of products"
     for name, weight in weights.items():
@@ -55,7 +57,7 @@ def _unsupported(x: Tensor, **weights: Tensor | None) -> str | None:
             return f"x is {x.dtype} and {name} {weight.dtype}, the kernels take one dtype"
         if weight is not None and not weight.is_contiguous():
             return f"{name} is not contiguous, and copying it in every call would take longer than the kernels save"
-    return runtime.unsupported_device(x=x, **weights) or runtime.unsupported_dtype(*_FLOATS, x=x)
+    return runtime.unsupported_dtype(*_FLOATS, x=x)
 
 
 def projections(

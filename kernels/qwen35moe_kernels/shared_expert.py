@@ -20,10 +20,12 @@ def unsupported(residual: Tensor, routed: Tensor, shared: Tensor, x: Tensor, gat
     """None, or the reason why this kernel cannot run this call."""
     if x.shape[-1] > _WIDEST:
         return f"x has rows of {x.shape[-1]}, one program holds {_WIDEST}"
+    tensors = {"residual": residual, "routed": routed, "shared": shared, "x": x, "gate_weight": gate_weight}
+    if reason := runtime.unsupported_device(**tensors):
+        return reason
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is enabled, which chooses the dtype of products"
-    tensors = {"residual": residual, "routed": routed, "shared": shared, "x": x, "gate_weight": gate_weight}
-    return runtime.unsupported_device(**tensors) or runtime.unsupported_dtype(*_FLOATS, **tensors)
+    return runtime.unsupported_dtype(*_FLOATS, **tensors)
 
 
 def add_shared_expert(residual: Tensor, routed: Tensor, shared: Tensor, x: Tensor, gate_weight: Tensor) -> Tensor:

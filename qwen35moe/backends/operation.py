@@ -34,13 +34,12 @@ from .transforms import TRANSFORMS, active_transforms, forward_ad, interpreter, 
 
 # The public names, in the order of a forward. `qwen35moe.ops` defines exactly these.
 OPERATIONS: tuple[str, ...] = (
-    "rms_norm", "add_rms_norm", "gated_rms_norm", "linear", "projections", "rotary", "norm_rotary", "attention",
-    "sigmoid_gate", "vision_attention", "gelu_linear", "short_convolution", "gated_delta_rule", "delta_net_step", "router",
-    "experts", "swiglu", "add_shared_expert", "linear_cross_entropy",
-)  # fmt: skip
+    *("rms_norm", "add_rms_norm", "gated_rms_norm", "linear", "projections", "rotary", "norm_rotary", "attention"),
+    *("sigmoid_gate", "vision_attention", "gelu_linear", "short_convolution", "gated_delta_rule", "delta_net_step", "router"),
+    *("experts", "swiglu", "add_shared_expert", "linear_cross_entropy"),
+)
 ALIASES = {"delta_rule": "gated_delta_rule", "convolution": "short_convolution"}
 AUTO = "auto"
-
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 Unsupported = Callable[..., "str | None"]

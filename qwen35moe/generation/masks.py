@@ -23,13 +23,20 @@ class TokenMasks:
     """
 
     def __init__(self, settings: Settings, prompt: Prompt, vocabulary: int) -> None:
-        self.min_new_tokens = settings.min_new_tokens
         self.vocabulary, self.device = vocabulary, prompt.ids.device
-        self.ends = self._mask("eos_token_id", (token for token in settings.eos_token_ids if 0 <= token < vocabulary))
+        ends = self._mask("eos_token_id", (token for token in settings.eos_token_ids if 0 <= token < vocabulary))
         single = [word[0] for word in settings.bad_words_ids if len(word) == 1]
-        self.always = self._mask("suppress_tokens", settings.suppress_tokens) | self._mask("bad_words_ids", single)
-        self.first = self._mask("begin_suppress_tokens", settings.begin_suppress_tokens)
-        self.any_always, self.any_first = bool(settings.suppress_tokens or single), bool(settings.begin_suppress_tokens)
+        always = self._mask("suppress_tokens", settings.suppress_tokens) | self._mask("bad_words_ids", single)
+        first = self._mask("begin_suppress_tokens", settings.begin_suppress_tokens)
+        least = settings.min_new_tokens
+        # At how many steps a token is banned, and how often the host has applied the masks: later it leaves them out.
+        self.limit = max(least, 1 if settings.begin_suppress_tokens else 0)
+        if settings.suppress_tokens or single:
+            self.limit = settings.max_new_tokens
+        self.applied = 0
+        # Of the first step, of the others before the shortest allowed length, and of those after it.
+        self.banned = torch.stack([always | first | ends if least else always | first, always | ends, always])
+        self.bounds = to_device(torch.tensor([1, max(least, 1)], device="cpu"), self.device)
         words = [word for word in settings.bad_words_ids if len(word) > 1]
         for word in words:
             self._mask("bad_words_ids", word)
@@ -50,19 +57,17 @@ class TokenMasks:
 
     @property
     def active(self) -> bool:
-        return bool(self.min_new_tokens or self.any_always or self.any_first or self.words)
+        return bool(self.limit or self.words)
 
     def apply(self, scores: Tensor, step: Tensor) -> Tensor:
         """Scores [B, vocabulary] of new token `step` [1], counted from 0."""
         for prefix, last in self.words:
             after = (self.history[:, -len(prefix) :] == prefix).all(-1)
             scores = scores.masked_fill(after[:, None] & last, -torch.inf)
-        banned = self.always
-        if self.min_new_tokens:
-            banned = banned | (self.ends & (step < self.min_new_tokens))
-        if self.any_first:
-            banned = banned | (self.first & (step == 0))
-        return scores.masked_fill(banned, -torch.inf)
+        self.applied += 1
+        if self.applied > self.limit:
+            return scores
+        return scores.masked_fill(self.banned.index_select(0, (step >= self.bounds).sum(0, keepdim=True)), -torch.inf)
 
     def put(self, token: Tensor) -> None:
         """Adds each row's chosen token [B]."""

@@ -147,7 +147,7 @@ class GatedDeltaNet(FP32Parameters):
         if state is None or layout.tokens != 1 or layout.cu_seqlens is not None:
             return None
         if layout.lengths is not None and qkv.is_cpu:
-            return None  # rows without a new token: one fused step costs more there than the composed operations
+            return None  # rows without a new token: there the composed operations handle the padding
         if torch.is_grad_enabled() or context.record or context.attentions or tapped(self, ("scores",)):
             return None
         if not is_plain(self.conv1d, ShortConvolution) or not is_plain(self.norm, GatedRMSNorm):
@@ -156,7 +156,8 @@ class GatedDeltaNet(FP32Parameters):
             return None
         conv_state, valid = state.conv_state, layout.valid
         if valid is not None:
-            a, b = _keeping_state(a, valid), _keeping_state(b, valid)
+            padding = ~valid
+            a, b = _keeping_state(a, padding), _keeping_state(b, padding)
         result = ops.delta_net_step.fused(
             qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0], conv_state=conv_state, recurrent_state=state.recurrent_state,
             conv_weight=self.conv1d.weight.squeeze(1), A_log=self.A_log, dt_bias=self.dt_bias,
@@ -262,10 +263,10 @@ class GatedDeltaNet(FP32Parameters):
         return core, weights
 
 
-def _keeping_state(projection: Tensor, valid: Tensor) -> Tensor:
+def _keeping_state(projection: Tensor, padding: Tensor) -> Tensor:
     """The projection a or b [B, 1, H] of a gate, -inf in rows without a new token: softplus and sigmoid of it are zero, so that
     the state neither decays nor is written."""
-    return projection.masked_fill(~valid[..., None], float("-inf"))
+    return projection.masked_fill(padding[..., None], float("-inf"))
 
 
 def _without_padding(gate: Tensor, layout: TokenLayout) -> Tensor:

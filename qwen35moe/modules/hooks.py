@@ -82,6 +82,11 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     return linear(in_dtype_of(weight, x))
 
 
+def add_residual(hidden: Tensor, change: Tensor) -> Tensor:
+    """hidden + change. The residual stream keeps its dtype, also where a layer has another one."""
+    return hidden + (change if change.dtype is hidden.dtype else change.to(hidden.dtype))
+
+
 def weight_of(module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = None) -> Tensor | None:
     """The weight of a module without a bias, for a fused operation that reads it without calling the module. None where the
     call may compute something else than the forward of `kind`, for a weight that is no ordinary tensor, and for one that does
@@ -111,11 +116,6 @@ def in_dtype_of(weight: Any, x: Tensor) -> Tensor:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x
     return x.to(weight.dtype)
-
-
-def add_residual(hidden: Tensor, change: Tensor) -> Tensor:
-    """hidden + change. The residual stream keeps its dtype, also where a layer has another one."""
-    return hidden + (change if change.dtype is hidden.dtype else change.to(hidden.dtype))
 
 
 def in_autocast_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ A fake tensor has no values, so that anything that reads one raises: a scenario 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -198,6 +199,7 @@ def masked(torch: Any) -> Callable[[], object]:
 SCENARIOS: dict[str, Callable[[Any], Callable[[], object]]] = {
     "prefill": prefill, "decode": decode, "decode_static": lambda torch: decode(torch, 300), "decode_35b": decode_35b,
     "training": training, "masked": masked, **fake_gpu_generation.SCENARIOS,
+    "images": lambda torch: importlib.import_module("tests.support.fake_gpu_vision").full_size(torch),
 }  # fmt: skip
 
 

@@ -86,6 +86,22 @@ def step(rows: int) -> None:
     delta_net_step(new(rows, C), *gates, **states, norm_weight=new(V), groups=G, eps=1e-6)
 
 
+def fused(tokens: int = 1) -> None:
+    """The launches of a step that replace several operations; more than 4 tokens take torch's products."""
+    from qwen35moe_kernels import linear, norm, rotary, shared_expert, sigmoid_gate
+
+    x, angles = new(1, tokens, HIDDEN), new(1, tokens, ROTATED // 2, dtype=torch.float32)
+    query, key = new(1, tokens, HEADS, 2 * HEAD).split(HEAD, -1)[0], new(1, tokens, GROUPS, HEAD)
+    norm.add_rms_norm(x, x, new(HIDDEN), eps=1e-6)
+    if tokens <= 4:
+        linear.projections(x, new(C, HIDDEN), new(H * V, HIDDEN), new(H, HIDDEN), new(H, HIDDEN))
+        linear.projections(x, new(2 * HEADS * HEAD, HIDDEN), *(new(GROUPS * HEAD, HIDDEN) for _ in range(2)))
+    linear.swiglu(x, new(WIDTH, HIDDEN), new(WIDTH, HIDDEN))
+    rotary.norm_rotary(query, key, angles, angles, new(HEAD), new(HEAD), eps=1e-6)
+    sigmoid_gate.sigmoid_gate(query, query)
+    shared_expert.add_shared_expert(x, x, x, x, new(1, HIDDEN))
+
+
 CASES: dict[str, Callable[..., None]] = {
-    "delta_rule": delta_rule, "experts": experts, "convolution": convolution, "decoder": decoder, "step": step,
+    "delta_rule": delta_rule, "experts": experts, "convolution": convolution, "decoder": decoder, "fused": fused, "step": step,
 }  # fmt: skip

@@ -20,10 +20,7 @@ if sys.platform != "linux":
 SIZES = {"W": 4, "G": 16, "H": 32, "K": 128, "V": 128}  # C = 8192
 HIDDEN, HEAD, EXPERTS, TOP_K = 2048, 256, 256, 8
 STRIDES = tuple(f"{x}_{axis}" for x in ("query", "key") for axis in ("row", "token", "head"))
-INTEGERS = (
-    *("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "F1", "F2", "F3", "F4", "F", "size", "gate_row", "x_row"),
-    *("x_token", *STRIDES),
-)
+INTEGERS = ("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "x_row", "x_token", *STRIDES)
 FLOAT32 = ("dweight", "recurrent_state", "recurrent_state_after", "A_log", "dt_bias", "norm_weight")
 
 
@@ -31,7 +28,7 @@ def kernel(module: str, name: str, arguments: str, warps: int = 4, single: str =
     """Activations are bfloat16. single: further arguments in float32. All sizes but T and rows are multiples of 16."""
     types = {}
     for argument in arguments.split():
-        if argument in INTEGERS:
+        if argument in INTEGERS or argument in FUSED_INTEGERS:
             types[argument] = "i32"
         elif argument in ("eps", "sign"):
             types[argument] = "fp32"
@@ -80,7 +77,7 @@ def kernels() -> list[Kernel]:
             kernel("step", "step_kernel", tensors, warps, "" if whole else "y", **SIZES, BK=SIZES["K"], BV=columns,
                    WHOLE=whole)
         )  # fmt: skip
-    return [*compilations, *decoder_kernels(), *fused_kernels()]
+    return [*compilations, *decoder_kernels()]
 
 
 def decoder_kernels() -> list[Kernel]:
@@ -97,7 +94,10 @@ def decoder_kernels() -> list[Kernel]:
     for tokens in (1, router._ELEMENTS // EXPERTS):
         shape = {"TOP_K": TOP_K, "BN": tokens, "BE": EXPERTS, "BK": TOP_K}
         result.append(kernel("router", "choose_kernel", "logits indices weights N E", **shape))
-    return result
+    return [*result, *fused_kernels()]
+
+
+FUSED_INTEGERS = ("F1", "F2", "F3", "F4", "F", "size", "gate_row")
 
 
 def fused_kernels() -> list[Kernel]:

@@ -88,6 +88,7 @@ def test_unsupported_names_the_argument() -> None:
             assert refusal(operation, "triton", *args).startswith("autocast is enabled")
     assert "would be broadcast" in refusal("add_rms_norm", "triton", x, x[:1], weight[0], **EPS)
     assert "would be broadcast" in refusal("sigmoid_gate", "triton", x, x[:1])
+    assert refusal("swiglu", "triton", x.to("meta"), weight, weight) == "x is on meta, not on CUDA"  # which has no autocast
     for operation in FUSED:  # under gradients the modules compose the operations that have a backward
         args, options = next(iter(backends.cases(operation)[1](torch.float32, DEVICE, torch.Generator())))
         assert "no backward" in refusal(operation, "triton", args[0].requires_grad_(), *args[1:], **options)

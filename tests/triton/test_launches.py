@@ -74,9 +74,10 @@ def test_other_architectures() -> None:
 @pytest.mark.slow
 def test_amd() -> None:
     others = [Request("gfx942", "convolution"), Request("gfx942", "decoder"), Request("gfx942", "step", (1,))]
-    *results, convolution, decoder, step = reports([*requests("gfx942"), *others])
+    others.append(Request("gfx942", "fused"))
+    *results, convolution, decoder, step, fused = reports([*requests("gfx942"), *others])
     check("gfx942", results)
-    assert all(built.shared <= TARGETS["gfx942"][1] and not built.local for built in (*convolution, *decoder, *step))
+    assert all(built.shared <= TARGETS["gfx942"][1] and not built.local for built in (*convolution, *decoder, *step, *fused))
 
 
 LENGTHS = (2, 7, 16, 63, 64, 1000, 1024, 4096)
@@ -89,6 +90,7 @@ def test_lengths_share_compilations() -> None:
     cases += [Request("sm_90", "delta_rule", (tokens, 1), build=False) for tokens in (1, *LENGTHS)]
     cases += [Request("sm_90", "convolution", (tokens,), build=False) for tokens in LENGTHS]
     cases += [Request("sm_90", "decoder", (tokens,), build=False) for tokens in (1, *LENGTHS)]
+    cases += [Request("sm_90", "fused", (tokens,), build=False) for tokens in (1, 2, 3, 4, 16, 63, 1000)]
     cases += [Request("sm_90", "experts", (tokens,), build=False) for tokens in (300, 311, 496, 512)]
     results = reports(cases, each_once=True)
     counts: dict[str, int] = {}
