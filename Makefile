@@ -9,7 +9,7 @@ BIN     := $(VENV)/bin
 # A stamp per set of extras, renewed when what it was installed from changes.
 INSTALL  = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: help demo test test-matrix soak mutants check bench clean
+.PHONY: help demo test test-matrix soak mutants check bench gpu clean
 
 help:
 	@echo "make demo    run the bundled checkpoint: text, a picture, backends, tokens per second, expert load"
@@ -19,6 +19,7 @@ help:
 	@echo "make mutants do the tests notice 100 changes of one line each? (ARGS='--count 20 --area cache')"
 	@echo "make check   ruff and pyright"
 	@echo "make bench   the benchmarks that exist; make bench NAME=imports runs one (ARGS='--json out.json')"
+	@echo "make gpu     kernels and speeds on a GPU in nine minutes; without one a small form (ARGS='--only moe', docs/guide/gpu.md)"
 	@echo "make clean   remove .venv and what tools left behind"
 
 demo: $(VENV)/demo.stamp
@@ -42,6 +43,9 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/demo.stamp
 	@$(BIN)/python -m benchmarks $(NAME) $(ARGS)
+
+gpu: $(VENV)/test.stamp
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-py310 $(VENV)-py313 build *.egg-info .pytest_cache .ruff_cache .hypothesis

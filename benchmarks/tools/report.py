@@ -9,7 +9,8 @@ share of the measured limit that ours reaches, where the result holds it: of rea
 others used more than a tenth of a core during the run. --all shows every implementation.
 
 A marker is a line `<!-- results: SUITE ... [profile=NAME,...] [only=BEGINNING,...] -->`; the table reaches to
-`<!-- end of results -->`. `<!-- results: moe profile=NAME table=targets -->` is the table of `moe --targets`.
+`<!-- end of results -->`. `<!-- results: moe profile=NAME table=targets -->` is the table of `moe --targets`, `table=gpu` that
+of `benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import table as gpu_table
 from benchmarks.moe import targets
 from benchmarks.tools import load
 from benchmarks.tools.common import ROOT, output_path
@@ -27,7 +29,7 @@ from benchmarks.tools.compare import read
 from benchmarks.tools.machine import RESULTS, header
 from qwen35moe.files import write_text
 
-PAGES = ("README.md", "docs/reports/benchmarks.md", "docs/reports/moe_benchmark.md")
+PAGES = ("README.md", "docs/reports/benchmarks.md", "docs/reports/moe_benchmark.md", "docs/guide/gpu.md")
 MARKED = re.compile(r"(<!-- results: ([^\n]*?) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 Reports = dict[str, dict[str, dict[str, Any]]]  # profile -> suite -> report
 
@@ -169,6 +171,9 @@ def rewritten(text: str, reports: Reports) -> str:
         only = named["only"].split(",") if "only" in named else []
         if named.get("table") == "targets":
             made = "\n\n".join(targets.table(reports[name]["moe"]) for name in names if "moe" in reports[name])
+            return f"{match[1]}\n{made or 'Not measured yet.'}\n\n{match[4]}"
+        if named.get("table") == "gpu":
+            made = gpu_table.markdown({name: reports[name]["gpu"] for name in names if "gpu" in reports[name]})
             return f"{match[1]}\n{made or 'Not measured yet.'}\n\n{match[4]}"
         made = page(reports, [word for word in words if "=" not in word], names, only=only)
         return f"{match[1]}\n{made or 'Not measured yet.'}\n\n{match[4]}"

@@ -52,7 +52,7 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("YaRN: scale of cos and sin, 0.1 ln(factor) + 1", "_yarn_temperature", "math.log(scale) + 1.0"),
         Line("M-RoPE: pair j uses height where j mod 3 = 1, width where j mod 3 = 2", "rotary_tables", "% 3 == axis"),
         Line("rotary: (x_j, x_{j+R/2}) turned by its angle", "ops/rope.py:_rotated", "first * cos - second * sin"),
-        Line("an image: (p, p + row, p + column), then p + max(h, w)", "models/vision_positions.py:_row", "p + max(h, w)"),
+        Line("an image: (p, p + row, p + column), then p + max(h, w)", "models/vision_positions.py:positions", "+ within"),
     ),
     "Gated Attention": (
         Line("q, gate = W_q x", "GatedAttention.forward", "project(self.q_proj, x)"),

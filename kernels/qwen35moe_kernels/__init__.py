@@ -18,7 +18,7 @@ __all__ = ["register"]
 # next to it.
 MODULES = (
     "convolution", "norm", "linear", "rotary", "sigmoid_gate", "router", "shared_expert", "gated_norm", "step", "causal_conv1d",
-    "flash_attn", "delta_rule", "fla", "experts", "sonic_moe", "zentorch",
+    "varlen", "flash_attn", "decode_attention", "delta_rule", "fla", "experts", "sonic_moe", "zentorch",
 )  # fmt: skip
 
 

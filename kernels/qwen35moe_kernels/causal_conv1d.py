@@ -77,19 +77,19 @@ def short_convolution(
     x = runtime.aligned(x.contiguous())
     before = None if state is None else runtime.aligned(state.to(x.dtype).mT.contiguous())  # [B, W-1, C]
     y = causal_conv1d.causal_conv1d_fn(
-        x.mT, weight.contiguous(), seq_idx=_documents(x, cu_seqlens), initial_states=None if before is None else before.mT,
+        x.mT, weight.contiguous(), seq_idx=None if cu_seqlens is None else _documents(cu_seqlens, x.shape[1], x.device),
+        initial_states=None if before is None else before.mT,
         activation="silu",
     )  # fmt: skip
     return runtime.align_gradient(y.mT), _conv_state(x, past, before, lengths, cu_seqlens)
 
 
-def _documents(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-    """seq_idx: the document of every token, int32 [1, T], a slice of a longer tensor (see _READ_BEHIND)."""
-    if cu_seqlens is None:
-        return None
-    tokens = x.shape[1]
-    positions = torch.arange(tokens + _READ_BEHIND, device=x.device, dtype=cu_seqlens.dtype)
-    documents = torch.bucketize(positions, cu_seqlens[1:].to(x.device), right=True, out_int32=True)
+@runtime.same_result
+def _documents(cu_seqlens: Tensor, tokens: int, device: torch.device) -> Tensor:
+    """seq_idx: the document of every token, int32 [1, T], a slice of a longer tensor (see _READ_BEHIND). Made once for all
+    layers of a call."""
+    positions = torch.arange(tokens + _READ_BEHIND, device=device, dtype=cu_seqlens.dtype)
+    documents = torch.bucketize(positions, runtime.send(cu_seqlens[1:], device), right=True, out_int32=True)
     return documents[None, :tokens]
 
 
@@ -97,7 +97,7 @@ def _conv_state(x: Tensor, past: int, before: Tensor | None, lengths: Tensor | N
     """[B or documents, C, W-1]: the last inputs of each; a shorter one keeps inputs of `before`, or zeros."""
     back = torch.arange(-past, 0, device=x.device)
     if cu_seqlens is not None:
-        bounds = cu_seqlens.to(x.device)
+        bounds = runtime.send(cu_seqlens, x.device)
         positions = bounds[1:, None] + back
         inside = positions >= bounds[:-1, None]
         last = x[0, torch.where(inside, positions, 0)]

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import weakref
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -96,41 +95,27 @@ def _wrong_gradients(capability: tuple[int, int]) -> str | None:
     )
 
 
-def _same_result(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps the last result of a function of a tensor: the same object until another tensor comes or its values change."""
-    last: tuple[Any, ...] = (lambda: None, None, None)
-
-    def remembered(tensor: Tensor, *others: Any) -> Any:
-        nonlocal last
-        if tensor.is_inference():  # counts no versions
-            return function(tensor, *others)
-        of, key, result = last
-        now = (tensor._version, torch.is_inference_mode_enabled(), *others)  # autograd saves no tensor of inference mode
-        if of() is not tensor or key != now:
-            result = function(tensor, *others)
-            last = (weakref.ref(tensor), now, result)
-        return result
-
-    return remembered
-
-
-@_same_result
+@runtime.same_result
 def _bounds(cu_seqlens: Tensor, device: torch.device) -> dict[str, Tensor]:
     """The arguments cu_seqlens, a copy, and cu_seqlens_cpu if they are on the host.
 
     fla and flash-qla keep the layout of the chunks by the identity of these objects and never compare their values. A tensor
     that the caller fills again must therefore not reach them, while a new copy in every layer would be laid out every time.
     """
-    bounds = {"cu_seqlens": cu_seqlens.to(device, torch.int64, copy=True)}
-    if cu_seqlens.device.type == "cpu":
-        bounds["cu_seqlens_cpu"] = cu_seqlens.to(torch.int64, copy=True)
+    bounds = {"cu_seqlens": runtime.send(cu_seqlens.to(torch.int64, copy=True), device)}
+    values = runtime.values_on_host(cu_seqlens)
+    if values is not None:
+        bounds["cu_seqlens_cpu"] = torch.tensor(values, dtype=torch.int64, device="cpu")
     return bounds
 
 
-@_same_result
+@runtime.same_result
 def _any_empty(cu_seqlens: Tensor) -> bool:
-    """Whether a document is empty. Reads from the device, once, as flash-qla does as well."""
-    return bool((cu_seqlens.diff() == 0).any())
+    """Whether a document is empty. Reads from the device, once, as flash-qla does as well, unless the host has the values."""
+    values = runtime.values_on_host(cu_seqlens)
+    if values is None:
+        return bool((cu_seqlens.diff() == 0).any())
+    return any(start == end for start, end in pairwise(values))
 
 
 def unsupported(

@@ -79,14 +79,9 @@ def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: T
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
-    """Attention within packed sequences. The host reads the length of the longest, which sets the size of the grid.
-
-    For a length of 1 and grouped heads flash-attn reshapes the query to one row per sequence, which fails if one is empty: 2
-    is as good a bound.
-    """
+    """Attention within packed sequences."""
     flash_attn: Any = importlib.import_module("flash_attn")
-    longest = max(2, int(cu_seqlens.diff().max()))
-    bounds = cu_seqlens.to(device=query.device, dtype=torch.int32).contiguous()
+    bounds, longest = runtime.varlen_bounds(cu_seqlens, query.device)
     deterministic = torch.are_deterministic_algorithms_enabled()
     out = flash_attn.flash_attn_varlen_func(
         query, key, value, bounds, bounds, longest, longest, deterministic=deterministic, **options

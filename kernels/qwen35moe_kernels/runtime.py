@@ -12,12 +12,15 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
+import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 TRITON = (3, 6)  # the oldest version whose language these kernels use
 # Options of `register` for a kernel with a backward of its own: no transform of torch.func, no derivative of the backward.
@@ -204,3 +207,51 @@ def unsupported_capability(package: str, tensor: Tensor, least: tuple[int, int])
     if current is None or current >= least:
         return None
     return f"{package} needs compute capability {least[0]}.{least[1]}, {tensor.device} has {current[0]}.{current[1]}"
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. From the CPU to a GPU through pinned memory, so that the host does not wait for the GPU."""
+    if tensor.is_cpu and device.type == "cuda" and not is_fake(tensor):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def same_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the last result of a function of a tensor: the same object until another tensor comes or its values change."""
+    last: tuple[Any, ...] = (lambda: None, None, None)
+
+    def remembered(tensor: Tensor, *others: Any) -> Any:
+        nonlocal last
+        if tensor.is_inference():  # counts no versions
+            return function(tensor, *others)
+        of, key, result = last
+        now = (tensor._version, torch.is_inference_mode_enabled(), *others)  # autograd saves no tensor of inference mode
+        if of() is not tensor or key != now:
+            result = function(tensor, *others)
+            last = (weakref.ref(tensor), now, result)
+        return result
+
+    return remembered
+
+
+def values_on_host(cu_seqlens: Tensor) -> list[int] | None:
+    """The bounds where the host has them: on the CPU, or beside a tensor on a GPU (`qwen35moe.backends.values`). Else None."""
+    version, values = getattr(cu_seqlens, "_host_values", (None, []))
+    if version is not None and version == (0 if cu_seqlens.is_inference() else cu_seqlens._version):
+        return values
+    return cu_seqlens.tolist() if cu_seqlens.is_cpu else None
+
+
+@same_result
+def varlen_bounds(cu_seqlens: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """The bounds of packed sequences, contiguous int32 on `device`, and the length of the longest, which sets a grid's size.
+    Made once for all layers of a call. The host reads bounds on a GPU unless they keep their values beside them, and does not
+    wait for those on the CPU.
+
+    For a length of 1 and grouped heads flash-attn reshapes the query to one row per sequence, which fails if one is empty: 2
+    is as good a bound.
+    """
+    values = values_on_host(cu_seqlens)
+    values = cu_seqlens.tolist() if values is None else values
+    longest = max(2, *(end - start for start, end in itertools.pairwise(values)))
+    return send(cu_seqlens.to(torch.int32).contiguous(), device), longest

@@ -29,6 +29,7 @@ SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")
 def unsupported(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
     A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+    active: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     """None, or the reason why this kernel cannot run this call."""
     width, out = recurrent_state.shape[2:]
@@ -43,23 +44,31 @@ def unsupported(
         "qkv": qkv, "gate": gate, "a": a, "b": b, "conv_state": conv_state, "conv_weight": conv_weight, "A_log": A_log,
         "dt_bias": dt_bias, "norm_weight": norm_weight,
     }  # fmt: skip
+    if active is not None and not recurrent_state.is_contiguous():
+        return "recurrent_state is not contiguous and would be written in place"
     device = runtime.unsupported_device(recurrent_state=recurrent_state, **floats)
     return device or runtime.unsupported_dtype(*_FLOATS, **floats)
 
 
 def delta_net_step(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
-    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float, active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The normed output [B, H, V] in qkv's dtype; conv_state [B, C, W-1] and recurrent_state [B, H, K, V] after the token."""
+    """The normed output [B, H, V] in qkv's dtype; conv_state [B, C, W-1] and recurrent_state [B, H, K, V] after the token. With
+    `active` [B] bool the kernel writes these rows of recurrent_state in place."""
     tensors = (qkv, gate, a, b, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
-    run = _operation if torch.compiler.is_compiling() else _forward
-    return run(*tensors, groups, eps)
+    if active is None:
+        run = _operation if torch.compiler.is_compiling() else _forward
+        return run(*tensors, groups, eps)
+    if torch.compiler.is_compiling():
+        y, after = _operation_in_place(*tensors, groups, eps, active)
+        return y, after, recurrent_state
+    return _forward(*tensors, groups, eps, active)
 
 
 def _forward(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
-    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float, active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kernel = runtime.kernels("step_kernels").step_kernel
 
@@ -71,12 +80,15 @@ def _forward(
     whole, block = columns >= out, {"BK": runtime.power_of_two(width), "BV": columns}
     y = torch.empty(rows, heads, out, dtype=qkv.dtype if whole else torch.float32, device=qkv.device)
     conv_state_after = torch.empty(rows, channels, taps - 1, dtype=qkv.dtype, device=qkv.device)
-    recurrent_state_after = torch.empty(recurrent_state.shape, dtype=recurrent_state.dtype, device=recurrent_state.device)
+    recurrent_state_after = recurrent_state  # a program reads its part of it before it writes that
+    if active is None:
+        recurrent_state_after = torch.empty(recurrent_state.shape, dtype=recurrent_state.dtype, device=recurrent_state.device)
     tensors = (qkv, gate, a, b, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
     with runtime.on_device_of(qkv):
         kernel[(rows, heads, runtime.parts(out, columns))](
-            *(tensor.contiguous() for tensor in tensors), y, conv_state_after, recurrent_state_after, eps, G=groups,
-            H=heads, K=width, V=out, W=taps, **block, WHOLE=whole, num_warps=_warps(block["BK"] * columns),
+            *(tensor.contiguous() for tensor in tensors), y, conv_state_after, recurrent_state_after,
+            qkv if active is None else active.view(torch.uint8), eps, G=groups, H=heads, K=width, V=out, W=taps, **block,
+            WHOLE=whole, IN_PLACE=active is not None, num_warps=_warps(block["BK"] * columns),
         )  # fmt: skip
     if not whole:
         y = normed(y, gate, norm_weight, eps, qkv.dtype)
@@ -93,6 +105,33 @@ _operation = torch.library.custom_op(
     schema="(Tensor qkv, Tensor gate, Tensor a, Tensor b, Tensor conv_state, Tensor recurrent_state, "
     "Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, int groups, float eps) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
+
+
+def _in_place(
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float, active: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _forward(
+        qkv, gate, a, b, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight, groups, eps, active
+    )[:2]
+
+
+_operation_in_place = torch.library.custom_op(
+    "qwen35moe_kernels::delta_net_step_in_place", _in_place, mutates_args=("recurrent_state",),
+    schema="(Tensor qkv, Tensor gate, Tensor a, Tensor b, Tensor conv_state, Tensor(a!) recurrent_state, "
+    "Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, int groups, float eps, Tensor active) "
+    "-> (Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_operation_in_place.register_fake
+def _shapes_in_place(
+    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float, active: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _shapes(
+        qkv, gate, a, b, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight, groups, eps
+    )[:2]
 
 
 @_operation.register_fake

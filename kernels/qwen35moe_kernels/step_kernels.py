@@ -38,13 +38,15 @@ def _softplus(x):
 @triton.jit
 def step_kernel(
     qkv, gate, a, b, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight, y, conv_state_after,
-    recurrent_state_after, eps, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, WHOLE: tl.constexpr,
+    recurrent_state_after, active, eps, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, WHOLE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """One row, one value head and BV columns of its recurrent state [K, V], which are read and written once. Every program
     that uses a key or query repeats its convolution.
 
     WHOLE (BV spans V): y is the normed output. Otherwise y is the rule's output in float32, and the norm is another launch.
+    IN_PLACE: recurrent_state_after is recurrent_state, written in rows where `active` is not 0. No other program reads the part
+    that this one writes.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -74,6 +76,8 @@ def step_kernel(
     state = tl.load(recurrent_state + at, mask=mask, other=0.0) * tl.exp(decay)
     write = beta * (value - tl.sum(key[:, None] * state, axis=0))
     state += key[:, None] * write[None, :]
+    if IN_PLACE:
+        mask = mask & (tl.load(active + row) != 0)
     tl.store(recurrent_state_after + at, state, mask=mask)
 
     core = tl.sum(query[:, None] * state, axis=0)

@@ -26,6 +26,13 @@ def values_known(tensor: Tensor) -> bool:
     return unbatched(tensor) is tensor and not is_fake(tensor)
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`. For a GPU through pinned memory, so that the host does not wait for it."""
+    if device.type == "cuda" and values.is_cpu and values_known(values):
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device, non_blocking=True)
+
+
 def unbatched(tensor: Tensor) -> Tensor:
     """The tensor itself; of a tensor of torch.vmap, the values of all calls."""
     if torch.compiler.is_compiling():
@@ -41,7 +48,7 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in CPU memory, bit for bit; those of one other device in one transfer, for which the host waits."""
     out = list(tensors)
     for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
-        places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        places = [i for i, tensor in enumerate(tensors) if tensor.device == device and not tensor.is_cpu]
         pieces = [tensors[i].detach().contiguous() for i in places]
         flat = torch.cat([piece.reshape(-1).view(torch.uint8) for piece in pieces]).cpu()
         parts = flat.split([piece.numel() * piece.element_size() for piece in pieces])
@@ -52,11 +59,17 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def with_host_values(tensor: Tensor, values: Sequence[int]) -> Tensor:
     """A vector of integers that keeps its values beside it, for `host_values`."""
-    tensor._host_values = (tensor._version, list(values))  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling():
+        tensor._host_values = (_version(tensor), list(values))  # type: ignore[attr-defined]
     return tensor
 
 
 def host_values(tensor: Tensor) -> list[int]:
     """The values of a vector of integers. The host waits for the device unless the tensor keeps them beside it."""
     version, values = getattr(tensor, "_host_values", (None, []))
-    return values if version is not None and version == tensor._version else tensor.tolist()
+    return values if version is not None and version == _version(tensor) else tensor.tolist()
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts the changes in place; inference tensors do not."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -7,6 +7,7 @@ ids.py       the ids of the cached tokens, against which a prompt is checked
 modes.py     tensors that outlive inference_mode
 snapshot.py  `Snapshot`: an earlier state of a cache
 rollback.py  `RollbackLog`: rolls back the last tokens of a Gated DeltaNet layer, exactly
+static.py    one decoded token per row of a static cache, in device memory alone
 layout.py    `TokenLayout`: the arrangement of a call's tokens for the layers
 file.py      saving and loading
 """

@@ -12,12 +12,29 @@ none is the same computation, and no layer reads padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from qwen35moe.backends.values import host_values, with_host_values
+
+Shared = TypeVar("Shared")
+
+
+@dataclass(frozen=True)
+class FixedStep:
+    """One token per row into a static cache, by the same operations on the same memory at every step: see `cache.static`.
+
+    active [B] bool: rows that take the token; the others stay as they are. rows [B]: 0 ... B - 1. positions: how many of a
+    layer's first positions attention reads.
+    """
+
+    active: Tensor
+    rows: Tensor
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class TokenLayout:
     starts: the position in the cache of each row's first new token, an int where all rows agree. lengths [rows]: new
     tokens per row, None when no row is padded. cu_seqlens: bounds of packed documents. source [rows, tokens]: the index of
     each token in the caller's flattened rows, None when the arrangements are equal. position_ids [3, rows, tokens].
-    host_lengths: the lengths on the host, None where only the device has them.
+    host_lengths: the lengths on the host, None where only the device has them. step: of a decode step of fixed shape.
     """
 
     shape: tuple[int, int]
@@ -39,13 +56,27 @@ class TokenLayout:
     cu_seqlens: Tensor | None = None
     source: Tensor | None = None
     host_lengths: tuple[int, ...] | None = None
+    step: FixedStep | None = None
 
     @property
     def valid(self) -> Tensor | None:
         """[rows, tokens]: True for tokens, False for padding; None without padding."""
-        if self.lengths is None:
+        lengths = self.lengths
+        if lengths is None:
             return None
-        return torch.arange(self.tokens, device=self.lengths.device) < self.lengths[:, None]
+        return self._shared("valid", lambda: torch.arange(self.tokens, device=lengths.device) < lengths[:, None])
+
+    def _shared(self, name: str, compute: Callable[[], Shared]) -> Shared:
+        """A value that all layers of the call read, computed by the first; in a compiled graph, which shares them itself, by
+        each."""
+        if torch.compiler.is_compiling():
+            return compute()
+        values = self.__dict__.get("_values")
+        if values is None:
+            object.__setattr__(self, "_values", values := {})
+        if name not in values:
+            values[name] = compute()
+        return values[name]
 
     def arrange(self, x: Tensor) -> Tensor:
         """[B, T, ...] to [rows, tokens, ...]; padding becomes zero, even where it is nan."""
@@ -72,15 +103,36 @@ class TokenLayout:
         out = flat.new_zeros(total + 1, *x.shape[2:]).index_copy(0, source, flat)
         return out[:total].unflatten(0, self.shape)
 
-    def to(self, device: torch.device) -> TokenLayout:
+    def to(self, device: torch.device | str | int) -> TokenLayout:
         """The same layout on another device, by copies for which the host does not wait."""
+        device = torch.device(device)  # accelerate passes a name or a number
         tensors: dict[str, Tensor] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and value.device != device:
-                tensors[name] = value.to(device, non_blocking=not device.type == "cpu")
+                tensors[name] = value.to(device, non_blocking=device.type != "cpu")
                 if name == "cu_seqlens" and not torch.compiler.is_compiling():
                     with_host_values(tensors[name], host_values(value))
         return replace(self, **tensors) if tensors else self
+
+    def writes(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """For `write_rows`: row [rows, 1], column of the tokens and position in the buffer of each write [rows, tokens]; with
+        padding, whether it is one of a token, and whether its row has one [rows, 1]."""
+        device, room = buffer.device, buffer.shape[1]
+        return self._shared(f"writes {device} {room}", lambda: self._writes(device, room))
+
+    def _writes(
+        self, device: torch.device, room: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        row, column = torch.arange(self.rows, device=device)[:, None], torch.arange(self.tokens, device=device)[None]
+        start = self.starts.to(device)[:, None] if isinstance(self.starts, Tensor) else self.starts
+        if self.lengths is None:
+            return row, column, (start + column).expand(self.rows, -1), None, None
+        lengths = self.lengths.to(device)[:, None]
+        is_new, has_new = column < lengths, lengths > 0
+        if self.tokens > 1:
+            column = torch.minimum(column, (lengths - 1).clamp(min=0))
+        position = (start + column).clamp(max=room - 1).expand(self.rows, -1)  # a full row may have no new token
+        return row, column, position, is_new, has_new
 
     def mask(self) -> Tensor | None:
         """[B * T] in the caller's order: True for tokens, False for padding; None without padding."""
@@ -97,24 +149,15 @@ def write_rows(buffer: Tensor, new: Tensor | int, layout: TokenLayout, functiona
     Every row writes all its columns, so that no size depends on a value. A column of padding repeats the write of its row's
     last token; in a row without a new token it writes the value that the buffer has.
     """
-    device, lengths, tail = buffer.device, layout.lengths, [1] * (buffer.dim() - 2)
-    row, column = torch.arange(layout.rows, device=device)[:, None], torch.arange(layout.tokens, device=device)[None]
-    start = layout.starts.to(device)[:, None] if isinstance(layout.starts, Tensor) else layout.starts
+    row, column, position, is_new, has_new = layout.writes(buffer)
     values = new
     if not isinstance(values, Tensor):
         values = torch.full_like(buffer[:, :1], values).expand(-1, layout.tokens, *buffer.shape[2:])
-    if lengths is None:
-        position = (start + column).expand(layout.rows, -1)
-    else:
-        lengths = lengths.to(device)[:, None]
-        is_new = column < lengths
+    if is_new is not None and has_new is not None:
+        tail = [1] * (buffer.dim() - 2)
+        other = buffer.detach()[row, position]
         if layout.tokens > 1:
-            column = torch.minimum(column, (lengths - 1).clamp(min=0))
-        position = (start + column).clamp(max=buffer.shape[1] - 1)  # a full row may have no new token
-        last = values.detach()
-        if layout.tokens > 1:
-            last = last[row, column]
-        last = torch.where((lengths > 0).view(-1, 1, *tail), last, buffer.detach()[row, position])
-        values = torch.where(is_new.view(*is_new.shape, *tail), values, last)
+            other = torch.where(has_new.view(-1, 1, *tail), values.detach()[row, column], other)
+        values = torch.where(is_new.view(*is_new.shape, *tail), values, other)
     put = torch.Tensor.index_put if functional else torch.Tensor.index_put_
     return put(buffer, (row, position), values)

@@ -15,7 +15,7 @@ from qwen35moe.cache.modes import ordinary_tensors
 from qwen35moe.config import TextConfig
 
 if TYPE_CHECKING:
-    from qwen35moe.cache.layout import TokenLayout
+    from qwen35moe.cache.layout import FixedStep, TokenLayout
     from qwen35moe.cache.rollback import RollbackLog, Segment
 
 STATIC_GRADIENT = "a static cache is written in place and carries no gradient: use no_grad(), or a growing one"
@@ -76,6 +76,8 @@ class KVCache:
             raise ValueError(STATIC_GRADIENT)
         # A cache keeps its dtype: under autocast, and for a projection in another one.
         key, value = key.to(self.key_buffer.dtype), value.to(self.value_buffer.dtype)
+        if layout.step is not None:
+            return self._append_step(key, value, layout, layout.step)
         length = self.length + layout.tokens
         keys, values = self._buffers_for(length, functional)
         if isinstance(layout.starts, int) and layout.lengths is None:
@@ -87,10 +89,19 @@ class KVCache:
                 keys[:, new], values[:, new] = key, value
         else:
             if self.behind:
-                keys, values = (_zero_behind(x, layout.starts, functional) for x in (keys, values))
+                keys, values = (zero_behind(x, layout.starts, functional) for x in (keys, values))
             keys, values = write_rows(keys, key, layout, functional), write_rows(values, value, layout, functional)
             return KVCache(keys, values, length, self.static)
         return KVCache(keys, values, length, self.static, self.behind)
+
+    def _append_step(self, key: Tensor, value: Tensor, layout: TokenLayout, step: FixedStep) -> KVCache:
+        """The first `step.positions` positions, after one token per row was written in place at its position `starts` [B]. A
+        frozen row's token lies behind its tokens, where no query of its row attends to it."""
+        assert isinstance(layout.starts, Tensor)
+        index = (step.rows, layout.starts)
+        self.key_buffer.index_put_(index, key[:, 0])
+        self.value_buffer.index_put_(index, value[:, 0])
+        return KVCache(self.key_buffer, self.value_buffer, step.positions, self.static)
 
     def _buffers_for(self, length: int, functional: bool) -> tuple[Tensor, Tensor]:
         """Both buffers, larger ones where these are too short: at least twice as long, so that growth is rare."""
@@ -138,7 +149,7 @@ class KVCache:
         return f"KVCache({described(self.key, 'key')}, {described(self.value, 'value')}, {room})"
 
 
-def _zero_behind(buffer: Tensor, starts: int | Tensor, functional: bool) -> Tensor:
+def zero_behind(buffer: Tensor, starts: int | Tensor, functional: bool) -> Tensor:
     """A buffer [B, positions, G, K] with zeros from each row's position `starts` [B] on."""
     first = starts.to(buffer.device)[:, None] if isinstance(starts, Tensor) else starts
     hidden = (torch.arange(buffer.shape[1], device=buffer.device) >= first).expand(buffer.shape[:2])[..., None, None]
@@ -196,6 +207,13 @@ class DeltaNetState:
         if self.static:
             conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
         return DeltaNetState(conv_state, recurrent_state, self.log, self.static)
+
+    def write_rows(self, new: DeltaNetUpdate, rows: Tensor) -> None:
+        """Writes the states after a token into the rows where `rows` [B] is True, in place, by operations on device memory
+        alone."""
+        for own, after in ((self.conv_state, new.conv_state), (self.recurrent_state, new.recurrent_state)):
+            if after is not own:  # a fused step may have written it
+                torch.where(rows.view(-1, *[1] * (own.dim() - 1)), after.to(own.dtype), own, out=own)
 
     def overwrite(self, other: DeltaNetState) -> None:
         """Becomes a copy of another state of this layer, in place: for a static state."""

@@ -21,6 +21,7 @@ from qwen35moe.cache.modes import copied, in_inference_mode, ordinary, ordinary_
 from qwen35moe.cache.rollback import checked_count, earlier_state, extended_log
 from qwen35moe.cache.snapshot import Snapshot, rows, share_tensors
 from qwen35moe.cache.states import STATIC_GRADIENT, DeltaNetState, DeltaNetUpdate, KVCache, LayerState, empty_state
+from qwen35moe.cache.static import commit_step
 from qwen35moe.cache.view import LayerView, ReadTensors
 from qwen35moe.compat import short
 from qwen35moe.config import TextConfig
@@ -180,6 +181,9 @@ class Cache:
             for state in states:
                 if isinstance(state, DeltaNetUpdate) and state.recurrent_state.requires_grad:
                     raise ValueError(STATIC_GRADIENT)
+        if layout.step is not None:
+            commit_step(self, layout.step, states, ids)
+            return
         if self._read.copies:
             self._settle()
         self._inference = self._inference or in_inference_mode()
@@ -324,7 +328,7 @@ class Cache:
         read = {layer for layer, _ in self._read.current}  # their tensors may be edited later
         layers = [state.map(copied) if index in read else state.snapshot() for index, state in enumerate(self._layers)]
         snapshot = Snapshot(
-            self._lengths, self._ids, self.seen, self._longest, self._shorter, self._common_length, self._rope_delta,
+            self._lengths.clone(), self._ids, self.seen, self._longest, self._shorter, self._common_length, self._rope_delta,
             self._rope_delta_since, layers,
         )
         self._snapshots = [ref for ref in self._snapshots if ref() is not None] + [weakref.ref(snapshot)]

@@ -99,6 +99,8 @@ def read_into(copies: Sequence[Copy], threads: int | None = None, staged: bool =
 
         for done in [pool.submit(work) for _ in range(threads)]:
             done.result()  # raises a thread's error
+    if any(device.type == "cuda" for device in devices) and not all(copy.is_plain for copy in copies):
+        torch.cuda.empty_cache()  # conversions leave memory that is kept for the threads' streams, which are gone
 
 
 @contextmanager
@@ -180,18 +182,20 @@ class _Buffer:
         self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.copied: Any = None  # an event of the stream that copies from the buffer
         self.bounds: list[tuple[Copy, tuple[Tensor, Tensor]]] = []  # least and largest numbers after dequantisation
+        self.on_host = torch.empty(0, device="cpu")  # the bounds [pieces, 2], copied behind the contents
 
     def make_room(self, nbytes: int, pinned: bool) -> None:
         if len(self.bytes) < nbytes or self.bytes.is_pinned() < pinned:
             self.bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
     def wait(self) -> None:
-        """Wait until all contents have been copied; then check the bounds, which would make the CPU wait for a GPU."""
+        """Wait until all contents have been copied, and the bounds with them; then check these."""
         if self.copied is not None:
             self.copied.synchronize()
         waiting, self.bounds = self.bounds, []
-        for piece, bounds in waiting:
-            _check(piece, *(bound.item() for bound in bounds))
+        if waiting:
+            for (piece, _), (low, high) in zip(waiting, self.on_host.tolist(), strict=True):
+                _check(piece, low, high)
 
 
 class _Worker:
@@ -226,6 +230,9 @@ class _Worker:
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             for piece, values in zip(batch, staged, strict=True):
                 _write(piece, values, buffer)
+            if buffer.bounds:  # into pinned memory, if from a GPU
+                bounds = torch.stack([bound for _, pair in buffer.bounds for bound in pair]).view(-1, 2)
+                buffer.on_host = bounds.to("cpu", non_blocking=True)
             buffer.copied = None if stream is None else stream.record_event()
 
     def finish(self) -> None:

@@ -24,6 +24,12 @@ def _cache_kind(value: Any) -> Any:
     )
 
 
+def _capture(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError(f"generate(disable_compile={short(value)}) must be True or False")
+    return not value
+
+
 def _all_zero(value: Any) -> bool:
     """Whether token types say that every token is text."""
     any_of = getattr(value, "any", None)
@@ -43,6 +49,7 @@ GENERATE: tuple[Keyword, ...] = (
     Keyword("num_return_sequences", becomes="n", tested_by=_TEST + "test_translated_keywords"),
     Keyword("stop_strings", becomes="stop", tested_by=_TEST + "test_translated_keywords"),
     Keyword("cache_implementation", becomes="cache", convert=_cache_kind, tested_by=_TEST + "test_translated_keywords"),
+    Keyword("disable_compile", becomes="capture", convert=_capture, tested_by=_TEST + "test_translated_keywords"),
     # --------------------------------------------------------------------------- accepted where they change nothing
     Keyword("use_cache", neutral=(True, False), instead="a cache is always used; the tokens are the same", tested_by=_NEUTRAL),
     Keyword("num_beams", neutral=(1,), instead=_BEAMS, tested_by=_REFUSED),
@@ -57,7 +64,6 @@ GENERATE: tuple[Keyword, ...] = (
     Keyword("return_dict", neutral=(True, False), instead="return_dict_in_generate=True returns an object", tested_by=_NEUTRAL),
     Keyword("logits_to_keep", neutral=(0, 1), instead="return_dict_in_generate=True, output_logits=True", tested_by=_REFUSED),
     Keyword("token_type_ids", neutral=_all_zero, instead="the model has no token types: leave it out", tested_by=_NEUTRAL),
-    Keyword("disable_compile", neutral=(True, False), instead="leave it out", tested_by=_NEUTRAL),
     Keyword("low_memory", neutral=(True, False), instead="leave it out", tested_by=_NEUTRAL),
     Keyword("bos_token_id", neutral=anything, instead="a prompt begins with its own tokens", tested_by=_NEUTRAL),
     Keyword("transformers_version", neutral=anything, instead="no effect", tested_by=_NEUTRAL),

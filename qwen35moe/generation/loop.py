@@ -19,6 +19,7 @@ from ..compat import short
 from ..compat.generate import GENERATE
 from ..models.arguments import takes
 from ..models.generation_inputs import GenerateInputs, StreamInputs, expand
+from .captured import CapturedSteps, captured_steps, prefers_static
 from .decoding import DecodingState
 from .defaults import end_tokens, padding_token, settings_of
 from .late import BEHIND, ImmediateCopy, LateReads, Read, late_copy, to_device
@@ -126,7 +127,7 @@ class _Run:
         self._check_pad(rows)
         self.stops = self._stop_strings(inputs.tokenizer, rows)
         self.state = DecodingState(self.settings, self.rows, self.vocabulary, self.device)
-        self.cache, self.cached, self.copies = self._cache(inputs.cache, prompt)
+        self.cache, self.cached, self.copies = self._cache(inputs.cache, prompt, keeps_cache)
         check_cache(self.prepare, self.cached)
         self.prompt = prompt.repeated(self.settings.n // self.copies)  # the prefill's; its state is copied afterwards
 
@@ -140,6 +141,8 @@ class _Run:
         self.masks_ended = not self.freezes and (keeps_cache or copy is None)
         self.fed = 0  # new tokens of each row that the model has got
         self.ended: list[int | None] = [None] * rows  # the step whose token was a row's last, where it has been read
+        self.captured: CapturedSteps | None = None  # set after the prefill
+        self.keeps_cache = keeps_cache
 
     # ------------------------------------------------------------------------------------------------------- checks
 
@@ -170,12 +173,14 @@ class _Run:
             return 0
         return 0 if keeps_cache and (iterated or self.stops is not None) else BEHIND
 
-    def _cache(self, cache: Any, prompt: Prompt) -> tuple[Any, tuple[int, ...], int]:
+    def _cache(self, cache: Any, prompt: Prompt, keeps_cache: bool) -> tuple[Any, tuple[int, ...], int]:
         """The cache to use, how many tokens of each of its rows it holds, and into how many rows each of them is copied
         after the prefill; ValueError if the rows cannot fit."""
         n, rows, new = self.settings.n, prompt.ids.shape[0], self.settings.max_new_tokens
         longest = max(prompt.lengths)
         cache = self.settings.cache if cache is None else cache
+        if cache is None and n == 1 and not keeps_cache and self.settings.capture:
+            cache = "static" if prefers_static(self.model, rows, longest, new) else None
         if isinstance(cache, str):
             if cache != "static":
                 raise ValueError(f"cache={short(cache)}: pass 'static', or a cache made with model.new_cache(batch_size)")
@@ -215,12 +220,14 @@ class _Run:
             return
         self.state.reserve()
         self.state.pick(self._prefill())
+        if self.settings.max_new_tokens > 1 and self.prepare is None:
+            self.captured = captured_steps(self.model, self.cache, self.settings.capture)
         try:
-            if self.freezes:
+            if self.freezes and self.captured is None:
                 self.cache.freeze(self.state.done)
             yield from self._steps(last=self.settings.max_new_tokens - 1)
         finally:
-            if self.freezes or self.masks_always:
+            if self.freezes or self.masks_always or (self.captured is not None and self.keeps_cache):
                 self._settle()
 
     def _steps(self, last: int) -> Iterator[Read]:
@@ -233,12 +240,21 @@ class _Run:
                 yield read
                 if over:
                     return
-            self.state.reserve()
-            self._step()
+            self._step(replaced=self.state.reserve())
 
-    def _step(self) -> None:
-        """One more token for each row. It reads nothing on the host and writes into the tensors of `state`."""
-        self.state.pick(self._feed())
+    def _step(self, replaced: bool) -> None:
+        """One more token for each row. It reads nothing on the host and writes into the tensors of `state`, of which some may
+        have been replaced since the step before."""
+        state, steps = self.state, self.captured
+        if steps is None:
+            state.pick(self._feed())
+            return
+        logits = steps.feed(state.input[:, 0], state.done, frozen=self.settings.can_finish_early)
+        self.fed += 1
+        if state.capturable:
+            steps.pick(state.pick, logits, replaced=replaced)
+        else:
+            state.pick(logits.clone())  # the caller may keep them, and the next step writes others in their place
 
     @torch.no_grad()
     def _prefill(self) -> Tensor:

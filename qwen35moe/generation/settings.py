@@ -46,6 +46,7 @@ class Settings:
     seed: int | tuple[int, ...] | None
     n: int
     cache: str | None  # "static" of a generation_config
+    capture: bool
     stop: tuple[str, ...]
     stopping_criteria: tuple[Callable[..., Any], ...]
     logits_processor: tuple[Callable[..., Any], ...]
@@ -90,10 +91,17 @@ def resolve(model: Any, inputs: StreamInputs, prompt_length: int, ends: tuple[in
         seed=_seed(inputs.seed, do_sample),
         n=_copies(_either(inputs.n, defaults.get("n")), do_sample),
         cache=defaults.get("cache"),
+        capture=_capture(_either(inputs.capture, defaults.get("capture"))),
         stop=_strings(stop),
         stopping_criteria=_callables("stopping_criteria", inputs.stopping_criteria),
         logits_processor=_callables("logits_processor", inputs.logits_processor),
     )
+
+
+def _capture(value: Any) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"capture must be True or False, got {short(value)}")
+    return value is not False
 
 
 def _either(argument: Any, default: Any) -> Any:

@@ -44,6 +44,8 @@ class StreamInputs:
 
     cache: from `model.new_cache`; may hold a beginning of the rows. input_ids is the whole of them all the same, cached
     tokens included. Afterwards it holds everything but each row's last token. "static": one of fixed length.
+    capture: on a GPU, decode steps with a static cache are replayed as CUDA graphs unless this is False; without a cache
+    generate then makes a static one. See docs/guide/generation_and_caches.md.
     visual_inputs: images and videos as `VisualInputs` (a multimodal model's own `generate` takes pixel_values and the
     like by name). speculative: reserved.
     """
@@ -70,6 +72,7 @@ class StreamInputs:
     seed: int | Sequence[int] | Tensor | None = None
     n: int | None = None
     cache: Any = None
+    capture: bool | None = None
     stopping_criteria: Any = None
     logits_processor: Any = None
     speculative: Any = None

@@ -168,7 +168,7 @@ class Qwen3_5MoeForCausalLM(HeadForLibraries, PretrainedModel):
         targets = None
         if inputs.labels is not None:
             layout = layout if self.device_map is None else layout.to(hidden.device)
-            targets = next_tokens(inputs.labels.to(hidden.device), layout)
+            targets = next_tokens(inputs.labels.to(hidden.device, non_blocking=hidden.is_cuda), layout)
         if self.device_map is not None:
             hidden = hidden.to(self.device_map.head)
             targets = None if targets is None else targets.to(self.device_map.head)

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qwen35moe.backends.values import unbatched, values_known
+from qwen35moe.backends.values import on_host, unbatched, values_known
 from qwen35moe.config import Config
 from qwen35moe.models.inputs import CausalLMInputs, TextInputs
-from qwen35moe.ops.vision_grid import Grids, as_grids, tokens_of
+from qwen35moe.models.packing import require
+from qwen35moe.ops.vision_grid import Grids, as_grids, check_form, tokens_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TEXT, IMAGE, VIDEO = 0, 1, 2  # mm_token_type_ids
 NAMES = {IMAGE: "image", VIDEO: "video"}
@@ -24,7 +28,8 @@ NAMES = {IMAGE: "image", VIDEO: "video"}
 @dataclass(frozen=True, eq=False)
 class VisualInputs:
     """pixel_values [patches, values] and image_grid_thw [images, 3] (frames, rows and columns of patches), the same for
-    videos: all images of the batch in the order of their placeholders, row by row.
+    videos: all images of the batch in the order of their placeholders, row by row. The sizes of many tensors depend on the
+    grids, so that the host reads them: leave them on the CPU (or give triples, which torch.compile takes as constants).
     mm_token_type_ids [B, T] (or of the whole row, past included): 0 text, 1 image, 2 video. Needed with inputs_embeds,
     otherwise read from the ids.
     mm_encoder_outputs: features computed before, instead of pixels: {"image": ..., "video": ...}, each the result of
@@ -35,9 +40,9 @@ class VisualInputs:
 
     _: KW_ONLY
     pixel_values: Tensor | None = None
-    image_grid_thw: Tensor | None = None
+    image_grid_thw: Tensor | Grids | None = None
     pixel_values_videos: Tensor | None = None
-    video_grid_thw: Tensor | None = None
+    video_grid_thw: Tensor | Grids | None = None
     mm_token_type_ids: Tensor | None = None
     mm_encoder_outputs: dict[str, Any] | None = None
 
@@ -52,8 +57,22 @@ class VisualInputs:
     def pixels(self, kind: int) -> Tensor | None:
         return self.pixel_values if kind == IMAGE else self.pixel_values_videos
 
-    def grid_thw(self, kind: int) -> Tensor | None:
+    def grid_thw(self, kind: int) -> Tensor | Grids | None:
         return self.image_grid_thw if kind == IMAGE else self.video_grid_thw
+
+    def with_host_grids(self, merge: int) -> Self:
+        """With the grids as triples, so that nothing after it waits for a GPU. Grids on a GPU take one transfer together."""
+        tensors = {kind: thw for kind in NAMES if isinstance(thw := self.grid_thw(kind), Tensor)}
+        for kind, thw in tensors.items():
+            check_form(thw, f"{NAMES[kind]}_grid_thw")
+        host: dict[int, Any] = {}
+        if any(not thw.is_cpu for thw in tensors.values()):
+            host = dict(zip(tensors, on_host(list(tensors.values())), strict=True))
+        grids = {
+            f"{name}_grid_thw": tuple(as_grids(host.get(kind, thw), merge, f"{name}_grid_thw"))
+            for kind, name in NAMES.items() if (thw := self.grid_thw(kind)) is not None
+        }
+        return replace(self, **grids) if grids else self
 
     def features(self, kind: int) -> Any:
         return (self.mm_encoder_outputs or {}).get(NAMES[kind])
@@ -88,7 +107,7 @@ class VisualInputs:
             return self
         grids, name = self.grids(kind, merge), NAMES[kind]
         pixels, features = self.pixels(kind), self.features(kind)
-        changes: dict[str, Any] = {f"{name}_grid_thw": thw[list(keep)] if keep else None}
+        changes: dict[str, Any] = {f"{name}_grid_thw": [grids[i] for i in keep] if keep else None}
         if pixels is not None:
             parts = pixels.split([t * h * w for t, h, w in grids])
             key = "pixel_values" if kind == IMAGE else "pixel_values_videos"
@@ -102,10 +121,10 @@ class VisualInputs:
     def after_cached(self, rows: Sequence[Tensor], cached: Sequence[int], merge: int) -> VisualInputs:
         """The images and videos of the new tokens, when the cache holds the first cached[r] tokens of row r.
 
-        rows: the token types of whole rows, one [tokens] each. The images and videos are those of whole rows, or already
-        those of the new tokens.
+        rows: the token types of whole rows, one [tokens] each, on the CPU. The images and videos are those of whole rows, or
+        already those of the new tokens.
         """
-        new = replace(self, mm_token_type_ids=None)
+        new = self
         for kind in NAMES:
             sizes = tokens_of(self.grids(kind, merge), merge)
             placeholders = sum(int((types[n:] == kind).sum()) for types, n in zip(rows, cached, strict=True))
@@ -159,35 +178,44 @@ def checked_types(type_ids: Tensor | None, input_ids: Tensor, config: Config) ->
     if type_ids is None:
         return types
     new = type_ids[:, -input_ids.shape[1] :].to(types.device)  # processors give the types of whole rows, as they do the mask
-    if new.shape != types.shape or (values_known(differ := unbatched(new != types)) and bool(differ.any())):
-        raise ValueError(
-            f"mm_token_type_ids {list(new.shape)} contradict input_ids {list(input_ids.shape)}: 1 stands for image tokens "
-            f"({config.image_token_id}), 2 for video tokens ({config.video_token_id}), 0 for all others"
-        )
+    message = (
+        f"mm_token_type_ids {list(new.shape)} contradict input_ids {list(input_ids.shape)}: 1 stands for image tokens "
+        f"({config.image_token_id}), 2 for video tokens ({config.video_token_id}), 0 for all others"
+    )
+    if new.shape != types.shape:
+        raise ValueError(message)
+    require((new == types).all(), message)
     return types
 
 
 def check_counts(types: Tensor, visual: VisualInputs, merge: int) -> None:
-    """ValueError unless there are as many placeholders as images and videos have tokens."""
+    """ValueError unless there are as many placeholders as images and videos have tokens; on a GPU and in a compiled graph an
+    assertion that the host does not wait for."""
+    types = unbatched(types)
     for kind, name in NAMES.items():
-        placeholders = int((unbatched(types) == kind).sum())
         grids = visual.grids(kind, merge)
-        expected = sum(tokens_of(grids, merge))
-        if placeholders != expected:
+        expected, count = sum(tokens_of(grids, merge)), (types == kind).sum()
+        made = f"{name} placeholders, the {len(grids)} {name}s given make {expected} tokens"
+        if not (values_known(count) and count.is_cpu):
+            require(count == expected, f"the input does not hold {expected} {made}")
+        elif (placeholders := int(count)) != expected:
             cause = (
                 f"was the text cut off, or made for {name}s of another size?" if placeholders and expected
                 else f"pass the {name}s too" if placeholders else f"the text has no {name} in it: use the processor's input_ids"
             )
-            raise ValueError(
-                f"the input holds {placeholders} {name} placeholders, the {len(grids)} {name}s given make {expected} tokens: "
-                f"{cause}"
-            )
+            raise ValueError(f"the input holds {placeholders} {made}: {cause}")
 
 
-def insert_features(embeds: Tensor, types: Tensor, kind: int, features: Tensor) -> Tensor:
-    """embeds [B, T, D] with the features [n, D] at the n placeholders of that kind, in order."""
-    where = (types == kind).nonzero(as_tuple=True)
-    expected = [where[0].shape[0], embeds.shape[-1]]
+def placeholders(types: Tensor, kind: int, count: int) -> Tensor:
+    """[count]: the places of that kind's placeholders in the flattened rows, in order. `check_counts` checks `count`, so that
+    the host does not wait for a GPU to count them."""
+    return torch.nonzero_static((types == kind).flatten(), size=count, fill_value=0)[:, 0]
+
+
+def insert_features(embeds: Tensor, types: Tensor, kind: int, features: Tensor, count: int) -> Tensor:
+    """embeds [B, T, D] with the features [count, D] at the placeholders of that kind, in order."""
+    expected = [count, embeds.shape[-1]]
     if list(features.shape) != expected:
         raise ValueError(f"the {NAMES[kind]} features are {list(features.shape)}, the grids call for {expected}")
-    return embeds.index_put(where, features.to(embeds.device, embeds.dtype))
+    where = (placeholders(types, kind, count),)
+    return embeds.flatten(0, 1).index_put(where, features.to(embeds.device, embeds.dtype)).view(embeds.shape)

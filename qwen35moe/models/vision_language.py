@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35moe.backends.values import unbatched, values_known
+from qwen35moe.backends.values import unbatched
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.compat.forward import FORWARD
 from qwen35moe.compat.generate import GENERATE
@@ -39,6 +39,7 @@ from qwen35moe.models.vision_inputs import (
 )
 from qwen35moe.models.vision_positions import next_positions, positions
 from qwen35moe.modules.vision import Qwen3_5MoeVisionModel, VisionOutput
+from qwen35moe.ops.vision_grid import Grids, tokens_of
 
 
 class Qwen3_5MoeModel(PretrainedModel):
@@ -87,10 +88,12 @@ class Qwen3_5MoeModel(PretrainedModel):
         after the last token of each row [B], None where it is the number of tokens)."""
         embeds, cache, position_ids = self.language_model.embed(inputs), inputs.cache, inputs.position_ids
         visual = inputs.any_visual
+        if visual:
+            inputs = inputs.with_host_grids(self._merge)
         three_axes = position_ids is not None and position_ids.dim() == 3
         # A prompt with placeholders needs images or videos. A single token is one that was just generated: a word.
         ids = inputs.input_ids
-        is_prompt = ids is not None and embeds.shape[1] > 1 and values_known(unbatched(ids))
+        is_prompt = ids is not None and embeds.shape[1] > 1 and not ids.is_meta
         if visual or is_prompt:
             mask = None if inputs.attention_mask is None else inputs.attention_mask[:, -embeds.shape[1] :].bool()
             types = self._types(inputs, embeds, mask)
@@ -105,13 +108,11 @@ class Qwen3_5MoeModel(PretrainedModel):
         self, inputs: MultimodalInputs, types: Tensor, mask: Tensor | None, layout: TokenLayout
     ) -> tuple[TokenLayout, Tensor, Tensor]:
         """The layout with the positions that the images and videos give, these [3, B, T], and the next ones of each row."""
-        before = None if inputs.cache is None else inputs.cache.next_positions.tolist()
+        before = None if inputs.cache is None else inputs.cache.next_positions
         if inputs.cu_seqlens is None and layout.cu_seqlens is not None:  # packed documents in rows of their own
-            bounds = layout.cu_seqlens.tolist()
-            placed, following = positions(layout.arrange(types), inputs, self._merge, bounds=bounds)
+            placed, following = positions(layout.arrange(types), inputs, self._merge, bounds=layout.cu_seqlens)
             return replace(layout, position_ids=placed), torch.stack([layout.restore(axis) for axis in placed]), following
-        bounds = None if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
-        placed, following = positions(types, inputs, self._merge, mask=mask, before=before, bounds=bounds)
+        placed, following = positions(types, inputs, self._merge, mask=mask, before=before, bounds=inputs.cu_seqlens)
         return with_positions(layout, placed), placed, following
 
     @property
@@ -120,15 +121,16 @@ class Qwen3_5MoeModel(PretrainedModel):
 
     def _with_features(self, inputs: MultimodalInputs, embeds: Tensor, types: Tensor) -> Tensor:
         """The embeddings with the features of images and videos, computed now or given, at their placeholders."""
-        if inputs.any_visual and not torch.compiler.is_compiling() and not values_known(types):
-            raise ValueError("images and videos cannot be placed under torch.vmap, or with fake or meta tensors: pass a batch")
+        if inputs.any_visual and unbatched(types) is not types:
+            raise ValueError("images and videos cannot be placed under torch.vmap: pass a batch")
         check_counts(types, inputs, self._merge)
         for kind in (IMAGE, VIDEO):
-            features, pixels, grid_thw = inputs.features(kind), inputs.pixels(kind), inputs.grid_thw(kind)
-            if features is None and pixels is not None and grid_thw is not None:
-                features = self.visual(pixels.to(self.visual.device), grid_thw)
+            features, pixels, grids = inputs.features(kind), inputs.pixels(kind), inputs.grids(kind, self._merge)
+            if features is None and pixels is not None:
+                features = self.visual(pixels.to(self.visual.device, non_blocking=True), grids)
             if features is not None:
-                embeds = insert_features(embeds, types, kind, as_features(features))
+                count = sum(tokens_of(grids, self._merge))
+                embeds = insert_features(embeds, types, kind, as_features(features), count)
         return embeds
 
     def _types(self, inputs: MultimodalInputs, embeds: Tensor, mask: Tensor | None) -> Tensor:
@@ -192,13 +194,13 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
 
-    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> VisionOutput:
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | Grids) -> VisionOutput:
         """The tower's features of images, to pass as mm_encoder_outputs={"image": ...} in any number of calls."""
-        return self.visual(pixel_values.to(self.visual.device), image_grid_thw)
+        return self.visual(pixel_values.to(self.visual.device, non_blocking=True), image_grid_thw)
 
-    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor) -> VisionOutput:
+    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor | Grids) -> VisionOutput:
         """The tower's features of videos, to pass as mm_encoder_outputs={"video": ...}."""
-        return self.visual(pixel_values_videos.to(self.visual.device), video_grid_thw)
+        return self.visual(pixel_values_videos.to(self.visual.device, non_blocking=True), video_grid_thw)
 
     @takes(ConditionalGenerationInputs, FORWARD)
     def forward(self, inputs: ConditionalGenerationInputs) -> ModelOutput:
@@ -218,8 +220,11 @@ class Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeForCausalLM):
     def visual_arguments(self, visual: VisualInputs, rows: list[Tensor], cached: tuple[int, ...]) -> dict[str, Any]:
         """The vision arguments of a prefill whose cache holds the first cached[r] tokens of row r of the ids `rows`."""
         visual.check_visual(ids=True)
-        types = [token_types(row, self.config).cpu() for row in rows]
-        new = visual.after_cached(types, cached, self.visual.config.spatial_merge_size)
+        new = replace(visual, mm_token_type_ids=None)
+        if any(cached):
+            types = token_types(torch.cat(rows), self.config).cpu().split([row.shape[0] for row in rows])
+            merge = self.visual.config.spatial_merge_size
+            new = new.with_host_grids(merge).after_cached(types, cached, merge)
         return {name: value for name, value in vars(new).items() if value is not None}
 
     def _checked(self, inputs: StreamInputs) -> dict[str, Any]:

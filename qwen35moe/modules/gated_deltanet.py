@@ -144,10 +144,11 @@ class GatedDeltaNet(FP32Parameters):
         `_FUSED`, so it is not used if one of them has hooks or has been replaced.
         """
         layout = context.layout
+        active = None if layout.step is None else layout.step.active
         if state is None or layout.tokens != 1 or layout.cu_seqlens is not None:
             return None
         if layout.lengths is not None and qkv.is_cpu:
-            return None  # rows without a new token: one fused step costs more there than the composed operations
+            return None  # rows without a new token: there the composed operations handle the padding
         if torch.is_grad_enabled() or context.record or context.attentions or tapped(self, ("scores",)):
             return None
         if not is_plain(self.conv1d, ShortConvolution) or not is_plain(self.norm, GatedRMSNorm):
@@ -156,11 +157,13 @@ class GatedDeltaNet(FP32Parameters):
             return None
         conv_state, valid = state.conv_state, layout.valid
         if valid is not None:
-            a, b = _keeping_state(a, valid), _keeping_state(b, valid)
+            padding = ~valid
+            a, b = _keeping_state(a, padding), _keeping_state(b, padding)
         result = ops.delta_net_step.fused(
             qkv[:, 0], gate[:, 0], a[:, 0], b[:, 0], conv_state=conv_state, recurrent_state=state.recurrent_state,
             conv_weight=self.conv1d.weight.squeeze(1), A_log=self.A_log, dt_bias=self.dt_bias,
             norm_weight=self.norm.weight, groups=self.groups, eps=self.norm.eps, caller=self,
+            **({} if active is None or patched(self, "state") else {"active": active}),
         )
         if result is None:
             return None
@@ -262,10 +265,10 @@ class GatedDeltaNet(FP32Parameters):
         return core, weights
 
 
-def _keeping_state(projection: Tensor, valid: Tensor) -> Tensor:
+def _keeping_state(projection: Tensor, padding: Tensor) -> Tensor:
     """The projection a or b [B, 1, H] of a gate, -inf in rows without a new token: softplus and sigmoid of it are zero, so that
     the state neither decays nor is written."""
-    return projection.masked_fill(~valid[..., None], float("-inf"))
+    return projection.masked_fill(padding[..., None], float("-inf"))
 
 
 def _without_padding(gate: Tensor, layout: TokenLayout) -> Tensor:

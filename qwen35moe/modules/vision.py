@@ -20,7 +20,7 @@ from qwen35moe.config import VisionConfig
 from qwen35moe.modules.hooks import device_of, is_plain, project
 from qwen35moe.modules.initialise import Draws, Initialised, initialise, leave_inference_mode
 from qwen35moe.ops.precision import wide_dtype, widen
-from qwen35moe.ops.vision_grid import as_grids, coordinates, frame_bounds, interpolated, rotation, tokens_of
+from qwen35moe.ops.vision_grid import Grids, as_grids, coordinates, frame_bounds, interpolated, rotation, tokens_of
 from qwen35moe.taps import tap
 
 EPS = 1e-6
@@ -185,15 +185,16 @@ class Qwen3_5MoeVisionModel(Initialised):
     def device(self) -> torch.device:
         return device_of(self.merger.linear_fc2)
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> VisionOutput:
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor | Grids) -> VisionOutput:
         """pixel_values [N, channels * frames * p * p] in the processor's order; grid_thw [items, 3]: frames, rows and columns
-        of patches of each image or video. Attention stays within a frame, so that items do not affect one another."""
+        of patches of each image or video, on the CPU or as triples: the host waits for a tensor on a GPU. Attention stays
+        within a frame, so that items do not affect one another."""
         config, merge = self.config, self.config.spatial_merge_size
         grids = as_grids(grid_thw, merge)
         self._check(pixel_values, grids)
         x = self.patch_embed(pixel_values)
         cos_sin = rotation(coordinates(grids, merge, pixel_values.device), config.head_dim, wide_dtype(x))
-        bounds = frame_bounds(grids, "cpu" if x.device.type == "meta" else x.device)
+        bounds = frame_bounds(grids)  # on the host, which sets the sizes of the launches of every block
         x = tap(self, "embed", x + self._positions(grids))  # float32 at least, the dtype of the positions
         for block in self.blocks:
             x = block(x, bounds, cos_sin)

@@ -120,7 +120,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     x = _wide(logits)
     ascending, order = x.sort(-1)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    removed[..., -1] = False
+    removed[..., -1].fill_(False)
     return x.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
 
 
@@ -141,7 +141,7 @@ def top_k_top_p(logits: Tensor, k: int, p: float) -> Tensor:
     tie = weights[..., :1]
     limit = (1 - p) * (weights.sum(-1, keepdim=True) + left_out * tie)
     removed = left_out * tie + weights.cumsum(-1) <= limit
-    removed[..., -1] = False
+    removed[..., -1].fill_(False)
     smallest = ascending.gather(-1, removed.sum(-1, keepdim=True))  # kept
     kept = ((ascending == smallest) & ~removed).sum(-1, keepdim=True)
     kept = torch.where(smallest == kth, (ties - (limit / tie).floor()).clamp(min=1), kept)

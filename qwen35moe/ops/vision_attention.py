@@ -18,10 +18,12 @@ from qwen35moe.ops.precision import wide_dtype
 def vision_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float) -> Tensor:
     """One softmax over all patches with a mask of frames.
 
-    query, key, value [N, H, K]; frame i has the patches cu_seqlens[i] ... cu_seqlens[i + 1] - 1; returns [N, H, K].
+    query, key, value [N, H, K]; frame i has the patches cu_seqlens[i] ... cu_seqlens[i + 1] - 1, on any device: on the CPU
+    no form waits for a GPU. Returns [N, H, K].
     """
     dtype = wide_dtype(query)
-    frame = torch.bucketize(torch.arange(query.shape[0], device=query.device), cu_seqlens[1:], right=True)
+    bounds = cu_seqlens[1:].to(query.device)
+    frame = torch.bucketize(torch.arange(query.shape[0], device=query.device), bounds, right=True)
     scores = torch.einsum("nhk,mhk->hnm", query.to(dtype), key.to(dtype)) * scale
     weights = scores.masked_fill(frame[:, None] != frame, float("-inf")).softmax(-1)
     return torch.einsum("hnm,mhk->nhk", weights, value.to(dtype)).to(query.dtype)

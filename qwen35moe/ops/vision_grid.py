@@ -11,31 +11,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen35moe.backends.values import with_host_values
 from qwen35moe.ops.precision import float64_device
 
 Grids = Sequence[tuple[int, int, int]]  # (t, h, w) of each image or video
 
+_FORM = "integers [items, 3] (frames, rows, columns of patches) with at least one item"
 THETA = 10_000.0  # base of the tower's rotation, in every published model
 
 
-def as_grids(grid_thw: Tensor, merge: int, what: str = "grid_thw") -> list[tuple[int, int, int]]:
-    """A processor's tensor [items, 3] as triples. ValueError unless t, h, w are positive, and h and w multiples of `merge`."""
-    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.shape[0] < 1 or grid_thw.is_floating_point():
-        raise ValueError(
-            f"{what} must be integers [items, 3] (frames, rows, columns of patches) with at least one item, "
-            f"got {list(grid_thw.shape)} {grid_thw.dtype}"
-        )
-    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+def as_grids(grid_thw: Tensor | Grids, merge: int, what: str = "grid_thw") -> list[tuple[int, int, int]]:
+    """A processor's tensor [items, 3], or triples, as triples. ValueError unless t, h, w are positive, and h and w multiples of
+    `merge`. The host waits for a tensor on a GPU."""
+    if isinstance(grid_thw, Tensor):
+        check_form(grid_thw, what)
+        if torch.compiler.is_compiling():  # a reason, in place of dynamo's report on data-dependent sizes
+            torch._dynamo.graph_break(msg=f"{what} is a tensor, and sizes depend on its values: give triples [(t, h, w), ...]")
+        grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+    else:
+        grids = _triples(grid_thw, what)
     for t, h, w in grids:
         if min(t, h, w) < 1 or h % merge or w % merge:
             raise ValueError(
                 f"{what} contains ({t}, {h}, {w}): rows and columns must be positive multiples of {merge}, frames at least 1"
             )
     return grids
+
+
+def check_form(grid_thw: Tensor, what: str) -> None:
+    """ValueError unless the tensor is integers [items, 3]."""
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.shape[0] < 1 or grid_thw.is_floating_point():
+        raise ValueError(f"{what} must be {_FORM}, got {list(grid_thw.shape)} {grid_thw.dtype}")
+
+
+def _triples(rows: Any, what: str) -> list[tuple[int, int, int]]:
+    if not isinstance(rows, (list, tuple)) or not rows:
+        raise ValueError(f"{what} must be {_FORM}, got a {type(rows).__name__}")
+    for row in rows:
+        if not isinstance(row, (list, tuple)) or len(row) != 3 or not all(isinstance(size, int) for size in row):
+            raise ValueError(f"{what} must be {_FORM}, got a row {str(row)[:40]}")
+    return [(t, h, w) for t, h, w in rows]
 
 
 def tokens_of(grids: Grids, merge: int) -> list[int]:
@@ -45,17 +65,19 @@ def tokens_of(grids: Grids, merge: int) -> list[int]:
 
 def frame_bounds(grids: Grids, device: torch.device | str = "cpu") -> Tensor:
     """[frames + 1] int32: the first patch of each frame, and the end of the last. Attention stays within a frame."""
-    return torch.tensor([0, *accumulate(h * w for t, h, w in grids for _ in range(t))], dtype=torch.int32, device=device)
+    bounds = [0, *accumulate(h * w for t, h, w in grids for _ in range(t))]
+    return with_host_values(torch.tensor(bounds, dtype=torch.int32, device=device), bounds)
 
 
 def coordinates(grids: Grids, merge: int, device: torch.device | str = "cpu") -> Tensor:
     """[2, N]: row and column of every patch in its frame, in the order of the patches."""
-    parts = []
-    for t, h, w in grids:
-        rows = torch.arange(h, device=device).view(h // merge, 1, merge, 1).expand(-1, w // merge, -1, merge)
-        columns = torch.arange(w, device=device).view(1, w // merge, 1, merge).expand(h // merge, -1, merge, -1)
-        parts.append(torch.stack([rows.flatten(), columns.flatten()]).repeat(1, t))
-    return torch.cat(parts, dim=1)
+    frames: dict[tuple[int, int], Tensor] = {}  # of each size once
+    for _, h, w in grids:
+        if (h, w) not in frames:
+            rows = torch.arange(h, device=device).view(h // merge, 1, merge, 1).expand(-1, w // merge, -1, merge)
+            columns = torch.arange(w, device=device).view(1, w // merge, 1, merge).expand(h // merge, -1, merge, -1)
+            frames[h, w] = torch.stack([rows.flatten(), columns.flatten()])
+    return torch.cat([frames[h, w] for t, h, w in grids for _ in range(t)], dim=1)
 
 
 def rotation(coordinates: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

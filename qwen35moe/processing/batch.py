@@ -34,7 +34,10 @@ class BatchEncoding(dict[str, Any]):
         self, device: Any = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
     ) -> BatchEncoding:
         """Moves every tensor to `device` and casts those of floating point (pixel_values) to `dtype`, in this object; ids
-        and masks keep their dtype. `to(torch.bfloat16)` casts only. ValueError for anything else."""
+        and masks keep their dtype. `to(torch.bfloat16)` casts only. ValueError for anything else.
+
+        Each tensor is one transfer. With non_blocking=True and pinned memory (`pin_memory()`, or a DataLoader's) the host does
+        not wait for a GPU, and the cast runs there."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -48,6 +51,14 @@ class BatchEncoding(dict[str, Any]):
             if isinstance(value, Tensor):
                 cast = dtype if value.is_floating_point() else None
                 self[name] = value.to(device=device, dtype=cast, non_blocking=non_blocking)
+        return self
+
+    def pin_memory(self, device: Any = None) -> BatchEncoding:
+        """Copies every tensor of the CPU to pinned memory, in this object, so that `to(device, non_blocking=True)` does not
+        wait."""
+        for name, value in self.items():
+            if isinstance(value, Tensor) and value.is_cpu:
+                self[name] = value.pin_memory()
         return self
 
     def convert_to_tensors(self, tensor_type: Any = "pt") -> BatchEncoding:

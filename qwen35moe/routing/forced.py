@@ -44,12 +44,26 @@ class ForcedRouting:
         # router's, padding goes to expert 0.
         shift = int(rows.shape[-1] == top_k)
         self.rows = {layer: arrange(rows[i] + shift) - shift for i, layer in enumerate(routing.layers)}
-        for layer, indices in self.rows.items():
-            check_distinct(indices if shift else indices[indices.any(-1)], f"the routing, layer {layer}")
+        self._check_rows(bool(shift))
+        # Whether a layer has unforced tokens, in one read of the device; None where values are unknown.
+        flags = torch.stack([(indices < 0).any() for indices in self.rows.values()]) if self.rows else torch.empty(0)
+        self.unforced = dict(zip(self.rows, flags.tolist(), strict=True)) if values_known(flags) else None
         self.weights = {}
         if routing.weights is not None:
             weights = F.pad(routing.weights, (0, 0, 0, missing)).unflatten(1, shape)
             self.weights = {layer: arrange(weights[i]) for i, layer in enumerate(routing.layers)}
+
+    def _check_rows(self, same_k: bool) -> None:
+        """ValueError for a token with an expert twice; same_k: as many experts as the router chooses."""
+        indices = list(self.rows.values())
+        if same_k and indices and not indices[0].is_cpu:
+            try:
+                check_distinct(torch.stack(indices), "the routing")  # one read of the device
+                return
+            except ValueError:
+                pass  # raised below, with the layer
+        for layer, rows in self.rows.items():
+            check_distinct(rows if same_k else rows[rows.any(-1)], f"the routing, layer {layer}")
 
     def __call__(self, layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(indices, weights) [N, k] of a layer for its live logits [N, E]."""
@@ -57,12 +71,12 @@ class ForcedRouting:
             return _intervene(self.intervention, layer, logits, self.num_experts)
         if layer not in self.rows:
             return router_choice(logits, self.top_k)
-        indices = self.rows[layer].flatten(0, 1).to(logits.device)
+        indices = self.rows[layer].flatten(0, 1).to(logits.device, non_blocking=logits.is_cuda)
         unforced = (indices < 0).any(-1, keepdim=True)
         weights = chosen_weights(logits, indices.clamp(min=0))
         if layer in self.weights:
-            weights = self.weights[layer].flatten(0, 1).to(logits.device, logits.dtype)
-        if values_known(unforced) and not bool(unforced.any()):
+            weights = self.weights[layer].flatten(0, 1).to(logits.device, logits.dtype, non_blocking=logits.is_cuda)
+        if self.unforced is not None and not self.unforced[layer]:
             return indices, weights
         if indices.shape[-1] != self.top_k:
             raise ValueError(f"unforced tokens take top_k={self.top_k} experts, the forced ones have {indices.shape[-1]}")

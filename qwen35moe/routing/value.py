@@ -281,7 +281,7 @@ def check_range(indices: Tensor, num_experts: int, source: str, lowest: int) -> 
     indices = unbatched(indices)
     if not values_known(indices) or indices.numel() == 0:
         return
-    low, high = int(indices.min()), int(indices.max())
+    low, high = torch.stack(indices.aminmax()).tolist()
     if low < lowest or (num_experts and high >= num_experts):
         experts = f"0 ... {num_experts - 1}" if num_experts else "numbered from 0"
         raise ValueError(f"{source} has expert {low if low < lowest else high}, the experts are {experts}")

@@ -109,6 +109,13 @@ def test_translated_keywords() -> None:
     for new, room in ((6, 10), (1, 5), (0, 5)):  # the last token is not stored
         out = generate(FakeModel(), ids, cache="static", max_new_tokens=new, eos_token_id=[], return_dict_in_generate=True)
         assert out.past_key_values.max_length == room and out.sequences.shape == (1, 5 + new)
+    for arguments in ({"disable_compile": True}, {"disable_compile": False}, {"generation_config": {"disable_compile": True}}):
+        assert answer(**arguments) == answer()
+    with pytest.raises(ValueError, match="disable_compile=True and capture=True, which mean"):
+        generate(model, ids, disable_compile=True, capture=True)
+    for arguments in ({"disable_compile": 1}, {"capture": "auto"}):
+        with pytest.raises(ValueError, match="must be True or False"):
+            generate(model, ids, **arguments)
     with pytest.raises(ValueError, match="stop=.*pass tokenizer="):
         generate(model, ids, stop_strings=["x"])
 

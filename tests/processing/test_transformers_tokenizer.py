@@ -329,3 +329,14 @@ def test_batch_encodings() -> None:
             inputs.to(device)
     with pytest.raises(ValueError, match="dtypes of floating point"):
         inputs.to(dtype=torch.int32)
+
+
+def test_a_batch_is_pinned_and_moved_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One transfer for each tensor, the cast with it."""
+    inputs, pinned, moved = BatchEncoding(input_ids=torch.tensor([[1]]), pixel_values=torch.ones(3, 5), text=["a"]), [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, **options: moved.append(options) or tensor)
+    assert inputs.pin_memory() is inputs and len(pinned) == 2 and inputs.input_ids is not pinned[0]
+    inputs.to("cuda", torch.bfloat16, non_blocking=True)
+    device = torch.device("cuda")
+    assert moved == [{"device": device, "dtype": dtype, "non_blocking": True} for dtype in (None, torch.bfloat16)]

@@ -9,6 +9,7 @@ A fake tensor has no values, so that anything that reads one raises: a scenario 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.support import fake_gpu_generation
+from tests.support import fake_gpu_capture, fake_gpu_generation
 
 ROOT = Path(__file__).resolve().parents[2]
 # Operators that launch nothing: they make views, allocate, or read sizes.
@@ -107,6 +108,7 @@ def run(capability: tuple[int, int], scenarios: list[str]) -> dict[str, dict[str
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
         mock.patch.object(runtime, "shared_memory", lambda _: SHARED_MEMORY[capability]),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
+        mock.patch.object(runtime, "_shared_memory", lambda index: 227 << 10),  # of a Hopper
         mock.patch.object(runtime, "on_device_of", lambda _: nullcontext()),
         mock.patch.object(runtime, "kernels", lambda file: Module(launches, file, real(file))),
     ]
@@ -198,6 +200,8 @@ def masked(torch: Any) -> Callable[[], object]:
 SCENARIOS: dict[str, Callable[[Any], Callable[[], object]]] = {
     "prefill": prefill, "decode": decode, "decode_static": lambda torch: decode(torch, 300), "decode_35b": decode_35b,
     "training": training, "masked": masked, **fake_gpu_generation.SCENARIOS,
+    **fake_gpu_capture.SCENARIOS,
+    "images": lambda torch: importlib.import_module("tests.support.fake_gpu_vision").full_size(torch),
 }  # fmt: skip
 
 

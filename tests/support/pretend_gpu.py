@@ -158,6 +158,8 @@ def _note(name: str, args: Any, kwargs: dict[str, Any], reads_gpu: bool, on_cpu:
         return
     if name in READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         LOG.reads.append(f"{name} at {where()}")
+    if name == "where" and any(_is_cpu(x) for x in args[1:]):
+        LOG.reads.append(f"where with a number in a CPU tensor, which is copied, at {where()}")
     if name == "_assert_async":
         LOG.checks += 1
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
@@ -253,7 +255,7 @@ def gpu() -> Iterator[None]:
             (torch.cuda, "synchronize", lambda *_: LOG.reads.append(f"synchronize at {where()}")),
             (torch.backends.cuda, "can_use_flash_attention", lambda *_: True),
             (torch.Tensor, "tolist", _tolist), (F, "scaled_dot_product_attention", _attention),
-            (runtime, "on_device_of", lambda _: nullcontext()),
+            (torch.Tensor, "pin_memory", lambda tensor: tensor), (runtime, "on_device_of", lambda _: nullcontext()),
             (runtime, "shared_memory", lambda _: 227 << 10), (runtime, "kernels", lambda file: Kernels(real(file))),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -171,6 +171,23 @@ def one_layer() -> Callable[[], object]:
     return torch.no_grad()(lambda: one(tokens))
 
 
+def sdpa(prepared: Callable[[], object]) -> Callable[[], object]:
+    """The call with torch's attention, whatever "auto" takes."""
+    from qwen35moe import backends
+
+    def run() -> None:
+        with backends.use(attention="torch"):
+            prepared()
+
+    return run
+
+
+def replayed(on_gpu: bool = True) -> Callable[[], object]:
+    """A forward whose routers choose what those of another have chosen."""
+    indices = torch.randint(0, 3, (ROWS, TOKENS, 4, 1)) + torch.tensor([0, 3])  # two experts that differ
+    return call(routing=gpu(indices) if on_gpu else indices)
+
+
 SCENARIOS: dict[str, Scenario] = {
     "prefill": lambda: call(),
     "prefill with cache": lambda: call(cache=model().new_cache(ROWS)),
@@ -181,6 +198,8 @@ SCENARIOS: dict[str, Scenario] = {
     "decode, left, no mask": lambda: decode("left"), "decode, left, static, no mask": lambda: decode("left", 40),
     "decode, ended": lambda: decode(ended=True, masked=True),
     "decode, ended, static": lambda: decode("left", 40, ended=True, masked=True),
+    "decode, SDPA": lambda: sdpa(decode()), "decode, left, SDPA": lambda: sdpa(decode("left", masked=True)),
+    "decode, ended, SDPA": lambda: sdpa(decode("left", 40, ended=True, masked=True)),
     "decode, record": lambda: decode(record=6), "decode, record, ended": lambda: decode(record=6, ended=True, masked=True),
     "decode, record, several": recorded_steps,
     "decode, positions": lambda: call(
@@ -215,11 +234,15 @@ SCENARIOS: dict[str, Scenario] = {
     "packed with cache on the host": lambda: call(rows=1, cu_seqlens=torch.tensor(BOUNDS), cache=model().new_cache(3)),
     "base model": base, "one layer": one_layer, "embeddings": lambda: call(inputs_embeds=embeds()),
     "logits_to_keep": lambda: call(logits_to_keep=1), "routing": lambda: call(output_routing=True, output_router_logits=True),
+    "replayed routing": replayed, "replayed routing on the host": lambda: replayed(on_gpu=False),
     "attentions": lambda: call(output_attentions=True, attention_mask=mask("left")),
     "training": training, "training, loss alone": lambda: training(output_logits=False),
     "training, packed": lambda: training(rows=1, cu_seqlens=gpu(BOUNDS), output_logits=False),
     "training, packed on the host": lambda: training(rows=1, cu_seqlens=torch.tensor(BOUNDS)),
     "training, padded": lambda: training(attention_mask=mask("right"), output_router_logits=True),
+    "training, all on the host": lambda: training(
+        rows=1, cu_seqlens=torch.tensor(BOUNDS), labels=torch.zeros(1, TOKENS, dtype=torch.int64)
+    ),
     "rollback": lambda: rollback(2), "rollback, static": lambda: rollback(2, max_length=40),
     "rollback, ragged": lambda: rollback(2, "left"), "rollback, rows": lambda: rollback([2, 1]),
     "rollback, rows on the GPU": lambda: rollback(lambda: gpu([2, 1])), "draft and rollback": draft_and_rollback,
@@ -309,4 +332,35 @@ VALUES: dict[str, Scenario] = {
     "conversation, static": lambda: same_values(conversation, max_length=40, record=0),
     "conversation, recorded": lambda: same_values(conversation, max_length=None, record=8),
 }  # fmt: skip
-SCENARIOS |= VALUES
+# Wrong values in a step, which the device asserts, and elsewhere, where the host has them: (scenario, message).
+ONES = torch.ones(ROWS, TOKENS + 1, dtype=torch.int64)
+WRONG: dict[str, tuple[Scenario, str]] = {
+    "mask of fewer tokens": (
+        lambda: call(cache=cached("left"), tokens=1, attention_mask=gpu(ONES)),
+        "RuntimeError: attention_mask does not hold as many",
+    ),
+    "mask of twos": (
+        lambda: call(cache=cached(), tokens=1, attention_mask=gpu(2 * ONES)), "RuntimeError: attention_mask holds ones"
+    ),
+    "cache_position": (
+        lambda: call(cache=cached(), tokens=1, cache_position=gpu([3])), "RuntimeError: cache_position does not continue"
+    ),
+    "positions that start again": (
+        lambda: call(cache=cached(), tokens=1, position_ids=gpu([[0], [0]])), "RuntimeError: position_ids start again"
+    ),
+    "rollback too far": (lambda: rollback(lambda: gpu([2, 23])), "RuntimeError: rollback: more tokens than"),
+    "rollback of a number too far": (
+        lambda: rollback(23), "ValueError: cannot roll back [23, 23] tokens: the rows hold [21, 21]"
+    ),
+    "rows beyond the last": (lambda: reorder(lambda: gpu([0, 2])), "RuntimeError: rows are not 0 ... 1"),
+    "prefill mask": (
+        lambda: call(attention_mask=gpu(mask("left") - 1)), "ValueError: attention_mask holds -1"
+    ),
+    "a full cache": (
+        lambda: call(cache=cached("left", TOKENS), tokens=1), "ValueError: the longest row would hold 22 tokens"
+    ),
+    "a full cache after a mask": (
+        lambda: decode("left", TOKENS + 1, masked=True), "ValueError: the longest row would hold 23 tokens"
+    ),
+}  # fmt: skip
+SCENARIOS |= VALUES | {f"wrong: {name}": scenario for name, (scenario, _) in WRONG.items()}

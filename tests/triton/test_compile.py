@@ -7,6 +7,7 @@ regression that a small change can cause.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ if sys.platform != "linux":
 
 SIZES = {"W": 4, "G": 16, "H": 32, "K": 128, "V": 128}  # C = 8192
 HIDDEN, HEAD, EXPERTS, TOP_K = 2048, 256, 256, 8
-STRIDES = tuple(f"{x}_{axis}" for x in ("query", "key") for axis in ("row", "token", "head"))
-INTEGERS = ("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "x_row", "x_token", *STRIDES)
+STRIDES = tuple(f"{x}_{axis}" for x in ("query", "key", "value") for axis in ("row", "token", "head"))
+INTEGERS = ("T", "rows", "C", "V", "D", "N", "E", "H", "G", "K", "HALF", "P", "PARTS", "x_row", "x_token", *STRIDES)
 FLOAT32 = ("dweight", "recurrent_state", "recurrent_state_after", "A_log", "dt_bias", "norm_weight")
 
 
@@ -30,13 +31,13 @@ def kernel(module: str, name: str, arguments: str, warps: int = 4, single: str =
     for argument in arguments.split():
         if argument in INTEGERS or argument in FUSED_INTEGERS:
             types[argument] = "i32"
-        elif argument in ("eps", "sign"):
+        elif argument in ("eps", "sign", "scale"):
             types[argument] = "fp32"
         else:
-            integers = {"lengths": "i64", "bounds": "i64", "document": "i32", "indices": "i64"}
+            integers = {"lengths": "i64", "starts": "i64", "bounds": "i64", "document": "i32", "indices": "i64"}
             wide = argument in FLOAT32 or argument in single.split()
             types[argument] = "*" + integers.get(argument, "fp32" if wide else "bf16")
-    aligned = tuple(argument for argument in types if argument not in ("T", "rows", "N", "eps", "sign"))
+    aligned = tuple(argument for argument in types if argument not in ("T", "rows", "N", "PARTS", "eps", "sign", "scale"))
     return Kernel(f"qwen35moe_kernels.{module}_kernels", name, types, constants, warps, aligned=aligned)
 
 
@@ -69,15 +70,26 @@ def kernels() -> list[Kernel]:
                BR=gated_norm._ELEMENTS_BACKWARD // width, single="weight"),
     ]  # fmt: skip
     tensors = "qkv gate a b conv_state recurrent_state conv_weight A_log dt_bias norm_weight"
-    tensors += " y conv_state_after recurrent_state_after eps"
+    tensors += " y conv_state_after recurrent_state_after active eps"
     for columns in (width, step._COLUMNS):
         whole = columns == width
         warps = step._warps(SIZES["K"] * columns)
         compilations.append(
             kernel("step", "step_kernel", tensors, warps, "" if whole else "y", **SIZES, BK=SIZES["K"], BV=columns,
-                   WHOLE=whole)
+                   WHOLE=whole, IN_PLACE=True)
         )  # fmt: skip
-    return [*compilations, *decoder_kernels()]
+    return [*compilations, *decoder_kernels(), *decode_attention_kernels()]
+
+
+def decode_attention_kernels() -> list[Kernel]:
+    """One token over a cache in parts, and over one of a single part."""
+    strides = " ".join(STRIDES).replace("query_token ", "")
+    arguments = f"query key value starts out sums scale P {strides}"
+    sizes = {"R": 8, "K": HEAD, "V": HEAD, "BR": 16, "BK": HEAD, "BV": HEAD, "BN": 32, "CHUNK": 128}
+    kinds = [kernel("decode_attention", "part_kernel", arguments, single="sums" if one else "out sums", **sizes, ONE=one)
+             for one in (False, True)]  # fmt: skip
+    join = kernel("decode_attention", "join_kernel", "parts_of sums out PARTS", single="parts_of sums", V=HEAD, BV=HEAD, BP=64)
+    return [*(replace(kind, stages=2) for kind in kinds), join]
 
 
 def decoder_kernels() -> list[Kernel]:
@@ -89,7 +101,7 @@ def decoder_kernels() -> list[Kernel]:
         for name, tensors in (("forward_kernel", "x weight y"), ("backward_kernel", "dy x weight dx dweight")):
             block = {"BR": norm._ELEMENTS // width, "BD": width}
             result.append(kernel("norm", name, f"{tensors} rows D x_row eps", single="dweight", **block))
-    rotated = f"query key cos sin query_after key_after T H G K HALF sign {' '.join(STRIDES)}"
+    rotated = f"query key cos sin query_after key_after T H G K HALF sign {' '.join(STRIDES[:6])}"
     result.append(kernel("rotary", "rotary_kernel", rotated, 1, "cos sin", BK=HEAD, BHALF=32))
     for tokens in (1, router._ELEMENTS // EXPERTS):
         shape = {"TOP_K": TOP_K, "BN": tokens, "BE": EXPERTS, "BK": TOP_K}
@@ -107,7 +119,7 @@ def fused_kernels() -> list[Kernel]:
     projections = linear._block(HIDDEN, linear._COLUMNS)
     swiglu = linear._block(HIDDEN, linear._COLUMNS_TWO)
     sizes = " ".join(f"{name}{number}" for name in "wyF" for number in (1, 2, 3, 4)).replace("F1", "rows F1")
-    rotated = f"query key cos sin query_weight key_weight query_after key_after T H G K HALF eps {' '.join(STRIDES)}"
+    rotated = f"query key cos sin query_weight key_weight query_after key_after T H G K HALF eps {' '.join(STRIDES[:6])}"
     return [
         kernel("linear", "projections_kernel", f"x {sizes}", projections.pop("num_warps"), D=HIDDEN, **projections),
         kernel("linear", "swiglu_kernel", "x gate_weight up_weight y rows F", swiglu.pop("num_warps"), D=HIDDEN, **swiglu),
@@ -121,7 +133,7 @@ def fused_kernels() -> list[Kernel]:
 
 def test_kernels_compile_for_hopper_without_spills() -> None:
     usage = compiled(kernels())
-    assert len(usage) == 25
+    assert len(usage) == 28
     assert not [kernel for kernel in usage if kernel.local], usage
     assert max(kernel.shared for kernel in usage) <= 48 << 10, usage  # what every GPU gives without a request for more
 

@@ -88,6 +88,26 @@ def test_inputs_are_not_written_to_and_may_be_views() -> None:
     assert all(torch.equal(a, b) for a, b in zip(unchanged, before, strict=True))
 
 
+@pytest.mark.parametrize("name", ["triton", "fused_cpu", "torch"])
+@pytest.mark.parametrize("launches", [1, 2])
+def test_active_rows_are_written_in_place(name: str, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of an active row becomes the new one, in its own memory; the others keep theirs."""
+    from qwen35moe_kernels import step
+
+    if launches == 2:
+        monkeypatch.setattr(step, "_FEW", 0)
+        monkeypatch.setattr(step, "_COLUMNS", 4)
+    args, options = arguments(*SIZES[0], torch.float32)
+    active = torch.tensor([True, False, True], device=DEVICE)
+    run = entry(OPERATION, name).fn
+    y, conv_state, after = run(*args, **options)
+    before = options["recurrent_state"].clone()
+    other = run(*args, **options, active=active)
+    assert other[2] is options["recurrent_state"]
+    assert torch.equal(other[0], y) and torch.equal(other[1], conv_state)
+    assert torch.equal(other[2], torch.where(active[:, None, None, None], after, before)) and not torch.equal(after, before)
+
+
 def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     args, options = arguments(*SIZES[0], torch.float32)
     assert refusal(OPERATION, "triton", *args, **options) is None
@@ -98,6 +118,9 @@ def test_unsupported_names_the_argument(monkeypatch: pytest.MonkeyPatch) -> None
     assert refusal(OPERATION, "triton", *args, **large) == too_large
     double = options | {"A_log": options["A_log"].double()}
     assert refusal(OPERATION, "triton", *args, **double).startswith("A_log is float64, not one of")
+    strided = options | {"recurrent_state": options["recurrent_state"].mT.contiguous().mT, "active": torch.ones(3) > 0}
+    in_place = "recurrent_state is not contiguous and would be written in place"
+    assert refusal(OPERATION, "triton", *args, **strided) == in_place
     trained = options | {"recurrent_state": options["recurrent_state"].clone().requires_grad_()}
     with backends.use(delta_net_step="triton"), pytest.raises(ValueError, match="it has no backward and an input"):
         backends.run(OPERATION, *args, **trained)

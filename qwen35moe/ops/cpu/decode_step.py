@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen35moe.ops.cpu.norm import normalise_
-from qwen35moe.ops.decode_step import delta_net_step
+from qwen35moe.ops.decode_step import delta_net_step, written
 from qwen35moe.ops.norm import l2_norm
 from qwen35moe.ops.precision import wide_dtype, without_autocast
 
@@ -20,10 +20,10 @@ SKIPS = ("conv", "query", "key", "value", "decay", "beta", "core")  # tapped val
 @without_autocast
 def delta_net_step_cpu(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, *, conv_state: Tensor, recurrent_state: Tensor, conv_weight: Tensor,
-    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float,
+    A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, groups: int, eps: float, active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The step without a backward, rounded once at the end. It overwrites temporaries, never its arguments: a snapshot of the
-    cache may share the recurrent state."""
+    """The step without a backward, rounded once at the end. Without `active` it overwrites temporaries, never its arguments: a
+    snapshot of the cache may share the recurrent state."""
     H, K, V = recurrent_state.shape[1:]
     dtype = wide_dtype(qkv, a, A_log)
     # As in `decay_and_beta`, here in fewer calls, each of which costs about 10 us when the caches hold no instruction of it.
@@ -33,9 +33,11 @@ def delta_net_step_cpu(
     mixed = F.silu((window.to(dtype) * conv_weight.T.to(dtype)).sum(1), inplace=True)
     batch, keys = len(mixed), 2 * groups * K
     qk, v = mixed[:, :keys].view(batch, 2, groups, K), mixed[:, keys:].view(batch, H, V)  # `split` and `unflatten` are Python
-    core, recurrent_state = one_token(qk, v, alpha, beta, recurrent_state.to(dtype))
+    core, after = one_token(qk, v, alpha, beta, recurrent_state.to(dtype))
+    if active is not None:
+        after = written(recurrent_state, after, active)
     normed = normalise_(core, eps).mul_(norm_weight.to(dtype)).mul_(F.silu(gate.to(dtype)))
-    return normed.to(qkv.dtype), window[:, 1:].mT, recurrent_state
+    return normed.to(qkv.dtype), window[:, 1:].mT, after
 
 
 def one_token(qk: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

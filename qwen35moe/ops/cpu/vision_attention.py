@@ -8,6 +8,7 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
+from qwen35moe.backends.values import host_values
 from qwen35moe.ops.cpu.attention import sdpa
 from qwen35moe.ops.vision_attention import vision_attention
 
@@ -18,11 +19,12 @@ def vision_attention_torch(query: Tensor, key: Tensor, value: Tensor, *, cu_seql
     if query.device.type == "cpu":  # keys and values are read repeatedly, faster if each head is contiguous
         key, value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (key, value))
     if torch.compiler.is_compiling():  # the sizes of the frames are not known
-        frame = torch.bucketize(torch.arange(query.shape[0], device=query.device), cu_seqlens[1:], right=True)
+        bounds = cu_seqlens[1:].to(query.device)
+        frame = torch.bucketize(torch.arange(query.shape[0], device=query.device), bounds, right=True)
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         return sdpa(q, k, v, frame[:, None] == frame, scale=scale)[0].transpose(0, 1)
     outputs, start = [], 0
-    for size, frames in groupby(stop - begin for begin, stop in pairwise(cu_seqlens.tolist())):
+    for size, frames in groupby(stop - begin for begin, stop in pairwise(host_values(cu_seqlens))):
         count = len(list(frames))
         if size == 0:
             continue
@@ -68,7 +70,7 @@ def vision_attention_bf16_scores(query: Tensor, key: Tensor, value: Tensor, *, c
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     buffer = query.new_empty(_BLOCK)
-    for start, end in pairwise(cu_seqlens.tolist()):
+    for start, end in pairwise(host_values(cu_seqlens)):
         if size := end - start:
             q, k, v, frame_out = (x[start:end].transpose(0, 1) for x in (query, key, value, out))
             sample = k[:, ::_SAMPLED].mT.contiguous()

@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35moe.ops.attention import causal_mask
-
 _ALIGNED = 8  # elements: the strides of a mask in the memory-efficient kernel
 
 
@@ -57,9 +55,12 @@ def cuda_attention(
 def additive_mask(tokens: int, positions: int, starts: int | Tensor, query: Tensor) -> Tensor:
     """0 where a query attends to a key, else -inf: [1 or B, 1, T, P] in the dtype of `query`, as a part of a wider tensor whose
     rows begin at multiples of 8 elements."""
-    wide = -(-positions // _ALIGNED) * _ALIGNED
-    visible = causal_mask(tokens, wide, query.device, starts)
-    mask = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(~visible, float("-inf"))
+    key = torch.arange(-(-positions // _ALIGNED) * _ALIGNED, device=query.device)
+    last = starts[:, None] if isinstance(starts, Tensor) else torch.full((1, 1), starts, device=query.device)
+    if tokens > 1:
+        last = last + torch.arange(tokens, device=query.device)
+    hidden = key > last[:, None, :, None]  # the opposite of `causal_mask`, in fewer launches
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, float("-inf"))
     return mask[..., :positions]
 
 
