@@ -19,7 +19,7 @@ def _dot(a, b):
     return tl.dot(a, b, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def part_kernel(
     query, key, value, starts, out, sums, scale, P, query_row, query_head, key_row, key_token, key_head, value_row, value_token,
     value_head, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -70,7 +70,7 @@ def part_kernel(
         tl.store(sums + index * 2 + 1, total, mask=r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS"])
 def join_kernel(parts_of, sums, out, PARTS, V: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr):
     """One row and head: the parts with a common largest score. A part without positions has -inf and 0."""
     index = tl.program_id(0).to(tl.int64)

@@ -104,6 +104,15 @@ def fused(tokens: int = 1) -> None:
     shared_expert.add_shared_expert(x, x, x, x, new(1, HIDDEN))
 
 
+def attention(positions: int, rows: int = 2) -> None:
+    """One token per row."""
+    from qwen35moe_kernels.decode_attention import attention as decode
+
+    key, starts = new(rows, positions, GROUPS, HEAD), new(rows, dtype=torch.int64)
+    decode(new(rows, 1, HEADS, HEAD), key, key, scale=HEAD**-0.5, starts=starts)
+
+
 CASES: dict[str, Callable[..., None]] = {
     "delta_rule": delta_rule, "experts": experts, "convolution": convolution, "decoder": decoder, "fused": fused, "step": step,
+    "attention": attention,
 }  # fmt: skip

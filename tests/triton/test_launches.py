@@ -99,7 +99,9 @@ def kernels() -> set[str]:
 
 LENGTHS = (2, 7, 16, 63, 64, 1000, 1024, 4096)
 # Compilations of a kernel over all lengths: one for a single row, one for more; blocks of rows are rounded up to powers of two.
-VARIANTS = {"convolution_kernels": 2, "norm_kernels": 10, "gated_norm_kernels": 7, "router_kernels": 4}
+VARIANTS = {
+    "convolution_kernels": 2, "decode_attention_kernels": 6, "norm_kernels": 10, "gated_norm_kernels": 7, "router_kernels": 4
+}  # fmt: skip
 
 
 def test_lengths_share_compilations() -> None:
@@ -110,6 +112,7 @@ def test_lengths_share_compilations() -> None:
     cases += [Request("sm_90", "fused", (tokens,), build=False) for tokens in (1, 2, 3, 4, 16, 63, 1000)]
     cases += [Request("sm_90", "experts", (tokens,), build=False) for tokens in (300, 311, 496, 512)]
     cases += [Request("sm_90", "experts", (2, False), build=False), Request("sm_90", "step", (1,), build=False)]
+    cases += [Request("sm_90", "attention", (tokens,), build=False) for tokens in LENGTHS]
     results = reports(cases, each_once=True)
     counts: dict[str, int] = {}
     for built in sum(results, []):
