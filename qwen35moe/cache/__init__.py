@@ -1,6 +1,7 @@
 """The state of a batch of conversations between forward calls.
 
 value.py     `Cache`: the state of every layer, a value that belongs to the caller
+lengths.py   `RowCounts`: the part of it that counts the tokens of each row
 states.py    `KVCache`, `DeltaNetState`: the state of one layer
 view.py      `LayerView`: the same, as `cache[i]` shows it: to read and to edit
 ids.py       the ids of the cached tokens, against which a prompt is checked
