@@ -31,9 +31,19 @@ NO_LAUNCH = frozenset(
     "as_strided detach unfold lift_fresh chunk diagonal _reshape_alias empty new_empty empty_like empty_strided "
     "new_empty_strided sym_size sym_stride sym_numel sym_storage_offset device".split()
 )
-
 # Bytes of shared memory that one program may use, by compute capability.
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (12, 0): 99 << 10}
+
+# What a Hopper GPU runs: in a forward of several tokens with gradients, in one without, and in a decode step.
+SEQUENCE = {
+    "attention": ["torch"], "experts": ["triton"], "gated_delta_rule": ["triton"], "gated_rms_norm": ["triton"],
+    "rms_norm": ["triton"], "rotary": ["triton"], "router": ["triton"], "short_convolution": ["triton"],
+}  # fmt: skip
+# Composed where a gradient may be needed.
+FUSED = ("add_rms_norm", "add_shared_expert", "norm_rotary", "sigmoid_gate", "swiglu")
+WITHOUT_GRADIENT = {name: SEQUENCE[name] for name in SEQUENCE if name != "rotary"} | dict.fromkeys(FUSED, ["triton"])
+STEP = {name: SEQUENCE[name] for name in ("attention", "experts", "rms_norm", "router")}
+STEP |= dict.fromkeys((*FUSED, "delta_net_step", "projections"), ["triton"])
 
 
 def reports(*scenarios: str, capability: tuple[int, int] = (9, 0), timeout: float = 600.0) -> dict[str, dict[str, Any]]:

@@ -10,21 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.fake_gpu import reports
+from tests.support.fake_gpu import SEQUENCE, STEP, WITHOUT_GRADIENT, reports
 
 pytest.importorskip("triton")
 if torch.version.cuda is None or torch.cuda.is_available() or sys.platform != "linux":
     pytest.skip("needs a CUDA build of torch on a machine without a GPU", allow_module_level=True)
 
-SEQUENCE = {
-    "attention": ["torch"], "experts": ["triton"], "gated_delta_rule": ["triton"], "gated_rms_norm": ["triton"],
-    "rms_norm": ["triton"], "rotary": ["triton"], "router": ["triton"], "short_convolution": ["triton"],
-}  # fmt: skip
-# Composed where a gradient may be needed.
-FUSED = ("add_rms_norm", "add_shared_expert", "norm_rotary", "sigmoid_gate", "swiglu")
-WITHOUT_GRADIENT = {name: SEQUENCE[name] for name in SEQUENCE if name != "rotary"} | dict.fromkeys(FUSED, ["triton"])
-STEP = {name: SEQUENCE[name] for name in ("attention", "experts", "rms_norm", "router")}
-STEP |= dict.fromkeys((*FUSED, "delta_net_step", "projections"), ["triton"])
 CHOSEN = {
     "prefill": WITHOUT_GRADIENT, "masked": WITHOUT_GRADIENT,
     "training": SEQUENCE | {"linear_cross_entropy": ["torch"]},

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.fake_gpu import reports
-from tests.triton.test_fake_gpu import STEP
+from tests.support.fake_gpu import STEP, reports
 
 pytest.importorskip("triton")
 if torch.version.cuda is None or torch.cuda.is_available() or sys.platform != "linux":

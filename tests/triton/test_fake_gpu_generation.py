@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.fake_gpu import reports
+from tests.support.fake_gpu import STEP, WITHOUT_GRADIENT, reports
 from tests.support.fake_gpu_generation import SCENARIOS
-from tests.triton.test_fake_gpu import STEP, WITHOUT_GRADIENT
 
 pytest.importorskip("triton")
 if torch.version.cuda is None or torch.cuda.is_available() or sys.platform != "linux":
