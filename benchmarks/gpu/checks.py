@@ -38,7 +38,7 @@ INTERPRETER = 2  # Triton's interpreter truncates to bfloat16 instead of roundin
 def run(rows: Rows, work: Work, operation: str, dtypes: Sequence[str] = tuple(DTYPES)) -> None:
     """The step of one operation, or of some dtypes of it."""
     prefix = f"check/{operation}"
-    entries = backends.implementations(operation)
+    entries = sorted(backends.implementations(operation), key=turn)
     if operation not in CASES:
         rows.write(prefix, WRONG, note=f"no cases of {operation} in benchmarks/gpu/cases.py: {len(entries)} implementations")
         return
@@ -49,6 +49,11 @@ def run(rows: Rows, work: Work, operation: str, dtypes: Sequence[str] = tuple(DT
             reason = _of_one(rows, work, operation, entry, dtypes, launched, known)
             if reason is not None and rows.wants(f"{prefix}/{entry.name}"):
                 rows.write(f"{prefix}/{entry.name}", reason[0], note=reason[1], dtypes=list(dtypes))
+
+
+def turn(entry: Any) -> int:
+    """Our kernels first, packages last: they may autotune for minutes, and the step may be cut."""
+    return 0 if entry.name == "triton" else 1 if entry.builtin else 2
 
 
 def _of_one(

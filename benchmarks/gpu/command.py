@@ -15,11 +15,12 @@ from typing import Any
 import benchmarks.gpu as package
 from benchmarks.gpu import rows, table
 from benchmarks.gpu.environment import PTXAS
-from benchmarks.gpu.plan import MINUTES, Step, check, listing, steps
+from benchmarks.gpu.plan import MINUTES, PARTS, Step, check, listing, steps
 from benchmarks.gpu.rows import CUT, FAILED, NOT_RUN, RIGHT, UNRUN, WRONG
 from benchmarks.gpu.runner import Runner, status
 from benchmarks.tools.machine import RESULTS, profile_name
 
+IMPORT = 60  # seconds for the first import of torch
 SIDE_BY_SIDE = 8  # checks at once, at most: some hold 20 GB of GPU memory
 DOUBTED = "gated_delta_rule"  # known to be miscompiled on Hopper by the ptxas of Triton 3.6 and 3.7
 
@@ -75,9 +76,9 @@ def has_gpu() -> bool:
     """Whether torch has a CUDA device, found out in another process: this one never uses CUDA."""
     command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip() == "True"
+        return subprocess.run(command, capture_output=True, text=True, timeout=IMPORT).stdout.strip() == "True"
     except subprocess.TimeoutExpired:
-        return False
+        raise TimeoutError(f"torch did not say within {IMPORT} s whether there is a GPU: pass --device cuda or cpu") from None
 
 
 def whole_plan() -> list[Step]:
@@ -130,11 +131,11 @@ def follow_up(runner: Runner) -> list[Step]:
     results = runner.rows()
     coverage(runner)
     built = any(row["id"] == "wheels/causal_conv1d" and row["verdict"] == RIGHT for row in results)
-    again = [check("short_convolution", 40, "@built")] if built else []
+    again = [check("short_convolution", 40, "@built", fresh=True)] if built else []
     doubted = [row["verdict"] for row in results if row["id"].startswith(f"check/{DOUBTED}/triton")]
     if {WRONG, FAILED, CUT} & set(doubted) and not runner.small and Path(PTXAS).exists():
         environment = {"TRITON_PTXAS_PATH": PTXAS, "TRITON_CACHE_DIR": str(runner.out / "triton-cache-of-ptxas")}
-        again.append(check(DOUBTED, 60, "@ptxas", environment=environment))
+        again += [check(DOUBTED, 110, "@ptxas", part, environment=environment, fresh=True) for part in PARTS]
     return again
 
 

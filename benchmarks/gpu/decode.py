@@ -57,6 +57,11 @@ def decode(rows: Rows, work: Work) -> None:
     if not rows.wants_any("decode"):
         return
     work.free()
+    with work.own_kernels():
+        decode_rows(rows, work)
+
+
+def decode_rows(rows: Rows, work: Work) -> None:
     subject = Subject(work)
     model, prompt = subject.model, subject.ids(work, 7 if work.small else 512)
     room = prompt.shape[1] + 8 if work.small else ROOM
@@ -190,9 +195,10 @@ def prefill(rows: Rows, work: Work) -> None:
     if not any(rows.wants(f"prefill/T{T}") for T in lengths):
         return
     work.free()
-    subject = Subject(work, PREFILL)
-    for T in lengths:
-        rows.measure(f"prefill/T{T}", lambda T=T: prefill_row(work, subject, T))
+    with work.own_kernels():
+        subject = Subject(work, PREFILL)
+        for T in lengths:
+            rows.measure(f"prefill/T{T}", lambda T=T: prefill_row(work, subject, T))
 
 
 def prefill_row(work: Work, subject: Subject, T: int) -> dict[str, Any]:

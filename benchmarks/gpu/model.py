@@ -7,6 +7,9 @@ seconds. Every model gets the same bfloat16 weights, and the experts that float6
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,7 +127,8 @@ def check_dtype(rows: Rows, work: Work, source: Any, ids: Tensor, exact: SimpleN
     def ours() -> dict[str, Any]:
         if not state:
             state["model"] = clone(source, work.device, dtype)
-            state["errors"] = our_errors(work, state["model"], ids, exact)
+            with work.own_kernels():
+                state["errors"] = our_errors(work, state["model"], ids, exact)
         return state["errors"]
 
     for what in ("logits", "gradients", "decode"):
@@ -185,7 +189,7 @@ def gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> d
 def peer_errors(
     work: Work, source: Any, ids: Tensor, exact: SimpleNamespace, dtype: torch.dtype
 ) -> tuple[str, dict[str, Any]]:
-    """transformers with eager attention and experts on the same device; without it, our definitions."""
+    """transformers with eager attention and experts, in plain PyTorch, on the same device; without it, our definitions."""
     model = clone(source, work.device, dtype)
     try:
         errors = transformers_errors(work, model, ids, exact)
@@ -202,12 +206,27 @@ def definition(operation: str) -> str:
     return next(entry.name for entry in backends.implementations(operation) if entry.fn is function)
 
 
+@contextmanager
+def hidden(*packages: str) -> Iterator[None]:
+    """Within the context these packages cannot be imported, as if they were not installed."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in packages}
+    absent: dict[str, Any] = dict.fromkeys([*packages, *before])
+    sys.modules.update(absent)
+    try:
+        yield
+    finally:
+        for name in absent:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+
+
 def transformers_errors(work: Work, ours: Any, ids: Tensor, exact: SimpleNamespace) -> dict[str, Any]:
     """Of the logits and gradients."""
     from benchmarks.decode.models import Setting, Theirs
     from benchmarks.text_4b.peers import Transformers
 
-    theirs = Theirs(ours, Setting(experts="eager", attention="eager"))
+    with hidden("fla", "causal_conv1d"):  # transformers binds them when its modeling file is imported
+        theirs = Theirs(ours, Setting(experts="eager", attention="eager"))
     model = theirs.model.to(work.device).requires_grad_(True)
     replay = Transformers.__new__(Transformers)
     replay.model, ids = model, ids.to(work.device)

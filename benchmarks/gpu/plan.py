@@ -36,6 +36,7 @@ class Step:
     environment: Mapping[str, str] = field(default_factory=dict)
     suffix: str = ""  # of the ids of its rows
     part: str = ""  # of a check that two steps share
+    fresh: bool = False  # in a process that is not forked: packages were installed, or are chosen by its environment
 
     @property
     def name(self) -> str:
@@ -77,6 +78,7 @@ def steps(operations: Sequence[str]) -> list[Step]:
         Step("model", f"{HERE}.model:run", 110, SLOW, "4 layers of the 35B's shape against the CPU in float64 and transformers",
              check=True, group="checks"),
         *(check(name) for name in operations if name not in slow),
+        Step("warm", f"{HERE}.suite:warm", 60, SLOW, "compiles the small sizes of memcheck", group="checks"),
         Step("suite", f"{HERE}.suite:tests", 60, SLOW, "the suite's tests that need a GPU", check=True),
         Step("delta", f"{HERE}.speed:delta", 50, SLOW, "delta rule at 32,768 tokens, beside fla"),
         Step("moe", f"{HERE}.speed:moe", 60, SLOW, "experts 256x8 at 1 to 32,768 tokens, beside grouped_mm"),

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu import rows
 from benchmarks.gpu.plan import RESERVE, Step
 from benchmarks.gpu.rows import CUT, FAILED, NOT_RUN, UNRUN, WRONG, Row, Rows
@@ -55,8 +57,7 @@ class Runner:
         self.path = self.out / "rows.jsonl"
         self.first = self.printed = len(rows.read(self.path))
         if self.context is None:
-            self.context = multiprocessing.get_context("forkserver")
-            self.context.set_forkserver_preload(PRELOAD)
+            self.context = context(self.small)
 
     @property
     def left(self) -> float:
@@ -102,9 +103,12 @@ class Runner:
         only = self.only.removesuffix(step.suffix) if self.only and step.suffix else self.only
         job = {"only": only, "suffix": step.suffix, "skip": done, "started": self.started, "small": self.small,
                "limit": limit, "options": self.options}  # fmt: skip
-        process = self.context.Process(target=child, args=(step, str(self.path), job), daemon=False)
+        process = self._context(step).Process(target=child, args=(step, str(self.path), job), daemon=False)
         process.start()
         self.running.append(Running(step, process, time.time() + limit, limit, starts))
+
+    def _context(self, step: Step) -> Any:
+        return multiprocessing.get_context("spawn") if step.fresh else self.context
 
     def _look(self) -> None:
         """End the steps over their limit, and take note of those that ended."""
@@ -159,6 +163,16 @@ class Runner:
             if "id" in record:
                 self.say(line(record))
         self.printed = len(records)
+
+
+def context(small: bool) -> Any:
+    """A fork server that has imported what every step needs; new processes where torch counts GPUs without NVML, by the CUDA
+    runtime: what a process that has used CUDA forks cannot use it."""
+    if not small and torch.cuda._device_count_nvml() <= 0:
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOAD)
+    return server
 
 
 def line(row: Row) -> str:

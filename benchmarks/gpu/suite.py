@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from benchmarks.tools.common import ROOT
 
 MARGIN = 4.0  # seconds to report before the step's own limit
 FIRST = "tests/triton/test_gpu.py"
+CHECKED = [sys.executable, "-m", "benchmarks.gpu.suite"]  # `main` below
 
 
 def tests(rows: Rows, work: Work) -> None:
@@ -81,6 +81,33 @@ def limited(command: list[str], seconds: float, log: Path, environment: dict[str
     return code, log.read_text(errors="replace")
 
 
+def warm(rows: Rows, work: Work) -> None:
+    rows.measure("warm/kernels", lambda: warmed(work))
+
+
+def cache(work: Work) -> dict[str, str]:
+    """Of the compiled kernels at small sizes, which `warm` fills and `memcheck` uses."""
+    return {"TRITON_CACHE_DIR": str(work.out / "triton-cache-small")}
+
+
+def warmed(work: Work) -> dict[str, Any]:
+    """Compile and run what `memcheck` runs, without compute-sanitizer, under which compilation is slow."""
+    if work.small:
+        return {"verdict": NOT_RUN, "note": "there is no GPU"}
+    code, output = limited(CHECKED, work.left - MARGIN, work.out / "logs" / "warm.kernels.log", cache(work))
+    note = f"checked {', '.join(checked(output)) or 'nothing'}"
+    if code is None:
+        return {"verdict": CUT, "note": f"{note} in {work.limit:.0f} s"}
+    if code:
+        return {"verdict": FAILED, "note": f"it ended with {code}; {note}", "log": output[-3000:]}
+    return {"verdict": RIGHT, "note": note}
+
+
+def checked(output: str) -> list[str]:
+    """The operations that `main` has run."""
+    return re.findall(r"^checked (\S+)", output, re.MULTILINE)
+
+
 def memcheck(rows: Rows, work: Work) -> None:
     rows.measure("memcheck/kernels", lambda: sanitized(work))
 
@@ -91,13 +118,12 @@ def sanitized(work: Work) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer") or (str(installed) if installed.exists() else None)
     if work.small or tool is None:
         return {"verdict": NOT_RUN, "note": "there is no GPU" if work.small else "compute-sanitizer is not installed"}
-    command = [tool, "--tool", "memcheck", "--target-processes", "all", sys.executable, "-m", "benchmarks.gpu.suite"]
-    log, environment = work.out / "logs" / "memcheck.log", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command, log = [tool, "--tool", "memcheck", *CHECKED], work.out / "logs" / "memcheck.kernels.log"
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **cache(work)}
     code, output = limited(command, work.left - MARGIN, log, environment)
-    checked = re.findall(r"^checked (\S+)", output, re.MULTILINE)
     errors = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", output)]
     found = re.findall(r"^=+ (Invalid [^\n]*|Program hit [^\n]*)", output, re.MULTILINE)
-    note = f"checked {', '.join(checked) or 'nothing'}"
+    note = f"checked {', '.join(checked(output)) or 'nothing'}"
     if found or any(errors):
         return {"verdict": WRONG, "note": f"{found[0] if found else f'{max(errors)} errors'}; {note}", "log": output[-4000:]}
     if code is None:
@@ -108,7 +134,7 @@ def sanitized(work: Work) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Under compute-sanitizer: the Triton implementations of every operation at small sizes on the GPU."""
+    """Runs the Triton implementations of every operation at small sizes on the GPU; `memcheck` has it under compute-sanitizer."""
     from benchmarks.gpu import checks
     from benchmarks.gpu.cases import CASES, SMALL, Draw
     from qwen35moe import backends
@@ -125,6 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ.setdefault("TRITON_CACHE_DIR", cache)
-        main()
+    main()

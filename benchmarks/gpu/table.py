@@ -15,10 +15,10 @@ ORDER = (WRONG, UNRUN, FAILED, CUT, MISSED, MET, MEASURED, RIGHT, NOT_RUN)
 
 
 def table(rows: Sequence[Row], repeat: str) -> str:
-    """Target, measured, verdict and the command that repeats the row; the worst verdicts first. The right rows of one
-    implementation share a line, with the error nearest its bound."""
+    """Target, measured, verdict and the command that repeats the row; the worst verdicts last, since a machine may keep only
+    the end of what is printed. The right rows of one implementation share a line, with the error nearest its bound."""
     lines = [f"{'verdict':<8}  {'measured':<34}  {'target':<26}  command"]
-    for row in sorted(merged(rows), key=lambda row: ORDER.index(row["verdict"])):
+    for row in sorted(merged(rows), key=lambda row: -ORDER.index(row["verdict"])):
         lines.append(f"{row['verdict']:<8}  {measured(row):<34}  {row['target']:<26}  {repeat} --only {row['id']}")
         if row["verdict"] in (WRONG, FAILED, CUT, MISSED, NOT_RUN) and row.get("note"):
             lines.append(f"{'':<8}  {row['note'][:200]}")

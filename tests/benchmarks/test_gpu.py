@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -175,6 +177,17 @@ def test_a_kernel_that_no_check_launches_is_listed(tmp_path: Path) -> None:
     assert [row["verdict"] for row in runner.rows()] == [WRONG] and exit_status(runner.rows()) == 1
 
 
+def test_our_kernels_are_checked_first_and_packages_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    names: list[str] = []
+    monkeypatch.setattr(checks, "_of_one", lambda rows, work, operation, entry, *rest: names.append(entry.name))
+    for operation in ("gated_delta_rule", "short_convolution"):
+        checks.run(Rows(tmp_path / "rows.jsonl"), Work(small=True, limit=60, out=tmp_path), operation)
+    half = names.index("triton", 1)
+    assert (names[0], names[half - 1], names[half], names[-1]) == ("triton", "fla", "triton", "causal_conv1d")
+    assert len(names) == sum(len(backends.implementations(name)) for name in ("gated_delta_rule", "short_convolution"))
+
+
 # ------------------------------------------------------------------------------------------------------------- steps
 
 FORK = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
@@ -264,6 +277,51 @@ for name in {PRELOAD!r}: importlib.import_module(name)
 """
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+@needs_fork
+def test_processes_are_forked_where_torch_counts_gpus_by_nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = []
+    for small, count in ((False, -1), (False, 1), (True, -1)):
+        monkeypatch.setattr(torch.cuda, "_device_count_nvml", lambda count=count: count)
+        kinds.append(Runner(tmp_path, small=small).context.get_start_method())
+    assert kinds == ["spawn", "forkserver", "forkserver"]
+
+
+def test_checks_that_follow_from_others_do_not_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fork server has registered causal-conv1d as not installed, before it was built."""
+    monkeypatch.setattr(command, "PTXAS", str(tmp_path))
+    runner = Runner(tmp_path, small=False, context=FORK, say=lambda text: None)
+    out = Rows(runner.path)
+    out.write("wheels/causal_conv1d", RIGHT)
+    out.write("check/gated_delta_rule/triton/fp32/training", WRONG)
+    again = command.follow_up(runner)
+    original = [one for one in steps(backends.OPERATIONS) if one.id == "check/gated_delta_rule"]
+    assert [(one.name, one.limit) for one in again[1:]] == [(f"{one.name}@ptxas", one.limit) for one in original]
+    assert again[0].name == "check/short_convolution@built"
+    assert {runner._context(one).get_start_method() for one in again} == {"spawn"}
+    assert runner._context(original[0]) is FORK
+
+
+def test_a_torch_that_imports_slowly_is_not_taken_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "IMPORT", 0.001)
+    with pytest.raises(TimeoutError, match="--device cuda or cpu"):
+        command.has_gpu()
+
+
+def test_memcheck_uses_the_kernels_that_warm_has_compiled(gpu: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches, output = [], "checked rms_norm\nERROR SUMMARY: 0 errors\n"
+
+    def limited(program: list[str], seconds: float, log: Path, environment: dict[str, str]) -> tuple[int, str]:
+        caches.append((program[-len(suite.CHECKED) :], environment["TRITON_CACHE_DIR"]))
+        return 0, output
+
+    monkeypatch.setattr(suite, "limited", limited)
+    monkeypatch.setattr(suite.shutil, "which", lambda name: name)
+    assert suite.warmed(gpu)["verdict"] == suite.sanitized(gpu)["verdict"] == RIGHT
+    assert caches == [(suite.CHECKED, str(gpu.out / "triton-cache-small"))] * 2
+    order = [one.id for one in steps(backends.OPERATIONS)]
+    assert order.index("warm") < order.index("memcheck")
 
 
 @needs_fork
@@ -369,6 +427,65 @@ def test_one_wrong_gradient_of_many_is_found() -> None:
         model.gradient_errors({"a": torch.ones(2)}, exact)
 
 
+def test_speeds_and_the_model_are_those_of_our_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fla installed "auto" would run fla."""
+    monkeypatch.setattr(Work, "own_kernels", lambda self: backends.use(gated_delta_rule="recurrent"))
+    work, chosen = Work(small=True, limit=60, out=tmp_path), []
+
+    def choice(*_: Any) -> Any:
+        chosen.append(backends.choice_of("gated_delta_rule"))
+        raise InterruptedError
+
+    for module, name in ((speed, "delta_row"), (decode, "Subject"), (model, "our_errors")):
+        monkeypatch.setattr(module, name, choice)
+    monkeypatch.setattr(model, "peer_errors", lambda *_: ("peer", {"tensors": {}}))
+    monkeypatch.setattr(model, "clone", lambda *_: None)
+    out = Rows(tmp_path / "rows.jsonl")
+    speed.delta(out, work)
+    for function in (decode.decode, decode.prefill):
+        with pytest.raises(InterruptedError):
+            function(out, work)
+    model.check_dtype(out, work, None, torch.ones(1), SimpleNamespace(), torch.float32)
+    assert chosen == ["recurrent"] * (2 + 2 + 1)
+
+
+def test_transformers_is_the_peer_in_plain_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import benchmarks.decode.models
+
+    installed = {"fla": object(), "fla.ops": object()}
+    for name, module in installed.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "causal_conv1d.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def theirs(*_: Any) -> Any:
+        for name in (*installed, "causal_conv1d"):
+            with pytest.raises(ModuleNotFoundError):
+                importlib.import_module(name)
+        assert importlib.util.find_spec("fla") is importlib.util.find_spec("causal_conv1d") is None
+        raise InterruptedError
+
+    monkeypatch.setattr(benchmarks.decode.models, "Theirs", theirs)
+    with pytest.raises(InterruptedError):
+        model.transformers_errors(Work(small=True, limit=60, out=tmp_path), None, torch.ones(1), SimpleNamespace())
+    assert all(sys.modules[name] is module for name, module in installed.items()) and "causal_conv1d" not in sys.modules
+    assert importlib.util.find_spec("causal_conv1d") is not None
+
+
+def test_a_few_tokens_have_other_experts_each_time_they_are_timed() -> None:
+    """Answers that are compared have the same ones."""
+    sets = [torch.tensor([[number]]) for number in range(3)]
+    turns = speed.Turns(sets)
+    ours, theirs = (turns(lambda h, g, d, indices, w: int(indices)) for _ in range(2))
+    assert [form(0, 0, 0, 0) for form in (ours, theirs, ours, theirs, theirs, ours)] == [0, 0, 1, 2, 0, 1]
+
+
+def test_garbage_of_before_is_not_visited_in_every_run(tmp_path: Path) -> None:
+    frozen: list[int] = []
+    Work(small=True, limit=60, out=tmp_path).time({"ours": lambda: frozen.append(gc.get_freeze_count())})
+    assert min(frozen) > 1000 and gc.get_freeze_count() == 0
+
+
 def test_outcomes_of_a_suite_that_was_cut() -> None:
     output = """
 [gw0] [ 1%] PASSED tests/triton/test_gpu.py::test_a[1]
@@ -392,7 +509,7 @@ def test_the_closing_table_and_the_report_of_a_run(tmp_path: Path) -> None:
     results = rows.latest(rows.read(out.path))
     text = table.table(results, "run")
     assert re.search(r"right +0.003 error \(4 rows\) +<= 0.01 +run --only check/x/triton$", text, re.MULTILINE)
-    assert text.index("wrong") < text.index("missed") < text.index("right") and "far" in text
+    assert text.index("right") < text.index("missed") < text.index("wrong") < text.index("far")
     assert "up_kernel" in table.profiles(results)
     table.write(tmp_path / "an-h200" / "gpu.json", results, "an-h200")
     reports = report.found(tmp_path)
@@ -464,6 +581,14 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     small = model.configuration(True, 4)
     monkeypatch.setattr(decode, "configuration", lambda *_: small)
     return OnGpu(small=False, limit=60, out=tmp_path)
+
+
+def test_our_kernels_are_chosen_on_a_gpu(gpu: Work, tmp_path: Path) -> None:
+    pytest.importorskip("qwen35moe_kernels")
+    for work, name in ((gpu, "triton"), (Work(small=True, limit=60, out=tmp_path), None)):
+        with work.own_kernels():
+            assert backends.choice_of("gated_delta_rule") == name
+    assert backends.choice_of("gated_delta_rule") is None
 
 
 def test_a_profile_counts_kernels_only(gpu: Work) -> None:
