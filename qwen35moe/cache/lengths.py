@@ -125,7 +125,7 @@ class RowCounts:
     def _remove(self, tokens: int | Tensor, count: Tensor, counts: list[int] | None) -> None:
         """The lengths after a rollback of `tokens`: count [B] on the device, counts on the host, None where it has none."""
         self._lengths = self._lengths - count
-        if counts is not None and not (isinstance(tokens, Tensor) and tokens.dim()):  # of every row
+        if counts is not None and not torch.as_tensor(tokens).dim():  # of every row
             self.seen -= counts[0]
             self._common_length = None if self._common_length is None else self._common_length - counts[0]
         else:
@@ -189,3 +189,4 @@ class RowCounts:
         self._lengths = function(self._lengths)
         self._rope_delta = None if self._rope_delta is None else function(self._rope_delta)
         self._rope_delta_since = None if self._rope_delta_since is None else function(self._rope_delta_since)
+        self._frozen = None if self._frozen is None else function(self._frozen)

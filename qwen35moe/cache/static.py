@@ -1,6 +1,6 @@
 """One decoded token per row of a static cache, by the same operations on the same device memory at every step.
 
-No number of the host that changes from step to step enters an operation, so that a step can be recorded once and replayed:
+No number of the host that changes from step to step enters an operation, so that a step can be captured once and replayed:
 
     position of row r    lengths[r], on the device;  lengths += active
     keys and values      written at that position; attention reads the first `bucket(...)` positions and masks those behind

@@ -93,6 +93,7 @@ class LayerView:
     def _assign(self, name: str, value: Tensor) -> None:
         """Replaces a tensor; a static one is written in place. Earlier tokens cannot be rolled back."""
         cache, layer, state = self._cache, self._layer, self.state
+        cache._read_lengths()  # keys are as many as the longest row has
         if not isinstance(value, Tensor):
             raise ValueError(f"cache[{layer}].{name} is a tensor, the new value is a {type(value).__name__}")
         check_shape(name, tuple(getattr(state, name).shape), value)

@@ -1,6 +1,6 @@
-"""Why decode steps of a model cannot be recorded as a CUDA graph, and what a recording depends on.
+"""Why decode steps of a model cannot be captured as a CUDA graph, and what a capture depends on.
 
-A replay runs the kernels of the recorded step and no Python. So a step is recorded only if its Python has no effect beyond
+A replay runs the kernels of the captured step and no Python. So a step is captured only if its Python has no effect beyond
 those kernels, and replayed only as long as everything is the same that decided which kernels these were.
 """
 
@@ -12,33 +12,36 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as _module
+from torch.utils._device import DeviceContext
 
 from ..backends.operation import TABLE, current_choices
 from ..backends.record import RECORDING
 from ..taps.active import ACTIVE as ACTIVE_TAPS
 from .prepare import replaced_prepare
 
-RECORDS = {"cuda"}  # types of devices whose kernels can be recorded
+CAPTURES = {"cuda"}  # types of devices whose kernels can be captured
 _OURS = ("qwen35moe.", "torch.nn.modules.")
 
 
 def reason(model: Any, cache: Any = None) -> str | None:
-    """Why decoding with this model and cache runs each step from Python, or None if it replays recorded steps. cache: None for
+    """Why decoding with this model and cache runs each step from Python, or None if it replays captured steps. cache: None for
     one that `generate` makes."""
-    for why in (_of_process, _of_model, _of_modules):
-        if found := why(model):
-            return found
+    for why in (of_process, _of_model, _of_modules):
+        if text := why(model):
+            return text
     return None if cache is None else _of_cache(cache)
 
 
-def _of_process(model: Any) -> str | None:
-    if model.device.type not in RECORDS:
+def of_process(model: Any) -> str | None:
+    """The part of `reason` that may change while `generate` runs."""
+    if model.device.type not in CAPTURES:
         return f"the model is on {model.device}: CUDA graphs are for GPUs"
     if ACTIVE_TAPS:
         return "taps are active"
     if RECORDING:
         return "backends.ran() records the calls"
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    modes = torch.overrides._get_current_function_mode_stack()
+    if torch._C._len_torch_dispatch_stack() or any(type(mode) is not DeviceContext for mode in modes):
         return "a TorchDispatchMode or TorchFunctionMode is active"
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return "forward hooks of all modules are registered"
@@ -89,7 +92,7 @@ def _of_cache(cache: Any) -> str | None:
 
 
 def signature(model: nn.Module, cache: Any) -> Hashable:
-    """Equal for two calls whose recorded steps are the same: addresses and dtypes of all weights and of the cache's tensors,
+    """Equal for two calls whose captured steps are the same: addresses and dtypes of all weights and of the cache's tensors,
     the implementations, the modules with their numbers and methods, and torch's settings."""
     kind = next(model.parameters()).device.type
     tensors = [*model.parameters(), *model.buffers()]

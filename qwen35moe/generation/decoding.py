@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.values import send
 from ..cache.modes import ordinary_tensors
 from ..ops import sampling
 from .callbacks import scores_of, verdicts
-from .late import to_device
 from .masks import TokenMasks
 from .prompt import Prompt
 from .settings import Settings
@@ -48,8 +48,8 @@ class DecodingState:
         self.ids[:, : self.width].copy_(prompt.ids)
         pad = settings.pad_token_id
         self.pad = torch.full((), 0 if pad is None else pad, device=device)  # without one no row can need it
-        self.eos = to_device(torch.tensor(settings.eos_token_ids, dtype=torch.int64, device="cpu"), device)
-        self._counters = to_device(torch.tensor([0, self.width], device="cpu"), device)
+        self.eos = send(torch.tensor(settings.eos_token_ids, dtype=torch.int64, device="cpu"), device)
+        self._counters = send(torch.tensor([0, self.width], device="cpu"), device)
         self.step, self._column = self._counters[:1], self._counters[1:]
         self.report = torch.zeros(4, rows, dtype=torch.int64, device=device)
         self.token, self.input = self.report[0], self.report[3][:, None]
@@ -128,7 +128,7 @@ class DecodingState:
         if s.presence_penalty is not None and self.generated is not None:
             scores = sampling.presence_penalty(scores, self.generated, s.presence_penalty)
         if self.masks.active:
-            scores = self.masks.apply(scores, self.step)
+            scores = self.masks.apply(scores, self.step, self.width - self.first_column)
         for processor in s.logits_processor:
             scores = scores_of(processor, self.ids[:, : self.width - 1], scores)
         return scores

@@ -16,13 +16,6 @@ from torch import Tensor
 BEHIND = 4  # steps that the host may be behind: the most that are computed in vain after the last row has ended
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on a device, for which the host does not wait."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        tensor = tensor.pin_memory()  # from other memory a copy may wait for the device
-    return tensor.to(device, non_blocking=True)
-
-
 class Read(NamedTuple):
     """One step: each row's token, whether it has ended, and the first step at which it had no usable logit, -1 for none."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.values import send
 from ..compat import short
 from ..compat.generate import GENERATE
 from ..models.arguments import takes
@@ -22,7 +23,7 @@ from ..models.generation_inputs import GenerateInputs, StreamInputs, expand
 from .captured import CapturedSteps, captured_steps, prefers_static
 from .decoding import DecodingState
 from .defaults import end_tokens, padding_token, settings_of
-from .late import BEHIND, ImmediateCopy, LateReads, Read, late_copy, to_device
+from .late import BEHIND, ImmediateCopy, LateReads, Read, late_copy
 from .output import GenerateOutput
 from .prepare import check_cache, prepared_arguments, replaced_prepare
 from .prompt import Prompt
@@ -268,8 +269,8 @@ class _Run:
             new = _right(max(counts), torch.tensor(counts, device="cpu"))
             past = _right(self.cache.seen, torch.tensor(self.cached, device="cpu"))
             mask = torch.cat([past, new], 1).long()
-            tokens = tokens.masked_fill(to_device(~new, self.device), 0)
-            mask = mask if self.prepare is None else to_device(mask, self.device)
+            tokens = tokens.masked_fill(send(~new, self.device), 0)
+            mask = mask if self.prepare is None else send(mask, self.device)
         logits = self._forward(tokens, mask, **self._visual_arguments())
         if self.copies > 1:
             rows = torch.arange(logits.shape[0], device="cpu").repeat_interleave(self.copies)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .late import to_device
+from ..backends.values import send
 from .prompt import Prompt
 from .settings import Settings
 
@@ -29,20 +29,19 @@ class TokenMasks:
         always = self._mask("suppress_tokens", settings.suppress_tokens) | self._mask("bad_words_ids", single)
         first = self._mask("begin_suppress_tokens", settings.begin_suppress_tokens)
         least = settings.min_new_tokens
-        # At how many steps a token is banned, and how often the host has applied the masks: later it leaves them out.
+        # At how many steps a token is banned: later the host leaves the masks out.
         self.limit = max(least, 1 if settings.begin_suppress_tokens else 0)
         if settings.suppress_tokens or single:
             self.limit = settings.max_new_tokens
-        self.applied = 0
         # Of the first step, of the others before the shortest allowed length, and of those after it.
         self.banned = torch.stack([always | first | ends if least else always | first, always | ends, always])
-        self.bounds = to_device(torch.tensor([1, max(least, 1)], device="cpu"), self.device)
+        self.bounds = send(torch.tensor([1, max(least, 1)], device="cpu"), self.device)
         words = [word for word in settings.bad_words_ids if len(word) > 1]
         for word in words:
             self._mask("bad_words_ids", word)
         # Each as its tokens but the last one, and the mask of that.
         self.words = [
-            (to_device(torch.tensor(word[:-1], device="cpu"), self.device), self._mask("bad_words_ids", word[-1:]))
+            (send(torch.tensor(word[:-1], device="cpu"), self.device), self._mask("bad_words_ids", word[-1:]))
             for word in words
         ]
         # The last tokens of each row without its padding, -1 before its beginning.
@@ -50,7 +49,7 @@ class TokenMasks:
         self.history = prompt.ids.new_full((prompt.ids.shape[0], keep), -1)
         if keep:
             width = prompt.tokens.shape[1]
-            lengths = to_device(torch.tensor(prompt.lengths, device="cpu"), self.device)
+            lengths = send(torch.tensor(prompt.lengths, device="cpu"), self.device)
             real = torch.arange(width, device=self.device) >= width - lengths[:, None]
             tokens = prompt.tokens.masked_fill(~real, -1)[:, -keep:]
             self.history[:, keep - tokens.shape[1] :].copy_(tokens)
@@ -59,13 +58,12 @@ class TokenMasks:
     def active(self) -> bool:
         return bool(self.limit or self.words)
 
-    def apply(self, scores: Tensor, step: Tensor) -> Tensor:
-        """Scores [B, vocabulary] of new token `step` [1], counted from 0."""
+    def apply(self, scores: Tensor, step: Tensor, number: int) -> Tensor:
+        """Scores [B, vocabulary] of new token `step` [1], counted from 0. number: the same as the host counts, from 1."""
         for prefix, last in self.words:
             after = (self.history[:, -len(prefix) :] == prefix).all(-1)
             scores = scores.masked_fill(after[:, None] & last, -torch.inf)
-        self.applied += 1
-        if self.applied > self.limit:
+        if number > self.limit:
             return scores
         return scores.masked_fill(self.banned.index_select(0, (step >= self.bounds).sum(0, keepdim=True)), -torch.inf)
 
@@ -81,4 +79,4 @@ class TokenMasks:
             if not 0 <= token < self.vocabulary:
                 raise ValueError(f"{name} has token {token}, the vocabulary has 0..{self.vocabulary - 1}")
             mask[token] = True
-        return to_device(mask, self.device)
+        return send(mask, self.device)

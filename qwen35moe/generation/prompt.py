@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.values import on_host
+from ..backends.values import on_host, send
 from ..compat import short
-from .late import to_device
 
 _SIGNED = {torch.int64, torch.int32, torch.int16, torch.int8}
 _INTEGERS = _SIGNED | {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
@@ -32,10 +31,6 @@ class Prompt:
     lengths: tuple[int, ...]
     host_ids: Tensor
     host_mask: Tensor | None
-
-    @property
-    def ragged(self) -> bool:
-        return min(self.lengths) != max(self.lengths)
 
     def repeated(self, n: int) -> Prompt:
         """Every row n times, one after the other."""
@@ -73,7 +68,7 @@ def read(input_ids: Any, attention_mask: Any, *, vocabulary: int, device: torch.
 
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    return to_device(tensor, device) if tensor.is_cpu else tensor.to(device)
+    return send(tensor, device) if tensor.is_cpu else tensor.to(device)
 
 
 def _tensors(ids: Any, mask: Any, pad: int | None) -> tuple[Tensor, Tensor | None]:

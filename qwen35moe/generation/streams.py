@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .late import to_device
+from ..backends.values import send
 
 _MASK = (1 << 64) - 1
 _BLOCK = 256  # numbers drawn at a time for each row, one transfer to the device for each block
@@ -56,7 +56,7 @@ class Uniforms:
         """Before every `take`, on the host: draws a new block into the old one's place where that is used up."""
         if not self._left:
             drawn = [torch.rand(_BLOCK, generator=one, dtype=torch.float64, device="cpu") for one in self._generators]
-            self._block.copy_(to_device(torch.stack(drawn), self._block.device))
+            self._block.copy_(send(torch.stack(drawn), self._block.device))
             self._index.zero_()
             self._left = _BLOCK
         self._left -= 1

@@ -36,7 +36,7 @@ class StaticStep:
     each row, and whether it takes it; a row that does not stays as it is in the cache. memory: of earlier steps with this
     cache.
 
-    ValueError for a growing cache, one with recorded tokens, and one that has no room for the step.
+    ValueError for a growing cache, one with recorded tokens, one that has no room for the step, and a model on several devices.
     """
 
     def __init__(self, model: Any, cache: Cache, memory: StepMemory | None = None) -> None:
@@ -44,6 +44,8 @@ class StaticStep:
             kind = f"record={cache.record}" if cache.record else "no max_length"
             raise ValueError(f"a step of fixed shape needs a static cache without record, this one has {kind}: "
                              f"make one with new_cache({cache.batch_size}, max_length=...)")  # fmt: skip
+        if model.device_map is not None:
+            raise ValueError("a step of fixed shape needs all layers on one device: the model has a device_map")
         self.model, self.cache = model, cache
         memory = memory or StepMemory(cache)
         self.counters, self.token, self.active = memory.counters, memory.token, memory.active

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35moe.backends.values import unbatched
+from qwen35moe.backends.values import send, unbatched
 from qwen35moe.cache.layout import TokenLayout
 from qwen35moe.compat.forward import FORWARD
 from qwen35moe.compat.generate import GENERATE
@@ -96,6 +96,8 @@ class Qwen3_5MoeModel(PretrainedModel):
         is_prompt = ids is not None and embeds.shape[1] > 1 and not ids.is_meta
         if visual or is_prompt:
             mask = None if inputs.attention_mask is None else inputs.attention_mask[:, -embeds.shape[1] :].bool()
+            if mask is not None:
+                mask = send(mask, embeds.device if ids is None else ids.device)
             types = self._types(inputs, embeds, mask)
             embeds = self._with_features(inputs, embeds, types)
             if visual and position_ids is None:

@@ -123,6 +123,10 @@ class Experts(Initialised):
         if gate_up.dtype is not hidden.dtype:
             hidden = in_dtype_of(gate_up, hidden)
         if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
+            if indices.numel() < len(gate_up) and tap is None and not torch.is_grad_enabled() and type(gate_up) is nn.Parameter:
+                chosen = indices.flatten()  # only these are cast, as in a decode step
+                gate_up, down = gate_up[chosen], down[chosen]
+                indices = torch.arange(len(chosen), dtype=indices.dtype, device=indices.device).view_as(indices)
             hidden, gate_up, down = in_autocast_dtype(hidden, gate_up, down)
         return ops.experts(hidden, gate_up, down, indices, weights, tap=tap, caller=self)
 

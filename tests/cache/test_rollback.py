@@ -32,6 +32,15 @@ def test_a_rollback_that_cannot_be_exact_raises(model):
     assert same(contents(cache), before)
 
 
+def test_a_list_of_numbers_is_by_row_as_a_tensor_is(model):
+    by_list, by_tensor = filled(model, 9, record=3), filled(model, 9, record=3)
+    by_list.rollback([1, 3])
+    by_tensor.rollback(torch.tensor([1, 3]))
+    for cache in (by_list, by_tensor):
+        assert cache.lengths.tolist() == [8, 6] and cache.seen == 9 and cache.start().tolist() == [8, 6]
+    assert same(contents(by_list), contents(by_tensor))
+
+
 def test_the_last_record_tokens_can_always_be_rolled_back(model):
     """After one prefill, single tokens, and chunks of all sizes."""
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""generation/captured.py and capturable.py: recorded decode steps, with a stand-in for CUDA graphs that runs on a CPU."""
+"""generation/captured.py and capturable.py: captured decode steps, with a stand-in for CUDA graphs that runs on a CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qwen35moe.generation import capturable, captured
 from qwen35moe.generation.captured import CapturedSteps, reason
 from tests.cache.common import CASE, tokens
 from tests.support import peer
-from tests.support.recorded import Recorder, Recording
+from tests.support.recorded import GraphCapture, Recording
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def model(shared: Any) -> Any:
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """CPUs record too, with buckets of 12, 24, ... positions."""
-    recorder = Recorder()
-    monkeypatch.setattr(capturable, "RECORDS", {"cpu"})
-    monkeypatch.setattr(captured, "recorder_of", lambda device: recorder)
+def capture(monkeypatch: pytest.MonkeyPatch) -> GraphCapture:
+    """CPUs capture too, with buckets of 12, 24, ... positions."""
+    capture = GraphCapture()
+    monkeypatch.setattr(capturable, "CAPTURES", {"cpu"})
+    monkeypatch.setattr(captured, "capture_of", lambda device: capture)
     monkeypatch.setattr(static, "SMALLEST", 12)
-    return recorder
+    return capture
 
 
 def greedy(steps: Callable[[Tensor, Tensor], Tensor], logits: Tensor, count: int) -> list[list[int]]:
@@ -57,7 +57,7 @@ def greedy(steps: Callable[[Tensor, Tensor], Tensor], logits: Tensor, count: int
 
 @torch.no_grad()
 def run(model: Any, cache: Any, count: int) -> list[list[int]]:
-    """Tokens by recorded steps, after a prefill of 7."""
+    """Tokens by captured steps, after a prefill of 7."""
     logits = model(tokens(2, 7), cache=cache).logits[:, -1]
     steps = CapturedSteps(model, cache)
     out = greedy(steps.feed, logits, count)
@@ -78,11 +78,11 @@ def ordinary(model: Any, count: int) -> list[list[int]]:
     return greedy(step, logits, count)
 
 
-def test_replays_give_the_tokens_of_the_ordinary_steps(model: Any, recorder: Recorder) -> None:
+def test_replays_give_the_tokens_of_the_ordinary_steps(model: Any, capture: GraphCapture) -> None:
     cache = model.new_cache(2, 30)
     assert run(model, cache, 18) == ordinary(model, 18)
-    # Buckets 12, 24 and 30: 5, 12 and 1 steps; the first of each warms up, the second is recorded and then replayed.
-    assert (recorder.warmed, recorder.recordings, recorder.replays) == (3, 2, 15)
+    # Buckets 12, 24 and 30: 5, 12 and 1 steps; the first of each warms up, the second is captured and then replayed.
+    assert (capture.warmed, capture.captures, capture.replays) == (3, 2, 15)
     assert cache.lengths.tolist() == [7 + 3, 7 + 18] and cache.seen == cache._longest == 25
 
 
@@ -94,15 +94,15 @@ def test_the_stand_in_finds_numbers_of_the_host_and_reads() -> None:
         numbers.append(numbers[-1] + 1)
         total.add_(torch.ones(2).mul_(numbers[-1])).view(1, 2)[:, :1].mul_(2)
 
-    replay = Recorder().record(step)
-    assert total.tolist() == [0, 0], "recording computes nothing"
-    for expected in ([4, 2], [12, 4]):  # a number that changes is that of the recording, as in a CUDA graph
+    replay = GraphCapture().capture(step)
+    assert total.tolist() == [0, 0], "capturing computes nothing"
+    for expected in ([4, 2], [12, 4]):  # a number that changes is that of the capture, as in a CUDA graph
         replay()
         assert total.tolist() == expected
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        Recorder().record(lambda: print(torch.ones(2).sum().item()))
+        GraphCapture().capture(lambda: print(torch.ones(2).sum().item()))
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        Recorder().record(lambda: total[total > 1].sum())
+        GraphCapture().capture(lambda: total[total > 1].sum())
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -118,13 +118,13 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_between_two_calls_makes_new_recordings(model: Any, recorder: Recorder, change: str) -> None:
+def test_a_change_between_two_calls_makes_new_captures(model: Any, capture: GraphCapture, change: str) -> None:
     cache = model.new_cache(2, 30)
     before = cache.snapshot()
     first = run(model, cache, 5)
     cache.restore(before)
-    warmed = recorder.warmed
-    assert run(model, cache, 5) == first and recorder.warmed == warmed, "nothing has changed: the recordings are kept"
+    warmed = capture.warmed
+    assert run(model, cache, 5) == first and capture.warmed == warmed, "nothing has changed: the captures are kept"
     cache.restore(before)
     undo: Any = CHANGES[change](model)
     try:
@@ -132,24 +132,24 @@ def test_a_change_between_two_calls_makes_new_recordings(model: Any, recorder: R
             run(model, cache, 5)
         else:
             assert run(model, cache, 5) == ordinary(model, 5)
-        assert recorder.warmed == 2 * warmed
+        assert capture.warmed == 2 * warmed
     finally:
         if undo is not None:
             undo.__exit__(None, None, None)
 
 
-def test_weights_that_are_written_in_place_need_no_new_recording(model: Any, recorder: Recorder) -> None:
+def test_weights_that_are_written_in_place_need_no_new_capture(model: Any, capture: GraphCapture) -> None:
     cache = model.new_cache(2, 30)
     before, first = cache.snapshot(), run(model, cache, 5)
     cache.restore(before)
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
     assert run(model, cache, 5) == ordinary(model, 5) != first
-    assert recorder.warmed == 1
+    assert capture.warmed == 1
 
 
-def test_an_operation_on_the_cache_between_two_steps(model: Any, recorder: Recorder) -> None:
-    """A clone of the cache is written into its place: other memory, of which the recordings read nothing."""
+def test_an_operation_on_the_cache_between_two_steps(model: Any, capture: GraphCapture) -> None:
+    """A clone of the cache is written into its place: other memory, of which the captures read nothing."""
     caches = model.new_cache(2, 30), model.new_cache(2, 30)
     with torch.no_grad():
         logits = [model(tokens(2, 7), cache=cache).logits[:, -1] for cache in caches]
@@ -165,7 +165,7 @@ def test_an_operation_on_the_cache_between_two_steps(model: Any, recorder: Recor
                 caches[0]._lengths = other._lengths
 
 
-def test_recordings_are_released_with_their_cache(model: Any, recorder: Recorder) -> None:
+def test_captures_are_released_with_their_cache(model: Any, capture: GraphCapture) -> None:
     cache = model.new_cache(2, 30)
     run(model, cache, 3)
     kept = captured._kept[cache]
@@ -207,7 +207,7 @@ class _Weight(torch.nn.Parameter):
 
 @pytest.mark.filterwarnings("ignore:no forward has reached")  # of the tap
 @pytest.mark.parametrize("case", REASONS)
-def test_a_reason_is_stated(model: Any, recorder: Recorder, case: str) -> None:
+def test_a_reason_is_stated(model: Any, capture: GraphCapture, case: str) -> None:
     prepare, message = REASONS[case]
     assert reason(model, model.new_cache(2, 9)) is None
     undo = prepare(model)
@@ -221,7 +221,7 @@ def test_a_reason_is_stated(model: Any, recorder: Recorder, case: str) -> None:
     assert (reason(model) is None) == (case in ("hook", "global hook", "tap", "ran", "mode")), "undone"
 
 
-def test_reasons_of_device_cache_and_implementations(model: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_of_device_cache_and_implementations(model: Any, capture: GraphCapture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(model, model.new_cache(2)) == (
         "the cache grows: make one with new_cache(batch_size, max_length=...), or pass cache='static'"
     )
@@ -231,14 +231,14 @@ def test_reasons_of_device_cache_and_implementations(model: Any, recorder: Recor
         assert reason(model) == "rms_norm may run an implementation that was registered by others"
     finally:
         backends.unregister("rms_norm", "mine")
-    monkeypatch.setattr(capturable, "RECORDS", {"cuda"})
+    monkeypatch.setattr(capturable, "CAPTURES", {"cuda"})
     assert reason(model) == "the model is on cpu: CUDA graphs are for GPUs"
 
 
-def test_a_step_that_cannot_be_recorded_runs_from_python_with_a_warning(
-    model: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_step_that_cannot_be_captured_runs_from_python_with_a_warning(
+    model: Any, capture: GraphCapture, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A layer that reads a value on the host: the recording ends, and nothing it has done is left."""
+    """A layer that reads a value on the host: the capture ends, and nothing it has done is left."""
     norm = type(model.model.norm).forward
 
     def reads(self: Any, x: Tensor) -> Tensor:
@@ -247,8 +247,8 @@ def test_a_step_that_cannot_be_recorded_runs_from_python_with_a_warning(
     monkeypatch.setattr(type(model.model.norm), "forward", reads)
     with caplog.at_level(logging.WARNING, "qwen35moe.generation"):
         assert run(model, model.new_cache(2, 30), 4) == ordinary(model, 4)
-    assert [r for r in caplog.messages if "could not be recorded as a CUDA graph and runs from Python" in r]
-    assert recorder.recordings == recorder.replays == 0
+    assert [r for r in caplog.messages if "could not be captured as a CUDA graph and runs from Python" in r]
+    assert capture.captures == capture.replays == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- generate
@@ -274,14 +274,14 @@ def ends_of(model: Any, **settings: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_generate_gives_the_same_tokens(model: Any, recorder: Recorder, case: str) -> None:
+def test_generate_gives_the_same_tokens(model: Any, capture: GraphCapture, case: str) -> None:
     """Rows of different lengths that end at different steps, over the buckets 12 and 20."""
     settings = SETTINGS[case]
     options = {"max_new_tokens": 16, "pad_token_id": 0, "eos_token_id": ends_of(model, **settings), **settings}
     if settings.get("do_sample"):  # `shortlist` of a CPU reads a number
         options.pop("top_k")
     expected = model.generate(PROMPTS, capture=False, **options)
-    assert recorder.warmed == 0
+    assert capture.warmed == 0
     cache = model.new_cache(3, 20)
     actual = model.generate(PROMPTS, cache=cache, **options)
     if case == "scores":
@@ -292,8 +292,8 @@ def test_generate_gives_the_same_tokens(model: Any, recorder: Recorder, case: st
     steps = actual.shape[1] - 5 - 1  # the last token is not fed
     pick = case in ("greedy", "sampled", "penalties and masks")
     buckets = 1 + (steps > 7)  # 12 positions hold the longest prompt and 7 tokens
-    assert recorder.warmed == buckets + pick
-    assert recorder.replays == steps - buckets + pick * (steps - 1)
+    assert capture.warmed == buckets + pick
+    assert capture.replays == steps - buckets + pick * (steps - 1)
     lengths = [row.index(0, 5) if 0 in row[5:] else len(row) for row in actual.tolist()]
     held = [length - 1 - (5 - len(prompt)) for length, prompt in zip(lengths, PROMPTS, strict=True)]
     assert cache.lengths.tolist() == held and cache.host_lengths == tuple(held)
@@ -301,35 +301,35 @@ def test_generate_gives_the_same_tokens(model: Any, recorder: Recorder, case: st
 
 
 def test_generate_makes_a_static_cache_where_it_pays(
-    model: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Any, capture: GraphCapture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory = 10**9
     monkeypatch.setattr(captured, "memory_of", lambda device: memory)
     options = {"max_new_tokens": 9, "eos_token_id": [], "pad_token_id": 0}
     expected = model.generate(PROMPTS, capture=False, **options)
-    assert recorder.warmed == 0
-    assert torch.equal(model.generate(PROMPTS, **options), expected) and recorder.warmed == 3
-    assert torch.equal(torch.stack(list(model.stream(PROMPTS, **options)), 1), expected[:, 5:]) and recorder.warmed == 6
+    assert capture.warmed == 0
+    assert torch.equal(model.generate(PROMPTS, **options), expected) and capture.warmed == 3
+    assert torch.equal(torch.stack(list(model.stream(PROMPTS, **options)), 1), expected[:, 5:]) and capture.warmed == 6
     model.generate(PROMPTS, **options | {"max_new_tokens": 4})  # too few
     model.generate(PROMPTS, disable_compile=True, **options)
     model.generate(PROMPTS, **options, do_sample=True, n=2)  # the prompt is computed once, then its rows are repeated
     assert model.generate(PROMPTS, **options, return_dict_in_generate=True).cache.max_length is None  # it is to go on
-    assert recorder.warmed == 6
+    assert capture.warmed == 6
     memory = 10
-    assert torch.equal(model.generate(PROMPTS, **options), expected) and recorder.warmed == 6
+    assert torch.equal(model.generate(PROMPTS, **options), expected) and capture.warmed == 6
 
 
-def test_a_conversation_goes_on_with_its_recordings(model: Any, recorder: Recorder) -> None:
+def test_a_conversation_goes_on_with_its_captures(model: Any, capture: GraphCapture) -> None:
     cache, ids = model.new_cache(1, 40), torch.tensor([PROMPTS[0]])
     for turn in range(3):
         actual = model.generate(ids, max_new_tokens=4, cache=cache, eos_token_id=[])
         assert torch.equal(actual, model.generate(ids, max_new_tokens=4, eos_token_id=[], capture=False))
         ids = torch.cat([actual, torch.tensor([[7 + turn, 3]])], 1)
     # Of the model the first step in each of two buckets, of the choice the first one in each call.
-    assert recorder.warmed == 2 + 3 and cache.lengths.tolist() == [20]
+    assert capture.warmed == 2 + 3 and cache.lengths.tolist() == [20]
 
 
-def test_the_rows_of_a_kept_cache_that_ended_are_as_without_capture(model: Any, recorder: Recorder) -> None:
+def test_the_rows_of_a_kept_cache_that_ended_are_as_without_capture(model: Any, capture: GraphCapture) -> None:
     """A second call continues rows of which one had ended early, and a stop string ends another."""
     options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": ends_of(model)[1:]}
     caches = model.new_cache(3, 40), model.new_cache(3, 40)
@@ -346,3 +346,31 @@ def test_the_rows_of_a_kept_cache_that_ended_are_as_without_capture(model: Any, 
             for row, pad, length in zip(one.tolist(), pads, caches[0].lengths, strict=True)
         ]
         assert width
+
+
+def test_a_tap_that_begins_between_two_steps_sees_the_later_ones(model: Any, capture: GraphCapture) -> None:
+    expected = model.generate(PROMPTS, max_new_tokens=9, eos_token_id=[], pad_token_id=0, capture=False)[:, 5:]
+    steps = model.stream(PROMPTS, max_new_tokens=9, eos_token_id=[], pad_token_id=0, cache=model.new_cache(3, 20))
+    out = [next(steps) for _ in range(5)]
+    replays = capture.replays
+    with taps.record(model, "layers.0.output") as values:
+        out += [next(steps), next(steps)]
+    assert [value.shape[:2] for value in values["layers.0.output"]] == [(3, 1)] * 2
+    assert capture.replays == replays + 2, "the choice of the tokens is still replayed"
+    assert torch.equal(torch.stack([*out, *steps], 1), expected)
+
+
+def test_a_capture_that_fails_counts_no_step_twice(model: Any, capture: GraphCapture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end token is banned at the first three steps, of which the second is captured in vain."""
+    end = int(model.generate(PROMPTS[:1], max_new_tokens=3, capture=False)[0, 7])
+
+    def fails(function: Callable[[], None]) -> Callable[[], None]:
+        with Recording() as operations:
+            function()
+        operations.undo()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(capture, "capture", fails)
+    options = {"max_new_tokens": 6, "min_new_tokens": 3, "eos_token_id": [end], "pad_token_id": 0}
+    actual = model.generate(PROMPTS[:1], cache=model.new_cache(1, 20), **options)
+    assert end not in actual[0, 5:8].tolist()

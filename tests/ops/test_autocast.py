@@ -175,3 +175,7 @@ def test_the_experts_follow_autocast(weights_dtype: torch.dtype) -> None:
             a.copy_(b)
         with torch.autocast("cpu", torch.bfloat16):  # without a gradient, as below
             assert torch.equal(low(hidden.to(linear.dtype), indices, weights), experts(hidden, indices, weights))
+            # Of fewer assignments than experts only the experts in them are cast.
+            assert torch.equal(
+                low(hidden[:3].to(linear.dtype), indices[:3], weights[:3]), experts(hidden[:3], indices[:3], weights[:3])
+            )

@@ -1,8 +1,8 @@
-"""Scenarios of `tests.support.fake_gpu` for recorded decode steps: see qwen35moe/generation/captured.py.
+"""Scenarios of `tests.support.fake_gpu` for captured decode steps: see qwen35moe/generation/captured.py.
 
 A step on fake CUDA tensors that ends has read no value. In addition the operations of two steps are compared with all their
 arguments: a number of the host that changes from step to step would be another argument, and a tensor in other memory another
-storage. `graph` is recorded where capturing would forbid an operation.
+storage. `graph` is captured where capturing would forbid an operation.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def equal_steps(torch: Any) -> Callable[[], object]:
 
 
 class Runs:
-    """In place of `captured.Recorder`: runs every step as at its recording, in which no tensor of the host may take part, not
+    """In place of `captured.GraphCapture`: runs every step as at its capture, in which no tensor of the host may take part, not
     even a number: its copy would wait."""
 
     def __init__(self, torch: Any) -> None:
@@ -107,19 +107,19 @@ class Runs:
         with self.mode():
             function()
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         return lambda: self.warm(function)
 
 
 def generation(torch: Any, **options: Any) -> Callable[[], object]:
-    """generate() with the steps that it records, from the prefill to the last token."""
+    """generate() with the steps that it captures, from the prefill to the last token."""
     from qwen35moe.generation import captured, loop
     from tests.support.fake_gpu_generation import decoding
 
     call = decoding(torch, cache="static", **options)
     steps = mock.patch.object(loop, "captured_steps", lambda model, cache, wanted: captured.CapturedSteps(model, cache))
     # A fake tensor has no address.
-    replaced = mock.patch.multiple(captured, recorder_of=lambda device: Runs(torch), signature=lambda model, cache: 0)
+    replaced = mock.patch.multiple(captured, capture_of=lambda device: Runs(torch), signature=lambda model, cache: 0)
 
     def captured_call() -> None:
         with steps, replaced:

@@ -85,6 +85,12 @@ def call(arguments: dict[str, Any], **more: Any) -> Callable[[], object]:
     return torch.no_grad()(lambda: model()(**arguments, **more))
 
 
+def host_mask(*rows: tuple[Any, ...]) -> Callable[[], object]:
+    """Rows of different lengths whose mask is in CPU memory, as in the prefill of generate()."""
+    arguments = inputs(*rows, side="left")
+    return call(arguments | {"attention_mask": arguments["attention_mask"].cpu()})
+
+
 def after(arguments: dict[str, Any], max_length: int | None = None) -> Any:
     """A cache behind a prefill."""
     cache = model().new_cache(arguments["input_ids"].shape[0], max_length=max_length)
@@ -228,6 +234,8 @@ SCENARIOS: dict[str, Scenario] = {
     "with_and_without": lambda: call(inputs((3, *SMALL, 2), (16,))),
     "packed": packed,
     "left_padded": lambda: call(inputs((3, *SMALL, 2), (7,), side="left")),
+    "host_mask": lambda: host_mask((3, *SMALL, 2), (7,)),
+    "text_host_mask": lambda: host_mask((9,), (5,)),
     "decode": decode,
     "decode_static": lambda: decode(64),
     "second_turn": second_turn,

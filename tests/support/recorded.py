@@ -1,7 +1,7 @@
 """A stand-in for `torch.cuda.CUDAGraph` on a CPU: the operations that a function runs, run again on the same memory.
 
-As with a graph, every number of Python that entered an operation is that of the recording, new tensors lie where the
-recording's did, recording computes nothing, and reading a value on the host is an error. So replays give the function's own
+As with a graph, every number of Python that entered an operation is that of the capture, new tensors lie where the
+capture's did, capturing computes nothing, and reading a value on the host is an error. So replays give the function's own
 results only if nothing but the contents of memory changes between two calls.
 """
 
@@ -24,7 +24,7 @@ class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        self.fresh: set[int] = set()  # storages made while recording
+        self.fresh: set[int] = set()  # storages made while capturing
         self.before: dict[int, tuple[Any, Any]] = {}  # storages that were written: themselves, and copies
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,24 +70,24 @@ def new_tensors(result: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return [x for x in tensors(result) if x.untyped_storage()._cdata not in own]
 
 
-class Recorder:
-    """In place of `qwen35moe.generation.captured.Recorder`; counts recordings and replays."""
+class GraphCapture:
+    """In place of `qwen35moe.generation.captured.GraphCapture`; counts captures and replays."""
 
     def __init__(self) -> None:
-        self.warmed = self.recordings = self.replays = 0
+        self.warmed = self.captures = self.replays = 0
 
     def warm(self, function: Callable[[], None]) -> None:
         self.warmed += 1
         function()
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         recording = Recording()
         try:
             with recording:
                 function()
         finally:
             recording.undo()
-        self.recordings += 1
+        self.captures += 1
 
         def replay() -> None:
             self.replays += 1
