@@ -115,8 +115,9 @@ def attention(draw: Draw) -> Iterator[Arguments]:
     for T, start in ((most, 0), (most // 3, most - most // 3), (1, most)):
         kv = draw(2, start + T, keys, width), draw(2, start + T, keys, width)
         yield (draw(2, T, heads, width), *kv), {"scale": width**-0.5, "starts": start}
-    kv = draw(2, most, keys, width), draw(2, most, keys, width)  # a static cache that rows fill in part
-    yield (draw(2, 1, heads, width), *kv), {"scale": width**-0.5, "starts": draw.integers(most - 1, most // 2)}
+    for room in (most, 2 * draw.sizes.tokens[-1]):  # a static cache that rows fill in part; the kernel divides a long one
+        kv = draw(2, room, keys, width), draw(2, room, keys, width)
+        yield (draw(2, 1, heads, width), *kv), {"scale": width**-0.5, "starts": draw.integers(room - 1, room // 2)}
     tensors = draw(1, most, heads, width), draw(1, most, keys, width), draw(1, most, keys, width)
     yield tensors, {"scale": width**-0.5, "starts": 0, "cu_seqlens": draw.integers(0, 1, 4, most // 2 + 1, most)}
 

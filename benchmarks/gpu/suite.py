@@ -134,7 +134,7 @@ def sanitized(work: Work) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the Triton implementations of every operation at small sizes on the GPU; `memcheck` has it under compute-sanitizer."""
+    """Runs the Triton implementations of every operation at small sizes on the GPU, for `warm` and `memcheck`."""
     from benchmarks.gpu import checks
     from benchmarks.gpu.cases import CASES, SMALL, Draw
     from qwen35moe import backends

@@ -177,6 +177,13 @@ def test_a_kernel_that_no_check_launches_is_listed(tmp_path: Path) -> None:
     assert [row["verdict"] for row in runner.rows()] == [WRONG] and exit_status(runner.rows()) == 1
 
 
+def test_attention_to_a_long_cache_is_divided_and_joined(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    assert [row["verdict"] for row in checked(tmp_path, "attention", "triton/fp32/inference")] == [RIGHT]
+    launched = [record["launched"] for record in rows.read(tmp_path / "rows.jsonl") if "launched" in record]
+    assert launched == [["decode_attention_kernels.join_kernel", "decode_attention_kernels.part_kernel"]]
+
+
 def test_our_kernels_are_checked_first_and_packages_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     names: list[str] = []
