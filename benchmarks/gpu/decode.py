@@ -146,7 +146,7 @@ def generated(work: Work, subject: Subject, prompt: Tensor, captured: bool) -> d
     target = targets.memory_bound(targets.DECODE, gpu_name(work)) if captured else None
     note = f"{per_token * 1e3:.4g} ms per token; {subject.about}{'; ' + text[0] if text else ''}"
     fields = judged(1 / per_token, "tokens/s", target, note=note)
-    if captured and any("could not be recorded" in line for line in text):
+    if captured and any("could not be captured" in line for line in text):
         fields["verdict"] = MISSED
     times = rates(Timing(tuple(max(s, 1e-9) for s in seconds)))
     return {**fields, "top": profile["top"], "peak_bytes": work.peak(), "implementations": {"ours": times}}
@@ -156,7 +156,7 @@ RECORDING = "qwen35moe.generation.capturable"  # decides which steps are recorde
 
 
 def not_captured(model: Any) -> str | None:
-    """Why the steps of `generate` are not recorded as a CUDA graph, or None."""
+    """Why the steps of `generate` are not captured as a CUDA graph, or None."""
     if not importlib.util.find_spec(RECORDING):
         return "this version records no steps"
     return importlib.import_module(RECORDING).reason(model)

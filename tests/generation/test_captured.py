@@ -221,7 +221,9 @@ def test_a_reason_is_stated(model: Any, capture: GraphCapture, case: str) -> Non
     assert (reason(model) is None) == (case in ("hook", "global hook", "tap", "ran", "mode")), "undone"
 
 
-def test_reasons_of_device_cache_and_implementations(model: Any, capture: GraphCapture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_of_device_cache_and_implementations(
+    model: Any, capture: GraphCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert reason(model, model.new_cache(2)) == (
         "the cache grows: make one with new_cache(batch_size, max_length=...), or pass cache='static'"
     )
