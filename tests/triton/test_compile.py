@@ -131,6 +131,7 @@ def fused_kernels() -> list[Kernel]:
     ]
 
 
+@pytest.mark.slow  # `test_launches` compiles the launches of a call in every leg
 def test_kernels_compile_for_hopper_without_spills() -> None:
     usage = compiled(kernels())
     assert len(usage) == 28

@@ -294,6 +294,7 @@ def kernels_of_35b(*names: str) -> list[Kernel]:
     return compilations
 
 
+@pytest.mark.slow  # `test_launches` compiles the launches of a call in every leg
 def test_kernels_compile_for_hopper_at_the_sizes_of_35b() -> None:
     """The interpreter accepts code that the compiler rejects. Shared memory suffices; only the last two kernels of the backward
     spill, a known number of bytes.

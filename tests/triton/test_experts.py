@@ -334,6 +334,7 @@ TILES = _as_launched()  # before a test replaces them
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheel brings ptxas for Linux only")
+@pytest.mark.slow  # `test_launches` compiles the launches of a call in every leg
 def test_kernels_compile_for_hopper_without_spills() -> None:
     """The largest tiles in bfloat16, and all tiles of the kernels that need most; `table` compiles all."""
     every = all_kernels()
