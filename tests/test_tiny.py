@@ -150,6 +150,7 @@ def test_accuracy_on_held_out_digits(
     assert accuracy >= ACCURACY and abs(accuracy - record["held_out"]["digits_right"][dtype]) < 0.01
 
 
+@pytest.mark.slow
 def test_accuracy_on_resized_digits(recipe: ModuleType, processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
     """As stored, 8 x 8 and light on dark; and enlarged with two filters. The README has the accuracies."""
     from PIL import Image
@@ -239,6 +240,7 @@ def test_transformers_gives_equal_pixels_and_replies(recipe: ModuleType, tiny: A
     assert torch.equal(ours, theirs.generate(**inputs, max_new_tokens=24, do_sample=False))
 
 
+@pytest.mark.slow
 def test_the_recipe_runs(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five steps on the excerpt give a checkpoint that loads and has the recorded loss."""
     out = tmp_path / "out"

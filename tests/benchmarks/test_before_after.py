@@ -25,6 +25,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(GROUPS, name, Group(group.preset, group.changes | TINY, group.scenarios))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_every_scenario_has_equal_answers_and_times(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
