@@ -45,7 +45,8 @@ def test_the_full_size_is_the_published_one() -> None:
     assert sum(spec.count for spec in per_expert) == 4_540_002_816 - 333_514_240
 
 
-@pytest.mark.parametrize("slice_size", [1 << 24, 1 << 8])  # one slice, and experts that cross the borders of slices
+# One slice, and experts that cross the borders of slices.
+@pytest.mark.parametrize("slice_size", [pytest.param(1 << 24, marks=pytest.mark.slow), 1 << 8])
 def test_layouts_and_runs_agree(tmp_path: Path, config: dict, slice_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "SLICE", slice_size)
     for name, layout in (("one", "grouped"), ("two", "grouped"), ("three", "per_expert")):

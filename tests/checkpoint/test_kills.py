@@ -55,6 +55,7 @@ def seconds_of_a_save(path: Path, models: list[Any]) -> float:
         os.close(read)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_hundred_kills_at_random_moments(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Three models of different sizes are saved over one another in turn until the process is killed: a hundred times, and

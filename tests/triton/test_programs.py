@@ -109,6 +109,7 @@ def judge(trace: Trace, least: int) -> None:
     assert not [launch for launch in trace.launches if launch.races or launch.outside]
 
 
+@pytest.mark.slow  # another processor changes nothing here
 @pytest.mark.parametrize("case", SMALL)
 def test_no_two_programs_touch_what_one_writes(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("norm", "gated_norm"):  # so that a program of the backward has several blocks
