@@ -2,7 +2,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= auto
-# The whole suite: make test SELECT=
+# With the tests that are marked slow: make test SELECT=
 SELECT  ?= -m 'not slow'
 MINUTES ?= 30
 BIN     := $(VENV)/bin
@@ -13,7 +13,7 @@ INSTALL  = $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 
 help:
 	@echo "make demo    run the bundled checkpoint: text, a picture, backends, tokens per second, expert load"
-	@echo "make test    the whole test suite, on the CPU (ARGS='-k cache' for a part of it)"
+	@echo "make test    the test suite, on the CPU (ARGS='-k cache' for a part of it)"
 	@echo "make test-matrix  the suite as on other machines: LEGS='pinned avx2 newest py310 py313'"
 	@echo "make soak    random examples of the properties in tests/properties, for MINUTES=30"
 	@echo "make mutants do the tests notice 100 changes of one line each? (ARGS='--count 20 --area cache')"

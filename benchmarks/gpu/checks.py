@@ -47,7 +47,7 @@ def run(rows: Rows, work: Work, operation: str, dtypes: Sequence[str] = tuple(DT
     with recorded_launches(launched):
         for entry in entries:
             reason = _of_one(rows, work, operation, entry, dtypes, launched, known)
-            if reason is not None and rows.wants(f"{prefix}/{entry.name}"):
+            if reason is not None and rows.selects(f"{prefix}/{entry.name}"):
                 rows.write(f"{prefix}/{entry.name}", reason[0], note=reason[1], dtypes=list(dtypes))
 
 
@@ -61,7 +61,7 @@ def _of_one(
 ) -> tuple[str, str] | None:
     """The rows of an implementation; where none ran, the verdict and why."""
     prefix = f"check/{operation}/{entry.name}"
-    if not rows.wants_any(prefix):
+    if not rows.selects_any(prefix):
         return None
     if entry.missing or entry.fn is None:
         return NOT_RUN, entry.missing or "it has no function"
@@ -71,8 +71,8 @@ def _of_one(
     for dtype_name in dtypes:
         for mode in MODES:
             id = f"{prefix}/{dtype_name}/{mode}"
-            if not rows.wants(id):
-                ran += 1  # asked for another row, or measured before a crash
+            if not rows.selects(id):
+                ran += 1  # `--only` names another row, or it was measured before a crash
                 continue
             result: list[Compared] = []
 

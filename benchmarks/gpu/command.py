@@ -95,10 +95,10 @@ def workers(small: bool) -> int:
 def prepare_packages(options: argparse.Namespace) -> None:
     """Install --wheels into OUT/site and put it in front of the path of every step."""
     site = options.out / "site"
-    found = sorted(Path(options.wheels).glob("*.whl")) if options.wheels else []
-    if found and not options.only:
+    wheels = sorted(Path(options.wheels).glob("*.whl")) if options.wheels else []
+    if wheels and not options.only:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
-        subprocess.run([*command, *map(str, found)], timeout=60, check=False)
+        subprocess.run([*command, *map(str, wheels)], timeout=60, check=False)
     if options.wheels or site.exists():
         sys.path.insert(0, str(site))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))

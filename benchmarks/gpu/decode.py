@@ -54,7 +54,7 @@ def fitting(work: Work, kept: float) -> int:
 
 
 def decode(rows: Rows, work: Work) -> None:
-    if not rows.wants_any("decode"):
+    if not rows.selects_any("decode"):
         return
     work.free()
     with work.own_kernels():
@@ -138,7 +138,7 @@ def generated(work: Work, subject: Subject, prompt: Tensor, captured: bool) -> d
             raise ValueError(f"{tuple(out.shape)} tokens of {count} new ones")
         return time.perf_counter() - start
 
-    with told() as text:
+    with logged() as text:
         run(short)  # compiles, and captures
         seconds = [(run(long) - run(short)) / (long - short) for _ in range(1 if work.small else 3)]
         profile = work.profile(lambda: answer(subject.model, prompt, short, captured))
@@ -169,7 +169,7 @@ def answer(model: Any, prompt: Tensor, count: int, captured: bool) -> Tensor:
         return model.generate(prompt, max_new_tokens=count, eos_token_id=(), cache="static", **options)
 
 
-class told(logging.Handler):
+class logged(logging.Handler):
     """The warnings and logged warnings inside the block, as strings: why a step was not captured is among them."""
 
     def __enter__(self) -> list[str]:
@@ -192,7 +192,7 @@ class told(logging.Handler):
 
 def prefill(rows: Rows, work: Work) -> None:
     lengths = (11,) if work.small else (8192, 32768)
-    if not any(rows.wants(f"prefill/T{T}") for T in lengths):
+    if not any(rows.selects(f"prefill/T{T}") for T in lengths):
         return
     work.free()
     with work.own_kernels():

@@ -95,13 +95,13 @@ def build(rows: Rows, work: Work) -> None:
 def built(work: Work) -> dict[str, Any]:
     if importlib.util.find_spec("causal_conv1d"):
         return {"verdict": NOT_RUN, "note": "it is installed"}
-    found = sorted(Path(work.wheels).glob("causal[_-]conv1d*.tar.gz")) if work.wheels else []
-    if not found or work.small or shutil.which("nvcc") is None:
-        reason = "there is no GPU" if work.small else "--wheels has no sdist of it" if not found else "nvcc is not installed"
+    sdists = sorted(Path(work.wheels).glob("causal[_-]conv1d*.tar.gz")) if work.wheels else []
+    if not sdists or work.small or shutil.which("nvcc") is None:
+        reason = "there is no GPU" if work.small else "--wheels has no sdist of it" if not sdists else "nvcc is not installed"
         return {"verdict": NOT_RUN, "note": reason}
     major, minor = torch.cuda.get_device_capability()
     environment = os.environ | {"CAUSAL_CONV1D_FORCE_BUILD": "TRUE", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--target",
-               str(work.out / "site"), str(found[-1])]  # fmt: skip
+               str(work.out / "site"), str(sdists[-1])]  # fmt: skip
     code = subprocess.run(command, env=environment, check=False).returncode
-    return {"verdict": FAILED if code else RIGHT, "note": f"pip ended with {code}" if code else f"built {found[-1].name}"}
+    return {"verdict": FAILED if code else RIGHT, "note": f"pip ended with {code}" if code else f"built {sdists[-1].name}"}

@@ -78,7 +78,7 @@ def fill(name: str, parameter: Tensor, generator: torch.Generator) -> None:
 
 def run(rows: Rows, work: Work) -> None:
     """All comparisons; float64 is computed once."""
-    if not rows.wants_any("model"):
+    if not rows.selects_any("model"):
         return
     tokens = 9 if work.small else 150
     config = configuration(work.small, 4, num_experts=64, vocab_size=8192)
@@ -119,7 +119,7 @@ def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 def check_dtype(rows: Rows, work: Work, source: Any, ids: Tensor, exact: SimpleNamespace, dtype: torch.dtype) -> None:
     name = "bf16" if dtype == torch.bfloat16 else "fp32"
-    if not rows.wants_any(f"model/{name}"):
+    if not rows.selects_any(f"model/{name}"):
         return
     peer, errors = peer_errors(work, source, ids, exact, dtype)
     state: dict[str, Any] = {}

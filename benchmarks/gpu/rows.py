@@ -44,11 +44,11 @@ class Rows:
         self.path, self.step, self.only, self.suffix, self.skip = path, step, only, suffix, frozenset(skip)
         self.started = time.time() if started is None else started
 
-    def wants(self, id: str) -> bool:
+    def selects(self, id: str) -> bool:
         """Whether the row is to be measured."""
         return matches(id, self.only) and id + self.suffix not in self.skip
 
-    def wants_any(self, prefix: str) -> bool:
+    def selects_any(self, prefix: str) -> bool:
         """Whether a row whose id begins with `prefix` may be measured."""
         return matches(prefix, self.only) or (self.only or "").startswith(f"{prefix}/")
 
@@ -62,7 +62,7 @@ class Rows:
     def measure(self, id: str, function: Callable[[], Mapping[str, Any] | None]) -> Row | None:
         """The row that `function` returns (arguments of `write`), or a failed one; an error that spoils the CUDA context
         passes on, after its row was written."""
-        if not self.wants(id):
+        if not self.selects(id):
             return None
         self.append({"begin": id + self.suffix, "step": self.step})
         try:

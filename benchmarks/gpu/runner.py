@@ -72,7 +72,7 @@ class Runner:
         return rows.latest(self.records())
 
     def run(self, plan: Sequence[Step]) -> None:
-        """All steps that `only` wants, in order; those of one group side by side."""
+        """All steps that `only` selects, in order; those of one group side by side."""
         waiting = [step for step in plan if step.wanted(self.only)]
         try:
             while waiting or self.running:

@@ -151,7 +151,7 @@ def moe(rows: Rows, work: Work) -> None:
     few, many = ((1, 3), (5,)) if work.small else ((1, 4, 8, 16, 64, 256, 512), (4096, 8192, 16384, 32768))
     ids = {f"moe/forward/N{N}": (N, False) for N in (many[-1], *few, *many[:-1])}
     ids |= {f"moe/training/N{N}": (N, True) for N in reversed(many)}
-    if not any(map(rows.wants, ids)):
+    if not any(map(rows.selects, ids)):
         return
     draw = Draw(torch.bfloat16, work.device, s, False)
     weights = draw(s.E, 2 * s.F, s.D, scale=s.D**-0.5), draw(s.E, s.D, s.F, scale=s.F**-0.5)

@@ -122,10 +122,10 @@ def sanitized(work: Work) -> dict[str, Any]:
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **cache(work)}
     code, output = limited(command, work.left - MARGIN, log, environment)
     errors = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", output)]
-    found = re.findall(r"^=+ (Invalid [^\n]*|Program hit [^\n]*)", output, re.MULTILINE)
+    faults = re.findall(r"^=+ (Invalid [^\n]*|Program hit [^\n]*)", output, re.MULTILINE)
     note = f"checked {', '.join(checked(output)) or 'nothing'}"
-    if found or any(errors):
-        return {"verdict": WRONG, "note": f"{found[0] if found else f'{max(errors)} errors'}; {note}", "log": output[-4000:]}
+    if faults or any(errors):
+        return {"verdict": WRONG, "note": f"{faults[0] if faults else f'{max(errors)} errors'}; {note}", "log": output[-4000:]}
     if code is None:
         return {"verdict": CUT, "note": f"{note} in {work.limit:.0f} s"}
     if not errors or code:

@@ -106,8 +106,8 @@ def markdown(reports: Mapping[str, Mapping[str, Any]]) -> str:
         lines += [f"**{name}**: {gpu}, torch {torch}, triton {one['environment'].get('triton', 'unknown')}; "
                   f"{sum(row['verdict'] == RIGHT for row in checks)} of {len(checks)} checks right.", "",
                   "| row | target | measured | verdict |", "|---|---|---|---|"]  # fmt: skip
-        told = (MET, MISSED, MEASURED, WRONG, FAILED)
-        shown = [row for row in facts if row["verdict"] in told and row["step"] != "environment"]
+        reported = (MET, MISSED, MEASURED, WRONG, FAILED)
+        shown = [row for row in facts if row["verdict"] in reported and row["step"] != "environment"]
         lines += [f"| {row['id']} | {row['target'] or ''} | {measured(row)} | {row['verdict']} |" for row in shown]
         lines.append("")
     return "\n".join(lines).strip()

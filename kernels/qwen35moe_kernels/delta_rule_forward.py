@@ -96,6 +96,28 @@ def _system(scores, length_i, coarse_i, fine_i, beta_i, length_j, coarse_j, fine
     return beta_i[:, None] * scores * decay_factor(logs)
 
 
+@triton.jit
+def _store_inverse(to, x0, x1, x2, x3, x10, x20, x30, x21, x31, x32, t0, end, H: tl.constexpr):
+    """The blocks x_i on the diagonal and x_ij below it, and zeros above it: `load_inverse` then masks whole rows only."""
+    t1, t2, t3 = t0 + 16, t0 + 32, t0 + 48
+    empty = tl.zeros([BLOCK, BLOCK], tl.float32)
+    store_rows(to, x0, t0, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x10, t1, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x1, t1, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, x20, t2, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x21, t2, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, x2, t2, end, H * 64, 32, 64, BLOCK, BLOCK)
+    store_rows(to, x30, t3, end, H * 64, 0, 64, BLOCK, BLOCK)
+    store_rows(to, x31, t3, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, x32, t3, end, H * 64, 32, 64, BLOCK, BLOCK)
+    store_rows(to, x3, t3, end, H * 64, 48, 64, BLOCK, BLOCK)
+    wide = tl.zeros([BLOCK, 32], tl.float32)
+    store_rows(to, empty, t0, end, H * 64, 16, 64, BLOCK, BLOCK)
+    store_rows(to, wide, t0, end, H * 64, 32, 64, BLOCK, 32)
+    store_rows(to, wide, t1, end, H * 64, 32, 64, BLOCK, 32)
+    store_rows(to, empty, t2, end, H * 64, 48, 64, BLOCK, BLOCK)
+
+
 @triton.jit(do_not_specialize=["tokens", "total"])
 def prepare(
     query, key, decay, beta, inverse, sums, norms, spans, tokens, total, q_token, q_head, k_token, k_head,
@@ -165,22 +187,7 @@ def prepare(
     x20 = -_product32(x2, _product32(a20, x0) + _product32(a21, x10))
     x31 = -_product32(x3, _product32(a31, x1) + _product32(a32, x21))
     x30 = -_product32(x3, _product32(a30, x0) + _product32(a31, x10) + _product32(a32, x20))
-    to = inverse + h * 64
-    store_rows(to, x0, t0, end, H * 64, 0, 64, BLOCK, BLOCK)
-    store_rows(to, x10, t1, end, H * 64, 0, 64, BLOCK, BLOCK)
-    store_rows(to, x1, t1, end, H * 64, 16, 64, BLOCK, BLOCK)
-    store_rows(to, x20, t2, end, H * 64, 0, 64, BLOCK, BLOCK)
-    store_rows(to, x21, t2, end, H * 64, 16, 64, BLOCK, BLOCK)
-    store_rows(to, x2, t2, end, H * 64, 32, 64, BLOCK, BLOCK)
-    store_rows(to, x30, t3, end, H * 64, 0, 64, BLOCK, BLOCK)
-    store_rows(to, x31, t3, end, H * 64, 16, 64, BLOCK, BLOCK)
-    store_rows(to, x32, t3, end, H * 64, 32, 64, BLOCK, BLOCK)
-    store_rows(to, x3, t3, end, H * 64, 48, 64, BLOCK, BLOCK)
-    wide = tl.zeros([BLOCK, 32], tl.float32)
-    store_rows(to, empty, t0, end, H * 64, 16, 64, BLOCK, BLOCK)
-    store_rows(to, wide, t0, end, H * 64, 32, 64, BLOCK, 32)
-    store_rows(to, wide, t1, end, H * 64, 32, 64, BLOCK, 32)
-    store_rows(to, empty, t2, end, H * 64, 48, 64, BLOCK, BLOCK)
+    _store_inverse(inverse + h * 64, x0, x1, x2, x3, x10, x20, x30, x21, x31, x32, t0, end, H)
 
 
 @triton.jit(do_not_specialize=["tokens", "total"])

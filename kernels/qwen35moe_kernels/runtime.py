@@ -220,7 +220,7 @@ def same_result(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps the last result of a function of a tensor: the same object until another tensor comes or its values change."""
     last: tuple[Any, ...] = (lambda: None, None, None)
 
-    def remembered(tensor: Tensor, *others: Any) -> Any:
+    def cached(tensor: Tensor, *others: Any) -> Any:
         nonlocal last
         if tensor.is_inference():  # counts no versions
             return function(tensor, *others)
@@ -231,7 +231,7 @@ def same_result(function: Callable[..., Any]) -> Callable[..., Any]:
             last = (weakref.ref(tensor), now, result)
         return result
 
-    return remembered
+    return cached
 
 
 def values_on_host(cu_seqlens: Tensor) -> list[int] | None:

@@ -1,7 +1,7 @@
 """`RowCounts`: how many tokens each row of a cache holds, and at which rotary position it goes on.
 
-The lengths are a tensor on the device, which a forward reads and advances. The host keeps what it has learnt of them in
-`_longest`, `_shorter` and `_common_length`, so that it need not wait for the device to read them.
+The lengths are a tensor on the device, which a forward reads and advances. `_longest`, `_shorter` and `_common_length` count
+them on the host, so that it need not wait for the device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RowCounts:
     def __init__(self, batch_size: int, device: torch.device | str) -> None:
         self._rope_delta: Tensor | None = None
         self._rope_delta_since: Tensor | None = None  # [B]: lengths when rope_delta last changed; its older values are lost
-        self._common_length: int | None = 0  # the length of every row, where the host knows that they are equal
+        self._common_length: int | None = 0  # the length of every row; None where they may differ
         self._longest = 0  # the length of the longest row, or more where the host does not have the lengths
         # How much shorter than the longest each row is; None where only the device has the lengths. Equal growth keeps it.
         self._shorter: tuple[int, ...] | None = (0,) * batch_size
@@ -64,7 +64,7 @@ class RowCounts:
         return self._lengths.shape[0]
 
     def start(self) -> int | Tensor:
-        """The position of each row's next token: an int where the host knows that all rows agree, else [B]."""
+        """The position of each row's next token: an int where all rows have one, else [B]."""
         return self._common_length if self._common_length is not None else self._lengths.clone()
 
     @property

@@ -149,19 +149,19 @@ def checked_count(cache: Cache, tokens: int | Tensor) -> tuple[Tensor, list[int]
     of the lengths and the logs; it reads those of the device where that does not suffice.
     """
     device, batch = cache._lengths.device, cache.batch_size
-    given = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens, device="cpu")
-    if given.dim() and given.shape != cache._lengths.shape:
-        raise ValueError(f"cannot roll back {list(given.shape)} rows: the cache holds {batch}")
-    if given.is_floating_point() or given.dtype == torch.bool:
-        raise ValueError(f"cannot roll back {given.expand(batch).tolist()} tokens: give whole numbers >= 0")
-    if given.is_cuda and given.dim():
-        count = given.to(device).expand(batch)
+    numbers = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens, device="cpu")
+    if numbers.dim() and numbers.shape != cache._lengths.shape:
+        raise ValueError(f"cannot roll back {list(numbers.shape)} rows: the cache holds {batch}")
+    if numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(f"cannot roll back {numbers.expand(batch).tolist()} tokens: give whole numbers >= 0")
+    if numbers.is_cuda and numbers.dim():
+        count = numbers.to(device).expand(batch)
         _assert_possible(cache, count)
         return count, None
-    counts = given.expand(batch).tolist()
+    counts = numbers.expand(batch).tolist()
     if any(number < 0 for number in counts):
         raise ValueError(f"cannot roll back {counts} tokens: give whole numbers >= 0")
-    count = given.to(device, non_blocking=device.type != "cpu").expand(batch)
+    count = numbers.to(device, non_blocking=device.type != "cpu").expand(batch)
     lengths = cache.host_lengths
     if lengths is None or cache._rope_delta_since is not None or max(counts, default=0) > _least_recorded(cache):
         _check_exactly(cache, count, counts)

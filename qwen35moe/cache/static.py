@@ -6,7 +6,7 @@ No number of the host that changes from step to step enters an operation, so tha
     keys and values      written at that position; attention reads the first `bucket(...)` positions and masks those behind
     DeltaNet states      written in place where `active`
 
-What the host knows of a cache (its number of columns, the length of its longest row) follows in `advance` and `settle`.
+The numbers of a cache on the host (its columns, the length of its longest row) follow in `advance` and `settle`.
 """
 
 from __future__ import annotations

@@ -194,10 +194,6 @@ class CapturedSteps:
             self.picks, self.picked = CapturedFunction(logits.device), logits
         self.picks(lambda: pick(logits))
 
-    def settle(self) -> None:
-        """Reads the rows' lengths from the device, after the last step of a call in which rows may have been done."""
-        self.step.settle()
-
 
 def captured_steps(model: Any, cache: Any, wanted: bool) -> CapturedSteps | None:
     """The captured steps of a call; None, and on a GPU a line in the log that says why, where it runs from Python."""

@@ -1,4 +1,4 @@
-"""What the host reads of each step, some steps late, so that it never waits for the device while that has work.
+"""Reads on the host, some steps late: it never waits for a device that has work.
 
 A GPU runs behind the host: reading a token at once would leave it idle until the host has launched the next step. So each
 step's report is copied into pinned memory, with an event behind the copy, and read when the event has come.

@@ -134,7 +134,7 @@ class _Run:
 
         copy, behind = late_copy(self.device), self._behind(keeps_cache, iterated)
         self.reads = LateReads(copy or ImmediateCopy, behind if copy else 0)
-        # What a row is fed after its end must not be in a cache that outlives the call. Where the host reads late, the cache
+        # A cache that outlives the call must not keep tokens after a row's end. Where the host reads late, the cache
         # itself leaves such rows alone, or a mask is there from the first step on. On a CPU a mask also saves work.
         unread = keeps_cache and self.reads.behind > 0 and bool(ends)
         self.freezes = unread and not getattr(self.cache, "record", 0)

@@ -237,7 +237,7 @@ def _check_past(before: Tensor, cache: Cache) -> None:
         equal = before.to(cache._lengths.device, non_blocking=True) == cache._lengths
         require(equal.all(), "attention_mask does not hold as many past tokens as the cache")
     elif before.tolist() != (held := cache.lengths.tolist() if held is None else list(held)):
-        raise ValueError(f"attention_mask says the rows hold {before.tolist()} tokens so far, the cache holds {held}")
+        raise ValueError(f"attention_mask has {before.tolist()} tokens before the new ones, the cache holds {held}")
 
 
 def _numbered(mask: Tensor, cache: Cache | None) -> Tensor:

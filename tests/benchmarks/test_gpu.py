@@ -526,7 +526,7 @@ def test_the_closing_table_and_the_report_of_a_run(tmp_path: Path) -> None:
 
 
 def test_warnings_are_kept_as_text() -> None:
-    with decode.told() as text:
+    with decode.logged() as text:
         warnings.warn("of Python", stacklevel=1)
         logging.getLogger("qwen35moe.generation").warning("a decode step could not be captured: %s", "no memory")
     assert text == ["a decode step could not be captured: no memory", "of Python"]

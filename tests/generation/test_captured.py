@@ -61,7 +61,7 @@ def run(model: Any, cache: Any, count: int) -> list[list[int]]:
     logits = model(tokens(2, 7), cache=cache).logits[:, -1]
     steps = CapturedSteps(model, cache)
     out = greedy(steps.feed, logits, count)
-    steps.settle()
+    steps.step.settle()
     return out
 
 

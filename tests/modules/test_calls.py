@@ -16,6 +16,7 @@ import torch
 import qwen35moe
 from qwen35moe import Config, Qwen3_5MoeForCausalLM, ops
 from qwen35moe.backends import OPERATIONS
+from tests.support.configs import TWO_LAYERS
 from tests.support.floors import ROOT, files
 
 CALLS, FILES = 95, 14  # limits for one decoded Gated DeltaNet layer with its mixture of experts
@@ -24,13 +25,7 @@ FOLDERS = tuple(str(ROOT / name) for name in ("qwen35moe", "kernels"))
 
 @pytest.fixture
 def model() -> Qwen3_5MoeForCausalLM:
-    text = dict(
-        model_type="qwen3_5_moe_text", vocab_size=61, hidden_size=24, num_hidden_layers=2, head_dim=16,
-        layer_types=["linear_attention", "full_attention"], num_attention_heads=6, num_key_value_heads=2,
-        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12, num_experts=5,
-        num_experts_per_tok=2, moe_intermediate_size=10, shared_expert_intermediate_size=14,
-    )
-    return Qwen3_5MoeForCausalLM(Config.from_dict(text)).init_weights(seed=3)
+    return Qwen3_5MoeForCausalLM(Config.from_dict(TWO_LAYERS)).init_weights(seed=3)
 
 
 class Profile:

@@ -14,26 +14,17 @@ from torch import Tensor, nn
 
 from qwen35moe import Config, Qwen3_5MoeForCausalLM, backends, taps
 from qwen35moe.backends.operation import TABLE
+from tests.support.configs import TWO_LAYERS
 
 FUSED = ("add_rms_norm", "projections", "norm_rotary", "sigmoid_gate", "swiglu", "add_shared_expert")
 # Calls in one forward of two layers, one with attention.
 CALLS = {"add_rms_norm": 2, "projections": 2, "norm_rotary": 1, "sigmoid_gate": 1, "swiglu": 2, "add_shared_expert": 2}
 
 
-def small_model() -> Qwen3_5MoeForCausalLM:
-    """A layer of each kind."""
-    text = dict(
-        model_type="qwen3_5_moe_text", vocab_size=61, hidden_size=24, num_hidden_layers=2, head_dim=16,
-        layer_types=["linear_attention", "full_attention"], num_attention_heads=6, num_key_value_heads=2,
-        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12, num_experts=5,
-        num_experts_per_tok=2, moe_intermediate_size=10, shared_expert_intermediate_size=14,
-    )
-    return Qwen3_5MoeForCausalLM(Config.from_dict(text)).init_weights(seed=3)
-
-
 @pytest.fixture
 def model() -> Qwen3_5MoeForCausalLM:
-    return small_model()
+    """A layer of each kind."""
+    return Qwen3_5MoeForCausalLM(Config.from_dict(TWO_LAYERS)).init_weights(seed=3)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,14 @@ TINY_VISION: dict[str, Any] = dict(
     depth=2, hidden_size=32, intermediate_size=20, num_heads=4, patch_size=4, num_position_embeddings=9
 )
 
+# A layer of each kind.
+TWO_LAYERS: dict[str, Any] = dict(
+    model_type="qwen3_5_moe_text", vocab_size=61, hidden_size=24, num_hidden_layers=2, head_dim=16,
+    layer_types=[LINEAR, FULL], num_attention_heads=6, num_key_value_heads=2,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12, num_experts=5,
+    num_experts_per_tok=2, moe_intermediate_size=10, shared_expert_intermediate_size=14,
+)
+
 
 def published(name: str = "Qwen3.5-35B-A3B") -> dict[str, Any]:
     path = FILES / f"{name}.json"

@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 from tests.support import fake_gpu_capture, fake_gpu_generation
+from tests.support.kernel_modules import KernelModule
 
 ROOT = Path(__file__).resolve().parents[2]
 # Operators that launch nothing: they make views, allocate, or read sizes.
@@ -79,17 +80,6 @@ class Launch:
         return launch
 
 
-class Module:
-    """In place of a module of Triton kernels."""
-
-    def __init__(self, counter: Counter[str], file: str, module: Any) -> None:
-        self.counter, self.file, self.module = counter, file, module
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
-        return Launch(self.counter, f"{self.file}.{name}") if type(value).__name__ == "JITFunction" else value
-
-
 def run(capability: tuple[int, int], scenarios: list[str]) -> dict[str, dict[str, Any]]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -114,13 +104,17 @@ def run(capability: tuple[int, int], scenarios: list[str]) -> dict[str, dict[str
             return out
 
     real = runtime.kernels
+
+    def replaced(file: str) -> KernelModule:
+        return KernelModule(file, real(file), lambda _, name: Launch(launches, name))
+
     patches = [
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
         mock.patch.object(runtime, "shared_memory", lambda _: SHARED_MEMORY[capability]),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(runtime, "_shared_memory", lambda index: 227 << 10),  # of a Hopper
         mock.patch.object(runtime, "on_device_of", lambda _: nullcontext()),
-        mock.patch.object(runtime, "kernels", lambda file: Module(launches, file, real(file))),
+        mock.patch.object(runtime, "kernels", replaced),
     ]
     for patch in patches:
         patch.start()

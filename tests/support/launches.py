@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 from tests.support.compile_triton import ROOT, _usage
+from tests.support.kernel_modules import KernelModule
 
 # Compute capability, and the bytes of shared memory that one program may use.
 TARGETS = {
@@ -133,8 +134,8 @@ class Recorder:
             if (name, key) not in self.seen:
                 self.seen.add((name, key))
                 build = self.request.build and (not self.request.only or name in self.request.only)
-                found = _build(function, signature, constants, options, attrs) if build else {}
-                self.built.append(Built(name, sizes, options.num_warps, options.num_stages, **found))
+                usage = _build(function, signature, constants, options, attrs) if build else {}
+                self.built.append(Built(name, sizes, options.num_warps, options.num_stages, **usage))
             return None
 
         with mock.patch.object(function, "_do_compile", compile_or_count):
@@ -188,18 +189,6 @@ class Kernel:
         return lambda *args, **kwargs: self.recorder.launch(self.function, self.name, grid, args, kwargs)
 
 
-class Module:
-    """In place of a module of Triton kernels."""
-
-    def __init__(self, recorder: Recorder, file: str, module: Any) -> None:
-        self.recorder, self.file, self.module = recorder, file, module
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
-        is_kernel = type(value).__name__ == "JITFunction"
-        return Kernel(self.recorder, value, f"{self.file}.{name}") if is_kernel else value
-
-
 def _without_linked_cuda(torch: Any) -> Any:
     """A CPU build of torch has no CUDA device to switch to, which a few of its functions would do. Fake tensors need none."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,7 +228,7 @@ def _run(requests: list[Request], each_once: bool) -> list[list[Built]]:
     from tests.support.launch_cases import CASES
 
     real = runtime.kernels
-    runtime.kernels = lambda file: Module(recorder, file, real(file))
+    runtime.kernels = lambda file: KernelModule(file, real(file), lambda kernel, name: Kernel(recorder, kernel, name))
     runtime.on_device_of = recorder.on_device_of
     torch.cuda.current_device = lambda: 0
     results, replace = [], _without_linked_cuda(torch)

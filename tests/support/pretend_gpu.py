@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.support.kernel_modules import KernelModule
+
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.device("cuda", 0)
 # Operators whose result has a size that the values decide, or that return a value: the host waits for them.
@@ -188,17 +190,6 @@ class Launch:
         return launch
 
 
-class Kernels:
-    """In place of a module of Triton kernels."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
-        return Launch(name) if type(value).__name__ == "JITFunction" else value
-
-
 def _flash(query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, scale: float | None = None, **_: Any) -> Any:
     """aten's flash kernel on the CPU data: grouped heads, a causal mask that is aligned to the last key."""
     tokens, positions, heads = query.shape[2], key.shape[2], query.shape[1]
@@ -247,6 +238,10 @@ def gpu() -> Iterator[None]:
     from qwen35moe_kernels import runtime
 
     real = runtime.kernels
+
+    def replaced(file: str) -> KernelModule:
+        return KernelModule(file, real(file), lambda _, name: Launch(name.rpartition(".")[2]))
+
     torch._C._ensureCUDADeviceGuardSet()
     with ExitStack() as stack:
         for owner, name, value in (
@@ -256,7 +251,7 @@ def gpu() -> Iterator[None]:
             (torch.backends.cuda, "can_use_flash_attention", lambda *_: True),
             (torch.Tensor, "tolist", _tolist), (F, "scaled_dot_product_attention", _attention),
             (torch.Tensor, "pin_memory", lambda tensor: tensor), (runtime, "on_device_of", lambda _: nullcontext()),
-            (runtime, "shared_memory", lambda _: 227 << 10), (runtime, "kernels", lambda file: Kernels(real(file))),
+            (runtime, "shared_memory", lambda _: 227 << 10), (runtime, "kernels", replaced),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, value))
         backends.implementations("experts")  # registers all, as on a machine with a GPU

@@ -16,6 +16,8 @@ from unittest import mock
 import numpy as np
 import torch
 
+from tests.support.kernel_modules import KernelModule
+
 
 @dataclass
 class Launch:
@@ -83,18 +85,6 @@ class Kernel:
         return launch
 
 
-class Module:
-    """In place of a module of Triton kernels."""
-
-    def __init__(self, trace: Trace, file: str, module: Any) -> None:
-        self.trace, self.file, self.module = trace, file, module
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
-        is_kernel = type(value).__name__ == "InterpretedFunction"
-        return Kernel(self.trace, value, f"{self.file}.{name}") if is_kernel else value
-
-
 def _last(*bounds: int) -> Any:
     """In place of `range`: that over a grid, which has one bound, ends at once."""
     return (bounds[0] - 1,) if len(bounds) == 1 else range(*bounds)
@@ -124,10 +114,13 @@ def traced(*, last: bool = False) -> Iterator[Trace]:
         if not last or pointers.get_element_ty().is_int():
             store(pointers, value, mask, *others)
 
+    def replaced(file: str) -> KernelModule:
+        return KernelModule(file, kernels(file), lambda kernel, name: Kernel(trace, kernel, name))
+
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(builder, "create_masked_load", traced_load))
         stack.enter_context(mock.patch.object(builder, "create_masked_store", traced_store))
-        stack.enter_context(mock.patch.object(runtime, "kernels", lambda file: Module(trace, file, kernels(file))))
+        stack.enter_context(mock.patch.object(runtime, "kernels", replaced))
         if last:
             stack.enter_context(mock.patch.object(interpreter, "range", _last, create=True))
             stack.enter_context(mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35moe import backends
-from tests.modules.test_fused import CALLS, FUSED, small_model
+from qwen35moe import Config, Qwen3_5MoeForCausalLM, backends
+from tests.modules.test_fused import CALLS, FUSED
+from tests.support.configs import TWO_LAYERS
 from tests.support.kernel_checks import DEVICE, DTYPES, ROUNDED, assert_close, draw, judged, refusal
 
 pytest.importorskip("triton")
@@ -124,7 +125,7 @@ def test_a_decoded_token_of_a_model_with_all_of_them(monkeypatch: pytest.MonkeyP
 
     for name in ("_COLUMNS", "_COLUMNS_TWO", "_DEPTH"):
         monkeypatch.setattr(linear, name, 128)
-    model = small_model().to(DEVICE)
+    model = Qwen3_5MoeForCausalLM(Config.from_dict(TWO_LAYERS)).init_weights(seed=3).to(DEVICE)
 
     def logits(name: str) -> Tensor:
         with backends.use(**dict.fromkeys(FUSED, name)):
